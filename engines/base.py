@@ -1,0 +1,61 @@
+"""What a backend must be able to do, and how to open one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from zimg.engines.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from zimg.engines.bundle import Bundle, TensorSpec
+
+Feeds = Mapping[str, Any]
+"""Input name -> a numpy array, or a handle that ``Engine.upload`` gave."""
+
+
+class Engine(Protocol):
+    """One component of a bundle, ready to run on one device."""
+
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+
+    def upload(self, feeds: Mapping[str, NDArray[Any]]) -> Feeds:
+        """Bring inputs that stay the same over many runs to the device, once; the result goes into ``run``."""
+
+    def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
+        """Run the graph on all of its inputs; float32, int64 or bool arrays in, float32 arrays out.
+
+        Raises:
+            BackendError: an input is missing or misshapen, or the device ran out of memory.
+        """
+
+    def close(self) -> None:
+        """Free the device's memory. A closed engine cannot run again."""
+
+
+BACKENDS = {"onnxruntime": "zimg.engines.onnxruntime", "torch": "zimg.engines.torch"}
+"""Backend name -> the module whose ``open_engine(bundle, component, device)`` opens it."""
+
+
+def open_engine(bundle: Bundle, component: str, backend: str = "onnxruntime", device: str | None = None) -> Engine:
+    """Open one component of a bundle on a backend.
+
+    Args:
+        bundle: an open bundle.
+        component: a name in ``bundle.manifest.components``, such as ``"denoiser"``.
+        backend: ``"onnxruntime"`` or ``"torch"``.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; the best one present when not given.
+
+    Raises:
+        UsageError: no such backend.
+        BackendError: the backend is not installed or cannot run this component.
+    """
+    if backend not in BACKENDS:
+        raise UsageError(f"no backend is called {backend!r}", f"choose one of {', '.join(BACKENDS)}")
+    opener = cast("Callable[[Bundle, str, str | None], Engine]", import_module(BACKENDS[backend]).open_engine)
+    return opener(bundle, component, device)

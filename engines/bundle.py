@@ -1,0 +1,299 @@
+"""The bundle on disk: its manifest, how it is read and verified, how it is written so that it is whole or absent.
+
+Knows files and hashes, and nothing of any model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import msgspec
+
+from zimg.engines import safetensors, verified
+from zimg.engines.errors import BundleError, OutputError
+
+SCHEMA_VERSION = 1
+MANIFEST = "bundle.json"
+CHUNK = 16 << 20
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """One input or output of a graph: element type, and sides as numbers or the names of free sides."""
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Component(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One part of the model: its graphs, its weights, what goes in and what comes out."""
+
+    weights: tuple[str, ...]
+    """Safetensors files of the bundle that hold its tensors."""
+    graphs: dict[str, str] = {}
+    """Element type the graph computes in -> ONNX file. All of them point into the same weights."""
+    inputs: dict[str, TensorSpec] = {}
+    outputs: dict[str, TensorSpec] = {}
+    tensors: tuple[str, ...] = ()
+    """Of a component without a graph: the tensors that it consists of."""
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    """What a file of the bundle must be."""
+
+    size: int
+    sha256: str
+
+
+class Source(msgspec.Struct, frozen=True):
+    """Where a bundle came from."""
+
+    model: str
+    """As the user named it."""
+    revision: str | None = None
+    files: dict[str, int] = {}
+    """The checkpoint's weight files and their sizes in bytes."""
+
+
+class TextConfig(msgspec.Struct, frozen=True):
+    """How a prompt becomes token ids, and which of the encoder's rows are kept."""
+
+    prefix: str
+    suffix: str
+    drop: int
+    """Leading rows of the encoder's output that belong to the template and are dropped."""
+    max_tokens: int
+    """Token ids past this many are cut, template included."""
+    max_sequence_length: int
+    """Rows kept after the drop, unless the caller asks for another number."""
+
+
+class Defaults(msgspec.Struct, frozen=True):
+    """What a call uses where the caller says nothing: the checkpoint's own recommendation."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    negative_prompt: str | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """``bundle.json``."""
+
+    schema_version: int
+    zimg_version: str
+    family: str
+    name: str
+    """The checkpoint's short name, for people."""
+    precision: str
+    """The element type the weights are stored in."""
+    source: Source
+    text: TextConfig
+    defaults: Defaults
+    scheduler: dict[str, Any]
+    config: dict[str, dict[str, Any]]
+    """The checkpoint's own config per component, which the host side reads sizes and constants from."""
+    components: dict[str, Component]
+    files: dict[str, FileRecord]
+    """Every file of the bundle but the manifest itself."""
+    tools: dict[str, str] = {}
+    """Versions of what built it."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An open bundle. Use :meth:`open`."""
+
+    root: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
+        """Read a bundle's manifest and check its files against it.
+
+        Hashes are computed on the first opening, and again only for files whose size or times changed since.
+
+        Args:
+            path: the bundle's folder.
+            verify: whether to check sizes and hashes at all.
+
+        Raises:
+            BundleError: no bundle there, a newer schema, a missing or changed file, or a path that leaves the bundle.
+        """
+        root = Path(path)
+        bundle = cls(root.resolve(), _read_manifest(root))
+        for name in bundle.manifest.files:
+            bundle.file(name)
+        if verify:
+            bundle.verify()
+        return bundle
+
+    def file(self, name: str) -> Path:
+        """The path of one of the bundle's files.
+
+        Raises:
+            BundleError: the name leads out of the bundle, or the manifest does not list it, or it is missing.
+        """
+        pure = PurePosixPath(name)
+        path = self.root / pure
+        if pure.is_absolute() or ".." in pure.parts or "\\" in name or not path.resolve().is_relative_to(self.root):
+            raise BundleError(f"{self.root / MANIFEST} names {name!r}, which leads out of the bundle", "do not trust it")
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.root / MANIFEST} does not list {name!r}", "build the bundle again")
+        if not path.is_file():
+            raise BundleError(f"{path} is missing", "copy or build the bundle again")
+        return path
+
+    def component(self, name: str) -> Component:
+        """One component's entry in the manifest.
+
+        Raises:
+            BundleError: the bundle has no such component.
+        """
+        try:
+            return self.manifest.components[name]
+        except KeyError:
+            known = ", ".join(self.manifest.components)
+            raise BundleError(f"{self.root} has no component {name!r}, only {known}") from None
+
+    @cached_property
+    def _headers(self) -> dict[str, dict[str, safetensors.TensorInfo]]:
+        return {}
+
+    def tensors(self, component: str) -> dict[str, safetensors.TensorInfo]:
+        """Where the tensors in a component's weight files lie, by name."""
+        found: dict[str, safetensors.TensorInfo] = {}
+        for name in self.component(component).weights:
+            if name not in self._headers:
+                self._headers[name] = safetensors.read_header(self.file(name))
+            found.update(self._headers[name])
+        return found
+
+    def verify(self, *, afresh: bool = False) -> None:
+        """Check every file's size and hash.
+
+        Args:
+            afresh: hash every byte again, even of files seen unchanged since an earlier check.
+
+        Raises:
+            BundleError: naming the first file that is not what the manifest says.
+        """
+        paths = {name: self.file(name) for name in self.manifest.files}
+        for name, path in paths.items():
+            size, expected = path.stat().st_size, self.manifest.files[name].size
+            if size != expected:
+                raise BundleError(f"{path} has {size:,} bytes instead of {expected:,}", "copy or build the bundle again")
+        fresh = {name for name, path in paths.items() if afresh or not verified.is_known(path, self._hash(name))}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            hashes = pool.map(lambda name: sha256(paths[name]), sorted(fresh))
+            for name, digest in zip(sorted(fresh), hashes, strict=True):
+                if digest != self._hash(name):
+                    raise BundleError(
+                        f"{paths[name]} was changed: its hash is not the manifest's", "copy or build the bundle again"
+                    )
+                verified.remember(paths[name], digest)
+
+    def _hash(self, name: str) -> str:
+        return self.manifest.files[name].sha256
+
+    def content_hash(self, component: str) -> str:
+        """A hash of all weights of a component, for keys of caches."""
+        joined = "".join(self._hash(name) for name in self.component(component).weights)
+        return hashlib.sha256(joined.encode()).hexdigest()
+
+
+def _read_manifest(root: Path) -> Manifest:
+    path = root / MANIFEST
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        hint = "make one with: zimg-export build --model MODEL --out BUNDLE"
+        raise BundleError(f"{root} is not a bundle: it has no {MANIFEST}", hint) from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror})") from None
+    try:
+        version = msgspec.json.decode(data, type=dict[str, Any]).get("schema_version")
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise BundleError(
+                f"{root} has schema version {version}, and this zimg reads up to {SCHEMA_VERSION}",
+                "upgrade zimg, or build the bundle again with this one",
+            )
+        return msgspec.json.decode(data, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise BundleError(f"{path} is not a manifest zimg can read ({error})", "build the bundle again") from None
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write ``bundle.json`` into a bundle's folder, indented for people."""
+    text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+    (root / MANIFEST).write_bytes(text + b"\n")
+
+
+def record_files(root: Path) -> dict[str, FileRecord]:
+    """Hash every file below a folder but its manifest."""
+    paths = {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.is_file()}
+    paths.pop(MANIFEST, None)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = pool.map(sha256, paths.values())
+        return {
+            name: FileRecord(path.stat().st_size, digest)
+            for (name, path), digest in zip(paths.items(), digests, strict=True)
+        }
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a new folder beside ``target`` to write into; rename it to ``target`` at the end, or leave nothing.
+
+    Args:
+        target: the folder that shall exist afterwards.
+        overwrite: replace a folder that exists, if it is a bundle.
+
+    Raises:
+        OutputError: the target exists, is no bundle, or cannot be written, or the disk is full.
+    """
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target} exists already", "name another folder, or replace it with --overwrite")
+    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"{target} exists and is not a bundle", "name another folder")
+    work: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+        work.chmod(0o755)
+        yield work
+        old = None
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+            target.rename(old / target.name)
+        work.rename(target)
+        if old:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written ({error.strerror or error})", _space_hint(error)) from None
+    finally:
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _space_hint(error: OSError) -> str:
+    return "free some space, or name a folder on another disk" if error.errno == 28 else "check the path and its rights"

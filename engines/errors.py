@@ -1,0 +1,58 @@
+"""Every error a user can meet.
+
+::
+
+    ZimgError                 one line: what was wrong, where, and what to do
+    |-- UsageError            an argument is missing or out of its range          (exit code 2)
+    |-- CheckpointError       a checkpoint is missing, broken or of another family
+    |   `-- DownloadError     a hub cannot be reached, or has no such model
+    |-- BundleError           a bundle is missing, changed, unfinished or too new
+    |-- BackendError          a backend is not installed or cannot run this
+    `-- OutputError           the target exists, is busy, or the disk is full
+
+All but :class:`UsageError` end a command with exit code 1.
+"""
+
+from __future__ import annotations
+
+
+class ZimgError(Exception):
+    """The base of all errors zimg raises on purpose.
+
+    Args:
+        message: what was wrong and where, in one line.
+        hint: what to do about it, in one line; appended to the message.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        self.message = message
+        self.hint = hint
+        super().__init__(f"{message}; {hint}" if hint else message)
+
+
+class UsageError(ZimgError):
+    """An argument is missing or out of its range."""
+
+    exit_code = 2
+
+
+class CheckpointError(ZimgError):
+    """A checkpoint is missing, broken or of another family."""
+
+
+class DownloadError(CheckpointError):
+    """A hub cannot be reached, or has no such model."""
+
+
+class BundleError(ZimgError):
+    """A bundle is missing, changed, unfinished or written by a newer zimg."""
+
+
+class BackendError(ZimgError):
+    """A backend is not installed, or cannot run what it was asked to run."""
+
+
+class OutputError(ZimgError):
+    """The target exists, is being written by another process, or its disk is full."""

@@ -1,0 +1,1 @@
+"""Checkpoint to bundle: find the weights, trace the blocks, assemble the graphs, stream the tensors."""
