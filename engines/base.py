@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from zimg.engines.errors import UsageError
+from zimg.engines.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,3 +59,26 @@ def open_engine(bundle: Bundle, component: str, backend: str = "onnxruntime", de
         raise UsageError(f"no backend is called {backend!r}", f"choose one of {', '.join(BACKENDS)}")
     opener = cast("Callable[[Bundle, str, str | None], Engine]", import_module(BACKENDS[backend]).open_engine)
     return opener(bundle, component, device)
+
+
+def check_feeds(component: str, inputs: Mapping[str, TensorSpec], feeds: Feeds) -> None:
+    """Check the names of all inputs, and element types and shapes of those given as numpy arrays.
+
+    Raises:
+        BackendError: naming the first input that does not fit.
+    """
+    import numpy as np
+
+    if missing := [name for name in inputs if name not in feeds]:
+        raise BackendError(f"{component} needs the input {missing[0]!r}")
+    if unknown := [name for name in feeds if name not in inputs]:
+        raise BackendError(f"{component} has no input {unknown[0]!r}", f"it has {', '.join(inputs)}")
+    for name, value in feeds.items():
+        spec = inputs[name]
+        if not isinstance(value, np.ndarray):
+            continue
+        sides = zip(spec.shape, value.shape, strict=False)
+        if len(spec.shape) != value.ndim or any(isinstance(want, int) and want != side for want, side in sides):
+            raise BackendError(f"{component} takes {name!r} in the shape {spec.shape}, not {value.shape}")
+        if value.dtype.name != spec.dtype:
+            raise BackendError(f"{component} takes {name!r} in {spec.dtype}, not {value.dtype}")

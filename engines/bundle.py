@@ -45,6 +45,10 @@ class Component(msgspec.Struct, frozen=True, omit_defaults=True):
     outputs: dict[str, TensorSpec] = {}
     tensors: tuple[str, ...] = ()
     """Of a component without a graph: the tensors that it consists of."""
+    parameters: int = 0
+    """How many numbers it has."""
+    weight_bytes: int = 0
+    """How many bytes of the files are its own; linked files may hold other components' tensors too."""
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -147,7 +151,8 @@ class Bundle:
         pure = PurePosixPath(name)
         path = self.root / pure
         if pure.is_absolute() or ".." in pure.parts or "\\" in name or not path.resolve().is_relative_to(self.root):
-            raise BundleError(f"{self.root / MANIFEST} names {name!r}, which leads out of the bundle", "do not trust it")
+            manifest = self.root / MANIFEST
+            raise BundleError(f"{manifest} names {name!r}, which leads out of the bundle", "do not trust it")
         if name not in self.manifest.files:
             raise BundleError(f"{self.root / MANIFEST} does not list {name!r}", "build the bundle again")
         if not path.is_file():
@@ -192,7 +197,7 @@ class Bundle:
         for name, path in paths.items():
             size, expected = path.stat().st_size, self.manifest.files[name].size
             if size != expected:
-                raise BundleError(f"{path} has {size:,} bytes instead of {expected:,}", "copy or build the bundle again")
+                raise BundleError(f"{path} has {size:,} of {expected:,} bytes", "copy or build the bundle again")
         fresh = {name for name, path in paths.items() if afresh or not verified.is_known(path, self._hash(name))}
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             hashes = pool.map(lambda name: sha256(paths[name]), sorted(fresh))

@@ -1,0 +1,222 @@
+"""Checkpoint to bundle, the whole way in one page."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from platformdirs import user_cache_path
+
+import zimg
+from zimg.engines.bundle import (
+    SCHEMA_VERSION,
+    Bundle,
+    Component,
+    Manifest,
+    TensorSpec,
+    atomic_folder,
+    record_files,
+    write_manifest,
+)
+from zimg.engines.errors import OutputError, UsageError
+from zimg.engines.safetensors import TensorInfo
+from zimg.export import catalog
+from zimg.export.assemble import assemble
+from zimg.export.checkpoint import Checkpoint, check_tensors, open_checkpoint
+from zimg.export.models import autoencoder_kl, qwen_image, qwen_image_vae, text_encoder, z_image
+from zimg.export.parts import Part
+from zimg.export.tokenizer import export_tokenizer
+from zimg.export.weights import Wanted, export_weights, written_bytes
+from zimg.runtime import families
+from zimg.runtime.latents import vae_normalization
+from zimg.runtime.progress import Report, silent
+from zimg.runtime.schedule import check_scheduler
+
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+"""Name on the command line -> element type of the weights."""
+
+NETWORKS = {
+    "z-image": {"text_encoder": text_encoder, "transformer": z_image, "vae": autoencoder_kl},
+    "qwen-image": {"text_encoder": text_encoder, "transformer": qwen_image, "vae": qwen_image_vae},
+}
+"""Family -> the checkpoint's component -> the module that says what it becomes."""
+
+TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
+
+
+def build(
+    model: str,
+    out: Path,
+    *,
+    precision: str = "bf16",
+    revision: str | None = None,
+    source: str = "huggingface",
+    overwrite: bool = False,
+    report: Report = silent,
+) -> Bundle:
+    """Build a bundle.
+
+    Args:
+        model: a folder in the diffusers layout, a hub id or a short name.
+        out: the bundle's folder; it must not exist unless ``overwrite``.
+        precision: ``"fp32"`` or ``"bf16"``.
+        revision: branch, tag or commit on the hub.
+        source: ``"huggingface"`` or ``"modelscope"``.
+        overwrite: replace a bundle that is there.
+        report: called with (stage, done, total) as the work goes on.
+
+    Raises:
+        ZimgError: whatever went wrong, in one line. Nothing is left behind then.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"no precision is called {precision!r}", f"choose one of {', '.join(PRECISIONS)}")
+    out = out.expanduser().absolute()
+    with _only_builder_of(out), atomic_folder(out, overwrite=overwrite) as folder:
+        export(open_checkpoint(model, revision=revision, source=source), folder, PRECISIONS[precision], report)
+    return Bundle.open(out)
+
+
+def export(checkpoint: Checkpoint, folder: Path, precision: str, report: Report = silent) -> None:
+    """Write a whole bundle into an empty folder.
+
+    Args:
+        checkpoint: an open checkpoint.
+        folder: where to write.
+        precision: the element type of the weights, ``"float32"`` or ``"bfloat16"``.
+        report: called with (stage, done, total).
+
+    Raises:
+        CheckpointError: the checkpoint is not what its configs say, or not one zimg serves.
+        OSError: the disk is full.
+    """
+    family = families.family(checkpoint.family)
+    config = {name: checkpoint.config(name) for name in NETWORKS[checkpoint.family]}
+    scheduler = checkpoint.config("scheduler")
+    check_scheduler(scheduler)
+    vae_normalization(config["vae"])
+    parts = parts_of(checkpoint)
+    text = export_tokenizer(
+        checkpoint.root / "tokenizer",
+        folder / "tokenizer",
+        family.TEXT,
+        chat_template=family.USES_CHAT_TEMPLATE,
+    )
+    wanted = {name: wanted_by(checkpoint, part) for name, part in parts.items()}
+    _check_space(wanted, precision, folder)
+    placed = export_weights(wanted, precision, folder, lambda done, total: report("weights", done, total))
+    components = {}
+    for index, (name, part) in enumerate(parts.items()):
+        report("graphs", index, len(parts))
+        components[name] = _component(name, part, placed[name], precision, folder)
+    report("graphs", len(parts), len(parts))
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        zimg_version=zimg.__version__,
+        family=checkpoint.family,
+        name=checkpoint.name,
+        precision=precision,
+        source=checkpoint.source,
+        text=text,
+        defaults=catalog.defaults_for(checkpoint.root, checkpoint.family, scheduler),
+        scheduler=scheduler,
+        config=config | {"text_encoder": text_encoder.text_part(config["text_encoder"])},
+        components=components,
+        files=record_files(folder),
+        tools={name: metadata.version(name) for name in TOOLS},
+    )
+    write_manifest(folder, manifest)
+
+
+def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
+    """The components a checkpoint becomes, after checking that its tensors are those they take.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing, unexpected or misshapen.
+    """
+    parts: dict[str, Part] = {}
+    for source, module in NETWORKS[checkpoint.family].items():
+        config = checkpoint.config(source)
+        own = module.parts(config)
+        expected: dict[str, tuple[int, ...]] = {}
+        for part in own.values():
+            expected |= part.stored_shapes()
+        check_tensors(
+            checkpoint.tensors(source), expected, source, ignore=lambda name, c=config, m=module: m.is_dead(name, c)
+        )
+        parts |= own
+    return parts
+
+
+def wanted_by(checkpoint: Checkpoint, part: Part) -> dict[str, Wanted]:
+    """What each of a part's parameters comes from."""
+    infos = checkpoint.tensors(part.source)
+    return {
+        name: Wanted(infos[name], shape, part.transforms.get(name)) for name, shape in part.parameters().items()
+    }
+
+
+def _component(
+    name: str, part: Part, tensors: Mapping[str, TensorInfo], precision: str, folder: Path
+) -> Component:
+    """Write a component's graphs, one that computes in the weights' own type and one in float32 for CPUs."""
+    weights = tuple(sorted({info.file.name for info in tensors.values()}))
+    parameters = sum(math.prod(info.shape) for info in tensors.values())
+    size = sum(info.nbytes for info in tensors.values())
+    if part.network is None:
+        names = tuple(info.name for info in tensors.values())
+        return Component(weights, tensors=names, parameters=parameters, weight_bytes=size)
+    graphs, spec = {}, None
+    for compute in dict.fromkeys((precision, "float32")):
+        model, spec = assemble(part.build(getattr(torch, compute)), part.inputs, part.output, part.sizes, tensors)
+        graphs[compute] = f"{name}.onnx" if compute == precision else f"{name}.{compute}.onnx"
+        ir.save(model, folder / graphs[compute])
+    inputs = {entry.name: TensorSpec(str(entry.dtype).removeprefix("torch."), entry.shape) for entry in part.inputs}
+    outputs = {part.output: spec} if spec else {}
+    return Component(weights, graphs, inputs, outputs, parameters=parameters, weight_bytes=size)
+
+
+def _check_space(wanted: Mapping[str, Mapping[str, Wanted]], precision: str, folder: Path) -> None:
+    """Fail before the first gigabyte is written rather than after the last."""
+    files = {want.source.file for wants in wanted.values() for want in wants.values()}
+    linkable = {file for file in files if file.resolve().stat().st_dev == folder.stat().st_dev}
+    needed = sum(
+        written_bytes(want, precision)
+        for wants in wanted.values()
+        for want in wants.values()
+        if not (want.is_kept(precision) and want.source.file in linkable)
+    )
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free, and the bundle needs {needed / 1e9:.1f} GB",
+            "free some space, or name a folder on another disk",
+        )
+
+
+@contextlib.contextmanager
+def _only_builder_of(out: Path) -> Iterator[None]:
+    """Hold the lock of a target, and clear what a killed build of it left behind."""
+    from filelock import FileLock, Timeout
+
+    key = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:32]
+    path = user_cache_path("zimg") / "locks" / f"{key}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OutputError(f"another build is writing {out}", "wait for it, or name another folder") from None
+    try:
+        for leftover in out.parent.glob(f".{out.name}.*.part"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+    finally:
+        lock.release()

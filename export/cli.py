@@ -1,0 +1,112 @@
+"""``zimg-export``: bundles from checkpoints. Thin; the work is in ``build.py``, ``verify.py`` and ``demo.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+import zimg
+from zimg.engines.errors import ZimgError
+from zimg.runtime import console
+
+SOURCES = click.Choice(["huggingface", "modelscope"])
+SOURCE = click.option("--source", type=SOURCES, default="huggingface", show_default=True, help="The hub of a hub id.")
+REVISION = click.option("--revision", help="Branch, tag or commit on the hub.")
+QUIET = click.option("--quiet", is_flag=True, help="No progress bar.")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+@click.group("zimg-export", context_settings={"max_content_width": 110})
+@click.version_option(zimg.__version__, message="%(version)s")
+def cli() -> None:
+    """Turn checkpoints into bundles that run without PyTorch."""
+
+
+@cli.command()
+@click.option("--model", required=True, help="A folder in the diffusers layout, a hub id, or a short name.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle's folder.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="bf16", show_default=True, help="Of the weights.")
+@REVISION
+@SOURCE
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@QUIET
+@AS_JSON
+def build(
+    model: str, out: Path, precision: str, revision: str | None, source: str, overwrite: bool, quiet: bool, as_json: bool
+) -> None:
+    """Build a bundle from a checkpoint."""
+    _need_export()
+    from zimg.export.build import build as work
+    from zimg.runtime.inspect import as_text, summary
+    from zimg.runtime.progress import bar
+
+    with bar(enabled=not quiet) as report:
+        bundle = work(
+            model, out, precision=precision, revision=revision, source=source, overwrite=overwrite, report=report
+        )
+    result = summary(bundle.root)
+    console.print_json(result) if as_json else click.echo(as_text(result))
+
+
+@cli.command()
+@click.argument("model")
+@REVISION
+@SOURCE
+@AS_JSON
+def inspect(model: str, revision: str | None, source: str, as_json: bool) -> None:
+    """Show what a checkpoint is and what it would become; no weights are fetched."""
+    _need_export()
+    from zimg.export import inspect as work
+
+    summary = work.summary(model, revision=revision, source=source)
+    console.print_json(summary) if as_json else click.echo(work.as_text(summary))
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="The checkpoint it was built from.")
+@REVISION
+@SOURCE
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the inputs the networks are compared on.")
+@QUIET
+@AS_JSON
+def verify(
+    bundle: Path, model: str, revision: str | None, source: str, seed: int, quiet: bool, as_json: bool
+) -> None:
+    """Check a bundle against its checkpoint: every hash, every weight, every network's result."""
+    _need_export()
+    from zimg.export import verify as work
+    from zimg.runtime.progress import bar
+
+    with bar(enabled=not quiet) as report:
+        result = work.verify(bundle, model, revision=revision, source=source, seed=seed, report=report)
+    console.print_json(result) if as_json else click.echo(work.as_text(result))
+    work.refuse_failures(result)
+
+
+@cli.command("demo-checkpoint")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--family", type=click.Choice(["z-image", "qwen-image"]), required=True, help="Which architecture.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
+@click.option("--overwrite", is_flag=True, help="Replace a demo checkpoint that is there.")
+def demo_checkpoint(folder: Path, family: str, seed: int, overwrite: bool) -> None:
+    """Write a tiny checkpoint with random weights into FOLDER, in the diffusers layout."""
+    _need_export()
+    from zimg.export.demo import write_demo_checkpoint
+
+    write_demo_checkpoint(folder, family, seed=seed, overwrite=overwrite)
+    click.echo(folder)
+
+
+def _need_export() -> None:
+    """Say what to install, rather than which module is missing."""
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("torch", "transformers", "onnxscript", "onnx_ir", "filelock") if not find_spec(name)]:
+        raise ZimgError(f"exporting needs {', '.join(missing)}", "pip install 'zimg[export]'")
+
+
+def main() -> None:
+    """The console script."""
+    console.run(cli)

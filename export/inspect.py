@@ -1,0 +1,58 @@
+"""What a checkpoint is and what it would become, from its configs alone: no weights are fetched."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from zimg.export.build import NETWORKS
+from zimg.export.checkpoint import open_configs
+
+
+def summary(model: str, *, revision: str | None = None, source: str = "huggingface") -> dict[str, Any]:
+    """Describe a checkpoint.
+
+    Args:
+        model: a folder, a hub id or a short name.
+        revision: branch, tag or commit on the hub.
+        source: ``"huggingface"`` or ``"modelscope"``.
+
+    Raises:
+        CheckpointError: there is none, or it is none zimg serves.
+    """
+    checkpoint = open_configs(model, revision=revision, source=source)
+    components: dict[str, Any] = {}
+    for part_source, module in NETWORKS[checkpoint.family].items():
+        for name, part in module.parts(checkpoint.config(part_source)).items():
+            shapes = part.parameters()
+            count = sum(math.prod(shape) for shape in shapes.values())
+            components[name] = {"from": part_source, "tensors": len(shapes), "parameters": count}
+    scheduler = checkpoint.config("scheduler")
+    return {
+        "name": checkpoint.name,
+        "family": checkpoint.family,
+        "path": str(checkpoint.root),
+        "revision": checkpoint.source.revision,
+        "weight_files": checkpoint.source.files,
+        "scheduler": scheduler,
+        "components": components,
+        "parameters": sum(component["parameters"] for component in components.values()),
+    }
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    """The summary for people."""
+    files = summary["weight_files"]
+    total = sum(files.values())
+    lines = [
+        f"{summary['name']}  ({summary['family']}, {summary['parameters'] / 1e9:.3g} billion parameters in use)",
+        f"  path      {Path(summary['path'])}",
+        f"  weights   {len(files)} files, {total / 1e9:.3g} GB" if files else "  weights   not on this machine",
+        "  becomes",
+    ]
+    lines.extend(
+        f"    {name:<14}{entry['parameters']:>16,} parameters in {entry['tensors']} tensors of the {entry['from']}"
+        for name, entry in summary["components"].items()
+    )
+    return "\n".join(lines)

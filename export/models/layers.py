@@ -1,0 +1,79 @@
+"""Layers both transformers share, in the form the exporter traces best."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.onnx import ops
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn adjacent pairs of ``x`` by the angles whose cosines and sines are given.
+
+    Becomes one ONNX ``RotaryEmbedding``. Computed in float32, as the reference pipelines do.
+
+    Args:
+        x: (batch, heads, tokens, head_dim).
+        cos: (batch, tokens, head_dim / 2), float32.
+        sin: as ``cos``.
+    """
+    return ops.rotary_embedding(x.float(), cos, sin, interleaved=True).to(x.dtype)
+
+
+class Tables(nn.Module):
+    """The RoPE tables for each picture of the batch, widened once for all blocks."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, ...), two (tokens, head_dim / 2) tables -> two (batch, tokens, head_dim / 2) tables."""
+        batch = x.shape[0]
+        return cos.unsqueeze(0).expand(batch, -1, -1), sin.unsqueeze(0).expand(batch, -1, -1)
+
+
+class Border(nn.Module):
+    """The border of a graph: whatever it computes in, it hands out float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape, to float32."""
+        return x.float()
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Unmasked attention; becomes one ONNX ``Attention``.
+
+    Args:
+        query: (batch, heads, tokens, head_dim).
+        key: as ``query``.
+        value: as ``query``.
+
+    Returns:
+        (batch, tokens, heads * head_dim).
+    """
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(batch, tokens, heads * head_dim) -> (batch, tokens, heads, head_dim)."""
+    return x.unflatten(-1, (-1, head_dim))
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of a time, cosines first, and two linears.
+
+    The frequencies are 10000^(-i/half), as in "Denoising Diffusion Probabilistic Models" (Ho et al., 2020).
+    """
+
+    def __init__(self, out_features: int, hidden_features: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.half = frequencies // 2
+        self.mlp = nn.Sequential(
+            nn.Linear(frequencies, hidden_features), nn.SiLU(), nn.Linear(hidden_features, out_features)
+        )
+
+    def forward(self, time: Tensor) -> Tensor:
+        """(batch,) float32 -> (batch, out_features)."""
+        exponents = torch.arange(self.half, dtype=torch.float32, device=time.device) / self.half
+        angles = time[:, None] * torch.exp(-9.210340371976184 * exponents)  # ln 10000
+        embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        result: Tensor = self.mlp(embedding.to(self.mlp[0].weight.dtype))
+        return result

@@ -1,0 +1,1 @@
+"""Graph passes, one per file, on onnx-ir's pass classes."""

@@ -1,0 +1,166 @@
+"""A bundle held against its checkpoint: every hash, every weight, every network's result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from zimg.engines.base import open_engine
+from zimg.engines.bundle import Bundle
+from zimg.engines.dtypes import to_float32
+from zimg.engines.errors import BundleError
+from zimg.engines.safetensors import view
+from zimg.export.build import parts_of, wanted_by
+from zimg.export.checkpoint import open_checkpoint
+from zimg.export.parts import Part
+from zimg.export.weights import Wanted, pieces, read_pieces
+from zimg.runtime.progress import Report, silent
+
+BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
+"""Precision of the bundle -> the largest relative error of a network that passes.
+
+Rounding weights to bfloat16 alone moves the result of a deep network with random inputs by about a hundredth.
+"""
+
+
+def verify(
+    path: Path,
+    model: str,
+    *,
+    revision: str | None = None,
+    source: str = "huggingface",
+    seed: int = 0,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Check a bundle against the checkpoint it was built from.
+
+    Args:
+        path: the bundle's folder.
+        model: the checkpoint: a folder, a hub id or a short name.
+        revision: branch, tag or commit on the hub.
+        source: ``"huggingface"`` or ``"modelscope"``.
+        seed: of the random inputs.
+        report: called with (stage, done, total).
+
+    Returns:
+        ``components``: name -> ``weights`` (how many tensors differ from the checkpoint's), and for those with a graph ``relative_error``,
+        the largest difference from the PyTorch network in float32 with the checkpoint's own weights, over the largest value, or
+        ``not_run``, why it was not computed; ``bound``; ``passed``.
+
+    Raises:
+        BundleError: the bundle is broken.
+        CheckpointError: the checkpoint is, or is of another family than the bundle.
+    """
+    bundle = Bundle.open(path, verify=False)
+    bundle.verify(afresh=True)
+    checkpoint = open_checkpoint(model, revision=revision, source=source)
+    precision = bundle.manifest.precision
+    if checkpoint.family != bundle.manifest.family:
+        raise BundleError(
+            f"{path} is of family {bundle.manifest.family}, and {model} of {checkpoint.family}", "name its own checkpoint"
+        )
+    components: dict[str, Any] = {}
+    parts = parts_of(checkpoint)
+    for index, (name, part) in enumerate(parts.items()):
+        report("verify", index, len(parts))
+        wanted = wanted_by(checkpoint, part)
+        result: dict[str, Any] = {"tensors": len(wanted), "different": _different(bundle, name, wanted)}
+        if part.network is not None:
+            result |= _compare(bundle, name, part, wanted, seed)
+        components[name] = result
+    report("verify", len(parts), len(parts))
+    bound = BOUNDS[precision]
+    passed = all(not c["different"] and c.get("relative_error", 0.0) <= bound for c in components.values())
+    return {"path": str(bundle.root), "precision": precision, "components": components, "bound": bound, "passed": passed}
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    """The result for people."""
+    lines = []
+    for name, entry in result["components"].items():
+        line = f"{name:<14}{entry['tensors'] - entry['different']} of {entry['tensors']} weights are the checkpoint's"
+        if "relative_error" in entry:
+            line += f", relative error {entry['relative_error']:.2e}"
+        if "not_run" in entry:
+            line += f", network not compared: {entry['not_run']}"
+        lines.append(line)
+    lines.append(f"{'passed' if result['passed'] else 'FAILED'} (bound {result['bound']:g} for {result['precision']})")
+    return "\n".join(lines)
+
+
+def refuse_failures(result: Mapping[str, Any]) -> None:
+    """Turn a failed check into an error.
+
+    Raises:
+        BundleError: the check failed.
+    """
+    if not result["passed"]:
+        raise BundleError(f"{result['path']} is not what the checkpoint makes", "build it again")
+
+
+def _different(bundle: Bundle, component: str, wanted: Mapping[str, Wanted]) -> int:
+    """How many weights are not what the checkpoint's tensors become."""
+    tensors = bundle.tensors(component)
+    return sum(not _same(want, tensors, bundle.manifest.precision) for want in wanted.values())
+
+
+def _same(want: Wanted, tensors: Mapping[str, Any], precision: str) -> bool:
+    info = tensors.get(want.source.name)
+    if info is None or info.shape != want.shape or info.dtype != precision:
+        return False
+    if want.is_kept(precision) and info.offset == want.source.offset and os.path.samefile(info.file, want.source.file):
+        return True
+    pairs = zip(pieces(want, precision), read_pieces(info), strict=True)
+    return all(np.array_equal(expected, found) for expected, found in pairs)
+
+
+def _compare(bundle: Bundle, name: str, part: Part, wanted: Mapping[str, Wanted], seed: int) -> dict[str, Any]:
+    """Run a component's graph and the PyTorch network on the same random inputs."""
+    needed = 8 * sum(int(np.prod(want.shape)) for want in wanted.values())
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        return {"not_run": f"it needs {needed / 1e9:.0f} GB of memory, and {available / 1e9:.0f} GB are free"}
+    feeds = _random_inputs(part, seed)
+    network = part.build(torch.float32)
+    network.load_state_dict({key: torch.from_numpy(_values(want)) for key, want in wanted.items()}, assign=True)
+    with torch.inference_mode():
+        expected = network(*(torch.from_numpy(value) for value in feeds.values())).numpy()
+    del network
+    engine = open_engine(bundle, name)
+    try:
+        found = engine.run(feeds)[part.output]
+    finally:
+        engine.close()
+    return {"relative_error": float(np.abs(found - expected).max() / np.abs(expected).max())}
+
+
+def _values(want: Wanted) -> NDArray[np.float32]:
+    stored = to_float32(view(want.source), want.source.dtype)
+    values = stored if want.transform is None else want.transform(stored)
+    return np.array(values, np.float32).reshape(want.shape)
+
+
+def _random_inputs(part: Part, seed: int) -> dict[str, NDArray[Any]]:
+    """Inputs of the sizes that were traced: normal numbers, cosines and sines of one angle, ids of the vocabulary."""
+    rng = np.random.default_rng(seed)
+    vocabulary = part.parameters().get("embed_tokens.weight", (1,))[0]
+    feeds: dict[str, NDArray[Any]] = {}
+    angles: NDArray[np.float32] | None = None
+    for entry in part.inputs:
+        shape = tuple(entry.example(part.sizes[0]).shape)
+        if entry.dtype == torch.int64:
+            feeds[entry.name] = rng.integers(0, vocabulary, shape)
+        elif entry.dtype == torch.bool:
+            feeds[entry.name] = np.arange(shape[0]) >= shape[0] - 3
+        elif entry.name in ("cos", "sin"):
+            angles = rng.uniform(0, 6, shape).astype(np.float32) if angles is None else angles
+            feeds[entry.name] = np.cos(angles) if entry.name == "cos" else np.sin(angles)
+        else:
+            feeds[entry.name] = rng.standard_normal(shape).astype(np.float32)
+    return feeds

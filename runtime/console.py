@@ -1,0 +1,63 @@
+"""How both commands end: one line for every error, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from zimg.engines.errors import ZimgError
+
+
+def run(command: click.Command) -> NoReturn:
+    """Run a command line and exit: 0 when it worked, 2 for wrong usage, 1 for a failure.
+
+    Set ``ZIMG_TRACEBACK=1`` to see where an error came from.
+    """
+    name = command.name or "zimg"
+    # A polite kill cleans up as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        command.main(prog_name=name, standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        _end(name, f"{error.format_message().rstrip('.')} (see {name} --help)", error.exit_code)
+    except ZimgError as error:
+        _end(name, str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _end(name, "interrupted; nothing half-written is left", 1)
+    except BrokenPipeError:
+        # Whoever read our output has gone.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except MemoryError:
+        _end(name, "out of memory; ask for a smaller picture, or use a machine with more", 1)
+    except OSError as error:
+        _end(name, f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
+    except Exception as error:
+        _end(name, f"internal error: {type(error).__name__}: {error} (ZIMG_TRACEBACK=1 shows where; please report it)", 1)
+    sys.exit(0)
+
+
+def _end(name: str, message: str, code: int) -> NoReturn:
+    if os.environ.get("ZIMG_TRACEBACK"):
+        import traceback
+
+        traceback.print_exc()
+    click.echo(f"{name}: error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def warn(message: str) -> None:
+    """Say something on stderr that the user should know."""
+    click.echo(f"warning: {message}", err=True)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document on stdout."""
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False))

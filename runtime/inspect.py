@@ -1,0 +1,79 @@
+"""What a bundle is, as data and as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from zimg.engines.bundle import Bundle
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """Describe a bundle, after checking its files.
+
+    Raises:
+        BundleError: it is no bundle, or a file is not what the manifest says.
+    """
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    components = {}
+    for name, component in manifest.components.items():
+        components[name] = {
+            "weights": list(component.weights),
+            "parameters": component.parameters,
+            "weight_bytes": component.weight_bytes,
+            "graphs": dict(component.graphs),
+            "inputs": {key: _spec(value) for key, value in component.inputs.items()},
+            "outputs": {key: _spec(value) for key, value in component.outputs.items()},
+        }
+    return {
+        "path": str(bundle.root),
+        "name": manifest.name,
+        "family": manifest.family,
+        "precision": manifest.precision,
+        "schema_version": manifest.schema_version,
+        "zimg_version": manifest.zimg_version,
+        "source": msgspec.to_builtins(manifest.source),
+        "defaults": msgspec.to_builtins(manifest.defaults),
+        "scheduler": manifest.scheduler,
+        "components": components,
+        "bytes": sum(record.size for record in manifest.files.values()),
+        "tools": manifest.tools,
+    }
+
+
+def _spec(spec: Any) -> str:
+    return f"{spec.dtype}[{', '.join(map(str, spec.shape))}]"
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    """The summary for people."""
+    defaults, source = summary["defaults"], summary["source"]
+    revision = f" at {source['revision']}" if source.get("revision") else ""
+    lines = [
+        f"{summary['name']}  ({summary['family']}, {summary['precision']}, {_size(summary['bytes'])})",
+        f"  path      {summary['path']}",
+        f"  source    {source['model']}{revision}",
+        f"  built by  zimg {summary['zimg_version']}, " + ", ".join(f"{k} {v}" for k, v in summary["tools"].items()),
+        f"  defaults  {defaults['width']}x{defaults['height']}, {defaults['num_inference_steps']} steps, "
+        f"guidance scale {defaults['guidance_scale']:g}, negative prompt {defaults['negative_prompt']!r}",
+    ]
+    for name, component in summary["components"].items():
+        lines.append(f"  {name}")
+        lines.append(f"    weights  {component['parameters']:,} parameters, {_size(component['weight_bytes'])}")
+        lines.extend(f"    in       {file}" for file in component["weights"])
+        for compute, file in component["graphs"].items():
+            lines.append(f"    graph    {file}, computes in {compute}")
+        lines.extend(f"    input    {key}: {spec}" for key, spec in component["inputs"].items())
+        lines.extend(f"    output   {key}: {spec}" for key, spec in component["outputs"].items())
+    return "\n".join(lines)
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"

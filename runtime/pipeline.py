@@ -1,0 +1,323 @@
+"""The loop: encode the prompt, draw the noise, denoise, decode. The one page to read first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zimg.engines.base import Engine, Feeds, open_engine
+from zimg.engines.bundle import Bundle
+from zimg.engines.dtypes import round_to
+from zimg.engines.errors import UsageError
+from zimg.runtime import image as images
+from zimg.runtime import request as requests
+from zimg.runtime.families import family as family_named
+from zimg.runtime.modulation import modulation_table
+from zimg.runtime.noise import randn_tensor
+from zimg.runtime.progress import Report, silent
+from zimg.runtime.request import Request
+from zimg.runtime.schedule import calculate_mu, euler_step, flow_match_sigmas
+from zimg.runtime.text import PromptTokenizer, keep_rows
+from zimg.runtime.rope import text_encoder_tables
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Array = NDArray[np.float32]
+Callback = Callable[["Pipeline", int, float, dict[str, Array]], "dict[str, Array] | None"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a call gives."""
+
+    images: Any
+    """A list of PIL images, a float32 array (N, H, W, 3) in 0 ... 1, or latents as the reference pipeline has them."""
+    request: Request
+    """The call, with all that was left open filled in, the seed among it."""
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt, encoded: what the denoiser takes of it."""
+
+    conditioning: Array
+    tokens: int
+
+
+class Pipeline:
+    """Text to picture from one bundle. Open it with :meth:`open`, then call it.
+
+    Engines are opened when they are first needed, and kept for the next call unless ``release_engines`` is set.
+    A pipeline is also a context manager, which closes them.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        backend: str = "onnxruntime",
+        device: str | None = None,
+        release_engines: bool = False,
+        report: Report = silent,
+    ) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self.device = device
+        self.release_engines = release_engines
+        self.report = report
+        self._family = family_named(bundle.manifest.family)
+        self._config = bundle.manifest.config
+        self._engines: dict[str, Engine] = {}
+        self._tokenizer = PromptTokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text)
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | os.PathLike[str],
+        *,
+        backend: str = "onnxruntime",
+        device: str | None = None,
+        release_engines: bool = False,
+        verify: bool = True,
+        report: Report = silent,
+    ) -> Pipeline:
+        """Open a bundle.
+
+        Args:
+            bundle: its folder.
+            backend: ``"onnxruntime"`` or ``"torch"``.
+            device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; by default the best one the backend finds.
+            release_engines: close each engine after its part of a call. Memory then holds one component at a time,
+                and every call loads them anew.
+            verify: check the files against the manifest's hashes (once per file; see :meth:`Bundle.verify`).
+            report: called with (stage, done, total) while a call runs.
+
+        Raises:
+            BundleError: it is no bundle, or was changed, or is of a newer zimg.
+            UsageError: no such backend.
+        """
+        options = {"backend": backend, "device": device, "release_engines": release_engines, "report": report}
+        return cls(Bundle.open(bundle, verify=verify), **options)  # type: ignore[arg-type]
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
+        cfg_scale: float | None = None,
+        cfg_normalization: float = 0.0,
+        cfg_truncation: float = 1.0,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        latents: Array | None = None,
+        max_sequence_length: int | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Output:
+        """Generate pictures, as diffusers' ``ZImagePipeline`` and ``QwenImagePipeline`` would from the same weights.
+
+        Args:
+            prompt: a text, or several.
+            negative_prompt: what to guide away from; one for all prompts, or one each. Without it Z-Image guides away from
+                the empty prompt, and Qwen-Image does not guide at all.
+            height: in pixels, a multiple of 16. This and what follows come from the checkpoint's recommendation
+                (``pipeline.bundle.manifest.defaults``) where they are not given.
+            width: as ``height``.
+            num_inference_steps: one or more. With a single step, where Qwen-Image's reference schedule is 0 / 0,
+                the one sigma is 1.
+            sigmas: noise levels before the schedule's shift, instead of equal steps.
+            guidance_scale: in the family's own convention: Z-Image ``pos + g (pos - neg)``, off at 0;
+                Qwen-Image ``neg + s (pos - neg)`` with the norm of ``pos``, off at 1.
+            true_cfg_scale: another name for it, which diffusers uses with Qwen-Image.
+            cfg_scale: DiffSynth's form of it, ``neg + s (pos - neg)`` in both families, off at 1.
+            cfg_normalization: Z-Image: a bound on the guided velocity's norm, in norms of the unguided; 0 for none.
+            cfg_truncation: Z-Image: guidance is off once 1 - sigma exceeds this.
+            num_images_per_prompt: pictures of each prompt.
+            seed: of the noise, drawn as ``torch.Generator("cpu").manual_seed(seed)`` would for the whole batch; or a list, one
+                for each picture. A random one where it is not given; the output tells.
+            latents: noise to start from instead, float32 in the reference pipeline's own form: (N, 16, H/8, W/8)
+                for Z-Image, (N, H/16 * W/16, 64) for Qwen-Image.
+            max_sequence_length: prompt tokens kept, 512 in the reference.
+            output_type: ``"pil"``, ``"np"`` or ``"latent"``.
+            callback_on_step_end: called after each step with (pipeline, step, timestep in thousandths, tensors); may return
+                ``{"latents": …}`` to go on from other latents. :meth:`preview` makes a picture of what it is given.
+            callback_on_step_end_tensor_inputs: which tensors it is given: ``"latents"`` after the step,
+                ``"denoised"``, the clean latents the step aims at, ``"velocity"``.
+
+        Raises:
+            UsageError: an argument is out of its range.
+            BackendError: the backend failed.
+        """
+        # 1. Check the call and fill in what it leaves open.
+        request = requests.check(
+            self.bundle.manifest,
+            self._family,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            sigmas=sigmas,
+            guidance_scale=guidance_scale,
+            true_cfg_scale=true_cfg_scale,
+            cfg_scale=cfg_scale,
+            cfg_normalization=cfg_normalization,
+            cfg_truncation=cfg_truncation,
+            seed=seed,
+            max_sequence_length=max_sequence_length,
+            output_type=output_type,
+        )
+        noisy = self._draw(request) if latents is None else self._check_latents(latents, request)
+        # 2. Read the prompts.
+        prompts = self._encode(request)
+        # 3. Lay out the schedule, and compute all that depends on it alone.
+        schedule = self._sigmas(request)
+        # 4. Denoise and 5. decode, one picture at a time.
+        clean = self._denoise(
+            request, noisy, prompts, schedule, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs)
+        )
+        if output_type == "latent":
+            return Output(clean, request)
+        pixels = self._decode(clean, request.height, request.width)
+        return Output(images.to_pil(pixels) if output_type == "pil" else pixels, request)
+
+    def preview(self, latents: Array, height: int, width: int) -> list[Image]:
+        """Decode latents, such as a callback's ``"denoised"``, of pictures of this size in pixels."""
+        return images.to_pil(self._decode(latents, height, width))
+
+    def close(self) -> None:
+        """Close all engines and free their memory."""
+        while self._engines:
+            self._engines.popitem()[1].close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _engine(self, component: str) -> Iterator[Engine]:
+        if component not in self._engines:
+            self._engines[component] = open_engine(self.bundle, component, self.backend, self.device)
+        try:
+            yield self._engines[component]
+        finally:
+            if self.release_engines:
+                self._engines.pop(component).close()
+
+    def _draw(self, request: Request) -> Array:
+        shape = (request.batch, *self._family.noise_shape(self._config, request.height, request.width))
+        noise = randn_tensor(shape, request.seed)
+        noise = round_to(noise, self._family.noise_dtype(self.bundle.manifest.precision))
+        return self._family.from_noise(noise)
+
+    def _check_latents(self, latents: Array, request: Request) -> Array:
+        shape = (request.batch, *self._family.latents_shape(self._config, request.height, request.width))
+        given = np.asarray(latents)
+        if given.shape != shape:
+            raise UsageError(f"latents have the shape {given.shape}", f"this call takes {shape}")
+        if not np.issubdtype(given.dtype, np.floating) or not np.isfinite(given).all():
+            raise UsageError("latents must be finite floating-point numbers")
+        return given.astype(np.float32)
+
+    def _encode(self, request: Request) -> dict[str, _Prompt]:
+        """Each different prompt of a call, positive or negative, once."""
+        texts = dict.fromkeys((*request.prompts, *(request.negative_prompts or ())))
+        rows: dict[str, Array] = {}
+        with self._engine("text_encoder") as engine:
+            for index, text in enumerate(texts):
+                self.report("encode", index, len(texts))
+                ids = self._tokenizer.encode(text)
+                cos, sin = text_encoder_tables(ids.shape[1], self._config["text_encoder"])
+                hidden = engine.run({"input_ids": ids, "cos": cos, "sin": sin})["prompt_embeds"][0]
+                rows[text] = keep_rows(hidden, self.bundle.manifest.text, request.max_sequence_length)
+        with self._engine("conditioner") as engine:
+            encoded = {}
+            for text, prompt_embeds in rows.items():
+                outputs = engine.run(self._family.conditioner_inputs(prompt_embeds, self._config))
+                encoded[text] = _Prompt(*outputs.values(), tokens=len(prompt_embeds))
+        self.report("encode", len(texts), len(texts))
+        return encoded
+
+    def _sigmas(self, request: Request) -> Array:
+        scheduler = self.bundle.manifest.scheduler
+        mu = calculate_mu((request.height // 16) * (request.width // 16), scheduler)
+        base = request.sigmas or self._family.base_sigmas(request.num_inference_steps)
+        return flow_match_sigmas(request.num_inference_steps, scheduler, mu=mu, sigmas=base)
+
+    def _denoise(
+        self,
+        request: Request,
+        noisy: Array,
+        prompts: dict[str, _Prompt],
+        sigmas: Array,
+        callback: Callback | None,
+        wanted: tuple[str, ...],
+    ) -> Array:
+        family = self._family
+        table = None
+        if family.HAS_MODULATION_TABLE:
+            table = modulation_table(
+                self.bundle, sigmas[:-1], progress=lambda done, total: self.report("modulation", done, total)
+            )
+        steps = list(pairwise(sigmas))
+        clean = np.empty_like(noisy)
+        with self._engine("denoiser") as engine:
+
+            def bind(text: str) -> Feeds:
+                prompt = prompts[text]
+                size = (request.height, request.width)
+                return engine.upload(
+                    family.denoiser_constants(prompt.conditioning, prompt.tokens, self._config, *size)
+                )
+
+            for index in range(request.batch):
+                positive = bind(request.prompts[index // request.num_images_per_prompt])
+                negative = None
+                if request.negative_prompts:
+                    negative = bind(request.negative_prompts[index // request.num_images_per_prompt])
+                latents = noisy[index : index + 1]
+                for step, (sigma, sigma_next) in enumerate(steps):
+                    self.report("denoise", index * len(steps) + step, request.batch * len(steps))
+                    inputs = family.denoiser_inputs(latents, sigma, table[step] if table else None)
+                    velocity = family.velocity(engine.run({**positive, **inputs})["velocity"], latents)
+                    if negative and family.is_guided(request.guidance_scale, sigma, request.cfg_truncation):
+                        away = family.velocity(engine.run({**negative, **inputs})["velocity"], latents)
+                        velocity = family.guide(velocity, away, request.guidance_scale, request.cfg_normalization)
+                    denoised = latents - sigma * velocity
+                    latents = euler_step(latents, velocity, sigma, sigma_next)
+                    if callback:
+                        known = {"latents": latents, "denoised": denoised, "velocity": velocity}
+                        changed = callback(self, step, float(sigma) * 1000, {name: known[name] for name in wanted})
+                        latents = (changed or {}).get("latents", latents)
+                clean[index] = latents[0]
+        self.report("denoise", request.batch * len(steps), request.batch * len(steps))
+        return clean
+
+    def _decode(self, latents: Array, height: int, width: int) -> Array:
+        raw = self._family.to_vae(latents, self._config, height, width)
+        with self._engine("vae_decoder") as engine:
+            decoded = []
+            for index in range(len(raw)):
+                self.report("decode", index, len(raw))
+                decoded.append(engine.run({"latents": raw[index : index + 1]})["image"])
+        self.report("decode", len(raw), len(raw))
+        return images.from_vae(np.concatenate(decoded))

@@ -1,0 +1,173 @@
+"""Tiny reference pipelines of both families with random weights: diffusers', run end to end without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+)
+
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tokenizer() -> Any:
+    """A byte-level tokenizer with Qwen's special tokens: no merges, so a token is a byte."""
+    vocab = {char: index for index, char in enumerate(sorted(ByteLevel.alphabet()))}
+    vocab |= {token: len(vocab) + index for index, token in enumerate(SPECIAL)}
+    result = Qwen2Tokenizer(
+        vocab=vocab,
+        merges=[],
+        unk_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL[1:]),
+    )
+    result.chat_template = CHAT_TEMPLATE
+    result.padding_side = "right"
+    return result
+
+
+def randomize(module: torch.nn.Module, seed: int) -> None:
+    """Random weights that keep activations near one, norms and pad tokens among them."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "pad_token" in name:
+            parameter.data = noise
+        elif parameter.ndim >= 2 and "gamma" not in name:
+            parameter.data = noise * parameter[0].numel() ** -0.5
+        elif name.endswith("bias"):
+            parameter.data = 0.1 * noise
+        else:
+            parameter.data = 1 + 0.1 * noise
+
+
+def z_image(seed: int = 0, *, transformer: dict[str, Any] | None = None, vae: dict[str, Any] | None = None,
+            text_encoder: dict[str, Any] | None = None, scheduler: dict[str, Any] | None = None) -> ZImagePipeline:
+    """A tiny ``ZImagePipeline``; the dictionaries override parts of its configs."""
+    tok = tokenizer()
+    text = {
+        "vocab_size": len(tok), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048,
+        "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None,
+    } | (text_encoder or {})
+    network = {
+        "all_patch_size": (2,), "all_f_patch_size": (1,), "in_channels": 16, "dim": 48, "n_layers": 2,
+        "n_refiner_layers": 1, "n_heads": 3, "n_kv_heads": 3, "norm_eps": 1e-5, "qk_norm": True,
+        "cap_feat_dim": text["hidden_size"], "rope_theta": 256.0, "t_scale": 1000.0, "axes_dims": [8, 4, 4],
+        "axes_lens": [1536, 512, 512],
+    } | (transformer or {})
+    autoencoder = {
+        "in_channels": 3, "out_channels": 3, "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (8, 8, 16, 16), "layers_per_block": 1,
+        "latent_channels": 16, "norm_num_groups": 8, "sample_size": 64, "scaling_factor": 0.3611,
+        "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False,
+    } | (vae or {})
+    schedule = {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": False} | (scheduler or {})
+    parts = {
+        "text_encoder": Qwen3Model(Qwen3Config(**text)),
+        "transformer": ZImageTransformer2DModel(**network),
+        "vae": AutoencoderKL(**autoencoder),
+    }
+    for index, part in enumerate(parts.values()):
+        randomize(part.eval(), 10 * seed + index)
+    return _quiet(ZImagePipeline(FlowMatchEulerDiscreteScheduler(**schedule), tokenizer=tok, **parts))
+
+
+def qwen_image(seed: int = 0, *, transformer: dict[str, Any] | None = None, vae: dict[str, Any] | None = None,
+               text_encoder: dict[str, Any] | None = None, scheduler: dict[str, Any] | None = None) -> QwenImagePipeline:
+    """A tiny ``QwenImagePipeline``; the dictionaries override parts of its configs."""
+    tok = tokenizer()
+    text = {
+        "vocab_size": len(tok), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
+        "bos_token_id": None, "eos_token_id": None,
+    } | (text_encoder or {})
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": text["hidden_size"],
+        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
+        "fullatt_block_indexes": [0],
+    }
+    ids = {
+        "image_token_id": tok.convert_tokens_to_ids("<|image_pad|>"),
+        "video_token_id": tok.convert_tokens_to_ids("<|video_pad|>"),
+        "vision_start_token_id": tok.convert_tokens_to_ids("<|vision_start|>"),
+        "vision_end_token_id": tok.convert_tokens_to_ids("<|vision_end|>"),
+    }
+    network = {
+        "patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16,
+        "num_attention_heads": 3, "joint_attention_dim": text["hidden_size"], "axes_dims_rope": (8, 4, 4),
+    } | (transformer or {})
+    autoencoder = {
+        "base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True], "latents_mean": [0.1, -0.2, 0.3, 0.0],
+        "latents_std": [1.0, 1.5, 2.0, 0.5],
+    } | (vae or {})
+    schedule = {
+        "base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 8192, "max_shift": 0.9,
+        "num_train_timesteps": 1000, "shift": 1.0, "shift_terminal": 0.02, "time_shift_type": "exponential",
+        "use_dynamic_shifting": True,
+    } | (scheduler or {})
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+    parts = {
+        "text_encoder": Qwen2_5_VLForConditionalGeneration(config),
+        "transformer": QwenImageTransformer2DModel(**network),
+        "vae": AutoencoderKLQwenImage(**autoencoder),
+    }
+    for index, part in enumerate(parts.values()):
+        randomize(part.eval(), 10 * seed + index)
+    return _quiet(QwenImagePipeline(FlowMatchEulerDiscreteScheduler(**schedule), tokenizer=tok, **parts))
+
+
+FAMILIES = {"z-image": z_image, "qwen-image": qwen_image}
+
+
+def _quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save(pipeline: Any, folder: Path, **options: Any) -> Path:
+    """Save a pipeline in the diffusers layout."""
+    pipeline.save_pretrained(folder, **options)
+    return folder
+
+
+def draw(pipeline: Any, prompt: str | list[str], *, seed: int = 0, **call: Any) -> Any:
+    """Run a reference pipeline with a CPU generator: float32 (N, H, W, 3)."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    # A copy: ZImagePipeline writes its chat template into the list it is given.
+    prompt = list(prompt) if isinstance(prompt, list) else prompt
+    if isinstance(call.get("negative_prompt"), list):
+        call["negative_prompt"] = list(call["negative_prompt"])
+    return pipeline(prompt, generator=generator, output_type="np", **call).images

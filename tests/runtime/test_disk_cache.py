@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+import pytest
+
+from zimg.engines.errors import UsageError
+from zimg.runtime import disk_cache
+from zimg.runtime.disk_cache import cached_array
+
+SHAPE, DTYPE = (4, 5), np.dtype("<f4")
+SIZE = 4 * 5 * 4 + 128 + 4
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("ZIMG_CACHE_LIMIT", raising=False)
+    return tmp_path / "cache" / "zimg" / "things"
+
+
+class Fill:
+    """Fills an array with one number, and counts how often it was asked to."""
+
+    def __init__(self, value=1.0):
+        self.value = value
+        self.calls = 0
+
+    def __call__(self, array):
+        self.calls += 1
+        array[:] = self.value
+
+
+def get(key="a", fill=None, shape=SHAPE, dtype=DTYPE):
+    return cached_array("things", key, shape, dtype, fill or Fill())
+
+
+def test_computes_once(folder):
+    fill = Fill(3)
+    for _ in range(3):
+        array = get(fill=fill)
+        np.testing.assert_array_equal(array, np.full(SHAPE, 3, np.float32))
+        assert array.dtype == DTYPE
+        assert isinstance(array, np.memmap)
+        with pytest.raises(ValueError, match="read-only"):
+            array[0, 0] = 1
+    assert fill.calls == 1
+    assert [path.name for path in folder.iterdir()] == ["a.npy"]
+    np.testing.assert_array_equal(np.load(folder / "a.npy"), array)
+
+
+def damage_byte(data):
+    return data[:150] + bytes([data[150] ^ 1]) + data[151:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_byte,
+        lambda data: data[:-1],
+        lambda data: data[:100],
+        lambda data: data + b"\0",
+        lambda data: b"",
+        lambda data: b"\0" * 4,
+        lambda data: b"\0" * len(data),
+        lambda data: b"x" * 1000,
+    ],
+)
+def test_computes_damaged_entries_again(folder, damage):
+    get(fill=Fill(1))
+    path = folder / "a.npy"
+    path.write_bytes(damage(path.read_bytes()))
+    fill = Fill(2)
+    for _ in range(2):
+        np.testing.assert_array_equal(get(fill=fill), np.full(SHAPE, 2, np.float32))
+    assert fill.calls == 1
+
+
+def test_computes_again_for_another_shape_or_type():
+    get()
+    assert get(shape=(3, 5)).shape == (3, 5)
+    assert get(dtype=np.dtype("<u2")).dtype == np.uint16
+
+
+def test_removes_the_least_recently_used(folder, monkeypatch):
+    monkeypatch.setenv("ZIMG_CACHE_LIMIT", str(3 * SIZE))
+    for age, key in enumerate("abc"):
+        get(key)
+        os.utime(folder / f"{key}.npy", (time.time() - 100 + age,) * 2)
+    get("a")
+    get("d")
+    assert {path.name for path in folder.iterdir()} == {"a.npy", "c.npy", "d.npy"}
+
+
+def test_removes_what_a_killed_process_left(folder, monkeypatch):
+    monkeypatch.setenv("ZIMG_CACHE_LIMIT", str(3 * SIZE))
+    folder.mkdir(parents=True)
+    (folder / "b.0123.part").write_bytes(b"x" * 2000)
+    os.utime(folder / "b.0123.part", (0, 0))
+    get()
+    assert [path.name for path in folder.iterdir()] == ["a.npy"]
+
+
+def test_a_removed_entry_stays_readable(folder):
+    array = get(fill=Fill(5))
+    (folder / "a.npy").unlink()
+    np.testing.assert_array_equal(array, np.full(SHAPE, 5, np.float32))
+
+
+@pytest.mark.parametrize("limit", ["0", "79"])
+def test_too_large_for_the_limit(folder, monkeypatch, limit):
+    monkeypatch.setenv("ZIMG_CACHE_LIMIT", limit)
+    fill = Fill(2)
+    for _ in range(2):
+        array = get(fill=fill)
+        np.testing.assert_array_equal(array, np.full(SHAPE, 2, np.float32))
+        assert not array.flags.writeable
+    assert fill.calls == 2
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("limit", ["", "2GiB", "-1", "1.5", "²"])
+def test_refuses_a_bad_limit(monkeypatch, limit):
+    monkeypatch.setenv("ZIMG_CACHE_LIMIT", limit)
+    with pytest.raises(UsageError, match="ZIMG_CACHE_LIMIT"):
+        get()
+
+
+def test_unwritable_folder(folder):
+    folder.parent.parent.mkdir()
+    folder.parent.write_text("a file where the folder should be")
+    np.testing.assert_array_equal(get(fill=Fill(4)), np.full(SHAPE, 4, np.float32))
+
+
+def full_disk(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_full_disk(folder, monkeypatch):
+    monkeypatch.setattr(os, "posix_fallocate", full_disk)
+    np.testing.assert_array_equal(get(fill=Fill(4)), np.full(SHAPE, 4, np.float32))
+    assert not list(folder.iterdir())
+
+
+def test_disk_that_fails_at_the_end(folder, monkeypatch):
+    monkeypatch.setattr(disk_cache, "_seal", full_disk)
+    np.testing.assert_array_equal(get(fill=Fill(4)), np.full(SHAPE, 4, np.float32))
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_leaves_nothing_half_written(folder, error):
+    def fill(array):
+        array[:2] = 1
+        raise error
+
+    with pytest.raises(error):
+        get(fill=fill)
+    assert not list(folder.iterdir())
