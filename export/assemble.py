@@ -150,8 +150,7 @@ class _Assembly:
         self.nodes.append(call)
 
     def _function(self, node: fx.Node, child: nn.Module, parameters: Sequence[ir.Value]) -> ir.Function:
-        pairs = [tuple(run.results[argument] for run in self.runs) for argument in node.all_input_nodes]
-        examples = [Example(first, _differing(first, second)) for first, second in pairs]
+        examples = [self._example(argument) for argument in node.all_input_nodes]
         inputs = tuple((e.tensor.dtype, _sides(e)) for e in examples)
         stored = [BY_ONNX[int(value.dtype)].name for value in parameters if value.dtype is not None]
         shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in child.state_dict().items())
@@ -162,6 +161,14 @@ class _Assembly:
             name = f"{base}_{count + 1}" if count else base
             self.functions[kind] = trace(name, child, examples, stored=stored)
         return self.functions[kind]
+
+    def _example(self, argument: fx.Node) -> Example:
+        """What a call gets, with the sides free that differ between the two runs."""
+        first, second = (run.results[argument] for run in self.runs)
+        if argument.op == "get_attr":
+            # A parameter of the network itself comes as it is stored.
+            first = first.to(getattr(torch, self.tensors[str(argument.target)].dtype))
+        return Example(first, _differing(first, second))
 
     def model(self, name: str, inputs: Sequence[ir.Value], output: ir.Value) -> ir.Model:
         """The finished model."""

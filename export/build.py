@@ -7,6 +7,7 @@ import hashlib
 import math
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from zimg.export import catalog
 from zimg.export.assemble import assemble
 from zimg.export.checkpoint import Checkpoint, check_tensors, open_checkpoint
 from zimg.export.models import autoencoder_kl, qwen_image, qwen_image_vae, text_encoder, z_image
-from zimg.export.parts import Part
+from zimg.export.parts import Part, Whole
 from zimg.export.tokenizer import export_tokenizer
 from zimg.export.weights import Wanted, export_weights, written_bytes
 from zimg.runtime import families
@@ -148,9 +149,7 @@ def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
         expected: dict[str, tuple[int, ...]] = {}
         for part in own.values():
             expected |= part.stored_shapes()
-        check_tensors(
-            checkpoint.tensors(source), expected, source, ignore=lambda name, c=config, m=module: m.is_dead(name, c)
-        )
+        check_tensors(checkpoint.tensors(source), expected, source, ignore=partial(module.is_dead, config))
         parts |= own
     return parts
 
@@ -175,7 +174,9 @@ def _component(
         return Component(weights, tensors=names, parameters=parameters, weight_bytes=size)
     graphs, spec = {}, None
     for compute in dict.fromkeys((precision, "float32")):
-        model, spec = assemble(part.build(getattr(torch, compute)), part.inputs, part.output, part.sizes, tensors)
+        network = part.build(getattr(torch, compute))
+        plan = Whole(network) if part.in_one_piece else network
+        model, spec = assemble(plan, part.inputs, part.output, part.sizes, tensors)
         graphs[compute] = f"{name}.onnx" if compute == precision else f"{name}.{compute}.onnx"
         ir.save(model, folder / graphs[compute])
     inputs = {entry.name: TensorSpec(str(entry.dtype).removeprefix("torch."), entry.shape) for entry in part.inputs}

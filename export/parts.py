@@ -37,6 +37,8 @@ class Part:
     """The checkpoint's component its tensors come from: ``"transformer"``, ``"text_encoder"`` or ``"vae"``."""
     network: Callable[[], nn.Module] | None = None
     """Makes the network; None where the host computes with the tensors itself."""
+    in_one_piece: bool = False
+    """Whether the network is traced whole, rather than child by child."""
     inputs: tuple[Input, ...] = ()
     output: str = ""
     sizes: tuple[Mapping[str, int], Mapping[str, int]] = ({}, {})
@@ -67,13 +69,13 @@ class Part:
 
 
 class Whole(nn.Module):
-    """A network that is traced in one piece: float32 in and out, whatever it computes in."""
+    """Makes a network of one input its own only child, so that it is traced in one piece."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, x: Tensor) -> Tensor:
         """Call the network."""
-        dtype = next(self.network.parameters()).dtype
-        return self.network(*(value.to(dtype) for value in inputs)).float()
+        out: Tensor = self.network(x)
+        return out

@@ -66,19 +66,21 @@ def z_image_guidance(
     Returns:
         float32 of the same shape.
     """
-    combined = positive + np.float32(guidance_scale) * (positive - negative)
+    combined: NDArray[np.float32] = positive + np.float32(guidance_scale) * (positive - negative)
     if cfg_normalization <= 0:
         return combined
     limit = _sample_norms(positive) * np.float32(cfg_normalization)
     norm = _sample_norms(combined)
     # A norm above its limit is above zero, so nothing is divided by zero.
     factor = np.divide(limit, norm, out=np.ones_like(norm), where=norm > limit)
-    return combined * factor.reshape(-1, *[1] * (combined.ndim - 1))
+    capped: NDArray[np.float32] = combined * factor
+    return capped
 
 
 def _sample_norms(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The norm of each sample, shaped to broadcast: (batch, 1, ...)."""
     norms: NDArray[np.float32] = np.linalg.norm(values.reshape(len(values), -1), axis=1)
-    return norms
+    return norms.reshape(-1, *[1] * (values.ndim - 1))
 
 
 def z_image_is_guided(guidance_scale: float, sigma: float, cfg_truncation: float | None = 1.0) -> bool:

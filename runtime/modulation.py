@@ -27,7 +27,7 @@ TIME_EMBEDDING = "time_text_embed.timestep_embedder"
 LAYOUT_VERSION = 1
 """Part of the cache's keys, to be raised when the rows change their order or their arithmetic."""
 
-PIECE = 1 << 19
+PIECE = 1 << 23
 """How many weights are held as float32 at a time."""
 
 FREQUENCIES = 128
@@ -126,12 +126,11 @@ def timestep_embedding(times: NDArray[np.float32]) -> NDArray[np.float32]:
 def _silu(values: NDArray[np.float32]) -> NDArray[np.float32]:
     wide = values.astype(np.float64)
     with np.errstate(over="ignore"):  # far below zero the result is 0
-        return (wide / (1 + np.exp(-wide))).astype(np.float32)
+        activated: NDArray[np.float32] = (wide / (1 + np.exp(-wide))).astype(np.float32)
+    return activated
 
 
-def _linear(
-    tensors: Mapping[str, TensorInfo], name: str, values: NDArray[np.float32], out: int
-) -> NDArray[np.float32]:
+def _linear(tensors: Mapping[str, TensorInfo], name: str, values: NDArray[np.float32], out: int) -> NDArray[np.float32]:
     """``values @ weight.T + bias``, with only some rows of the weight in memory as float32: (N, in) -> (N, out)."""
     weight, bias = _find(tensors, f"{name}.weight"), _find(tensors, f"{name}.bias")
     width = values.shape[1]

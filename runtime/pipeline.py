@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,9 @@ from zimg.runtime.modulation import modulation_table
 from zimg.runtime.noise import randn_tensor
 from zimg.runtime.progress import Report, silent
 from zimg.runtime.request import Request
+from zimg.runtime.rope import text_encoder_tables
 from zimg.runtime.schedule import calculate_mu, euler_step, flow_match_sigmas
 from zimg.runtime.text import PromptTokenizer, keep_rows
-from zimg.runtime.rope import text_encoder_tables
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,12 +68,14 @@ class Pipeline:
         device: str | None = None,
         release_engines: bool = False,
         report: Report = silent,
+        warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         self.bundle = bundle
         self.backend = backend
         self.device = device
         self.release_engines = release_engines
         self.report = report
+        self.warn = warn
         self._family = family_named(bundle.manifest.family)
         self._config = bundle.manifest.config
         self._engines: dict[str, Engine] = {}
@@ -89,6 +91,7 @@ class Pipeline:
         release_engines: bool = False,
         verify: bool = True,
         report: Report = silent,
+        warn: Callable[[str], None] = warnings.warn,
     ) -> Pipeline:
         """Open a bundle.
 
@@ -100,13 +103,20 @@ class Pipeline:
                 and every call loads them anew.
             verify: check the files against the manifest's hashes (once per file; see :meth:`Bundle.verify`).
             report: called with (stage, done, total) while a call runs.
+            warn: called with what the caller should know, such as a prompt that was cut.
 
         Raises:
             BundleError: it is no bundle, or was changed, or is of a newer zimg.
             UsageError: no such backend.
         """
-        options = {"backend": backend, "device": device, "release_engines": release_engines, "report": report}
-        return cls(Bundle.open(bundle, verify=verify), **options)  # type: ignore[arg-type]
+        return cls(
+            Bundle.open(bundle, verify=verify),
+            backend=backend,
+            device=device,
+            release_engines=release_engines,
+            report=report,
+            warn=warn,
+        )
 
     def __call__(
         self,
@@ -184,7 +194,10 @@ class Pipeline:
             max_sequence_length=max_sequence_length,
             output_type=output_type,
         )
-        noisy = self._draw(request) if latents is None else self._check_latents(latents, request)
+        if latents is None:
+            noisy = self.draw_noise(request.batch, request.seed, request.height, request.width)
+        else:
+            noisy = self._check_latents(latents, request)
         # 2. Read the prompts.
         prompts = self._encode(request)
         # 3. Lay out the schedule, and compute all that depends on it alone.
@@ -197,6 +210,22 @@ class Pipeline:
             return Output(clean, request)
         pixels = self._decode(clean, request.height, request.width)
         return Output(images.to_pil(pixels) if output_type == "pil" else pixels, request)
+
+    def draw_noise(self, pictures: int, seed: int | Sequence[int], height: int, width: int) -> Array:
+        """The noise a call starts from, in the form its ``latents`` have, float32 (pictures, ...).
+
+        Args:
+            pictures: how many are drawn together.
+            seed: one for all of them, or one each.
+            height: of the pictures, in pixels.
+            width: as ``height``.
+        """
+        noise = randn_tensor((pictures, *self._family.noise_shape(self._config, height, width)), seed)
+        return self._family.from_noise(round_to(noise, self._family.noise_dtype(self.bundle.manifest.precision)))
+
+    def cfg_scale(self, guidance_scale: float) -> float:
+        """This family's ``guidance_scale`` as DiffSynth's ``cfg_scale``."""
+        return self._family.cfg_scale(guidance_scale)
 
     def preview(self, latents: Array, height: int, width: int) -> list[Image]:
         """Decode latents, such as a callback's ``"denoised"``, of pictures of this size in pixels."""
@@ -223,12 +252,6 @@ class Pipeline:
             if self.release_engines:
                 self._engines.pop(component).close()
 
-    def _draw(self, request: Request) -> Array:
-        shape = (request.batch, *self._family.noise_shape(self._config, request.height, request.width))
-        noise = randn_tensor(shape, request.seed)
-        noise = round_to(noise, self._family.noise_dtype(self.bundle.manifest.precision))
-        return self._family.from_noise(noise)
-
     def _check_latents(self, latents: Array, request: Request) -> Array:
         shape = (request.batch, *self._family.latents_shape(self._config, request.height, request.width))
         given = np.asarray(latents)
@@ -247,13 +270,16 @@ class Pipeline:
                 self.report("encode", index, len(texts))
                 ids = self._tokenizer.encode(text)
                 cos, sin = text_encoder_tables(ids.shape[1], self._config["text_encoder"])
+                kept = min(request.max_sequence_length, self.bundle.manifest.text.max_tokens)
+                if ids.shape[1] - self.bundle.manifest.text.drop > kept:
+                    self.warn(f"the prompt has more than {kept} tokens; the rest is not read")
                 hidden = engine.run({"input_ids": ids, "cos": cos, "sin": sin})["prompt_embeds"][0]
                 rows[text] = keep_rows(hidden, self.bundle.manifest.text, request.max_sequence_length)
         with self._engine("conditioner") as engine:
             encoded = {}
             for text, prompt_embeds in rows.items():
-                outputs = engine.run(self._family.conditioner_inputs(prompt_embeds, self._config))
-                encoded[text] = _Prompt(*outputs.values(), tokens=len(prompt_embeds))
+                (conditioning,) = engine.run(self._family.conditioner_inputs(prompt_embeds, self._config)).values()
+                encoded[text] = _Prompt(conditioning, len(prompt_embeds))
         self.report("encode", len(texts), len(texts))
         return encoded
 

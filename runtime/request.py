@@ -72,6 +72,8 @@ def check(
         UsageError: naming the first argument that is out of its range, and what it may be.
     """
     prompts = _prompts("prompt", prompt)
+    if sigmas is not None and not len(sigmas):
+        raise UsageError("sigmas is an empty list", "give one or more, or leave it out")
     defaults = manifest.defaults
     scale = _guidance_scale(family, defaults.guidance_scale, guidance_scale, true_cfg_scale, cfg_scale)
     steps = defaults.num_inference_steps if num_inference_steps is None else _integer(
@@ -100,7 +102,7 @@ def check(
 
 
 def _prompts(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
-    values = (value,) if isinstance(value, str) else tuple(value)
+    values = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
     if not values or not all(isinstance(entry, str) for entry in values):
         raise UsageError(f"{name} must be a text, or a list of texts")
     longest = max(len(entry) for entry in values)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ REFUSED_FLAGS = (
 )
 NUM_TRAIN_TIMESTEPS = 1000
 """Both families' networks count time in thousandths."""
+
+Sigmas = TypeVar("Sigmas", np.float32, NDArray[np.float32])
 
 
 def calculate_mu(image_seq_len: int, scheduler: Mapping[str, Any]) -> float:
@@ -94,10 +96,7 @@ def flow_match_sigmas(
     """
     check_scheduler(scheduler)
     steps = _steps(num_inference_steps)
-    values = np.asarray(np.linspace(1.0, 1.0 / steps, steps) if sigmas is None else sigmas, np.float32)
-    # Written so that NaN fails too.
-    if values.ndim != 1 or not values.size or not bool(np.all((values >= 0) & (values <= 1))):
-        raise UsageError("sigmas must be a list of numbers between 0 and 1", "or leave them out")
+    values = _given(sigmas) if sigmas is not None else np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
     if scheduler.get("use_dynamic_shifting"):
         values = _dynamic_shift(values, scheduler.get("time_shift_type", "exponential"), mu)
     else:
@@ -108,6 +107,18 @@ def flow_match_sigmas(
     return np.append(values, np.float32(0))
 
 
+def _given(sigmas: Sequence[float]) -> NDArray[np.float32]:
+    hint = "or leave them out"
+    try:
+        values = np.asarray(sigmas, np.float32)
+    except (TypeError, ValueError):
+        raise UsageError(f"sigmas {sigmas!r} are not a list of numbers", hint) from None
+    # Written so that NaN fails too.
+    if values.ndim != 1 or not values.size or not bool(np.all((values >= 0) & (values <= 1))):
+        raise UsageError("sigmas must be one or more numbers between 0 and 1", hint)
+    return values
+
+
 def _dynamic_shift(values: NDArray[np.float32], kind: str, mu: float | None) -> NDArray[np.float32]:
     if mu is None:
         raise UsageError("this schedule is shifted by mu, and none was given")
@@ -116,17 +127,18 @@ def _dynamic_shift(values: NDArray[np.float32], kind: str, mu: float | None) -> 
         raise UsageError(f"mu {mu} is out of range", "the families' own values lie between 0.4 and 4")
     weight = np.float32(math.exp(mu) if kind == "exponential" else mu)
     with np.errstate(divide="ignore"):  # sigma 0 goes through infinity to 0
-        return weight / (weight + (1 / values - 1))
+        return weight / (weight + (np.float32(1) / values - np.float32(1)))
 
 
 def _stretch(values: NDArray[np.float32], terminal: float) -> NDArray[np.float32]:
     """Stretch 1 - sigma so that the last sigma becomes ``terminal``; the first stays if it is 1."""
     if not 0 <= terminal < 1:
         raise CheckpointError(f"scheduler: shift_terminal is {terminal}, not between 0 and 1")
-    signal = 1 - values
+    signal = np.float32(1) - values
     if signal[-1] == 0:
         return values
-    return 1 - signal / (signal[-1] / np.float32(1 - terminal))
+    stretched: NDArray[np.float32] = np.float32(1) - signal / (signal[-1] / np.float32(1 - terminal))
+    return stretched
 
 
 def check_scheduler(scheduler: Mapping[str, Any]) -> None:
@@ -162,21 +174,21 @@ def _steps(num_inference_steps: int) -> int:
     return num_inference_steps
 
 
-def timesteps(sigmas: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Sigmas in thousandths, as schedulers, callbacks and DiffSynth count time; any shape."""
+def timesteps(sigmas: Sigmas) -> Sigmas:
+    """Sigmas in thousandths, as schedulers, callbacks and DiffSynth count time; one or an array of any shape."""
     return sigmas * np.float32(NUM_TRAIN_TIMESTEPS)
 
 
-def qwen_image_time(sigmas: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The time that Qwen-Image's network takes in, 1 at the start and 0 at the end; any shape.
+def qwen_image_time(sigmas: Sigmas) -> Sigmas:
+    """The time that Qwen-Image's network takes in, 1 at the start and 0 at the end; one or an array.
 
     It is sigma, but for the rounding on its way through thousandths.
     """
     return timesteps(sigmas) / np.float32(NUM_TRAIN_TIMESTEPS)
 
 
-def z_image_time(sigmas: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The time that Z-Image's network takes in, 0 at the start and 1 at the end (1 - sigma); any shape."""
+def z_image_time(sigmas: Sigmas) -> Sigmas:
+    """The time that Z-Image's network takes in, 0 at the start and 1 at the end (1 - sigma); one or an array."""
     return (np.float32(NUM_TRAIN_TIMESTEPS) - timesteps(sigmas)) / np.float32(NUM_TRAIN_TIMESTEPS)
 
 

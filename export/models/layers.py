@@ -21,6 +21,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return ops.rotary_embedding(x.float(), cos, sin, interleaved=True).to(x.dtype)
 
 
+def weight_dtype(module: nn.Module) -> torch.dtype:
+    """The element type a module computes in."""
+    return next(module.parameters()).dtype
+
+
 class Tables(nn.Module):
     """The RoPE tables for each picture of the batch, widened once for all blocks."""
 
@@ -65,15 +70,14 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, out_features: int, hidden_features: int, frequencies: int = 256) -> None:
         super().__init__()
-        self.half = frequencies // 2
-        self.mlp = nn.Sequential(
-            nn.Linear(frequencies, hidden_features), nn.SiLU(), nn.Linear(hidden_features, out_features)
-        )
+        self.frequencies = frequencies // 2
+        first, last = nn.Linear(frequencies, hidden_features), nn.Linear(hidden_features, out_features)
+        self.mlp = nn.Sequential(first, nn.SiLU(), last)
 
     def forward(self, time: Tensor) -> Tensor:
         """(batch,) float32 -> (batch, out_features)."""
-        exponents = torch.arange(self.half, dtype=torch.float32, device=time.device) / self.half
+        exponents = torch.arange(self.frequencies, dtype=torch.float32, device=time.device) / self.frequencies
         angles = time[:, None] * torch.exp(-9.210340371976184 * exponents)  # ln 10000
         embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        result: Tensor = self.mlp(embedding.to(self.mlp[0].weight.dtype))
+        result: Tensor = self.mlp(embedding.to(weight_dtype(self.mlp)))
         return result

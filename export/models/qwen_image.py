@@ -273,22 +273,22 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
     conditioner = Part(
         "transformer",
         lambda: QwenImageConditioner(config),
-        (Input("prompt_embeds", float32, (1, "text_tokens", config["joint_attention_dim"])),),
-        "text",
-        ({"text_tokens": 34}, {"text_tokens": 55}),
+        inputs=(Input("prompt_embeds", float32, (1, "text_tokens", config["joint_attention_dim"])),),
+        output="text",
+        sizes=({"text_tokens": 34}, {"text_tokens": 55}),
     )
     denoiser = Part(
         "transformer",
         lambda: QwenImageDenoiser(config),
-        (
+        inputs=(
             Input("hidden_states", float32, ("batch", "image_tokens", config["in_channels"])),
             Input("text", float32, (1, "text_tokens", dim)),
             Input("modulation", float32, (2 * MODULATIONS * config["num_layers"] + 2, dim)),
             Input("cos", float32, ("all_tokens", half)),
             Input("sin", float32, ("all_tokens", half)),
         ),
-        "velocity",
-        (
+        output="velocity",
+        sizes=(
             {"batch": 2, "image_tokens": 65, "text_tokens": 34, "all_tokens": 99},
             {"batch": 3, "image_tokens": 77, "text_tokens": 55, "all_tokens": 132},
         ),
@@ -297,6 +297,6 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
     return {"conditioner": conditioner, "modulation": modulation, "denoiser": denoiser}
 
 
-def is_dead(name: str, config: Mapping[str, Any]) -> bool:
+def is_dead(config: Mapping[str, Any], name: str) -> bool:
     """Whether a tensor of the transformer is one that no picture needs: none is."""
     return False

@@ -114,7 +114,7 @@ class TextEncoder(nn.Module):
         return out
 
 
-def is_dead(name: str, config: Mapping[str, Any]) -> bool:
+def is_dead(config: Mapping[str, Any], name: str) -> bool:
     """Whether a tensor of the checkpoint, by its canonical name, is one that no picture needs."""
     if name.startswith(("visual.", "lm_head.")):
         return True
@@ -136,4 +136,5 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
         Input("sin", torch.float32, ("tokens", half)),
     )
     sizes = ({"tokens": 34}, {"tokens": 55})
-    return {"text_encoder": Part("text_encoder", lambda: TextEncoder(config), inputs, "prompt_embeds", sizes)}
+    part = Part("text_encoder", lambda: TextEncoder(config), inputs=inputs, output="prompt_embeds", sizes=sizes)
+    return {"text_encoder": part}

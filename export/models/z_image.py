@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zimg.engines.errors import CheckpointError
-from zimg.export.models.layers import Border, Tables, TimestepEmbedding, attention, rotate, split_heads
+from zimg.export.models.layers import Border, Tables, TimestepEmbedding, attention, rotate, split_heads, weight_dtype
 from zimg.export.parts import Input, Part
 
 MODULATION_WIDTH = 256
@@ -135,7 +135,7 @@ class PadRows(nn.Module):
 
     def forward(self, x: Tensor, pad: Tensor, token: Tensor) -> Tensor:
         """(batch, tokens, dim), (tokens,) bool with True at pads, (1, dim) -> (batch, tokens, dim)."""
-        return torch.where(pad[:, None], token, x)
+        return torch.where(pad[:, None], token.to(x.dtype), x)
 
 
 class TimeEmbedding(TimestepEmbedding):
@@ -159,11 +159,11 @@ class Leading(nn.Module):
 
 
 class Join(nn.Module):
-    """Image tokens, then caption tokens; the caption's batch is widened to the image's."""
+    """Image tokens, then caption tokens, which get the image's batch and element type."""
 
     def forward(self, image: Tensor, caption: Tensor) -> Tensor:
-        """(batch, image tokens, dim), (1, caption tokens, dim) -> (batch, all tokens, dim)."""
-        return torch.cat([image, caption.expand(image.shape[0], -1, -1)], dim=1)
+        """(batch, image tokens, dim), (1, caption tokens, dim) float32 -> (batch, all tokens, dim)."""
+        return torch.cat([image, caption.to(image.dtype).expand(image.shape[0], -1, -1)], dim=1)
 
 
 class FinalLayer(nn.Module):
@@ -235,7 +235,7 @@ class CaptionEmbedding(nn.Sequential):
 
     def forward(self, prompt_embeds: Tensor) -> Tensor:
         """(1, caption tokens, cap_feat_dim) float32 -> (1, caption tokens, dim)."""
-        return super().forward(prompt_embeds.to(self[1].weight.dtype))
+        return super().forward(prompt_embeds.to(weight_dtype(self)))
 
 
 class ZImageConditioner(nn.Module):
@@ -281,19 +281,19 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
     conditioner = Part(
         "transformer",
         lambda: ZImageConditioner(config),
-        (
+        inputs=(
             Input("prompt_embeds", float32, (1, "caption_tokens", config["cap_feat_dim"])),
             Input("cos", float32, ("caption_tokens", half)),
             Input("sin", float32, ("caption_tokens", half)),
             Input("pad", torch.bool, ("caption_tokens",)),
         ),
-        "caption",
-        ({"caption_tokens": 96}, {"caption_tokens": 160}),
+        output="caption",
+        sizes=({"caption_tokens": 96}, {"caption_tokens": 160}),
     )
     denoiser = Part(
         "transformer",
         lambda: ZImageDenoiser(config),
-        (
+        inputs=(
             Input("hidden_states", float32, ("batch", "image_tokens", 4 * config["in_channels"])),
             Input("timestep", float32, (1,)),
             Input("caption", float32, (1, "caption_tokens", dim)),
@@ -301,8 +301,8 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
             Input("sin", float32, ("all_tokens", half)),
             Input("pad", torch.bool, ("image_tokens",)),
         ),
-        "velocity",
-        (
+        output="velocity",
+        sizes=(
             {"batch": 2, "image_tokens": 96, "caption_tokens": 64, "all_tokens": 160},
             {"batch": 3, "image_tokens": 160, "caption_tokens": 128, "all_tokens": 288},
         ),
@@ -310,6 +310,6 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
     return {"conditioner": conditioner, "denoiser": denoiser}
 
 
-def is_dead(name: str, config: Mapping[str, Any]) -> bool:
+def is_dead(config: Mapping[str, Any], name: str) -> bool:
     """Whether a tensor of the transformer is one that no picture needs: none is."""
     return False

@@ -67,6 +67,9 @@ class Family(Protocol):
     def guidance_scale(self, cfg_scale: float) -> float:
         """DiffSynth's ``cfg_scale`` as this family's ``guidance_scale``."""
 
+    def cfg_scale(self, guidance_scale: float) -> float:
+        """The other way round."""
+
     def is_guided(self, guidance_scale: float, sigma: float, cfg_truncation: float) -> bool:
         """Whether guidance is on at this noise level."""
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from zimg.engines.bundle import TextConfig
 from zimg.runtime import guidance, rope
-from zimg.runtime.latents import denormalize, pack, unpack, vae_normalization
+from zimg.runtime.latents import TokenLayout, denormalize, pack, unpack, vae_normalization
 
 Array = NDArray[np.float32]
 Config = dict[str, dict[str, Any]]
@@ -25,8 +25,8 @@ TEXT = TextConfig(
 MAX_SIDE = 8192
 USES_CHAT_TEMPLATE = False
 HAS_MODULATION_TABLE = True
-NEGATIVE_PROMPT = None
-LAYOUT = "c ph pw"
+NEGATIVE_PROMPT: str | None = None
+LAYOUT: TokenLayout = "c ph pw"
 
 
 def base_sigmas(num_inference_steps: int) -> list[float] | None:
@@ -88,6 +88,7 @@ def velocity(output: Array, latents: Array) -> Array:
 
 
 guidance_scale = guidance.qwen_image_guidance_scale
+cfg_scale = guidance.qwen_image_cfg_scale
 
 
 def is_guided(guidance_scale: float, sigma: float, cfg_truncation: float) -> bool:

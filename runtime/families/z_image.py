@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from zimg.engines.bundle import TextConfig
 from zimg.runtime import guidance, rope, schedule
-from zimg.runtime.latents import denormalize, pack, unpack, vae_normalization
+from zimg.runtime.latents import TokenLayout, denormalize, pack, unpack, vae_normalization
 
 Array = NDArray[np.float32]
 Config = dict[str, dict[str, Any]]
@@ -24,8 +24,8 @@ TEXT = TextConfig(
 MAX_SIDE = 8192
 USES_CHAT_TEMPLATE = True
 HAS_MODULATION_TABLE = False
-NEGATIVE_PROMPT = ""
-LAYOUT = "ph pw c"
+NEGATIVE_PROMPT: str | None = ""
+LAYOUT: TokenLayout = "ph pw c"
 
 
 def base_sigmas(num_inference_steps: int) -> list[float] | None:
@@ -93,5 +93,6 @@ def velocity(output: Array, latents: Array) -> Array:
 
 
 guidance_scale = guidance.z_image_guidance_scale
+cfg_scale = guidance.z_image_cfg_scale
 is_guided = guidance.z_image_is_guided
 guide = guidance.z_image_guidance

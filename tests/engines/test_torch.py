@@ -461,3 +461,11 @@ def test_a_missing_package(blocks: Made, monkeypatch: pytest.MonkeyPatch, packag
         monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(BackendError, match=rf"needs {package}; pip install 'zimg\[torch\]'"):
         base.open_engine(blocks[1], "net", "torch")
+
+
+def test_an_upload_under_a_wrong_name_is_found_when_it_is_used(blocks: Made) -> None:
+    engine = open_engine(blocks[1], "net", "cpu")
+    kept = engine.upload({"z": np.zeros(3, np.float32)})
+    feeds = {name: tensor.numpy() for name, tensor in block_inputs(2, 5).items()}
+    with pytest.raises(BackendError, match="net has no input 'z'"):
+        engine.run({**feeds, **kept})

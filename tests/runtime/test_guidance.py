@@ -106,8 +106,7 @@ def scheduler_mu(tokens):
     return 0.5 + (tokens - 256) * (0.9 - 0.5) / (8192 - 256)
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("scale", [0.0, 0.5, 3.0, 5.0])
+@pytest.mark.parametrize(("seed", "scale"), [(0, 0.0), (1, 0.5), (2, 5.0)])
 @pytest.mark.parametrize("normalization", [False, True, 0.4, 1.3, -1.0])
 @pytest.mark.parametrize("truncation", [1.0, 0.5, 0.0, -0.5, 2.0, None])
 def test_z_image_pipeline(seed, scale, normalization, truncation):

@@ -29,9 +29,9 @@ def test_one_draw(seed, shape):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("size", range(16))
-def test_under_one_block(seed, size):
-    np.testing.assert_allclose(Generator(seed).randn((size,)), torch_draws(seed, [(size,)])[0].numpy(), rtol=2e-7)
+def test_under_one_block(seed):
+    for size in range(16):
+        np.testing.assert_allclose(Generator(seed).randn((size,)), torch_draws(seed, [(size,)])[0].numpy(), rtol=2e-7)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_bfloat16_is_the_float32_draw_rounded():
         (expected,) = torch_draws(seed, [shape], torch.bfloat16)
         # Two in ten thousand lie so close to a rounding boundary that torch's last bit decides.
         assert (ours != expected.float().numpy()).mean() < 3e-4
-        np.testing.assert_allclose(ours, expected.float().numpy(), rtol=2**-7)
+        np.testing.assert_allclose(ours, expected.float().numpy(), rtol=2**-7, atol=TOLERANCE)
 
 
 def test_lowest_32_bits_are_the_seed():

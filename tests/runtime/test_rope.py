@@ -57,7 +57,7 @@ def z_image():
 
 
 @pytest.mark.parametrize(("height", "width"), GRIDS)
-@pytest.mark.parametrize("caption", [1, 8, 31, 32, 33, 200, 512])
+@pytest.mark.parametrize("caption", [1, 31, 32, 33, 512])
 def test_z_image(z_image, height, width, caption):
     image = torch.zeros(16, 1, 2 * height, 2 * width)
     out = z_image.patchify_and_embed([image], [torch.zeros(caption, 16)], 2, 1)

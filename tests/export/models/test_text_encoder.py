@@ -78,12 +78,12 @@ def test_flat_config_of_older_files():
 
 def test_dead_tensors():
     config = QWEN3 | {"model_type": "qwen3"}
-    assert is_dead("layers.2.mlp.up_proj.weight", config)
-    assert is_dead("norm.weight", config)
-    assert is_dead("lm_head.weight", config)
-    assert not is_dead("layers.1.mlp.up_proj.weight", config)
-    assert not is_dead("norm.weight", {"model_type": "qwen2_5_vl"})
-    assert is_dead("visual.blocks.0.attn.qkv.weight", {"model_type": "qwen2_5_vl"})
+    assert is_dead(config, "layers.2.mlp.up_proj.weight")
+    assert is_dead(config, "norm.weight")
+    assert is_dead(config, "lm_head.weight")
+    assert not is_dead(config, "layers.1.mlp.up_proj.weight")
+    assert not is_dead({"model_type": "qwen2_5_vl"}, "norm.weight")
+    assert is_dead({"model_type": "qwen2_5_vl"}, "visual.blocks.0.attn.qkv.weight")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,125 @@
+"""Export a checkpoint of the real size on a small machine: peak memory, time and disk of ``zimg-export build``.
+
+The checkpoint has the real configs, names and shards and weighs nothing (see ``sparse_checkpoint.py``), and all of it is
+removed at the end. Exits with 1 where a bound is broken.
+
+    python benchmarks/export_memory.py                               # both families as most checkpoints are, bfloat16
+    python benchmarks/export_memory.py --family z-image --stored fp32     # the transformer is cast: writes 12.3 GB
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import common
+
+PEAK_GIB = 3.0
+DENOISER_MB = 1.0
+BLOCK_NODES = 100
+BLOCK_GRAPHS = ("denoiser", "conditioner", "text_encoder")
+
+
+def export(family: str, folder: Path, *, precision: str = "bf16", stored: str = "bf16") -> dict[str, Any]:
+    """Write a sparse checkpoint into a folder and build a bundle from it beside it.
+
+    Args:
+        family: ``"z-image"`` or ``"qwen-image"``.
+        folder: an empty folder, on the disk that shall be measured.
+        precision: of the bundle, ``"fp32"`` or ``"bf16"``.
+        stored: of the checkpoint's transformer, ``"fp32"`` or ``"bf16"``.
+    """
+    model, bundle = folder / family, folder / f"{family}.bundle"
+    writer = Path(__file__).with_name("sparse_checkpoint.py")
+    checkpoint = _run(sys.executable, writer, family, model, "--stored", stored)
+    built = _run(
+        common.console_script("zimg-export"),
+        *("build", "--model", model, "--out", bundle, "--precision", precision, "--quiet", "--json"),
+        env={"XDG_CACHE_HOME": str(folder / "cache")},
+    )
+    return {
+        "family": family,
+        "precision": precision,
+        "stored": stored,
+        "checkpoint_bytes": int(checkpoint.output.split()[-1]),
+        "peak_bytes": built.peak_bytes,
+        "seconds": round(built.seconds, 1),
+        **disk_use(bundle),
+        "graphs": {path.name: graph_size(path) for path in sorted(bundle.glob("*.onnx"))},
+    }
+
+
+def _run(*command: Any, env: dict[str, str] | None = None) -> common.Measured:
+    done = common.measure([str(part) for part in command], env)
+    if done.exit_code:
+        raise SystemExit(f"{command[0]} failed with {done.exit_code}:\n{done.output}")
+    return done
+
+
+def disk_use(bundle: Path) -> dict[str, int]:
+    """What a bundle seems to take, what of that it shares with the checkpoint by links, and what it takes itself."""
+    stats = [path.stat() for path in bundle.rglob("*") if path.is_file()]
+    return {
+        "bundle_bytes": sum(stat.st_size for stat in stats),
+        "linked_bytes": sum(stat.st_size for stat in stats if stat.st_nlink > 1),
+        "disk_bytes": sum(512 * stat.st_blocks for stat in stats if stat.st_nlink == 1),
+    }
+
+
+def graph_size(path: Path) -> dict[str, int]:
+    """The size of an ONNX file, the nodes of its graph and those of its largest function."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    functions = [len(function.node) for function in model.functions]
+    return {"bytes": path.stat().st_size, "calls": len(model.graph.node), "largest_function": max(functions, default=0)}
+
+
+def report(result: dict[str, Any]) -> int:
+    """Print a result; the exit code."""
+    gib = result["peak_bytes"] / 2**30
+    print(f"\n{result['family']}, {result['stored']} checkpoint to {result['precision']} bundle")
+    print(f"  checkpoint      {result['checkpoint_bytes'] / 1e9:8.2f} GB")
+    print(f"  bundle          {result['bundle_bytes'] / 1e9:8.2f} GB, {result['linked_bytes'] / 1e9:.2f} GB of it linked")
+    print(f"  written         {result['disk_bytes'] / 1e9:8.2f} GB")
+    print(f"  peak memory     {gib:8.2f} GiB")
+    print(f"  time            {result['seconds']:8.1f} s\n")
+    graphs = result["graphs"]
+    rows = [
+        (name, f"{graph['bytes'] / 1e3:.0f}", graph["calls"], graph["largest_function"]) for name, graph in graphs.items()
+    ]
+    print(common.table(("graph", "kB", "calls", "nodes in its largest function"), rows), "\n")
+    bounds = [("peak resident memory, GiB", gib, PEAK_GIB)]
+    for name, graph in graphs.items():
+        if name.startswith("denoiser"):
+            bounds.append((f"{name}, MB", graph["bytes"] / 1e6, DENOISER_MB))
+        if re.match("|".join(BLOCK_GRAPHS), name):
+            bounds.append((f"{name}, nodes in a block", graph["largest_function"], BLOCK_NODES))
+    return common.broken_bounds(bounds)
+
+
+def main() -> int:
+    """The script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=["z-image", "qwen-image"], help="[default: both]")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the bundle")
+    parser.add_argument("--stored", choices=["bf16", "fp32"], default="bf16", help="of the checkpoint's transformer")
+    parser.add_argument("--folder", type=Path, help="where to make the temporary folder [default: the system's]")
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    options = parser.parse_args()
+    facts, results, broken = common.machine(), [], 0
+    for family in [options.family] if options.family else ["z-image", "qwen-image"]:
+        with tempfile.TemporaryDirectory(prefix="zimg-export-memory-", dir=options.folder) as folder:
+            result = export(family, Path(folder), precision=options.precision, stored=options.stored)
+        broken |= report(result)
+        results.append(result)
+    common.save(options.json, facts, results)
+    return broken
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Checkpoints and bundles that several test files use, made once for all workers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the tests out of the user's cache, and off the network."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder all workers of this run see."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(shared_folder: Path) -> Callable[..., Path]:
+    """``checkpoint_of(family, seed=0, **overrides)``: the folder of a tiny reference pipeline, saved once."""
+
+    def make(family: str, seed: int = 0, **overrides: Any) -> Path:
+        from tests import reference
+
+        folder = shared_folder / f"checkpoint-{_key(family, seed, overrides)}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                reference.save(reference.FAMILIES[family](seed, **overrides), folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundle_of(shared_folder: Path, checkpoint_of: Callable[..., Path]) -> Callable[..., Path]:
+    """``bundle_of(family, precision="fp32", seed=0, **overrides)``: a bundle of that checkpoint, built once."""
+
+    def make(family: str, precision: str = "fp32", seed: int = 0, **overrides: Any) -> Path:
+        from zimg.export.build import build
+
+        folder = shared_folder / f"bundle-{precision}-{_key(family, seed, overrides)}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                build(str(checkpoint_of(family, seed, **overrides)), folder, precision=precision)
+        return folder
+
+    return make
+
+
+def _key(family: str, seed: int, overrides: dict[str, Any]) -> str:
+    import hashlib
+
+    digest = hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{family}-{seed}-{digest}"
