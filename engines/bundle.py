@@ -6,10 +6,11 @@ Knows files and hashes, and nothing of any model.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -148,14 +149,20 @@ class Bundle:
         Raises:
             BundleError: the name leads out of the bundle, or the manifest does not list it, or it is missing.
         """
-        pure = PurePosixPath(name)
+        pure, manifest = PurePosixPath(name), self.root / MANIFEST
         path = self.root / pure
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name or not path.resolve().is_relative_to(self.root):
-            manifest = self.root / MANIFEST
+        try:
+            leaves = pure.is_absolute() or ".." in pure.parts or "\\" in name
+            leaves = leaves or not path.resolve().is_relative_to(self.root)
+            present = path.is_file()
+        except (OSError, ValueError, RuntimeError) as error:
+            # Too long a name, a null byte, links in a circle.
+            raise BundleError(f"{manifest} names {name!r}, which cannot be opened ({error})", "do not trust it") from None
+        if leaves:
             raise BundleError(f"{manifest} names {name!r}, which leads out of the bundle", "do not trust it")
         if name not in self.manifest.files:
-            raise BundleError(f"{self.root / MANIFEST} does not list {name!r}", "build the bundle again")
-        if not path.is_file():
+            raise BundleError(f"{manifest} does not list {name!r}", "build the bundle again")
+        if not present:
             raise BundleError(f"{path} is missing", "copy or build the bundle again")
         return path
 
@@ -198,15 +205,17 @@ class Bundle:
             size, expected = path.stat().st_size, self.manifest.files[name].size
             if size != expected:
                 raise BundleError(f"{path} has {size:,} of {expected:,} bytes", "copy or build the bundle again")
-        fresh = {name for name, path in paths.items() if afresh or not verified.is_known(path, self._hash(name))}
+        fresh = [name for name, path in paths.items() if afresh or not verified.is_known(path, self._hash(name))]
+        # Taken before the bytes are read: what changes meanwhile is read again the next time.
+        states = [verified.state(paths[name]) for name in fresh]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            hashes = pool.map(lambda name: sha256(paths[name]), sorted(fresh))
-            for name, digest in zip(sorted(fresh), hashes, strict=True):
+            hashes = pool.map(lambda name: sha256(paths[name]), fresh)
+            for name, state, digest in zip(fresh, states, hashes, strict=True):
                 if digest != self._hash(name):
                     raise BundleError(
                         f"{paths[name]} was changed: its hash is not the manifest's", "copy or build the bundle again"
                     )
-                verified.remember(paths[name], digest)
+                verified.remember(paths[name], digest, state)
 
     def _hash(self, name: str) -> str:
         return self.manifest.files[name].sha256
@@ -228,13 +237,13 @@ def _read_manifest(root: Path) -> Manifest:
         raise BundleError(f"{path} cannot be read ({error.strerror})") from None
     try:
         version = msgspec.json.decode(data, type=dict[str, Any]).get("schema_version")
-        if isinstance(version, int) and version > SCHEMA_VERSION:
+        if isinstance(version, int | float) and version > SCHEMA_VERSION:
             raise BundleError(
                 f"{root} has schema version {version}, and this zimg reads up to {SCHEMA_VERSION}",
                 "upgrade zimg, or build the bundle again with this one",
             )
         return msgspec.json.decode(data, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is not a manifest zimg can read ({error})", "build the bundle again") from None
 
 
@@ -271,34 +280,61 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         target: the folder that shall exist afterwards.
-        overwrite: replace a folder that exists, if it is a bundle.
+        overwrite: replace a folder that exists, if it is a bundle or empty.
 
     Raises:
         OutputError: the target exists, is no bundle, or cannot be written, or the disk is full.
     """
-    if target.exists() and not overwrite:
-        raise OutputError(f"{target} exists already", "name another folder, or replace it with --overwrite")
-    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputError(f"{target} exists and is not a bundle", "name another folder")
-    work: Path | None = None
+    work = _beside(target, "part")
+    made: list[Path] = []
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-        work.chmod(0o755)
+        _check_target(target, overwrite)
+        made = [parent for parent in target.parents if not parent.exists()]
+        work.mkdir(parents=True)
         yield work
-        old = None
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-            target.rename(old / target.name)
-        work.rename(target)
-        if old:
-            shutil.rmtree(old, ignore_errors=True)
+        _check_target(target, overwrite)
+        _move(work, target)
     except OSError as error:
-        raise OutputError(f"{target} cannot be written ({error.strerror or error})", _space_hint(error)) from None
+        place = f": {error.filename}" if error.filename else ""
+        message = f"{target} cannot be written ({error.strerror or error}{place})"
+        raise OutputError(message, _write_hint(error)) from None
     finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()  # Stays where the target is in it.
 
 
-def _space_hint(error: OSError) -> str:
-    return "free some space, or name a folder on another disk" if error.errno == 28 else "check the path and its rights"
+def _beside(target: Path, suffix: str) -> Path:
+    return target.parent / f".{target.name}.{secrets.token_hex(4)}.{suffix}"
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.is_symlink():
+        raise OutputError(f"{target} is a link", "name the folder itself")
+    if not target.exists():
+        return
+    if not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"{target} exists and is not a bundle", "name another folder")
+    if not overwrite:
+        raise OutputError(f"{target} exists already", "name another folder, or replace it with --overwrite")
+
+
+def _move(work: Path, target: Path) -> None:
+    """Rename a finished folder to its target. A bundle that is there is put aside first, and back if that fails."""
+    old = _beside(target, "old")
+    with contextlib.suppress(FileNotFoundError):
+        target.rename(old)
+    try:
+        work.rename(target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_hint(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space, or name a folder on another disk"
+    return "check the path and its rights"

@@ -47,7 +47,7 @@ def bfloat16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 def float32_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Round float32 to the nearest bfloat16, ties to even, as torch does; returns 16-bit patterns, any shape."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    bits = np.asarray(values, np.float32, order="C").view(np.uint32)
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
     # The carry would turn a NaN with a full mantissa into an infinity.
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
@@ -62,4 +62,6 @@ def to_float32(stored: NDArray[Any], name: str) -> NDArray[np.float32]:
     """Widen stored weights of type ``name`` to float32; a view where they are float32 already."""
     if name == "bfloat16":
         return bfloat16_to_float32(stored)
+    if name.startswith("float8"):
+        raise TypeError(f"{name} is stored as bit patterns, which have no widening here")
     return np.asarray(stored, dtype=np.float32)

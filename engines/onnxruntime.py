@@ -10,10 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimg.engines.base import Feeds, check_feeds
-from zimg.engines.errors import BackendError, BundleError
+from zimg.engines.errors import BackendError, BundleError, UsageError
 
 if TYPE_CHECKING:
     from zimg.engines.bundle import Bundle, Component
+
+OUT_OF_MEMORY = ("failed to allocate memory", "out of memory", "bad_alloc", "alloc_failed")
+"""What ONNX Runtime, the C++ library and CUDA's libraries say, in lower case."""
 
 
 def open_engine(bundle: Bundle, component: str, device: str | None = None) -> OnnxRuntimeEngine:
@@ -25,7 +28,9 @@ def open_engine(bundle: Bundle, component: str, device: str | None = None) -> On
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; by default CUDA where its provider is installed, else the CPU.
 
     Raises:
+        UsageError: no such device.
         BackendError: ONNX Runtime is not installed, has no such provider, or cannot load the graph.
+        BundleError: the graph or its weights are broken.
     """
     try:
         import onnxruntime as ort
@@ -41,7 +46,7 @@ def open_engine(bundle: Bundle, component: str, device: str | None = None) -> On
 def _parse_device(device: str) -> tuple[str, int]:
     if match := re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device):
         return match[1], int(match[2] or 0)
-    raise BackendError(f"ONNX Runtime has no device {device!r}", "choose cpu, cuda or cuda:N")
+    raise UsageError(f"ONNX Runtime has no device {device!r}", "choose cpu, cuda or cuda:N")
 
 
 def _graph(component: Component, kind: str) -> str:
@@ -58,11 +63,13 @@ class OnnxRuntimeEngine:
         import onnxruntime as ort
 
         entry = bundle.component(component)
+        if not entry.graphs:
+            raise BackendError(f"{component} is a table of tensors and has no graph to run")
         self.name = component
         self.inputs, self.outputs = entry.inputs, entry.outputs
         self._device = (kind, index)
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # What fails is raised; its log would be a second message.
         # Threads that spin between operators take the processor from everything else on the machine.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         providers: list[Any] = ["CPUExecutionProvider"]
@@ -120,8 +127,9 @@ class OnnxRuntimeEngine:
 
 def _explain(error: Exception, what: str) -> Exception:
     text = " ".join(str(error).split())
-    if "Failed to allocate memory" in text or "out of memory" in text.lower() or isinstance(error, MemoryError):
+    lower = text.lower()
+    if isinstance(error, MemoryError) or any(sign in lower for sign in OUT_OF_MEMORY):
         return BackendError(f"{what}: out of memory", "ask for a smaller picture, or use a bundle of lower precision")
-    if "external" in text.lower() and "data" in text.lower():
+    if "protobuf" in lower or ("external" in lower and "data" in lower):
         return BundleError(f"{what}: {text[:300]}", "copy or build the bundle again")
     return BackendError(f"{what}: {text[:300]}", "try --backend torch, and report this")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,40 +55,63 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise SafetensorsError(f"{path} is no safetensors file, or was cut short", _kind_hint(prefix))
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length).decode(), object_pairs_hook=_object)
     except FileNotFoundError:
         raise SafetensorsError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SafetensorsError(f"{path} has no readable safetensors header ({error})", "fetch the file again") from None
     if not isinstance(header, dict):
         raise SafetensorsError(f"{path} has no readable safetensors header (not an object)", "fetch the file again")
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        tensors[name] = _entry(path, name, entry, 8 + length)
-    end = max((info.offset + info.nbytes for info in tensors.values()), default=8 + length)
-    if end > size:
-        raise SafetensorsError(f"{path} is cut short: {size:,} of {end:,} bytes", "fetch the file again")
-    return tensors
+    infos = [_entry(path, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
+    infos.sort(key=lambda info: (info.offset, info.nbytes))
+    end = 8 + length
+    for info in infos:
+        # The format allows neither gaps nor overlaps.
+        if info.offset != end:
+            message = f"{path}: tensor {info.name!r} does not begin where the one before it ends"
+            raise SafetensorsError(message, "fetch the file again")
+        end += info.nbytes
+    if end != size:
+        state = "is cut short" if end > size else "goes on after its last tensor"
+        raise SafetensorsError(f"{path} {state}: {size:,} of {end:,} bytes", "fetch the file again")
+    return {info.name: info for info in infos}
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return names
 
 
 def _kind_hint(prefix: bytes) -> str:
-    if prefix[:2] == b"PK" or prefix[:1] == b"\x80":
+    # A zip, or protocol 2 to 5 and an opcode. The length of a short header may begin likewise, but has a zero there.
+    if re.match(rb"PK|\x80[\x02-\x05](?!\0)", prefix):
         return "it looks like a pickle (.bin, .pt, .ckpt), which zimg never opens: convert it to safetensors"
+    if prefix == b"version ":
+        return "it looks like a Git LFS pointer: fetch the file itself (git lfs pull)"
     return "fetch the file again"
 
 
 def _entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
-    try:
-        dtype = BY_SAFETENSORS[entry["dtype"]]
-        shape = tuple(int(side) for side in entry["shape"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise SafetensorsError(f"{path}: tensor {name!r} has a header zimg cannot read ({error!r})") from None
-    if min(shape, default=0) < 0 or begin < 0 or end - begin != math.prod(shape) * dtype.storage.itemsize:
+    if not isinstance(entry, dict) or not _are_counts(entry.get("shape")) or not _are_counts(entry.get("data_offsets"), 2):
+        raise SafetensorsError(f"{path}: tensor {name!r} has no readable shape and data_offsets", "fetch the file again")
+    dtype = BY_SAFETENSORS.get(str(entry.get("dtype")))
+    if dtype is None:
+        known = ", ".join(BY_SAFETENSORS)
+        raise SafetensorsError(f"{path}: tensor {name!r} is of type {entry.get('dtype')!r}", f"zimg reads {known}")
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if end - begin != math.prod(shape) * dtype.storage.itemsize:
         raise SafetensorsError(f"{path}: tensor {name!r} has {end - begin} bytes, which do not fit its shape {shape}")
     return TensorInfo(path, name, dtype.name, shape, start + begin, end - begin)
+
+
+def _are_counts(values: Any, length: int | None = None) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == (len(values) if length is None else length)
+        and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    )
 
 
 def view(info: TensorInfo) -> NDArray[Any]:

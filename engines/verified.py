@@ -8,31 +8,43 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
 
-def _note(path: Path) -> Path:
-    key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
-    return user_cache_path("zimg") / "verified" / key
-
-
-def _state(path: Path, digest: str) -> str:
+def state(path: Path) -> str:
+    """What changes with a file's content: its size, two times and inode."""
     stat = path.stat()
-    return f"{digest} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+    return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
 
 
 def is_known(path: Path, digest: str) -> bool:
     """Whether this very file was seen with this SHA-256 and has not changed since."""
     with contextlib.suppress(OSError):
-        return _note(path).read_text() == _state(path, digest)
+        return _note(path).read_bytes() == _text(digest, state(path))
     return False
 
 
-def remember(path: Path, digest: str) -> None:
-    """Note that a file has this SHA-256. A cache that cannot be written is done without."""
+def remember(path: Path, digest: str, state: str) -> None:
+    """Note that a file has this SHA-256. A cache that cannot be written is done without.
+
+    Args:
+        path: the file.
+        digest: of all its bytes, in hexadecimal.
+        state: the file's :func:`state` before its bytes were read.
+    """
     with contextlib.suppress(OSError):
         note = _note(path)
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(_state(path, digest))
+        note.write_bytes(_text(digest, state))
+
+
+def _note(path: Path) -> Path:
+    key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    return user_cache_path("zimg") / "verified" / key
+
+
+def _text(digest: str, state: str) -> bytes:
+    return f"{digest} {state}".encode()

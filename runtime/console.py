@@ -22,26 +22,26 @@ def run(command: click.Command) -> NoReturn:
     # A polite kill cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        command.main(prog_name=name, standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        result = command.main(prog_name=name, standalone_mode=False)
     except click.ClickException as error:
-        _end(name, f"{error.format_message().rstrip('.')} (see {name} --help)", error.exit_code)
+        if type(error).__name__ == "NoArgsIsHelpError":  # Of click 8.2 and newer; older ones print the help themselves.
+            error.show()
+            sys.exit(error.exit_code)
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else name
+        _end(name, f"{error.format_message().rstrip('.')} (see {path} --help)", error.exit_code)
     except ZimgError as error:
         _end(name, str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _end(name, "interrupted; nothing half-written is left", 1)
-    except BrokenPipeError:
-        # Whoever read our output has gone.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except MemoryError:
         _end(name, "out of memory; ask for a smaller picture, or use a machine with more", 1)
     except OSError as error:
         _end(name, f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
     except Exception as error:
         _end(name, f"internal error: {type(error).__name__}: {error} (ZIMG_TRACEBACK=1 shows where; please report it)", 1)
-    sys.exit(0)
+    # What ``--help`` and ``ctx.exit`` give comes back as a number; commands give nothing.
+    sys.exit(result if isinstance(result, int) else 0)
 
 
 def _end(name: str, message: str, code: int) -> NoReturn:

@@ -62,7 +62,9 @@ def generate(
         ZimgError: whatever went wrong, in one line; no picture is half-written.
     """
     given = {name: value for name, value in call.items() if value is not None and name != "num_images"}
-    count = call.get("num_images") or 1
+    count = 1 if call.get("num_images") is None else int(call["num_images"])
+    if count < 1:
+        raise UsageError(f"num_images is {count}", "give 1 or more")
     template = read(from_image) if from_image else None
     if template:
         given = _filled(given, template)

@@ -56,7 +56,7 @@ def as_text(summary: dict[str, Any]) -> str:
         f"{summary['name']}  ({summary['family']}, {summary['precision']}, {_size(summary['bytes'])})",
         f"  path      {summary['path']}",
         f"  source    {source['model']}{revision}",
-        f"  built by  zimg {summary['zimg_version']}, " + ", ".join(f"{k} {v}" for k, v in summary["tools"].items()),
+        "  built by  " + ", ".join(f"{k} {v}" for k, v in {"zimg": summary["zimg_version"], **summary["tools"]}.items()),
         f"  defaults  {defaults['width']}x{defaults['height']}, {defaults['num_inference_steps']} steps, "
         f"guidance scale {defaults['guidance_scale']:g}, negative prompt {defaults['negative_prompt']!r}",
     ]
@@ -73,7 +73,7 @@ def as_text(summary: dict[str, Any]) -> str:
 
 def _size(size: float) -> str:
     for unit in ("B", "kB", "MB"):
-        if size < 1000:
+        if size < 999.5:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} GB"

@@ -7,7 +7,6 @@ and Xie 2023). They are streamed once, a linear at a time, and only their N x 12
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +19,8 @@ from zimg.engines.dtypes import BY_NAME, float32_to_bfloat16, to_float32
 from zimg.engines.errors import BundleError
 from zimg.engines.safetensors import TensorInfo
 from zimg.runtime.disk_cache import cached_array
-from zimg.runtime.schedule import NUM_TRAIN_TIMESTEPS, qwen_image_time
+from zimg.runtime.schedule import qwen_image_time
+from zimg.runtime.time_embedding import qwen_image_time_embedding
 
 COMPONENT = "modulation"
 TIME_EMBEDDING = "time_text_embed.timestep_embedder"
@@ -29,14 +29,6 @@ LAYOUT_VERSION = 1
 
 PIECE = 1 << 23
 """How many weights are held as float32 at a time."""
-
-FREQUENCIES = 128
-MAX_PERIOD = 10000
-ROUNDED_UP = [12, 106]
-"""Torch's float32 ``exp`` misses the nearest float32 for these two frequencies, by a fiftieth of their last place.
-
-At the highest timestep that still turns frequency 12 by 3e-5, so the table follows torch.
-"""
 
 
 class ModulationTable:
@@ -88,7 +80,7 @@ def modulation_table(
     dim = _find(tensors, f"{TIME_EMBEDDING}.linear_2.bias").shape[0]
 
     def fill(table: NDArray[Any]) -> None:
-        hidden = _linear(tensors, f"{TIME_EMBEDDING}.linear_1", timestep_embedding(qwen_image_time(sigmas)), dim)
+        hidden = _linear(tensors, f"{TIME_EMBEDDING}.linear_1", qwen_image_time_embedding(qwen_image_time(sigmas)), dim)
         signal = _silu(_linear(tensors, f"{TIME_EMBEDDING}.linear_2", _silu(hidden), dim))
         row = 0
         for done, (name, rows) in enumerate(linears, start=1):
@@ -102,25 +94,6 @@ def modulation_table(
     shape = (len(sigmas), 12 * layers + 2, dim)
     key = hashlib.sha256(identity).hexdigest()
     return ModulationTable(cached_array(COMPONENT, key, shape, BY_NAME[precision].storage, fill), precision)
-
-
-def timestep_embedding(times: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Cosines, then sines of 1000 x time x frequency, with frequencies 10000^(-i/128) (Vaswani et al. 2017).
-
-    The angles go up to 1000, where the last bit of a float32 is 6e-5, so every rounding is that of diffusers'
-    ``get_timestep_embedding``.
-
-    Args:
-        times: float32 (N,), in 0 ... 1.
-
-    Returns:
-        float32 (N, 256).
-    """
-    exponent = np.float32(-math.log(MAX_PERIOD)) * np.arange(FREQUENCIES, dtype=np.float32) / np.float32(FREQUENCIES)
-    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
-    frequency[ROUNDED_UP] = np.nextafter(frequency[ROUNDED_UP], np.float32(1))
-    angle = (np.float32(NUM_TRAIN_TIMESTEPS) * (times[:, None] * frequency)).astype(np.float64)
-    return np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
 
 
 def _silu(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -34,6 +34,7 @@ PAIR = re.compile(r'(\w[\w /-]{0,60}):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 TEXT_CHUNK, EXACT_CHUNK = "parameters", "zimg"
 EXIF_IFD, USER_COMMENT, MAKER_NOTE = 0x8769, 0x9286, 0x927C
 UNICODE, MAKER = b"UNICODE\0", b"zimg\0"
+MAX_IMAGES = 10_000
 JPEG_EXIF_LIMIT = 65_533 - len(b"Exif\0\0")
 """Bytes of EXIF that a JPEG segment can hold."""
 
@@ -43,8 +44,6 @@ WEB_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "CFG scale": ("cfg_scale", float),
     "Seed": ("seed", int),
     "Model": ("model", str),
-    "Batch size": ("num_images", int),
-    "Batch pos": ("image_index", int),
     "Version": ("version", str),
 }
 """Key of the web UI -> field, and how to read it."""
@@ -53,6 +52,8 @@ OWN_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "CFG normalization": ("cfg_normalization", float),
     "CFG truncation": ("cfg_truncation", float),
     "Max sequence length": ("max_sequence_length", int),
+    "Num images": ("num_images", int),
+    "Image index": ("image_index", int),
     "Family": ("family", str),
     "Precision": ("precision", str),
     "Backend": ("backend", str),
@@ -92,7 +93,6 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def to_text(self) -> str:
         """As the web UI writes it; what is not known is left out."""
         size = f"{self.width}x{self.height}" if self.width and self.height else None
-        batch = (self.num_images, self.image_index) if self.num_images > 1 else (None, None)
         pairs = {
             "Steps": self.num_inference_steps,
             "Sampler": "Euler",
@@ -100,11 +100,11 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             "Seed": self.seed,
             "Size": size,
             "Model": self.model,
-            "Batch size": batch[0],
-            "Batch pos": batch[1],
             **{key: getattr(self, name) for key, (name, _) in OWN_KEYS.items()},
             "Version": self.version,
         }
+        if self.num_images == 1:
+            pairs |= {"Num images": None, "Image index": None}
         last = ", ".join(f"{key}: {_quote(value)}" for key, value in pairs.items() if value is not None)
         negative = f"\n{NEGATIVE} {self.negative_prompt}" if self.negative_prompt else ""
         return f"{self.prompt}{negative}\n{last}".strip()
@@ -193,7 +193,7 @@ def read(path: Path) -> Parameters:
     """Read what made a picture from its file: the exact copy if zimg wrote one, else the text of another tool.
 
     Raises:
-        UsageError: there is no such file, it is no picture, or it carries no parameters.
+        UsageError: there is no such file, it is no picture, or it carries no parameters or impossible ones.
     """
     from PIL import Image
 
@@ -204,13 +204,21 @@ def read(path: Path) -> Parameters:
         raise UsageError(f"{path} does not exist", "name a picture that zimg has written") from None
     except Exception as error:  # Pillow raises many kinds at broken files.
         raise UsageError(f"{path} is no picture zimg can read ({error})", "name a PNG, JPEG or WebP file") from None
-    with contextlib.suppress(msgspec.MsgspecError):
-        if exact:
-            return Parameters.from_json(exact)
-    if not text:
+    parameters = _decoded(exact) or (Parameters.from_text(text) if text else None)
+    if parameters is None:
         hint = "name one as it was written: editors and web sites drop them"
         raise UsageError(f"{path} carries no generation parameters", hint)
-    return Parameters.from_text(text)
+    if not 0 <= parameters.image_index < parameters.num_images <= MAX_IMAGES:
+        place = f"picture {parameters.image_index} of {parameters.num_images}"
+        raise UsageError(f"{path} says that it is {place}, which cannot be", "give the parameters by hand")
+    return parameters
+
+
+def _decoded(exact: str | bytes) -> Parameters | None:
+    try:
+        return Parameters.from_json(exact)
+    except msgspec.MsgspecError:
+        return None
 
 
 def _carried(image: Image.Image) -> tuple[str, str | bytes]:

@@ -323,7 +323,7 @@ class Pipeline:
                 latents = noisy[index : index + 1]
                 for step, (sigma, sigma_next) in enumerate(steps):
                     self.report("denoise", index * len(steps) + step, request.batch * len(steps))
-                    inputs = family.denoiser_inputs(latents, sigma, table[step] if table else None)
+                    inputs = family.denoiser_inputs(latents, sigma, table[step] if table else None, self._config)
                     velocity = family.velocity(engine.run({**positive, **inputs})["velocity"], latents)
                     if negative and family.is_guided(request.guidance_scale, sigma, request.cfg_truncation):
                         away = family.velocity(engine.run({**negative, **inputs})["velocity"], latents)

@@ -72,8 +72,7 @@ def check(
         UsageError: naming the first argument that is out of its range, and what it may be.
     """
     prompts = _prompts("prompt", prompt)
-    if sigmas is not None and not len(sigmas):
-        raise UsageError("sigmas is an empty list", "give one or more, or leave it out")
+    levels = _sigmas(sigmas)
     defaults = manifest.defaults
     scale = _guidance_scale(family, defaults.guidance_scale, guidance_scale, true_cfg_scale, cfg_scale)
     steps = defaults.num_inference_steps if num_inference_steps is None else _integer(
@@ -90,8 +89,8 @@ def check(
         num_images_per_prompt=images,
         height=_side("height", defaults.height if height is None else height, family.MAX_SIDE),
         width=_side("width", defaults.width if width is None else width, family.MAX_SIDE),
-        num_inference_steps=steps if sigmas is None else len(sigmas),
-        sigmas=None if sigmas is None else tuple(_number("sigmas", sigma, 0, 1) for sigma in sigmas),
+        num_inference_steps=len(levels) if levels else steps,
+        sigmas=levels,
         guidance_scale=scale,
         cfg_normalization=_number("cfg_normalization", cfg_normalization, 0, 1e6),
         cfg_truncation=_number("cfg_truncation", cfg_truncation, 0, 1e6),
@@ -117,12 +116,26 @@ def _negatives(
     """As in the reference pipelines: Z-Image guides against an empty prompt by default, Qwen-Image not at all."""
     if value is None:
         value = family.NEGATIVE_PROMPT
-    if value is None or not family.is_guided(scale, 1.0, 1.0):
+    if value is None:
         return None
     values = _prompts("negative_prompt", value)
     if len(values) not in (1, prompts):
         raise UsageError(f"there are {len(values)} negative prompts for {prompts} prompts", "give one, or one for each")
+    if not family.is_guided(scale, 1.0, 1.0):
+        return None
     return values * prompts if len(values) == 1 else values
+
+
+def _sigmas(values: Sequence[float] | None) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    try:
+        levels = tuple(values)
+    except TypeError:
+        levels = ()
+    if not levels:
+        raise UsageError(f"sigmas is {values!r}", "give a list of one or more numbers from 0 to 1, or leave it out")
+    return tuple(_number("sigmas", level, 0, 1) for level in levels)
 
 
 def _guidance_scale(family: Family, default: float, *given: float | None) -> float:
@@ -156,7 +169,7 @@ def _integer(name: str, value: Any, lowest: int, highest: int) -> int:
 def _number(name: str, value: Any, lowest: float, highest: float) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UsageError(f"{name} is {value!r}", "give a number") from None
     if not (math.isfinite(number) and lowest <= number <= highest):
         raise UsageError(f"{name} is {number}", f"give a number from {lowest:g} to {highest:g}")
@@ -166,7 +179,7 @@ def _number(name: str, value: Any, lowest: float, highest: float) -> float:
 def _seed(seed: int | Sequence[int] | None, pictures: int) -> int | tuple[int, ...]:
     if seed is None:
         return secrets.randbelow(2**32)
-    if isinstance(seed, Sequence):
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
         if len(seed) != pictures:
             raise UsageError(f"there are {len(seed)} seeds for {pictures} pictures", "give one, or one for each")
         return tuple(_integer("seed", entry, -(2**63), 2**64 - 1) for entry in seed)

@@ -60,24 +60,3 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """(batch, tokens, heads * head_dim) -> (batch, tokens, heads, head_dim)."""
     return x.unflatten(-1, (-1, head_dim))
-
-
-class TimestepEmbedding(nn.Module):
-    """Sinusoids of a time, cosines first, and two linears.
-
-    The frequencies are 10000^(-i/half), as in "Denoising Diffusion Probabilistic Models" (Ho et al., 2020).
-    """
-
-    def __init__(self, out_features: int, hidden_features: int, frequencies: int = 256) -> None:
-        super().__init__()
-        self.frequencies = frequencies // 2
-        first, last = nn.Linear(frequencies, hidden_features), nn.Linear(hidden_features, out_features)
-        self.mlp = nn.Sequential(first, nn.SiLU(), last)
-
-    def forward(self, time: Tensor) -> Tensor:
-        """(batch,) float32 -> (batch, out_features)."""
-        exponents = torch.arange(self.frequencies, dtype=torch.float32, device=time.device) / self.frequencies
-        angles = time[:, None] * torch.exp(-9.210340371976184 * exponents)  # ln 10000
-        embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        result: Tensor = self.mlp(embedding.to(weight_dtype(self.mlp)))
-        return result

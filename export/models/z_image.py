@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zimg.engines.errors import CheckpointError
-from zimg.export.models.layers import Border, Tables, TimestepEmbedding, attention, rotate, split_heads, weight_dtype
+from zimg.export.models.layers import Border, Tables, attention, rotate, split_heads, weight_dtype
 from zimg.export.parts import Input, Part
 
 MODULATION_WIDTH = 256
@@ -138,16 +138,16 @@ class PadRows(nn.Module):
         return torch.where(pad[:, None], token.to(x.dtype), x)
 
 
-class TimeEmbedding(TimestepEmbedding):
-    """The time embedding all modulated blocks share."""
+class TimeEmbedding(nn.Module):
+    """The time embedding all modulated blocks share, from the sinusoids the host computes."""
 
-    def __init__(self, out_features: int, scale: float) -> None:
-        super().__init__(out_features, 1024)
-        self.scale = scale
+    def __init__(self, out_features: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, 1024), nn.SiLU(), nn.Linear(1024, out_features))
 
-    def forward(self, timestep: Tensor) -> Tensor:
-        """(1,) float32 in 0...1, where 1 is clean -> (1, width)."""
-        return super().forward(timestep * self.scale)
+    def forward(self, sinusoids: Tensor) -> Tensor:
+        """(1, 256) float32 -> (1, width)."""
+        return self.mlp(sinusoids.to(weight_dtype(self.mlp)))
 
 
 class Leading(nn.Module):
@@ -191,20 +191,20 @@ class ZImageDenoiser(nn.Module):
         dim, patch = config["dim"], 4 * config["in_channels"]
         self.x_pad_token = nn.Parameter(torch.empty(1, dim))
         self.all_x_embedder = nn.ModuleDict({"2-1": PatchEmbedding(patch, dim)})
-        self.t_embedder = TimeEmbedding(min(dim, MODULATION_WIDTH), config["t_scale"])
+        self.t_embedder = TimeEmbedding(min(dim, MODULATION_WIDTH))
         self.noise_refiner = nn.ModuleList(ZImageBlock(config) for _ in range(config["n_refiner_layers"]))
         self.layers = nn.ModuleList(ZImageBlock(config) for _ in range(config["n_layers"]))
         self.all_final_layer = nn.ModuleDict({"2-1": FinalLayer(dim, patch)})
         self.pad_rows, self.tables, self.leading, self.join = PadRows(), Tables(), Leading(), Join()
 
     def forward(
-        self, hidden_states: Tensor, timestep: Tensor, caption: Tensor, cos: Tensor, sin: Tensor, pad: Tensor
+        self, hidden_states: Tensor, sinusoids: Tensor, caption: Tensor, cos: Tensor, sin: Tensor, pad: Tensor
     ) -> Tensor:
         """One forward.
 
         Args:
             hidden_states: (batch, image tokens, 64) float32, image tokens a multiple of 32.
-            timestep: (1,) float32, 1 - sigma.
+            sinusoids: (1, 256) float32, of the time 1 - sigma.
             caption: (1, caption tokens, dim) float32 from the conditioner.
             cos: (image tokens + caption tokens, head_dim / 2) float32.
             sin: as ``cos``.
@@ -213,7 +213,7 @@ class ZImageDenoiser(nn.Module):
         Returns:
             (batch, image tokens, 64) float32.
         """
-        time_embedding = self.t_embedder(timestep)
+        time_embedding = self.t_embedder(sinusoids)
         x = self.pad_rows(self.all_x_embedder["2-1"](hidden_states), pad, self.x_pad_token)
         cos, sin = self.tables(x, cos, sin)
         image_cos, image_sin = self.leading(x, cos, sin)
@@ -295,7 +295,7 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
         lambda: ZImageDenoiser(config),
         inputs=(
             Input("hidden_states", float32, ("batch", "image_tokens", 4 * config["in_channels"])),
-            Input("timestep", float32, (1,)),
+            Input("sinusoids", float32, (1, 256)),
             Input("caption", float32, (1, "caption_tokens", dim)),
             Input("cos", float32, ("all_tokens", half)),
             Input("sin", float32, ("all_tokens", half)),

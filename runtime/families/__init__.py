@@ -58,7 +58,7 @@ class Family(Protocol):
     def denoiser_constants(self, conditioning: Array, tokens: int, config: Config, height: int, width: int) -> Feeds:
         """Inputs of ``denoiser`` that stay the same over all steps, for a prompt of so many tokens."""
 
-    def denoiser_inputs(self, latents: Array, sigma: np.float32, modulation: Array | None) -> Feeds:
+    def denoiser_inputs(self, latents: Array, sigma: np.float32, modulation: Array | None, config: Config) -> Feeds:
         """Inputs of ``denoiser`` that change with every step."""
 
     def velocity(self, output: Array, latents: Array) -> Array:

@@ -75,7 +75,9 @@ def denoiser_constants(
     return {"text": conditioning, "cos": cos, "sin": sin}
 
 
-def denoiser_inputs(latents: Array, sigma: np.float32, modulation: Array | None) -> dict[str, NDArray[Any]]:
+def denoiser_inputs(
+    latents: Array, sigma: np.float32, modulation: Array | None, config: Config
+) -> dict[str, NDArray[Any]]:
     """The packed latents, and the step's row of the modulation table."""
     if modulation is None:
         raise TypeError("Qwen-Image's denoiser needs a row of the modulation table")

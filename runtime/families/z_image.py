@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from zimg.engines.bundle import TextConfig
 from zimg.runtime import guidance, rope, schedule
 from zimg.runtime.latents import TokenLayout, denormalize, pack, unpack, vae_normalization
+from zimg.runtime.time_embedding import z_image_time_embedding
 
 Array = NDArray[np.float32]
 Config = dict[str, dict[str, Any]]
@@ -77,13 +78,16 @@ def denoiser_constants(
     return {"caption": conditioning, "cos": cos, "sin": sin, "pad": rope.z_image_pad_mask(rows * columns)}
 
 
-def denoiser_inputs(latents: Array, sigma: np.float32, modulation: Array | None) -> dict[str, NDArray[Any]]:
-    """Patches padded to a multiple of 32 tokens, and the time, which runs from 0 (noise) to 1."""
+def denoiser_inputs(
+    latents: Array, sigma: np.float32, modulation: Array | None, config: Config
+) -> dict[str, NDArray[Any]]:
+    """Patches padded to a multiple of 32 tokens, and sinusoids of the time, which runs from 0 (noise) to 1."""
     patches = pack(latents, LAYOUT)
     batch, tokens, features = patches.shape
     padded = np.zeros((batch, rope.z_image_padded(tokens), features), np.float32)
     padded[:, :tokens] = patches
-    return {"hidden_states": padded, "timestep": np.atleast_1d(schedule.z_image_time(sigma))}
+    times = np.array([schedule.z_image_time(sigma)], np.float32)
+    return {"hidden_states": padded, "sinusoids": z_image_time_embedding(times, config["transformer"]["t_scale"])}
 
 
 def velocity(output: Array, latents: Array) -> Array:

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
-from diffusers.models.embeddings import get_timestep_embedding
 
 from zimg.engines import safetensors
 from zimg.engines.bundle import Bundle, Component, Defaults, Manifest, Source, TextConfig, record_files, write_manifest
 from zimg.engines.dtypes import float32_to_bfloat16, round_to
 from zimg.engines.errors import BundleError, UsageError
 from zimg.runtime import modulation
-from zimg.runtime.modulation import modulation_table, timestep_embedding
+from zimg.runtime.modulation import modulation_table
 
 SCHEDULES = {
     "qwen": {"use_dynamic_shifting": True, "shift_terminal": 0.02},
@@ -116,13 +115,6 @@ def test_large_weights(tmp_path):
     sigmas, timesteps = sigmas_of("qwen", 10)
     table = modulation_table(write_bundle(tmp_path / "bundle", weights_of(model)), sigmas)
     assert relative_error(full(table), diffusers_table(model, timesteps)) < 1e-6
-
-
-def test_timestep_embedding():
-    rng = np.random.default_rng(0)
-    times = np.float32([0, 1, 0.5, 1e-3, *rng.random(500)])
-    expected = get_timestep_embedding(torch.from_numpy(times), 256, True, 0, scale=1000)
-    np.testing.assert_allclose(timestep_embedding(times), expected.numpy(), rtol=0, atol=1.2e-7)
 
 
 def test_bfloat16(tmp_path, cache):

@@ -68,7 +68,7 @@ def test_matches_diffusers(config, height, width, tokens, batch, sigma, seed):
     text = conditioner(torch.from_numpy(inputs["prompt_embeds"]))
     constants = family.denoiser_constants(text.numpy(), tokens, settings, 16 * height, 16 * width)
     rows = modulation(reference, sigma).numpy()
-    feeds = {**family.denoiser_inputs(latents.numpy(), np.float32(sigma), rows), **constants}
+    feeds = {**family.denoiser_inputs(latents.numpy(), np.float32(sigma), rows, settings), **constants}
     names = ("hidden_states", "text", "modulation", "cos", "sin")
     found = denoiser(*(torch.from_numpy(feeds[name]) for name in names)).numpy()
     assert found.shape == expected.shape

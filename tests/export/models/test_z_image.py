@@ -32,8 +32,8 @@ def run(config, reference, latents, prompt_embeds, sigma):
     caption = conditioner(*(torch.from_numpy(value) for value in inputs.values()))
     height, width = 8 * latents.shape[2], 8 * latents.shape[3]
     constants = family.denoiser_constants(caption.numpy(), len(prompt_embeds), settings, height, width)
-    feeds = {**family.denoiser_inputs(latents, np.float32(sigma), None), **constants}
-    names = ("hidden_states", "timestep", "caption", "cos", "sin", "pad")
+    feeds = {**family.denoiser_inputs(latents, np.float32(sigma), None, settings), **constants}
+    names = ("hidden_states", "sinusoids", "caption", "cos", "sin", "pad")
     output = denoiser(*(torch.from_numpy(feeds[name]) for name in names))
     return family.velocity(output.numpy(), latents)
 

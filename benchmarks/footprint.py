@@ -1,0 +1,167 @@
+"""How light the runtime is: seconds to start, memory beyond the weights, megabytes to install. Exits with 1 over a bound.
+
+    python benchmarks/footprint.py
+    python benchmarks/footprint.py --no-install      # without setting up a fresh environment, which needs a package index
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import common
+
+START_SECONDS = 0.5
+BEYOND_WEIGHTS_MB = 150
+INSTALL_MB = 250
+
+BOUNDED = ("zimg-run --help", "import zimg.runtime", "import Pipeline")
+IMPORTS = {
+    "import zimg.runtime": "import zimg.runtime",
+    "import Pipeline": "from zimg.runtime import Pipeline",
+    "python alone": "pass",
+    "numpy and onnxruntime": "import numpy, onnxruntime",
+    "diffusers' ZImagePipeline": "from diffusers import ZImagePipeline",
+}
+"""What is timed -> the code a fresh interpreter runs. The last ones are there for comparison."""
+
+INSTALLERS = {"pip", "setuptools"}
+DIFFUSERS = ("diffusers", "transformers", "torch")
+
+
+def starts(repeats: int) -> dict[str, dict[str, float]]:
+    """Median seconds and peak bytes of fresh interpreters; those that fail, as nothing is installed, are left out."""
+    commands = {"zimg-run --help": [common.console_script("zimg-run"), "--help"]}
+    commands |= {name: [sys.executable, "-c", code] for name, code in IMPORTS.items()}
+    found = {}
+    for name, command in commands.items():
+        # The first run may have to read files from the disk, and does not count.
+        runs = [common.measure(command) for _ in range(repeats + 1)][1:]
+        if not any(run.exit_code for run in runs):
+            seconds = statistics.median(run.seconds for run in runs)
+            found[name] = {"seconds": round(seconds, 3), "peak_bytes": max(run.peak_bytes for run in runs)}
+    return found
+
+
+def generation(family: str, folder: Path) -> dict[str, int]:
+    """Peak memory of ``zimg-run generate`` on a demo bundle, as ``make demo`` makes them.
+
+    Beyond the weights means: peak resident memory of the whole process, interpreter, libraries, mapped files and
+    activations, less the bytes that the manifest gives for the weights of all components.
+    """
+    checkpoint, bundle, picture = folder / f"{family}.checkpoint", folder / family, folder / f"{family}.png"
+    exporter, runner = common.console_script("zimg-export"), common.console_script("zimg-run")
+    env = {"XDG_CACHE_HOME": str(folder / "cache")}
+    draw = [runner, "generate", "--bundle", bundle, "--prompt", "a red circle left of a blue square", "--seed", "0"]
+    for command in (
+        [exporter, "demo-checkpoint", checkpoint, "--family", family],
+        [exporter, "build", "--model", checkpoint, "--out", bundle, "--precision", "fp32", "--quiet"],
+        [*draw, "--output", picture, "--quiet"],
+    ):
+        done = common.measure(command, env)
+        if done.exit_code:
+            raise SystemExit(f"{command[0]} failed with {done.exit_code}:\n{done.output}")
+    manifest = json.loads((bundle / "bundle.json").read_bytes())
+    weights = sum(component["weight_bytes"] for component in manifest["components"].values())
+    return {"peak_bytes": done.peak_bytes, "weight_bytes": weights, "beyond_bytes": done.peak_bytes - weights}
+
+
+def installed() -> dict[str, Any]:
+    """The size of a base install of zimg in a fresh environment, without the installers themselves."""
+    with tempfile.TemporaryDirectory(prefix="zimg-footprint-") as folder:
+        for command in (
+            [sys.executable, "-m", "venv", folder],
+            [f"{folder}/bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", common.ROOT],
+        ):
+            done = common.measure(command)
+            if done.exit_code:
+                raise SystemExit(f"{command[0]} failed with {done.exit_code}:\n{done.output}")
+        site = next(Path(folder).glob("lib/python*/site-packages"))
+        packages = {dist.name: dist for dist in metadata.distributions(path=[str(site)])}
+        sizes = {name: size_of(dist) for name, dist in packages.items() if name not in INSTALLERS}
+        others = [path for path in site.iterdir() if path.name.partition("-")[0] in INSTALLERS]
+        total = _tree_size(site) - sum(_tree_size(path) for path in others)
+    return {"bytes": total, "packages": dict(sorted(sizes.items(), key=lambda item: -item[1]))}
+
+
+def size_of(dist: metadata.Distribution) -> int:
+    """What the files of an installed package take, as its RECORD lists them."""
+    paths = [Path(str(dist.locate_file(file))) for file in dist.files or ()]
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def _tree_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def requirements(names: tuple[str, ...]) -> dict[str, int]:
+    """Packages of this environment, all they need, and the bytes each takes; nothing where one is missing."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    found: dict[str, int] = {}
+    wanted = list(names)
+    while wanted:
+        name = canonicalize_name(wanted.pop())
+        if name in found:
+            continue
+        try:
+            dist = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            if name in names:
+                return {}
+            continue
+        found[name] = size_of(dist)
+        needed = [Requirement(line) for line in dist.requires or ()]
+        wanted += [need.name for need in needed if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def report(results: dict[str, Any]) -> int:
+    """Print the results; the exit code."""
+    rows = [
+        (name, f"{times['seconds']:.2f}", f"{times['peak_bytes'] / 1e6:.0f}") for name, times in results["start"].items()
+    ]
+    print(common.table(("start", "s", "MB"), rows), "\n")
+    bounds = [(f"{name}, s", results["start"][name]["seconds"], START_SECONDS) for name in BOUNDED]
+    for family, peak in results["generation"].items():
+        beyond = peak["beyond_bytes"] / 1e6
+        print(f"{family} demo: peak {peak['peak_bytes'] / 1e6:.1f} MB, weights {peak['weight_bytes'] / 1e6:.1f} MB")
+        bounds.append((f"{family} demo, MB beyond the weights", beyond, BEYOND_WEIGHTS_MB))
+    for name in ("install", "diffusers"):
+        if found := results.get(name):
+            largest = [f"{package} {size / 1e6:.0f}" for package, size in list(found["packages"].items())[:5]]
+            print(f"{name}: {found['bytes'] / 1e6:.0f} MB ({', '.join(largest)} …)")
+    if "install" in results:
+        bounds.append(("base install, MB", results["install"]["bytes"] / 1e6, INSTALL_MB))
+    print()
+    return common.broken_bounds(bounds)
+
+
+def main() -> int:
+    """The script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="interpreters started of each kind")
+    parser.add_argument("--no-install", action="store_true", help="do not measure a fresh install")
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    options = parser.parse_args()
+    results: dict[str, Any] = {"start": starts(options.repeats)}
+    with tempfile.TemporaryDirectory(prefix="zimg-footprint-") as folder:
+        results["generation"] = {family: generation(family, Path(folder)) for family in common.FAMILIES}
+    if not options.no_install:
+        results["install"] = installed()
+    if packages := requirements(DIFFUSERS):
+        results["diffusers"] = {"bytes": sum(packages.values()), "packages": packages}
+    common.save(options.json, common.machine(), results)
+    return report(results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
