@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # The random models of the tests serve here too.
 
+FAMILIES = ("z-image", "qwen-image")
 TOOLS = ("zimg", "numpy", "onnxruntime", "torch", "diffusers", "transformers")
 
 

@@ -105,14 +105,14 @@ def report(result: dict[str, Any]) -> int:
 def main() -> int:
     """The script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=["z-image", "qwen-image"], help="[default: both]")
+    parser.add_argument("--family", choices=common.FAMILIES, help="[default: both]")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the bundle")
     parser.add_argument("--stored", choices=["bf16", "fp32"], default="bf16", help="of the checkpoint's transformer")
     parser.add_argument("--folder", type=Path, help="where to make the temporary folder [default: the system's]")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
     facts, results, broken = common.machine(), [], 0
-    for family in [options.family] if options.family else ["z-image", "qwen-image"]:
+    for family in [options.family] if options.family else common.FAMILIES:
         with tempfile.TemporaryDirectory(prefix="zimg-export-memory-", dir=options.folder) as folder:
             result = export(family, Path(folder), precision=options.precision, stored=options.stored)
         broken |= report(result)

@@ -1,27 +1,88 @@
+"""``AutoencoderKLQwenImage``, the autoencoder of Qwen-Image, in its exact two-dimensional form for one still image.
+
+Source: ``AutoencoderKLQwenImage`` of diffusers 0.42, a video autoencoder after Wan 2.1. Its convolutions are causal in
+time: before the first frame they see zeros. So of each 3x3x3 kernel only the last temporal slice acts on a still image,
+a 3x3 kernel, and the convolutions along time (``time_conv``) never run. Normalizing latents is the host's.
+"""
+
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
 
-from zimg.export.models.vae_blocks import Downsample, MidBlock, ResidualBlock, Upsample, conv3x3
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zimg.engines.errors import CheckpointError
+from zimg.export.models.layers import Border
+from zimg.export.models.vae_blocks import (
+    LEVELS,
+    Chain,
+    Downsample,
+    EntryConv,
+    MidBlock,
+    Upsample,
+    check_config,
+    conv3x3,
+    decoder_part,
+    named,
+    residual_blocks,
+)
+from zimg.export.parts import Part
+
+DEFAULTS = {
+    "base_dim": 96,
+    "z_dim": 16,
+    "dim_mult": (1, 2, 4, 4),
+    "num_res_blocks": 2,
+    "temperal_downsample": (False, True, True),
+    "input_channels": 3,
+}
+"""What diffusers takes for keys that are missing; "temperal" is the key's real name."""
+
+
+def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Check ``vae/config.json`` and fill in its defaults.
+
+    Raises:
+        CheckpointError: naming the key that is not implemented or makes no network.
+    """
+    full: dict[str, Any] = DEFAULTS | dict(config)
+    # The last three are of later video autoencoders of this family.
+    fixed = {"attn_scales": [], "is_residual": False, "patch_size": None, "decoder_base_dim": None}
+    check_config(full, fixed, ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "input_channels"))
+    for key, length in (("dim_mult", LEVELS), ("temperal_downsample", LEVELS - 1)):
+        if not isinstance(full[key], (list, tuple)) or len(full[key]) != length:
+            raise CheckpointError(f"vae/config.json has {key} = {full[key]!r}; zimg supports {length} entries only")
+    return full
 
 
 class ChannelNorm(nn.Module):
+    """RMS normalization of each pixel over its channels, in float32."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.empty(channels, 1, 1))
+        self.gamma = nn.Parameter(torch.ones(channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, height, width) -> the same."""
+        channels = x.shape[1]
         wide = x.float()
-        c = x.shape[1]
-        ones = torch.full((1, c), 1.0 / c, device=x.device)
-        ms = (ones @ wide.square().flatten(2)).clamp_min(1e-24 / c)
-        y = wide * ms.rsqrt().reshape(x.shape[0], 1, x.shape[2], x.shape[3])
-        return y.to(x.dtype) * self.gamma
+        # A mean over channels, written as a 1x1 convolution: ONNX Runtime reduces this axis on one core only.
+        weight = torch.full((1, channels, 1, 1), 1 / channels, device=x.device)
+        mean_square = F.conv2d(wide * wide, weight)
+        # The bound is the reference's, 1e-12 on the norm: an all-zero pixel stays zero.
+        rms = mean_square.clamp_min(1e-24 / channels).sqrt()
+        return (wide / rms).to(x.dtype) * self.gamma
 
 
 class Attention(nn.Module):
+    """Single-head self-attention of all pixels."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = ChannelNorm(channels)
@@ -29,58 +90,117 @@ class Attention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)
-        y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
-        return x + self.proj(y.transpose(2, 3).reshape(x.shape))
+        """(batch, channels, height, width) -> the same."""
+        batch, channels = x.shape[:2]
+        qkv = self.to_qkv(self.norm(x)).reshape(batch, 1, 3 * channels, -1).transpose(2, 3)
+        out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        return x + self.proj(out.transpose(2, 3).reshape(x.shape))
 
 
-class Up(nn.Module):
-    def __init__(self, cin, cout):
-        super().__init__()
-        self.resample = nn.Sequential(Upsample(), conv3x3(cin, cout))
+class QwenImageVAEDecoder(Chain):
+    """Latents to pictures."""
 
-    def forward(self, x):
-        return self.resample(x)
-
-
-class UpBlock(nn.Module):
-    def __init__(self, cin, cout, n, up):
-        super().__init__()
-        self.resnets = nn.ModuleList(ResidualBlock(cin if i == 0 else cout, cout, ChannelNorm) for i in range(n))
-        self.upsamplers = nn.ModuleList([Up(cout, cout // 2)] if up else [])
-
-    def forward(self, x):
-        for m in (*self.resnets, *self.upsamplers):
-            x = m(x)
-        return x
-
-
-class Decoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        mult = config["dim_mult"]
-        dims = [config["base_dim"] * u for u in [mult[-1], *mult[::-1]]]
-        self.conv_in = conv3x3(config["z_dim"], dims[0])
-        self.mid_block = MidBlock(dims[0], ChannelNorm, Attention(dims[0]))
-        n = len(mult)
-        self.up_blocks = nn.ModuleList(
-            UpBlock(dims[i] // (2 if i else 1), dims[i + 1], config["num_res_blocks"] + 1, i + 1 < n) for i in range(n)
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        config = read_config(config)
+        channels, blocks = config["z_dim"], config["num_res_blocks"] + 1
+        widths = [config["base_dim"] * factor for factor in config["dim_mult"]][::-1]
+        up_blocks = []
+        # Each upsampler hands on half of its channels.
+        for level, (before, width) in enumerate(zip([2 * widths[0], *widths], widths, strict=False)):
+            upsample = named(resample=Upsample(width, width // 2, "1")) if level < len(widths) - 1 else None
+            up_blocks.append(
+                named(
+                    resnets=residual_blocks(blocks, before // 2, width, ChannelNorm),
+                    upsamplers=nn.Sequential(upsample) if upsample else None,
+                )
+            )
+        decoder = named(
+            conv_in=conv3x3(channels, widths[0]),
+            mid_block=MidBlock(widths[0], ChannelNorm, Attention(widths[0])),
+            up_blocks=nn.Sequential(*up_blocks),
+            norm_out=ChannelNorm(widths[-1]),
+            nonlinearity=nn.SiLU(),
+            conv_out=conv3x3(widths[-1], config["input_channels"]),
         )
-        self.norm_out = ChannelNorm(dims[-1])
-        self.conv_out = conv3x3(dims[-1], config["input_channels"])
+        super().__init__(post_quant_conv=EntryConv(channels, channels, 1), decoder=decoder, border=Border())
 
-    def forward(self, x):
-        x = self.mid_block(self.conv_in(x))
-        for b in self.up_blocks:
-            x = b(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+    def forward(self, latents: Tensor) -> Tensor:
+        """Decode.
+
+        Args:
+            latents: (batch, z_dim, h, w) float32, as the encoder gives them, not normalized.
+
+        Returns:
+            (batch, input_channels, 8h, 8w) float32, about -1 to 1, not clamped.
+        """
+        return super().forward(latents)
 
 
-class QwenImageVAEDecoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.post_quant_conv = nn.Conv2d(config["z_dim"], config["z_dim"], 1)
-        self.decoder = Decoder(config)
+class QwenImageVAEEncoder(Chain):
+    """Pictures to the moments of their latents."""
 
-    def forward(self, latents):
-        return self.decoder(self.post_quant_conv(latents))
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        config = read_config(config)
+        moments = 2 * config["z_dim"]
+        widths = [config["base_dim"] * factor for factor in config["dim_mult"]]
+        # Residual blocks and downsamplers stand in one flat list.
+        down_blocks: list[nn.Module] = []
+        for before, width in pairwise([config["base_dim"], *widths]):
+            if down_blocks:
+                down_blocks.append(named(resample=Downsample(before, "1")))
+            down_blocks.extend(residual_blocks(config["num_res_blocks"], before, width, ChannelNorm))
+        encoder = named(
+            conv_in=EntryConv(config["input_channels"], config["base_dim"], 3, padding=1),
+            down_blocks=nn.Sequential(*down_blocks),
+            mid_block=MidBlock(widths[-1], ChannelNorm, Attention(widths[-1])),
+            norm_out=ChannelNorm(widths[-1]),
+            nonlinearity=nn.SiLU(),
+            conv_out=conv3x3(widths[-1], moments),
+        )
+        super().__init__(encoder=encoder, quant_conv=nn.Conv2d(moments, moments, 1), border=Border())
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Encode.
+
+        Args:
+            image: (batch, input_channels, height, width) float32, -1 to 1; sides are multiples of 8.
+
+        Returns:
+            (batch, 2 * z_dim, height / 8, width / 8) float32: means, then logarithms of variances.
+        """
+        return super().forward(image)
+
+
+def last_slice(tensor: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What a tensor of the video autoencoder is for a still image: the last entry of its axis 2, which is time."""
+    return tensor[:, :, -1]
+
+
+def video_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The parameters that :func:`last_slice` makes, with their shapes in the checkpoint.
+
+    Kernels have a temporal axis there, (out, in, k, k, k), and so have gammas, (channels, 1, 1, 1). The attention and
+    the convolutions of the resamplers are two-dimensional already.
+    """
+    return {
+        name: (*value.shape[:2], value.shape[2], *value.shape[2:])
+        for name, value in network.state_dict().items()
+        if value.ndim > 1 and "attentions." not in name and ".resample." not in name
+    }
+
+
+def parts(config: Mapping[str, Any]) -> dict[str, Part]:
+    """The component that the autoencoder becomes: text to picture needs the decoder only.
+
+    Raises:
+        CheckpointError: the config is of no network that zimg implements.
+    """
+    with torch.device("meta"):
+        shapes = video_shapes(QwenImageVAEDecoder(config))
+    channels = read_config(config)["z_dim"]
+    return {"vae_decoder": decoder_part(lambda: QwenImageVAEDecoder(config), channels, last_slice, shapes)}
+
+
+def is_dead(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a tensor of the checkpoint is one that no component needs."""
+    return name.startswith(("encoder.", "quant_conv.")) or ".time_conv." in name

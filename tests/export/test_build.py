@@ -129,7 +129,7 @@ def test_a_folder_that_is_no_bundle_is_not_overwritten(family, checkpoint_of, tm
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("all of it")
     result = export(checkpoint_of(family), tmp_path / "precious", "--overwrite")
-    result.assert_refused("exists and is not a bundle", 1)
+    result.assert_refused("exists and has no bundle.json", 1)
     assert (tmp_path / "precious" / "thesis.tex").read_text() == "all of it"
 
 

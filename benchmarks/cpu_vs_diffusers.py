@@ -1,0 +1,289 @@
+"""zimg on ONNX Runtime against diffusers, eager and compiled, on the CPU: the whole pipeline and each component, in one run.
+
+The models have random weights, a few hundred million of them, and the VAEs have their real configs. All contestants compute
+in float32 from one checkpoint with all cores, and take turns.
+
+    python benchmarks/cpu_vs_diffusers.py
+    python benchmarks/cpu_vs_diffusers.py --family qwen-image --no-compile --steps 2 --repeats 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+from numpy.typing import NDArray
+from sparse_checkpoint import CONFIGS
+
+PROMPT = "A red circle left of a blue square, on a white table by a window; morning light, long shadows."
+
+MODELS: dict[str, dict[str, dict[str, Any]]] = {
+    "z-image": {
+        "transformer": {"dim": 1280, "n_heads": 10, "n_kv_heads": 10, "n_layers": 8, "axes_dims": [32, 48, 48]},
+        "text_encoder": {
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+        },
+    },
+    "qwen-image": {
+        "transformer": {
+            "num_attention_heads": 10,
+            "attention_head_dim": 128,
+            "axes_dims_rope": (16, 56, 56),
+            "num_layers": 4,
+            "in_channels": 64,
+            "out_channels": 16,
+        },
+        "text_encoder": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+        },
+    },
+}
+"""Family -> what makes the tests' tiny models larger. The VAEs are the real ones."""
+
+COMPONENTS = ("text encoder", "denoising step", "VAE decoder")
+WHOLE = "whole pipeline"
+
+
+class Clock:
+    """Adds up the seconds spent in wrapped functions, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def time(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, timed."""
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.seconds[name] += time.perf_counter() - start
+
+        return timed
+
+
+Draw = Callable[[], NDArray[np.float32]]
+Contestant = tuple[Draw, Clock]
+
+
+def write_checkpoint(family: str, folder: Path, overrides: dict[str, dict[str, Any]]) -> int:
+    """Save a random checkpoint; how many parameters its text encoder, transformer and VAE have."""
+    from tests.reference import FAMILIES
+
+    pipeline = FAMILIES[family](**overrides)
+    pipeline.save_pretrained(folder)
+    modules = (pipeline.text_encoder, pipeline.transformer, pipeline.vae)
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def real_vae(family: str) -> dict[str, Any]:
+    """The real config of a family's VAE."""
+    return {key: value for key, value in CONFIGS[family]["vae"].items() if not key.startswith("_")}
+
+
+def zimg(bundle: Path, size: int, steps: int) -> Contestant:
+    """zimg's pipeline. A step's share of the conditioner and of the modulation table counts as its own."""
+    from zimg.runtime import pipeline as module
+
+    clock = Clock()
+    names = {"text_encoder": "text encoder", "vae_decoder": "VAE decoder"}
+
+    def open_timed(bundle: Any, component: str, *where: Any) -> Any:
+        engine = open_engine(bundle, component, *where)
+        engine.run = clock.time(names.get(component, "denoising step"), engine.run)
+        return engine
+
+    open_engine, module.open_engine = module.open_engine, open_timed
+    module.modulation_table = clock.time("denoising step", module.modulation_table)
+    pipeline = module.Pipeline.open(bundle)
+    call = {"height": size, "width": size, "num_inference_steps": steps, "seed": 0, "output_type": "np"}
+    return (lambda: pipeline(PROMPT, guidance_scale=_unguided(pipeline.bundle.manifest.family), **call).images), clock
+
+
+def _unguided(family: str) -> float:
+    """The guidance scale that is none, so that a step is one forward."""
+    return {"z-image": 0.0, "qwen-image": 1.0}[family]
+
+
+def diffusers(folder: Path, family: str, size: int, steps: int, *, compile: bool) -> Contestant:
+    """diffusers' own pipeline, its three networks compiled by ``torch.compile`` or not."""
+    import torch
+    from diffusers import QwenImagePipeline, ZImagePipeline
+
+    kind = {"z-image": ZImagePipeline, "qwen-image": QwenImagePipeline}[family]
+    pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    clock = Clock()
+    if compile:
+        for network in (pipeline.text_encoder, pipeline.transformer, pipeline.vae.decoder):
+            network.forward = torch.compile(network.forward)
+    pipeline.text_encoder.forward = clock.time("text encoder", pipeline.text_encoder.forward)
+    pipeline.transformer.forward = clock.time("denoising step", pipeline.transformer.forward)
+    pipeline.vae.decode = clock.time("VAE decoder", pipeline.vae.decode)
+    scale = {"z-image": "guidance_scale", "qwen-image": "true_cfg_scale"}[family]
+    call = {"height": size, "width": size, "num_inference_steps": steps, "output_type": "np", scale: _unguided(family)}
+
+    def draw() -> NDArray[np.float32]:
+        images: NDArray[np.float32] = pipeline(PROMPT, generator=torch.Generator("cpu").manual_seed(0), **call).images
+        return images
+
+    return draw, clock
+
+
+def compare(
+    family: str,
+    folder: Path,
+    overrides: dict[str, dict[str, Any]],
+    *,
+    size: int = 512,
+    steps: int = 4,
+    repeats: int = 3,
+    compile: bool = True,
+) -> dict[str, Any]:
+    """Write a checkpoint, build its bundle, and let the contestants take turns.
+
+    Args:
+        family: ``"z-image"`` or ``"qwen-image"``.
+        folder: an empty folder.
+        overrides: component -> what differs from the tests' tiny model.
+        size: height and width in pixels.
+        steps: denoising steps, each of one forward.
+        repeats: turns of each contestant, after one that does not count.
+        compile: whether ``torch.compile`` takes part.
+
+    Returns:
+        ``seconds``: contestant -> component -> the seconds of each turn; ``difference``: contestant -> the largest
+        difference of its pixels, 0 ... 1, from those of eager diffusers; ``failed``: contestant -> why it has no times.
+    """
+    from zimg.export.build import build
+
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    os.environ["ZIMG_CACHE_LIMIT"] = "0"  # The modulation table shall be computed in every turn.
+    model = folder / "checkpoint"
+    parameters = write_checkpoint(family, model, overrides)
+    build(str(model), folder / "bundle", precision="fp32")
+    contestants = {
+        "diffusers": lambda: diffusers(model, family, size, steps, compile=False),
+        "zimg": lambda: zimg(folder / "bundle", size, steps),
+    }
+    if compile:
+        contestants["torch.compile"] = lambda: diffusers(model, family, size, steps, compile=True)
+    ready: dict[str, Contestant] = {}
+    images: dict[str, NDArray[np.float32]] = {}
+    failed: dict[str, str] = {}
+    for name, make in contestants.items():
+        start = time.perf_counter()
+        try:
+            draw, clock = make()
+            images[name] = draw()
+        except Exception as error:
+            if name != "torch.compile":
+                raise
+            failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            continue
+        ready[name] = draw, clock
+        print(f"  {name} is warm after {time.perf_counter() - start:.0f} s", flush=True)
+    seconds = {name: take_turn for name, take_turn in _turns(ready, steps, repeats).items()}
+    return {
+        "family": family,
+        "parameters": parameters,
+        "size": size,
+        "steps": steps,
+        "seconds": seconds,
+        "difference": {name: float(np.abs(image - images["diffusers"]).max()) for name, image in images.items()},
+        "failed": failed,
+    }
+
+
+def _turns(ready: dict[str, Contestant], steps: int, repeats: int) -> dict[str, dict[str, list[float]]]:
+    seconds: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in ready}
+    for turn in range(repeats):
+        names = list(ready)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            draw, clock = ready[name]
+            clock.seconds.clear()
+            start = time.perf_counter()
+            draw()
+            seconds[name][WHOLE].append(time.perf_counter() - start)
+            for component in COMPONENTS:
+                spent = clock.seconds[component]
+                seconds[name][component].append(spent / steps if component == "denoising step" else spent)
+    return seconds
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print the medians, and how many times faster zimg is than each."""
+    median = {
+        name: {component: statistics.median(turns) for component, turns in times.items()}
+        for name, times in result["seconds"].items()
+    }
+    others = [name for name in median if name != "zimg"]
+    header = ["seconds (median)", "zimg", *others, *(f"{name} / zimg" for name in others)]
+    rows = []
+    for component in (*COMPONENTS, WHOLE):
+        own = median["zimg"][component]
+        times = [median[name][component] for name in others]
+        rows.append([component, *(f"{time:.3f}" for time in (own, *times)), *(f"{time / own:.2f}x" for time in times)])
+    print(f"\n{result['family']}: {result['parameters'] / 1e6:.0f} million parameters, {result['size']}x{result['size']}, ", end="")
+    print(f"{result['steps']} steps, {len(result['seconds']['zimg'][WHOLE])} turns")
+    print(common.table(header, rows))
+    for name, difference in result["difference"].items():
+        if name != "diffusers":
+            print(f"largest pixel difference of {name} from diffusers: {difference:.1e}")
+    for name, reason in result["failed"].items():
+        print(f"{name} did not run: {reason}")
+
+
+def main() -> None:
+    """The script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=common.FAMILIES, help="[default: both]")
+    parser.add_argument("--size", type=int, default=512, help="height and width in pixels")
+    parser.add_argument("--steps", type=int, default=4, help="denoising steps")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each contestant")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="let torch.compile take part")
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    options = parser.parse_args()
+    facts, results = common.machine(), []
+    import torch
+
+    torch.set_num_threads(facts["cores"])
+    for family in [options.family] if options.family else common.FAMILIES:
+        with tempfile.TemporaryDirectory(prefix="zimg-cpu-vs-diffusers-") as folder:
+            result = compare(
+                family,
+                Path(folder),
+                MODELS[family] | {"vae": real_vae(family)},
+                size=options.size,
+                steps=options.steps,
+                repeats=options.repeats,
+                compile=options.compile,
+            )
+        report(result)
+        results.append(result)
+    common.save(options.json, facts, results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
