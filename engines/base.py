@@ -80,5 +80,5 @@ def check_feeds(component: str, inputs: Mapping[str, TensorSpec], feeds: Feeds) 
         sides = zip(spec.shape, value.shape, strict=False)
         if len(spec.shape) != value.ndim or any(isinstance(want, int) and want != side for want, side in sides):
             raise BackendError(f"{component} takes {name!r} in the shape {spec.shape}, not {value.shape}")
-        if value.dtype.name != spec.dtype:
+        if value.dtype.name != spec.dtype or not value.dtype.isnative:
             raise BackendError(f"{component} takes {name!r} in {spec.dtype}, not {value.dtype}")

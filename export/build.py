@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -157,14 +156,10 @@ def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
 def wanted_by(checkpoint: Checkpoint, part: Part) -> dict[str, Wanted]:
     """What each of a part's parameters comes from."""
     infos = checkpoint.tensors(part.source)
-    return {
-        name: Wanted(infos[name], shape, part.transforms.get(name)) for name, shape in part.parameters().items()
-    }
+    return {name: Wanted(infos[name], shape, part.transforms.get(name)) for name, shape in part.parameters().items()}
 
 
-def _component(
-    name: str, part: Part, tensors: Mapping[str, TensorInfo], precision: str, folder: Path
-) -> Component:
+def _component(name: str, part: Part, tensors: Mapping[str, TensorInfo], precision: str, folder: Path) -> Component:
     """Write a component's graphs, one that computes in the weights' own type and one in float32 for CPUs."""
     weights = tuple(sorted({info.file.name for info in tensors.values()}))
     parameters = sum(math.prod(info.shape) for info in tensors.values())

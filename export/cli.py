@@ -26,14 +26,23 @@ def cli() -> None:
 @cli.command()
 @click.option("--model", required=True, help="A folder in the diffusers layout, a hub id, or a short name.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle's folder.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="bf16", show_default=True, help="Of the weights.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16"]), default="bf16", show_default=True, help="Of the weights."
+)
 @REVISION
 @SOURCE
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @QUIET
 @AS_JSON
 def build(
-    model: str, out: Path, precision: str, revision: str | None, source: str, overwrite: bool, quiet: bool, as_json: bool
+    model: str,
+    out: Path,
+    precision: str,
+    revision: str | None,
+    source: str,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Build a bundle from a checkpoint."""
     _need_export()
@@ -71,9 +80,7 @@ def inspect(model: str, revision: str | None, source: str, as_json: bool) -> Non
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the inputs the networks are compared on.")
 @QUIET
 @AS_JSON
-def verify(
-    bundle: Path, model: str, revision: str | None, source: str, seed: int, quiet: bool, as_json: bool
-) -> None:
+def verify(bundle: Path, model: str, revision: str | None, source: str, seed: int, quiet: bool, as_json: bool) -> None:
     """Check a bundle against its checkpoint: every hash, every weight, every network's result."""
     _need_export()
     from zimg.export import verify as work
@@ -103,7 +110,9 @@ def _need_export() -> None:
     """Say what to install, rather than which module is missing."""
     from importlib.util import find_spec
 
-    if missing := [name for name in ("torch", "transformers", "onnxscript", "onnx_ir", "filelock") if not find_spec(name)]:
+    if missing := [
+        name for name in ("torch", "transformers", "onnxscript", "onnx_ir", "filelock") if not find_spec(name)
+    ]:
         raise ZimgError(f"exporting needs {', '.join(missing)}", "pip install 'zimg[export]'")
 
 

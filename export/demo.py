@@ -1,6 +1,7 @@
-"""Tiny checkpoints with random weights, in the diffusers layout: the real architectures, so that all runs with no download.
+"""Tiny checkpoints with random weights, in the diffusers layout, so that everything runs with no download.
 
-Their pictures are patterns, for nothing was trained; they show that text, noise, network and decoder are put together.
+The architectures are the real ones. Their pictures are patterns, for nothing was trained; they show that text, noise,
+network and decoder are put together.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 """Those of Qwen's tokenizers that templates use; the vocabulary before them is the 256 bytes."""
+ROLES = {"unk_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 VOCABULARY = 256 + len(SPECIAL_TOKENS)
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -309,9 +311,7 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer: Any = Qwen2Tokenizer(
         vocab=vocabulary,
         merges=[],
-        unk_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
+        **ROLES,
         additional_special_tokens=list(SPECIAL_TOKENS[1:]),
     )
     tokenizer.chat_template = CHAT_TEMPLATE

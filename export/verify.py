@@ -49,9 +49,9 @@ def verify(
         report: called with (stage, done, total).
 
     Returns:
-        ``components``: name -> ``weights`` (how many tensors differ from the checkpoint's), and for those with a graph ``relative_error``,
-        the largest difference from the PyTorch network in float32 with the checkpoint's own weights, over the largest value, or
-        ``not_run``, why it was not computed; ``bound``; ``passed``.
+        ``components``: by name, ``tensors``, ``different`` (how many are not what the checkpoint's become), and for
+        those with a graph ``relative_error``, the largest difference from the PyTorch network in float32 with the
+        checkpoint's own weights, over the largest value, or ``not_run``, why there is none; ``bound``; ``passed``.
 
     Raises:
         BundleError: the bundle is broken.
@@ -63,7 +63,8 @@ def verify(
     precision = bundle.manifest.precision
     if checkpoint.family != bundle.manifest.family:
         raise BundleError(
-            f"{path} is of family {bundle.manifest.family}, and {model} of {checkpoint.family}", "name its own checkpoint"
+            f"{path} is of family {bundle.manifest.family}, and {model} of {checkpoint.family}",
+            "name its own checkpoint",
         )
     components: dict[str, Any] = {}
     parts = parts_of(checkpoint)
@@ -77,7 +78,13 @@ def verify(
     report("verify", len(parts), len(parts))
     bound = BOUNDS[precision]
     passed = all(not c["different"] and c.get("relative_error", 0.0) <= bound for c in components.values())
-    return {"path": str(bundle.root), "precision": precision, "components": components, "bound": bound, "passed": passed}
+    return {
+        "path": str(bundle.root),
+        "precision": precision,
+        "components": components,
+        "bound": bound,
+        "passed": passed,
+    }
 
 
 def as_text(result: Mapping[str, Any]) -> str:
@@ -114,7 +121,7 @@ def _same(want: Wanted, tensors: Mapping[str, Any], precision: str) -> bool:
     info = tensors.get(want.source.name)
     if info is None or info.shape != want.shape or info.dtype != precision:
         return False
-    if want.is_kept(precision) and info.offset == want.source.offset and os.path.samefile(info.file, want.source.file):
+    if want.is_kept(precision) and info.offset == want.source.offset and info.file.samefile(want.source.file):
         return True
     pairs = zip(pieces(want, precision), read_pieces(info), strict=True)
     return all(np.array_equal(expected, found) for expected, found in pairs)

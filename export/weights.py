@@ -92,9 +92,7 @@ def export_weights(
     return placed
 
 
-def _link_unchanged(
-    wanted: Mapping[str, Mapping[str, Wanted]], precision: str, folder: Path
-) -> dict[Path, Path]:
+def _link_unchanged(wanted: Mapping[str, Mapping[str, Wanted]], precision: str, folder: Path) -> dict[Path, Path]:
     """Hard-link the files of which every wanted tensor stays as it is; map them to their links.
 
     A link needs no space, and stays whole when the checkpoint is deleted.

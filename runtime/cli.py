@@ -27,7 +27,9 @@ def cli() -> None:
 @click.option("--height", type=int, help="In pixels, a multiple of 16. [default: the checkpoint's]")
 @click.option("--width", type=int, help="In pixels, a multiple of 16. [default: the checkpoint's]")
 @click.option("--num-inference-steps", type=int, help="Denoising steps. [default: the checkpoint's]")
-@click.option("--guidance-scale", type=float, help="As diffusers counts it for this family. [default: the checkpoint's]")
+@click.option(
+    "--guidance-scale", type=float, help="As diffusers counts it for this family. [default: the checkpoint's]"
+)
 @click.option("--cfg-scale", type=float, help="As DiffSynth counts it, instead of --guidance-scale; 1 is off.")
 @click.option("--seed", type=int, help="Of the noise. [default: a random one, which is printed]")
 @click.option("--num-images", type=int, default=1, show_default=True, help="How many pictures.")
@@ -45,7 +47,14 @@ def cli() -> None:
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @AS_JSON
 def generate(
-    bundle: Path, output: Path, from_image: Path | None, backend: str, device: str | None, quiet: bool, as_json: bool, **call: Any
+    bundle: Path,
+    output: Path,
+    from_image: Path | None,
+    backend: str,
+    device: str | None,
+    quiet: bool,
+    as_json: bool,
+    **call: Any,
 ) -> None:
     """Generate pictures from a prompt."""
     from zimg.runtime import generate as work
@@ -53,7 +62,14 @@ def generate(
 
     with bar(enabled=not quiet) as report:
         result = work.generate(
-            bundle, output, call, from_image=from_image, backend=backend, device=device, report=report, warn=console.warn
+            bundle,
+            output,
+            call,
+            from_image=from_image,
+            backend=backend,
+            device=device,
+            report=report,
+            warn=console.warn,
         )
     if as_json:
         console.print_json(result)

@@ -39,7 +39,9 @@ def run(command: click.Command) -> NoReturn:
     except OSError as error:
         _end(name, f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
     except Exception as error:
-        _end(name, f"internal error: {type(error).__name__}: {error} (ZIMG_TRACEBACK=1 shows where; please report it)", 1)
+        _end(
+            name, f"internal error: {type(error).__name__}: {error} (ZIMG_TRACEBACK=1 shows where; please report it)", 1
+        )
     # What ``--help`` and ``ctx.exit`` give comes back as a number; commands give nothing.
     sys.exit(result if isinstance(result, int) else 0)
 

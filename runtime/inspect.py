@@ -56,7 +56,8 @@ def as_text(summary: dict[str, Any]) -> str:
         f"{summary['name']}  ({summary['family']}, {summary['precision']}, {_size(summary['bytes'])})",
         f"  path      {summary['path']}",
         f"  source    {source['model']}{revision}",
-        "  built by  " + ", ".join(f"{k} {v}" for k, v in {"zimg": summary["zimg_version"], **summary["tools"]}.items()),
+        "  built by  "
+        + ", ".join(f"{k} {v}" for k, v in {"zimg": summary["zimg_version"], **summary["tools"]}.items()),
         f"  defaults  {defaults['width']}x{defaults['height']}, {defaults['num_inference_steps']} steps, "
         f"guidance scale {defaults['guidance_scale']:g}, negative prompt {defaults['negative_prompt']!r}",
     ]

@@ -144,8 +144,8 @@ class Pipeline:
 
         Args:
             prompt: a text, or several.
-            negative_prompt: what to guide away from; one for all prompts, or one each. Without it Z-Image guides away from
-                the empty prompt, and Qwen-Image does not guide at all.
+            negative_prompt: what to guide away from; one for all prompts, or one each. Without it Z-Image guides away
+                from the empty prompt, and Qwen-Image does not guide at all.
             height: in pixels, a multiple of 16. This and what follows come from the checkpoint's recommendation
                 (``pipeline.bundle.manifest.defaults``) where they are not given.
             width: as ``height``.
@@ -159,14 +159,14 @@ class Pipeline:
             cfg_normalization: Z-Image: a bound on the guided velocity's norm, in norms of the unguided; 0 for none.
             cfg_truncation: Z-Image: guidance is off once 1 - sigma exceeds this.
             num_images_per_prompt: pictures of each prompt.
-            seed: of the noise, drawn as ``torch.Generator("cpu").manual_seed(seed)`` would for the whole batch; or a list, one
-                for each picture. A random one where it is not given; the output tells.
+            seed: of the noise, drawn as ``torch.Generator("cpu").manual_seed(seed)`` would for the whole batch; or a
+                list, one for each picture. A random one where it is not given; the output tells.
             latents: noise to start from instead, float32 in the reference pipeline's own form: (N, 16, H/8, W/8)
                 for Z-Image, (N, H/16 * W/16, 64) for Qwen-Image.
             max_sequence_length: prompt tokens kept, 512 in the reference.
             output_type: ``"pil"``, ``"np"`` or ``"latent"``.
-            callback_on_step_end: called after each step with (pipeline, step, timestep in thousandths, tensors); may return
-                ``{"latents": …}`` to go on from other latents. :meth:`preview` makes a picture of what it is given.
+            callback_on_step_end: called after each step with (pipeline, step, timestep in thousandths, tensors); may
+                return ``{"latents": …}`` to go on from other latents. :meth:`preview` makes a picture of them.
             callback_on_step_end_tensor_inputs: which tensors it is given: ``"latents"`` after the step,
                 ``"denoised"``, the clean latents the step aims at, ``"velocity"``.
 
@@ -198,6 +198,11 @@ class Pipeline:
             noisy = self.draw_noise(request.batch, request.seed, request.height, request.width)
         else:
             noisy = self._check_latents(latents, request)
+        if request.negative_prompts is None and self._family.is_guided(request.guidance_scale, 1.0, 1.0):
+            self.warn(
+                "guidance is off, for there is no negative prompt; "
+                "give one (the models' authors use ' '), or a guidance_scale of 1"
+            )
         # 2. Read the prompts.
         prompts = self._encode(request)
         # 3. Lay out the schedule, and compute all that depends on it alone.
@@ -311,9 +316,7 @@ class Pipeline:
             def bind(text: str) -> Feeds:
                 prompt = prompts[text]
                 size = (request.height, request.width)
-                return engine.upload(
-                    family.denoiser_constants(prompt.conditioning, prompt.tokens, self._config, *size)
-                )
+                return engine.upload(family.denoiser_constants(prompt.conditioning, prompt.tokens, self._config, *size))
 
             for index in range(request.batch):
                 positive = bind(request.prompts[index // request.num_images_per_prompt])

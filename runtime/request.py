@@ -75,8 +75,10 @@ def check(
     levels = _sigmas(sigmas)
     defaults = manifest.defaults
     scale = _guidance_scale(family, defaults.guidance_scale, guidance_scale, true_cfg_scale, cfg_scale)
-    steps = defaults.num_inference_steps if num_inference_steps is None else _integer(
-        "num_inference_steps", num_inference_steps, 1, 10_000
+    steps = (
+        defaults.num_inference_steps
+        if num_inference_steps is None
+        else _integer("num_inference_steps", num_inference_steps, 1, 10_000)
     )
     if output_type not in OUTPUT_TYPES:
         raise UsageError(f"output_type is {output_type!r}", f"choose one of {', '.join(OUTPUT_TYPES)}")
@@ -110,9 +112,7 @@ def _prompts(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
     return values
 
 
-def _negatives(
-    value: str | Sequence[str] | None, prompts: int, family: Family, scale: float
-) -> tuple[str, ...] | None:
+def _negatives(value: str | Sequence[str] | None, prompts: int, family: Family, scale: float) -> tuple[str, ...] | None:
     """As in the reference pipelines: Z-Image guides against an empty prompt by default, Qwen-Image not at all."""
     if value is None:
         value = family.NEGATIVE_PROMPT
@@ -141,7 +141,9 @@ def _sigmas(values: Sequence[float] | None) -> tuple[float, ...] | None:
 def _guidance_scale(family: Family, default: float, *given: float | None) -> float:
     guidance_scale, true_cfg_scale, cfg_scale = given
     if sum(value is not None for value in given) > 1:
-        raise UsageError("guidance_scale, true_cfg_scale and cfg_scale are names for one thing", "give only one of them")
+        raise UsageError(
+            "guidance_scale, true_cfg_scale and cfg_scale are names for one thing", "give only one of them"
+        )
     for name, value in (("guidance_scale", guidance_scale), ("true_cfg_scale", true_cfg_scale)):
         if value is not None:
             return _number(name, value, -1000, 1000)
@@ -179,7 +181,7 @@ def _number(name: str, value: Any, lowest: float, highest: float) -> float:
 def _seed(seed: int | Sequence[int] | None, pictures: int) -> int | tuple[int, ...]:
     if seed is None:
         return secrets.randbelow(2**32)
-    if isinstance(seed, Sequence) and not isinstance(seed, str):
+    if isinstance(seed, list | tuple):
         if len(seed) != pictures:
             raise UsageError(f"there are {len(seed)} seeds for {pictures} pictures", "give one, or one for each")
         return tuple(_integer("seed", entry, -(2**63), 2**64 - 1) for entry in seed)

@@ -71,26 +71,60 @@ def randomize(module: torch.nn.Module, seed: int) -> None:
             parameter.data = 1 + 0.1 * noise
 
 
-def z_image(seed: int = 0, *, transformer: dict[str, Any] | None = None, vae: dict[str, Any] | None = None,
-            text_encoder: dict[str, Any] | None = None, scheduler: dict[str, Any] | None = None) -> ZImagePipeline:
+def z_image(
+    seed: int = 0,
+    *,
+    transformer: dict[str, Any] | None = None,
+    vae: dict[str, Any] | None = None,
+    text_encoder: dict[str, Any] | None = None,
+    scheduler: dict[str, Any] | None = None,
+) -> ZImagePipeline:
     """A tiny ``ZImagePipeline``; the dictionaries override parts of its configs."""
     tok = tokenizer()
     text = {
-        "vocab_size": len(tok), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048,
-        "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None,
+        "vocab_size": len(tok),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
     } | (text_encoder or {})
     network = {
-        "all_patch_size": (2,), "all_f_patch_size": (1,), "in_channels": 16, "dim": 48, "n_layers": 2,
-        "n_refiner_layers": 1, "n_heads": 3, "n_kv_heads": 3, "norm_eps": 1e-5, "qk_norm": True,
-        "cap_feat_dim": text["hidden_size"], "rope_theta": 256.0, "t_scale": 1000.0, "axes_dims": [8, 4, 4],
+        "all_patch_size": (2,),
+        "all_f_patch_size": (1,),
+        "in_channels": 16,
+        "dim": 48,
+        "n_layers": 2,
+        "n_refiner_layers": 1,
+        "n_heads": 3,
+        "n_kv_heads": 3,
+        "norm_eps": 1e-5,
+        "qk_norm": True,
+        "cap_feat_dim": text["hidden_size"],
+        "rope_theta": 256.0,
+        "t_scale": 1000.0,
+        "axes_dims": [8, 4, 4],
         "axes_lens": [1536, 512, 512],
     } | (transformer or {})
     autoencoder = {
-        "in_channels": 3, "out_channels": 3, "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (8, 8, 16, 16), "layers_per_block": 1,
-        "latent_channels": 16, "norm_num_groups": 8, "sample_size": 64, "scaling_factor": 0.3611,
-        "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False,
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (8, 8, 16, 16),
+        "layers_per_block": 1,
+        "latent_channels": 16,
+        "norm_num_groups": 8,
+        "sample_size": 64,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
     } | (vae or {})
     schedule = {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": False} | (scheduler or {})
     parts = {
@@ -103,19 +137,38 @@ def z_image(seed: int = 0, *, transformer: dict[str, Any] | None = None, vae: di
     return _quiet(ZImagePipeline(FlowMatchEulerDiscreteScheduler(**schedule), tokenizer=tok, **parts))
 
 
-def qwen_image(seed: int = 0, *, transformer: dict[str, Any] | None = None, vae: dict[str, Any] | None = None,
-               text_encoder: dict[str, Any] | None = None, scheduler: dict[str, Any] | None = None) -> QwenImagePipeline:
+def qwen_image(
+    seed: int = 0,
+    *,
+    transformer: dict[str, Any] | None = None,
+    vae: dict[str, Any] | None = None,
+    text_encoder: dict[str, Any] | None = None,
+    scheduler: dict[str, Any] | None = None,
+) -> QwenImagePipeline:
     """A tiny ``QwenImagePipeline``; the dictionaries override parts of its configs."""
     tok = tokenizer()
     text = {
-        "vocab_size": len(tok), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        "vocab_size": len(tok),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
         "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
-        "bos_token_id": None, "eos_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
     } | (text_encoder or {})
     vision = {
-        "depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": text["hidden_size"],
-        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": text["hidden_size"],
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
         "fullatt_block_indexes": [0],
     }
     ids = {
@@ -125,17 +178,33 @@ def qwen_image(seed: int = 0, *, transformer: dict[str, Any] | None = None, vae:
         "vision_end_token_id": tok.convert_tokens_to_ids("<|vision_end|>"),
     }
     network = {
-        "patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16,
-        "num_attention_heads": 3, "joint_attention_dim": text["hidden_size"], "axes_dims_rope": (8, 4, 4),
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 3,
+        "joint_attention_dim": text["hidden_size"],
+        "axes_dims_rope": (8, 4, 4),
     } | (transformer or {})
     autoencoder = {
-        "base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1,
-        "temperal_downsample": [False, True, True], "latents_mean": [0.1, -0.2, 0.3, 0.0],
+        "base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": [1, 2, 2, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True],
+        "latents_mean": [0.1, -0.2, 0.3, 0.0],
         "latents_std": [1.0, 1.5, 2.0, 0.5],
     } | (vae or {})
     schedule = {
-        "base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 8192, "max_shift": 0.9,
-        "num_train_timesteps": 1000, "shift": 1.0, "shift_terminal": 0.02, "time_shift_type": "exponential",
+        "base_image_seq_len": 256,
+        "base_shift": 0.5,
+        "max_image_seq_len": 8192,
+        "max_shift": 0.9,
+        "num_train_timesteps": 1000,
+        "shift": 1.0,
+        "shift_terminal": 0.02,
+        "time_shift_type": "exponential",
         "use_dynamic_shifting": True,
     } | (scheduler or {})
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)

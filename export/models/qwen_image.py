@@ -1,7 +1,8 @@
 """The Qwen-Image transformer, cut into what runs per prompt, per schedule and per step.
 
-Source: ``QwenImageTransformer2DModel`` of diffusers 0.42 (tanh-approximate GELU). The time embedding and all modulation linears depend on
-the schedule alone: they are no part of the graph, their results come in as a table (``zimg.runtime.modulation``).
+Source: ``QwenImageTransformer2DModel`` of diffusers 0.42 (tanh-approximate GELU). The time embedding and all modulation
+linears depend on the schedule alone: they are no part of the graph, their results come in as a table
+(``zimg.runtime.modulation``).
 
 A network's ``forward`` only calls its children; each kind of child is traced once (see ``zimg.export.trace``).
 """
@@ -55,7 +56,11 @@ class JointAttention(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.to_q, self.to_k, self.to_v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.add_q_proj, self.add_k_proj, self.add_v_proj = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (
+            nn.Linear(dim, dim),
+            nn.Linear(dim, dim),
+            nn.Linear(dim, dim),
+        )
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.to_add_out = nn.Linear(dim, dim)
         self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps=1e-6), nn.RMSNorm(head_dim, eps=1e-6)

@@ -38,7 +38,9 @@ def text_config(config: Mapping[str, Any]) -> Any:
         raise CheckpointError(f"text_encoder/config.json has model_type {kind!r}; zimg supports qwen3 and qwen2_5_vl")
     scaling = parsed.rope_parameters.get("rope_type", "default")
     if scaling != "default":
-        raise CheckpointError(f"text_encoder/config.json asks for {scaling!r} RoPE scaling, which zimg does not support")
+        raise CheckpointError(
+            f"text_encoder/config.json asks for {scaling!r} RoPE scaling, which zimg does not support"
+        )
     if getattr(parsed, "use_sliding_window", False):
         raise CheckpointError("text_encoder/config.json asks for sliding-window attention, which zimg does not support")
     parsed._attn_implementation = "sdpa"
@@ -51,7 +53,7 @@ def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _both_halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """transformers wants (1, tokens, head_dim) tables whose halves are equal."""
+    """Transformers wants (1, tokens, head_dim) tables whose halves are equal."""
     return torch.cat([cos, cos], dim=-1).unsqueeze(0), torch.cat([sin, sin], dim=-1).unsqueeze(0)
 
 

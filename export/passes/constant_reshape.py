@@ -1,7 +1,7 @@
 """Give every Reshape a constant target where its free sides allow one.
 
-The exporter computes targets at run time (Shape, Squeeze, Concat) even where a side is just kept. ONNX writes a kept side
-as 0 and one unknown side as -1; with these a block loses a dozen nodes, and a compiler sees plain shapes.
+The exporter computes targets at run time (Shape, Squeeze, Concat) even where a side is just kept. ONNX writes a kept
+side as 0 and one unknown side as -1; with these a block loses a dozen nodes, and a compiler sees plain shapes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 
 class ConstantReshape(ir.passes.InPlacePass):
-    """Replace computed targets of Reshape nodes by constants; the shapes the exporter noted say which sides are kept."""
+    """Replace computed targets by constants; the shapes the exporter noted say which sides are kept."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the model's graph in place."""

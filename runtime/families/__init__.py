@@ -87,5 +87,7 @@ def family(name: str) -> Family:
         BundleError: this zimg does not know it.
     """
     if name not in FAMILIES:
-        raise BundleError(f"the bundle is of family {name!r}, and this zimg knows {', '.join(FAMILIES)}", "upgrade zimg")
+        raise BundleError(
+            f"the bundle is of family {name!r}, and this zimg knows {', '.join(FAMILIES)}", "upgrade zimg"
+        )
     return FAMILIES[name]

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.export.loopback_hub import Break, LoopbackHub
 
+from tests.export.loopback_hub import Break, LoopbackHub
 from zimg.engines.errors import DownloadError, UsageError
 from zimg.export import hub as hub_module
 from zimg.export.checkpoint import FILES

@@ -26,7 +26,10 @@ def shards(tmp_path: Path) -> Path:
         return torch.randn(shape, generator=generator)
 
     save_file({"a": random(7, 5).bfloat16(), "b": random(300).bfloat16()}, folder / "m-00001-of-00002.safetensors")
-    save_file({"c": random(4, 3), "d": random(2, 6).half(), "e": random(8).bfloat16()}, folder / "m-00002-of-00002.safetensors")
+    save_file(
+        {"c": random(4, 3), "d": random(2, 6).half(), "e": random(8).bfloat16()},
+        folder / "m-00002-of-00002.safetensors",
+    )
     return folder
 
 
@@ -47,7 +50,7 @@ def test_unchanged_files_are_linked_and_the_rest_is_cast(shards, tmp_path):
     progress = []
     placed = export_weights({"net": wanted(shards)}, "bfloat16", out, lambda *done: progress.append(done))["net"]
     linked = out / "transformer-00001-of-00002.linked.safetensors"
-    assert os.path.samefile(linked, shards / "m-00001-of-00002.safetensors")
+    assert linked.samefile(shards / "m-00001-of-00002.safetensors")
     assert {info.file.name for info in placed.values()} == {linked.name, "net.safetensors"}
     source, result = tensors(shards), tensors(out)
     assert {info.name for info in placed.values()} == set(source)

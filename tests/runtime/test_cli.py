@@ -42,7 +42,9 @@ def test_the_parameters_text_is_what_viewers_read(bundle, tmp_path):
     out = tmp_path / "cat.png"
     generate(bundle, "--prompt", "a cat", "--negative-prompt", "a dog", "--cfg-scale", 3, "--seed", 3, "--output", out)
     text = Image.open(out).text["parameters"]
-    assert text.startswith("a cat\nNegative prompt: a dog\nSteps: 2, Sampler: Euler, CFG scale: 3, Seed: 3, Size: 48x32, ")
+    assert text.startswith(
+        "a cat\nNegative prompt: a dog\nSteps: 2, Sampler: Euler, CFG scale: 3, Seed: 3, Size: 48x32, "
+    )
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
@@ -175,7 +177,9 @@ def change_manifest(copy, **changes):
 
 def test_a_newer_schema(copy):
     change_manifest(copy, schema_version=99)
-    generate(copy, "--prompt", "a").assert_refused("has schema version 99, and this zimg reads up to 1; upgrade zimg", 1)
+    generate(copy, "--prompt", "a").assert_refused(
+        "has schema version 99, and this zimg reads up to 1; upgrade zimg", 1
+    )
 
 
 def test_a_family_of_the_future(copy):

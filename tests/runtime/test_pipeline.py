@@ -230,6 +230,15 @@ def test_cfg_scale_is_diffsynths(bundle_of):
         assert np.array_equal(ours("a", cfg_scale=1.0, **call).images, ours("a", guidance_scale=0.0, **call).images)
 
 
+def test_guidance_without_a_negative_prompt_is_off_in_qwen_image_and_said(bundle_of):
+    call = {"height": 32, "width": 32, "num_inference_steps": 2, "seed": 0, "output_type": "latent"}
+    with Pipeline.open(bundle_of("qwen-image")) as ours:
+        with pytest.warns(UserWarning, match="guidance is off, for there is no negative prompt"):
+            silent = ours("a", guidance_scale=4.0, **call).images
+        assert np.array_equal(silent, ours("a", guidance_scale=1.0, **call).images)
+        assert not np.array_equal(silent, ours("a", guidance_scale=4.0, negative_prompt=" ", **call).images)
+
+
 def test_released_engines_draw_the_same(family, bundle_of):
     call = {"height": 32, "width": 32, "num_inference_steps": 2, "seed": 0, "output_type": "np"}
     with Pipeline.open(bundle_of(family), release_engines=True) as ours:

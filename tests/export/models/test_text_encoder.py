@@ -14,7 +14,8 @@ from zimg.runtime.rope import text_encoder_tables
 
 QWEN3 = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": None,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048, "bos_token_id": None,
+    "eos_token_id": None,
 }  # fmt: skip
 QWEN2 = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -90,7 +91,10 @@ def test_dead_tensors():
     ("config", "message"),
     [
         ({"model_type": "llama"}, "model_type 'llama'"),
-        (QWEN3 | {"model_type": "qwen3", "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "yarn"),
+        (
+            QWEN3 | {"model_type": "qwen3", "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}},
+            "yarn",
+        ),
         (QWEN3 | {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 8}, "sliding-window"),
     ],
 )

@@ -17,7 +17,14 @@ TINY = {
     "n_refiner_layers": 1, "n_heads": 3, "n_kv_heads": 3, "norm_eps": 1e-5, "qk_norm": True, "cap_feat_dim": 16,
     "rope_theta": 256.0, "t_scale": 1000.0, "axes_dims": [8, 4, 4], "axes_lens": [1536, 512, 512],
 }  # fmt: skip
-WIDE = TINY | {"dim": 320, "n_heads": 5, "n_kv_heads": 5, "axes_dims": [16, 24, 24], "n_refiner_layers": 2, "cap_feat_dim": 40}
+WIDE = TINY | {
+    "dim": 320,
+    "n_heads": 5,
+    "n_kv_heads": 5,
+    "axes_dims": [16, 24, 24],
+    "n_refiner_layers": 2,
+    "cap_feat_dim": 40,
+}
 
 
 def run(config, reference, latents, prompt_embeds, sigma):
