@@ -52,8 +52,9 @@ def open_engine(bundle: Bundle, component: str, backend: str = "onnxruntime", de
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; the best one present when not given.
 
     Raises:
-        UsageError: no such backend.
+        UsageError: no such backend or device.
         BackendError: the backend is not installed or cannot run this component.
+        BundleError: no such component, or its graph or weights are broken.
     """
     if backend not in BACKENDS:
         raise UsageError(f"no backend is called {backend!r}", f"choose one of {', '.join(BACKENDS)}")

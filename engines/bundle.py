@@ -157,7 +157,8 @@ class Bundle:
             present = path.is_file()
         except (OSError, ValueError, RuntimeError) as error:
             # Too long a name, a null byte, links in a circle.
-            raise BundleError(f"{manifest} names {name!r}, which cannot be opened ({error})", "do not trust it") from None
+            message = f"{manifest} names {name!r}, which cannot be opened ({error})"
+            raise BundleError(message, "do not trust it") from None
         if leaves:
             raise BundleError(f"{manifest} names {name!r}, which leads out of the bundle", "do not trust it")
         if name not in self.manifest.files:

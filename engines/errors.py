@@ -7,6 +7,7 @@
     |-- CheckpointError       a checkpoint is missing, broken or of another family
     |   `-- DownloadError     a hub cannot be reached, or has no such model
     |-- BundleError           a bundle is missing, changed, unfinished or too new
+    |-- SafetensorsError      a file is not the safetensors file it should be (in ``safetensors.py``)
     |-- BackendError          a backend is not installed or cannot run this
     `-- OutputError           the target exists, is busy, or the disk is full
 

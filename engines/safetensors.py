@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,24 +94,23 @@ def _kind_hint(prefix: bytes) -> str:
 
 
 def _entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
-    if not isinstance(entry, dict) or not _are_counts(entry.get("shape")) or not _are_counts(entry.get("data_offsets"), 2):
-        raise SafetensorsError(f"{path}: tensor {name!r} has no readable shape and data_offsets", "fetch the file again")
-    dtype = BY_SAFETENSORS.get(str(entry.get("dtype")))
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    shape, offsets = fields.get("shape"), fields.get("data_offsets")
+    if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2):
+        message = f"{path}: tensor {name!r} has no readable shape and data_offsets"
+        raise SafetensorsError(message, "fetch the file again")
+    dtype = BY_SAFETENSORS.get(str(fields.get("dtype")))
     if dtype is None:
         known = ", ".join(BY_SAFETENSORS)
-        raise SafetensorsError(f"{path}: tensor {name!r} is of type {entry.get('dtype')!r}", f"zimg reads {known}")
-    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    if end - begin != math.prod(shape) * dtype.storage.itemsize:
-        raise SafetensorsError(f"{path}: tensor {name!r} has {end - begin} bytes, which do not fit its shape {shape}")
-    return TensorInfo(path, name, dtype.name, shape, start + begin, end - begin)
+        raise SafetensorsError(f"{path}: tensor {name!r} is of type {fields.get('dtype')!r}", f"zimg reads {known}")
+    nbytes = offsets[1] - offsets[0]
+    if nbytes != math.prod(shape) * dtype.storage.itemsize:
+        raise SafetensorsError(f"{path}: tensor {name!r} has {nbytes} bytes, which do not fit its shape {tuple(shape)}")
+    return TensorInfo(path, name, dtype.name, tuple(shape), start + offsets[0], nbytes)
 
 
-def _are_counts(values: Any, length: int | None = None) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == (len(values) if length is None else length)
-        and all(type(value) is int and 0 <= value < 2**63 for value in values)
-    )
+def _are_counts(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def view(info: TensorInfo) -> NDArray[Any]:

@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 from zimg.engines.bundle import TensorSpec
 from zimg.engines.dtypes import BY_NAME, BY_ONNX
 from zimg.engines.safetensors import TensorInfo
-from zimg.export.parts import Input, Whole
-from zimg.export.trace import DOMAIN, OPSET, Example, trace
+from zimg.export.parts import Input
+from zimg.export.trace import DOMAIN, OPSET, Example, Kind, trace
 
 IR_VERSION = 11
 """The first that knows opset 23."""
@@ -71,6 +71,7 @@ def assemble(
         for run, size in zip(runs, sizes, strict=True):
             run.run(*(entry.example(size) for entry in inputs))
     graph = _Assembly(network, runs, tensors)
+    graph.trace([node for node in plan.graph.nodes if node.op == "call_module"])
     names = iter(inputs)
     result: ir.Value | None = None
     for node in plan.graph.nodes:
@@ -114,7 +115,7 @@ class _Assembly:
         self.known: dict[fx.Node, Any] = {}
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
-        self.functions: dict[tuple[Any, ...], ir.Function] = {}
+        self.functions: dict[fx.Node, ir.Function] = {}
 
     def initializer(self, parameter: str) -> ir.Value:
         """The initializer of one parameter: a name, a type, a shape, and a byte range in a weight file."""
@@ -129,19 +130,35 @@ class _Assembly:
             self.initializers[parameter] = value
         return self.initializers[parameter]
 
+    def trace(self, calls: Sequence[fx.Node]) -> None:
+        """Trace each kind of child once."""
+        kinds: dict[tuple[Any, ...], Kind] = {}
+        outputs: dict[tuple[Any, ...], int] = {}
+        keys = {}
+        for node in calls:
+            child = self.network.get_submodule(str(node.target))
+            examples = tuple(self._example(argument) for argument in node.all_input_nodes)
+            stored = tuple(BY_ONNX[int(value.dtype)].name for value in self._parameters(node) if value.dtype is not None)
+            shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in child.state_dict().items())
+            sides = tuple((example.tensor.dtype, _sides(example)) for example in examples)
+            keys[node] = key = (type(child), *_settings(child), sides, shapes, stored)
+            if key not in kinds:
+                base = type(child).__name__
+                count = sum(kind.name.split("_")[0] == base for kind in kinds.values())
+                kinds[key] = Kind(f"{base}_{count + 1}" if count else base, child, examples, stored)
+                outputs[key] = len(_tuple(self.runs[0].results[node]))
+        functions = dict(zip(kinds, trace(list(kinds.values()), list(outputs.values())), strict=True))
+        self.functions = {node: functions[key] for node, key in keys.items()}
+
     def call(self, node: fx.Node) -> None:
-        """Add a call of one child, tracing it if it is the first of its kind."""
-        target = str(node.target)
-        child = self.network.get_submodule(target)
-        prefix = "" if isinstance(self.network, Whole) else f"{target}."
-        parameters = [self.initializer(f"{prefix}{name}") for name in child.state_dict()]
+        """Add a call of one child."""
         results = _tuple(self.runs[0].results[node])
         call = ir.Node(
             DOMAIN,
-            self._function(node, child, parameters).name,
-            [*(self.known[argument] for argument in node.all_input_nodes), *parameters],
+            self.functions[node].name,
+            [*(self.known[argument] for argument in node.all_input_nodes), *self._parameters(node)],
             num_outputs=len(results),
-            name=target,
+            name=str(node.target),
         )
         for index, (value, result) in enumerate(zip(call.outputs, results, strict=True)):
             value.name = node.name if len(results) == 1 else f"{node.name}_{index}"
@@ -149,18 +166,9 @@ class _Assembly:
         self.known[node] = call.outputs if isinstance(self.runs[0].results[node], tuple) else call.outputs[0]
         self.nodes.append(call)
 
-    def _function(self, node: fx.Node, child: nn.Module, parameters: Sequence[ir.Value]) -> ir.Function:
-        examples = [self._example(argument) for argument in node.all_input_nodes]
-        inputs = tuple((e.tensor.dtype, _sides(e)) for e in examples)
-        stored = [BY_ONNX[int(value.dtype)].name for value in parameters if value.dtype is not None]
-        shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in child.state_dict().items())
-        kind = (type(child), *_settings(child), inputs, shapes, tuple(stored))
-        if kind not in self.functions:
-            base = type(child).__name__
-            count = sum(function.name.split("_")[0] == base for function in self.functions.values())
-            name = f"{base}_{count + 1}" if count else base
-            self.functions[kind] = trace(name, child, examples, stored=stored)
-        return self.functions[kind]
+    def _parameters(self, node: fx.Node) -> list[ir.Value]:
+        """The initializers a call of a child takes."""
+        return [self.initializer(f"{node.target}.{n}") for n in self.network.get_submodule(str(node.target)).state_dict()]
 
     def _example(self, argument: fx.Node) -> Example:
         """What a call gets, with the sides free that differ between the two runs."""
@@ -180,7 +188,8 @@ class _Assembly:
             opset_imports={"": OPSET, DOMAIN: 1},
             name=name,
         )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="zimg", functions=list(self.functions.values()))
+        functions = list(dict.fromkeys(self.functions.values()))
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="zimg", functions=functions)
 
 
 def _tuple(result: Any) -> tuple[Tensor, ...]:

@@ -32,7 +32,7 @@ from zimg.export import catalog
 from zimg.export.assemble import assemble
 from zimg.export.checkpoint import Checkpoint, check_tensors, open_checkpoint
 from zimg.export.models import autoencoder_kl, qwen_image, qwen_image_vae, text_encoder, z_image
-from zimg.export.parts import Part, Whole
+from zimg.export.parts import Part
 from zimg.export.tokenizer import export_tokenizer
 from zimg.export.weights import Wanted, export_weights, written_bytes
 from zimg.runtime import families
@@ -170,8 +170,7 @@ def _component(name: str, part: Part, tensors: Mapping[str, TensorInfo], precisi
     graphs, spec = {}, None
     for compute in dict.fromkeys((precision, "float32")):
         network = part.build(getattr(torch, compute))
-        plan = Whole(network) if part.in_one_piece else network
-        model, spec = assemble(plan, part.inputs, part.output, part.sizes, tensors)
+        model, spec = assemble(network, part.inputs, part.output, part.sizes, tensors)
         graphs[compute] = f"{name}.onnx" if compute == precision else f"{name}.{compute}.onnx"
         ir.save(model, folder / graphs[compute])
     inputs = {entry.name: TensorSpec(str(entry.dtype).removeprefix("torch."), entry.shape) for entry in part.inputs}

@@ -36,8 +36,6 @@ class Part:
     """The checkpoint's component its tensors come from: ``"transformer"``, ``"text_encoder"`` or ``"vae"``."""
     network: Callable[[], nn.Module] | None = None
     """Makes the network; None where the host computes with the tensors itself."""
-    in_one_piece: bool = False
-    """Whether the network is traced whole, rather than child by child."""
     inputs: tuple[Input, ...] = ()
     output: str = ""
     sizes: tuple[Mapping[str, int], Mapping[str, int]] = ({}, {})
@@ -65,16 +63,3 @@ class Part:
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         """The names and shapes of the checkpoint's tensors they come from."""
         return self.parameters() | dict(self.transformed_shapes)
-
-
-class Whole(nn.Module):
-    """Makes a network of one input its own only child, so that it is traced in one piece."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Call the network."""
-        out: Tensor = self.network(x)
-        return out

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import onnx_ir as ir
@@ -23,6 +24,8 @@ from zimg.export.passes.constant_reshape import ConstantReshape
 OPSET = 23
 """The first with ``RMSNormalization``, ``RotaryEmbedding`` and ``Attention``; 24 loses the first in the exporter."""
 DOMAIN = "zimg"
+FACTORS = tuple(n for n in range(1009, 1500) if all(n % d for d in range(2, 40)))
+"""Primes, one for each module that is traced: larger than the sides of any example, so that no two products are equal."""
 
 
 @dataclass(frozen=True)
@@ -32,47 +35,76 @@ class Example:
     tensor: Tensor
     free: tuple[int, ...]
 
+    def scaled(self, factor: int) -> Tensor:
+        """The example with its free sides so many times as long; on the meta device that costs nothing."""
+        sides = [side * factor if axis in self.free else side for axis, side in enumerate(self.tensor.shape)]
+        return self.tensor.new_empty(sides)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of block."""
+
+    name: str
+    """Of its function, in the domain ``zimg``."""
+    module: nn.Module
+    """On the meta device, in the element type it shall compute in."""
+    inputs: tuple[Example, ...]
+    """Its positional arguments."""
+    stored: tuple[str, ...]
+    """The element types its parameters have in the weight files, in the order of its ``state_dict``. They are cast in
+    the function where the module computes in another."""
+
+    def parameters(self) -> list[Tensor]:
+        """Its parameters as they are stored."""
+        pairs = zip(self.module.state_dict().values(), self.stored, strict=True)
+        return [value.to(getattr(torch, dtype)) for value, dtype in pairs]
+
 
 class _Functional(nn.Module):
-    """A module as a function of its inputs and its parameters."""
+    """Several modules side by side, as one function of their inputs and their parameters."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, kinds: Sequence[Kind]) -> None:
         super().__init__()
-        self._module = [module]  # In a list, so that its parameters are not found as attributes of this one.
-        self._dtypes = {name: parameter.dtype for name, parameter in module.state_dict().items()}
+        # In lists, so that their parameters are not found as attributes of this one.
+        self._modules_of = [kind.module for kind in kinds]
+        self._dtypes = [{name: p.dtype for name, p in kind.module.state_dict().items()} for kind in kinds]
 
-    def forward(self, inputs: list[Tensor], parameters: list[Tensor]) -> Any:
-        pairs = zip(self._dtypes.items(), parameters, strict=True)
-        cast = {name: parameter.to(dtype) for (name, dtype), parameter in pairs}
-        return torch.func.functional_call(self._module[0], cast, tuple(inputs))
+    def forward(self, inputs: list[list[Tensor]], parameters: list[list[Tensor]]) -> Any:
+        results = []
+        for module, dtypes, own, stored in zip(self._modules_of, self._dtypes, inputs, parameters, strict=True):
+            pairs = zip(dtypes.items(), stored, strict=True)
+            cast = {name: value.to(dtype) for (name, dtype), value in pairs}
+            result = torch.func.functional_call(module, cast, tuple(own))
+            results.append(result if isinstance(result, tuple) else (result,))
+        return results
 
 
-def trace(name: str, module: nn.Module, inputs: Sequence[Example], *, stored: Sequence[str]) -> ir.Function:
-    """Trace a module into an ONNX function whose inputs are its own, then its parameters by name.
+def trace(kinds: Sequence[Kind], outputs: Sequence[int]) -> list[ir.Function]:
+    """Trace modules into ONNX functions whose inputs are their own, then their parameters by name.
+
+    All go through the exporter together, because most of its time does not depend on what it exports.
 
     Args:
-        name: the function's name, in the domain ``zimg``.
-        module: on the meta device, in the element type it shall compute in.
-        inputs: its positional arguments.
-        stored: the names of the element types its parameters have in the weight files, in the order of its
-            ``state_dict``; parameters of another type than the module's are cast in the function.
+        kinds: the modules.
+        outputs: how many results each has.
 
     Raises:
         RuntimeError: the exporter fails; a bug in a network, never a user's fault.
     """
-    state = module.state_dict()
-    parameters = [p.to(getattr(torch, dtype)) for p, dtype in zip(state.values(), stored, strict=True)]
-    dynamic = [dict.fromkeys(example.free, torch.export.Dim.DYNAMIC) for example in inputs]
-    wrapped = _Functional(module).eval()
+    parameters = [kind.parameters() for kind in kinds]
+    dynamic = [[dict.fromkeys(e.free, torch.export.Dim.DYNAMIC) for e in kind.inputs] for kind in kinds]
+    # The exporter takes sides of equal length for one side, so those of different modules must not be equal.
+    examples = [[e.scaled(factor) for e in kind.inputs] for kind, factor in zip(kinds, FACTORS, strict=False)]
     with _quiet(), torch.no_grad():
         program = torch.export.export(
-            wrapped,
-            ([example.tensor for example in inputs], parameters),
-            dynamic_shapes=(dynamic, [None] * len(parameters)),
+            _Functional(kinds).eval(),
+            (examples, parameters),
+            dynamic_shapes=(dynamic, [[None] * len(own) for own in parameters]),
         )
         exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
     if exported is None:
-        raise RuntimeError(f"the ONNX exporter returned nothing for {name}")
+        raise RuntimeError("the ONNX exporter returned nothing")
     model = exported.model
     for improve in (
         ConstantReshape(),
@@ -82,15 +114,23 @@ def trace(name: str, module: nn.Module, inputs: Sequence[Example], *, stored: Se
         passes.ClearMetadataAndDocStringPass(),
     ):
         improve(model)
-    return _as_function(name, model.graph, list(state), len(inputs))
+    # The graph's inputs are all modules' inputs, then all modules' parameters.
+    graph_inputs, graph_outputs = iter(model.graph.inputs), iter(model.graph.outputs)
+    own_inputs = [list(islice(graph_inputs, len(kind.inputs))) for kind in kinds]
+    functions = []
+    for kind, arguments, stored, count in zip(kinds, own_inputs, parameters, outputs, strict=True):
+        arguments += islice(graph_inputs, len(stored))
+        graph = ir.convenience.extract(model.graph, arguments, list(islice(graph_outputs, count)))
+        functions.append(_as_function(kind, graph))
+    return functions
 
 
-def _as_function(name: str, graph: ir.Graph, parameters: Sequence[str], arguments: int) -> ir.Function:
-    names = [f"input_{index}" for index in range(arguments)] + list(parameters)
-    for value, new_name in zip(graph.inputs, names, strict=True):
-        value.name = new_name
+def _as_function(kind: Kind, graph: ir.Graph) -> ir.Function:
+    names = [*(f"input_{index}" for index in range(len(kind.inputs))), *kind.module.state_dict()]
+    for value, name in zip(graph.inputs, names, strict=True):
+        value.name = name
     _inline_constants(graph)
-    return ir.Function(DOMAIN, name, graph=graph, attributes=[])
+    return ir.Function(DOMAIN, kind.name, graph=graph, attributes=[])
 
 
 def _inline_constants(graph: ir.Graph) -> None:

@@ -35,7 +35,8 @@ def bar(*, enabled: bool = True) -> Iterator[Report]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    # What goes to stdout belongs there: it may be a pipe.
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as progress:
         tasks = {}
 
         def report(stage: str, done: int, total: int) -> None:

@@ -38,7 +38,8 @@ def manifest(family: str = "z-image", **changes: Any) -> Manifest:
 
 
 def write_bundle(root: Path, files: dict[str, bytes], **changes: Any) -> Path:
-    """Write files and their manifest; safetensors files are the weights of a component ``net`` unless told otherwise."""
+    """Write files and their manifest; safetensors files are the weights of a component ``net`` by default."""
+    root.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,10 +19,10 @@ from zimg.export.models.layers import Border
 from zimg.export.models.vae_blocks import (
     LEVELS,
     Chain,
-    Downsample,
+    DownsampleConv,
     EntryConv,
     MidBlock,
-    Upsample,
+    UpsampleConv,
     check_config,
     conv3x3,
     decoder_part,
@@ -85,7 +85,7 @@ class GroupNorm(nn.GroupNorm):
         return (normalized * scale + shift).to(x.dtype)
 
 
-class Attention(nn.Module):
+class PixelAttention(nn.Module):
     """Single-head self-attention of all pixels."""
 
     def __init__(self, channels: int, num_groups: int) -> None:
@@ -114,7 +114,7 @@ class AutoencoderKLDecoder(Chain):
         up_blocks = [
             named(
                 resnets=residual_blocks(config["layers_per_block"] + 1, before, width, norm),
-                upsamplers=nn.Sequential(Upsample(width, width, "conv")) if level < LEVELS - 1 else None,
+                upsamplers=nn.Sequential(UpsampleConv(width, width, "conv")) if level < LEVELS - 1 else None,
             )
             for level, (before, width) in enumerate(pairwise([widths[0], *widths]))
         ]
@@ -151,7 +151,7 @@ class AutoencoderKLEncoder(Chain):
         down_blocks = [
             named(
                 resnets=residual_blocks(config["layers_per_block"], before, width, norm),
-                downsamplers=nn.Sequential(Downsample(width, "conv")) if level < LEVELS - 1 else None,
+                downsamplers=nn.Sequential(DownsampleConv(width, "conv")) if level < LEVELS - 1 else None,
             )
             for level, (before, width) in enumerate(pairwise([widths[0], *widths]))
         ]
@@ -180,7 +180,7 @@ class AutoencoderKLEncoder(Chain):
 
 def _mid_block(config: Mapping[str, Any]) -> MidBlock:
     width, groups = config["block_out_channels"][-1], config["norm_num_groups"]
-    attention = Attention(width, groups) if config["mid_block_add_attention"] else None
+    attention = PixelAttention(width, groups) if config["mid_block_add_attention"] else None
     return MidBlock(width, partial(GroupNorm, groups), attention)
 
 

@@ -22,10 +22,10 @@ from zimg.export.models.layers import Border
 from zimg.export.models.vae_blocks import (
     LEVELS,
     Chain,
-    Downsample,
+    DownsampleConv,
     EntryConv,
     MidBlock,
-    Upsample,
+    UpsampleConv,
     check_config,
     conv3x3,
     decoder_part,
@@ -80,7 +80,7 @@ class ChannelNorm(nn.Module):
         return (wide / rms).to(x.dtype) * self.gamma
 
 
-class Attention(nn.Module):
+class PixelAttention(nn.Module):
     """Single-head self-attention of all pixels."""
 
     def __init__(self, channels: int) -> None:
@@ -107,7 +107,7 @@ class QwenImageVAEDecoder(Chain):
         up_blocks = []
         # Each upsampler hands on half of its channels.
         for level, (before, width) in enumerate(zip([2 * widths[0], *widths], widths, strict=False)):
-            upsample = named(resample=Upsample(width, width // 2, "1")) if level < len(widths) - 1 else None
+            upsample = named(resample=UpsampleConv(width, width // 2, "1")) if level < len(widths) - 1 else None
             up_blocks.append(
                 named(
                     resnets=residual_blocks(blocks, before // 2, width, ChannelNorm),
@@ -116,7 +116,7 @@ class QwenImageVAEDecoder(Chain):
             )
         decoder = named(
             conv_in=conv3x3(channels, widths[0]),
-            mid_block=MidBlock(widths[0], ChannelNorm, Attention(widths[0])),
+            mid_block=MidBlock(widths[0], ChannelNorm, PixelAttention(widths[0])),
             up_blocks=nn.Sequential(*up_blocks),
             norm_out=ChannelNorm(widths[-1]),
             nonlinearity=nn.SiLU(),
@@ -147,12 +147,12 @@ class QwenImageVAEEncoder(Chain):
         down_blocks: list[nn.Module] = []
         for before, width in pairwise([config["base_dim"], *widths]):
             if down_blocks:
-                down_blocks.append(named(resample=Downsample(before, "1")))
+                down_blocks.append(named(resample=DownsampleConv(before, "1")))
             down_blocks.extend(residual_blocks(config["num_res_blocks"], before, width, ChannelNorm))
         encoder = named(
             conv_in=EntryConv(config["input_channels"], config["base_dim"], 3, padding=1),
             down_blocks=nn.Sequential(*down_blocks),
-            mid_block=MidBlock(widths[-1], ChannelNorm, Attention(widths[-1])),
+            mid_block=MidBlock(widths[-1], ChannelNorm, PixelAttention(widths[-1])),
             norm_out=ChannelNorm(widths[-1]),
             nonlinearity=nn.SiLU(),
             conv_out=conv3x3(widths[-1], moments),

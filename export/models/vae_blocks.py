@@ -106,7 +106,7 @@ class MidBlock(nn.Module):
         yield from (self.resnets[0], *self.attentions, self.resnets[1])
 
 
-class Upsample(nn.Sequential):
+class UpsampleConv(nn.Sequential):
     """Every pixel four times, then a 3x3 convolution.
 
     Four 2x2 convolutions of the small image, interleaved, would do the same with 4/9 of the arithmetic. On two cores
@@ -118,7 +118,7 @@ class Upsample(nn.Sequential):
         super().__init__(OrderedDict({"nearest": nearest, name: conv3x3(in_channels, out_channels)}))
 
 
-class Downsample(nn.Sequential):
+class DownsampleConv(nn.Sequential):
     """A 3x3 convolution of stride 2 that pads below and at the right only."""
 
     def __init__(self, channels: int, name: str) -> None:

@@ -47,7 +47,7 @@ def test_unknown_backend(bundle, backend):
 def test_every_backend_refuses_a_component_it_cannot_run(bundle, backend):
     with pytest.raises(BundleError, match="no component 'lost', only net"):
         open_engine(bundle, "lost", backend, "cpu")
-    with pytest.raises(BackendError, match="net'? is a table of tensors and has no graph to run"):
+    with pytest.raises(BackendError, match=r"net'? is a table of tensors and has no graph to run"):
         open_engine(bundle, "net", backend, "cpu")
     with pytest.raises(UsageError, match="'toaster'"):
         open_engine(bundle, "net", backend, "toaster")

@@ -156,7 +156,9 @@ class TestOpen:
         (tmp_path / "file").touch()
         (tmp_path / "empty").mkdir()
         message = refused(tmp_path / name)
-        assert message.startswith(f"{tmp_path / name} is not a bundle: it has no bundle.json; make one with: zimg-export build")
+        assert message.startswith(
+            f"{tmp_path / name} is not a bundle: it has no bundle.json; make one with: zimg-export build"
+        )
 
     def test_the_manifest_is_a_folder(self, tmp_path: Path) -> None:
         (tmp_path / MANIFEST).mkdir()
@@ -170,13 +172,16 @@ class TestOpen:
     )  # fmt: skip
     def test_malformed_manifests(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / MANIFEST).write_bytes(content)
-        assert re.search(r"bundle\.json is not a manifest zimg can read \(.+\); build the bundle again", refused(tmp_path))
+        assert re.search(
+            r"bundle\.json is not a manifest zimg can read \(.+\); build the bundle again", refused(tmp_path)
+        )
 
     @pytest.mark.parametrize(
         "changes",
         [
             {"schema_version": None}, {"schema_version": "1"}, {"schema_version": True}, {"schema_version": 0.5},
-            {"name": 5}, {"files": []}, {"files": {"net.onnx": 5}}, {"files": {"net.onnx": {"size": "5", "sha256": ""}}},
+            {"name": 5}, {"files": []}, {"files": {"net.onnx": 5}},
+            {"files": {"net.onnx": {"size": "5", "sha256": ""}}},
             {"components": {"net": {}}}, {"components": {"net": {"weights": "net.safetensors"}}},
             {"components": {"net": {"weights": [], "inputs": {"x": {"dtype": "float32", "shape": [1.5]}}}}},
             {"text": {"prefix": ""}}, {"defaults": {"num_inference_steps": 9.5}}, {"config": {"vae": 3}},
@@ -324,7 +329,9 @@ class TestVerify:
         with pytest.raises(BundleError, match=r"net\.onnx was changed"):
             bundle.verify(afresh=True)
 
-    def test_a_file_that_changes_while_it_is_hashed_is_not_known(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_file_that_changes_while_it_is_hashed_is_not_known(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def slow(path: Path) -> str:
             digest = sha256(path)
             if path.name == "net.onnx":
@@ -345,7 +352,7 @@ class TestTensors:
         infos = {}
         for file, names in {"x.safetensors": "ab", "y.safetensors": "c"}.items():
             infos |= safetensors.write(
-                root / file, {name: ("int64", (2,)) for name in names}, {name: [np.arange(2)] for name in names}
+                root / file, dict.fromkeys(names, ("int64", (2,))), {name: [np.arange(2)] for name in names}
             )
         files = {path.name: path.read_bytes() for path in root.iterdir()}
         components = {"both": Component(("x.safetensors", "y.safetensors")), "one": Component(("y.safetensors",))}
@@ -417,9 +424,9 @@ class TestAtomicFolder:
         assert names_in(folder) == []
 
     def test_another_failure_to_write_says_of_which_file(self, folder: Path) -> None:
-        with pytest.raises(OutputError, match=r"cannot be written \(No such file or directory: .*missing/file\)"):
-            with atomic_folder(folder / "target") as work:
-                (work / "missing" / "file").write_text("")
+        message = r"cannot be written \(No such file or directory: .*missing/file\)"
+        with pytest.raises(OutputError, match=message), atomic_folder(folder / "target") as work:
+            (work / "missing" / "file").write_text("")
         assert names_in(folder) == []
 
     def test_parents_are_made_and_unmade(self, folder: Path) -> None:
@@ -456,9 +463,9 @@ class TestAtomicFolder:
 
     def test_other_folders_of_ours_are_known_by_another_file(self, folder: Path) -> None:
         handmade.write_bundle(folder / "target", FILES)
-        with pytest.raises(OutputError, match=r"has no model_index\.json"):
-            with atomic_folder(folder / "target", overwrite=True, mark="model_index.json"):
-                pytest.fail("the work began")
+        work = atomic_folder(folder / "target", overwrite=True, mark="model_index.json")
+        with pytest.raises(OutputError, match=r"has no model_index\.json"), work:
+            pytest.fail("the work began")
         (folder / "target" / "model_index.json").touch()
         with atomic_folder(folder / "target", overwrite=True, mark="model_index.json"):
             pass

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import _TYPES
@@ -73,6 +73,7 @@ def test_random_patterns(seed):
     assert_same_rounding(bits.view(np.float32))
 
 
+@settings(deadline=None)
 @given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0), elements=st.floats(width=32)))
 def test_any_shape(values):
     with warnings.catch_warnings():
@@ -97,7 +98,9 @@ def test_float32_is_left_alone():
     assert to_float32(values, "float32") is values
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8"])
+@pytest.mark.parametrize(
+    "name", ["float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8"]
+)
 def test_stored_weights_widen_as_in_torch(name):
     tensor = (torch.randn(3, 5, generator=torch.Generator().manual_seed(0)) * 20).abs().to(getattr(torch, name))
     raw = tensor.view(torch.int16) if name == "bfloat16" else tensor

@@ -85,13 +85,22 @@ def test_same_picture(pair, prompt, negative, height, width, steps, scale, seed)
     assert np.abs(found - expected).max() < BOUND
 
 
-def test_several_prompts_and_pictures_draw_their_noise_together(pair):
+@pytest.mark.parametrize(
+    ("prompts", "pictures"),
+    [
+        (["one", "two, and a good deal longer than one"], 1),
+        # Of one length: for several pictures of prompts that differ in length, diffusers 0.42 repeats Qwen-Image's
+        # mask in another order than the prompts it belongs to.
+        (["one", "two"], 2),
+    ],
+)
+def test_several_prompts_and_pictures_draw_their_noise_together(pair, prompts, pictures):
     family, theirs, ours = pair
-    call = {"height": 48, "width": 64, "num_inference_steps": 2, "num_images_per_prompt": 2} | scales(family, 3.0)
-    prompts, negatives = ["one", "two, and a good deal longer than one"], ["bad", "worse than bad"]
-    expected = reference.draw(theirs, prompts, seed=9, negative_prompt=negatives, **call)
-    found = ours(prompts, seed=9, negative_prompt=negatives, output_type="np", **call).images
-    assert found.shape == expected.shape == (4, 48, 64, 3)
+    call = {"height": 48, "width": 64, "num_inference_steps": 2, "num_images_per_prompt": pictures}
+    call |= {"negative_prompt": ["bad", "bad"]} | scales(family, 3.0)
+    expected = reference.draw(theirs, prompts, seed=9, **call)
+    found = ours(prompts, seed=9, output_type="np", **call).images
+    assert found.shape == expected.shape == (2 * pictures, 48, 64, 3)
     assert np.abs(found - expected).max() < BOUND
 
 
