@@ -221,6 +221,12 @@ class Bundle:
     def _hash(self, name: str) -> str:
         return self.manifest.files[name].sha256
 
+    def trust(self) -> None:
+        """Take the files for verified: whoever wrote them has just hashed them."""
+        for name, record in self.manifest.files.items():
+            path = self.file(name)
+            verified.remember(path, record.sha256, verified.state(path))
+
     def content_hash(self, component: str) -> str:
         """A hash of all weights of a component, for keys of caches."""
         joined = "".join(self._hash(name) for name in self.component(component).weights)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from zimg.engines.bundle import TensorSpec
-from zimg.engines.dtypes import BY_NAME, BY_ONNX
+from zimg.engines.dtypes import BY_NAME
 from zimg.engines.safetensors import TensorInfo
 from zimg.export.parts import Input
 from zimg.export.trace import DOMAIN, OPSET, Example, Kind, trace
@@ -138,7 +138,7 @@ class _Assembly:
         for node in calls:
             child = self.network.get_submodule(str(node.target))
             examples = tuple(self._example(argument) for argument in node.all_input_nodes)
-            stored = tuple(BY_ONNX[int(value.dtype)].name for value in self._parameters(node) if value.dtype is not None)
+            stored = tuple(self.tensors[f"{node.target}.{name}"].dtype for name in child.state_dict())
             shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in child.state_dict().items())
             sides = tuple((example.tensor.dtype, _sides(example)) for example in examples)
             keys[node] = key = (type(child), *_settings(child), sides, shapes, stored)
@@ -168,7 +168,8 @@ class _Assembly:
 
     def _parameters(self, node: fx.Node) -> list[ir.Value]:
         """The initializers a call of a child takes."""
-        return [self.initializer(f"{node.target}.{n}") for n in self.network.get_submodule(str(node.target)).state_dict()]
+        names = self.network.get_submodule(str(node.target)).state_dict()
+        return [self.initializer(f"{node.target}.{name}") for name in names]
 
     def _example(self, argument: fx.Node) -> Example:
         """What a call gets, with the sides free that differ between the two runs."""

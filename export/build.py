@@ -81,7 +81,9 @@ def build(
     out = out.expanduser().absolute()
     with _only_builder_of(out), atomic_folder(out, overwrite=overwrite) as folder:
         export(open_checkpoint(model, revision=revision, source=source), folder, PRECISIONS[precision], report)
-    return Bundle.open(out)
+    bundle = Bundle.open(out, verify=False)
+    bundle.trust()
+    return bundle
 
 
 def export(checkpoint: Checkpoint, folder: Path, precision: str, report: Report = silent) -> None:
@@ -212,6 +214,9 @@ def _only_builder_of(out: Path) -> Iterator[None]:
     try:
         for leftover in out.parent.glob(f".{out.name}.*.part"):
             shutil.rmtree(leftover, ignore_errors=True)
+        for replaced in out.parent.glob(f".{out.name}.*.old"):
+            # Killed between putting the old bundle aside and putting the new one in its place.
+            shutil.rmtree(replaced, ignore_errors=True) if out.exists() else replaced.rename(out)
         yield
     finally:
         lock.release()

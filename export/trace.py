@@ -25,7 +25,7 @@ OPSET = 23
 """The first with ``RMSNormalization``, ``RotaryEmbedding`` and ``Attention``; 24 loses the first in the exporter."""
 DOMAIN = "zimg"
 FACTORS = tuple(n for n in range(1009, 1500) if all(n % d for d in range(2, 40)))
-"""Primes, one for each module that is traced: larger than the sides of any example, so that no two products are equal."""
+"""Primes, one for each module that is traced, above the sides of any example, so that no two products are equal."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ def trace(kinds: Sequence[Kind], outputs: Sequence[int]) -> list[ir.Function]:
     own_inputs = [list(islice(graph_inputs, len(kind.inputs))) for kind in kinds]
     functions = []
     for kind, arguments, stored, count in zip(kinds, own_inputs, parameters, outputs, strict=True):
-        arguments += islice(graph_inputs, len(stored))
-        graph = ir.convenience.extract(model.graph, arguments, list(islice(graph_outputs, count)))
+        heads = [*arguments, *islice(graph_inputs, len(stored))]
+        graph = ir.convenience.extract(model.graph, heads, list(islice(graph_outputs, count)))
         functions.append(_as_function(kind, graph))
     return functions
 

@@ -294,6 +294,14 @@ def test_two_builds_into_one_folder(checkpoint_of, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+def test_what_a_kill_put_aside_comes_back(family, checkpoint, bundle_of, tmp_path):
+    shutil.copytree(bundle_of(family), tmp_path / ".bundle.0123abcd.old")
+    weights(checkpoint, "vae").unlink()
+    assert export(checkpoint, tmp_path / "bundle", "--overwrite").code == 1
+    Bundle.open(tmp_path / "bundle").verify(afresh=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "checkpoint"]
+
+
 def test_manifest_round_trip(family, bundle_of):
     bundle = Bundle.open(bundle_of(family))
     text = (bundle.root / MANIFEST).read_bytes()
