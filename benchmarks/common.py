@@ -8,15 +8,14 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # The random models of the tests serve here too.
 
 FAMILIES = ("z-image", "qwen-image")
 TOOLS = ("zimg", "numpy", "onnxruntime", "torch", "diffusers", "transformers")
@@ -34,27 +33,53 @@ class Measured:
     """Standard output and standard error together."""
 
 
+LAUNCHER = """
+import os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+seconds = time.perf_counter() - start
+os.write(int(sys.argv[1]), f"{os.waitstatus_to_exitcode(status)} {seconds} {usage.ru_maxrss}".encode())
+"""
+"""A child's peak memory starts at what its parent has resident when it forks, so a small process starts the child."""
+
+
 def measure(command: Sequence[str | os.PathLike[str]], env: dict[str, str] | None = None) -> Measured:
     """Run a command and take its time and peak memory.
-
-    On Linux a child's peak starts at what its parent had resident when it was forked, so a script that calls this
-    must not have imported anything heavy before.
 
     Args:
         command: the program and its arguments.
         env: variables to set beside those of this process.
     """
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        command, env=os.environ | (env or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    with process:
-        output = process.stdout.read() if process.stdout else ""
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - start
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Measured(process.returncode, seconds, peak, output)
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as result:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", LAUNCHER, str(writer), *command],
+            env=os.environ | (env or {}),
+            pass_fds=[writer],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        os.close(writer)
+        figures = result.read().split()
+    if not figures:
+        raise SystemExit(f"{command[0]} could not be started:\n{done.stdout}")
+    peak = int(figures[2]) * (1 if sys.platform == "darwin" else 1024)
+    return Measured(int(figures[0]), float(figures[1]), peak, done.stdout)
+
+
+def run(command: Sequence[str | os.PathLike[str]], env: dict[str, str] | None = None) -> Measured:
+    """As :func:`measure`, for a command that must not fail.
+
+    Raises:
+        SystemExit: it failed; what it printed is the message.
+    """
+    done = measure(command, env)
+    if done.exit_code:
+        raise SystemExit(f"{command[0]} failed with {done.exit_code}:\n{done.output}")
+    return done
 
 
 def console_script(name: str) -> str:
@@ -63,6 +88,13 @@ def console_script(name: str) -> str:
     if found is None:
         raise SystemExit(f"{name} is not installed: pip install -e '.[dev]'")
     return found
+
+
+def reference() -> ModuleType:
+    """The random reference pipelines and the byte-level tokenizer of the tests; imports torch and diffusers."""
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+    return import_module("tests.reference")
 
 
 def machine() -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""zimg on ONNX Runtime against diffusers, eager and compiled, on the CPU: the whole pipeline and each component, in one run.
+"""ONNX Runtime with zimg against diffusers, eager and compiled, on the CPU: the pipeline and each component in one run.
 
-The models have random weights, a few hundred million of them, and the VAEs have their real configs. All contestants compute
-in float32 from one checkpoint with all cores, and take turns.
+The models have a few hundred million random weights, and the VAEs have their real configs. All contestants compute in
+float32 from one checkpoint on all cores, and take turns.
 
     python benchmarks/cpu_vs_diffusers.py
     python benchmarks/cpu_vs_diffusers.py --family qwen-image --no-compile --steps 2 --repeats 3
@@ -17,8 +17,10 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import common
 import numpy as np
@@ -60,7 +62,8 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Family -> what makes the tests' tiny models larger. The VAEs are the real ones."""
 
-COMPONENTS = ("text encoder", "denoising step", "VAE decoder")
+STEP = "denoising step"
+COMPONENTS = ("text encoder", STEP, "VAE decoder")
 WHOLE = "whole pipeline"
 
 
@@ -89,9 +92,7 @@ Contestant = tuple[Draw, Clock]
 
 def write_checkpoint(family: str, folder: Path, overrides: dict[str, dict[str, Any]]) -> int:
     """Save a random checkpoint; how many parameters its text encoder, transformer and VAE have."""
-    from tests.reference import FAMILIES
-
-    pipeline = FAMILIES[family](**overrides)
+    pipeline = common.reference().FAMILIES[family](**overrides)
     pipeline.save_pretrained(folder)
     modules = (pipeline.text_encoder, pipeline.transformer, pipeline.vae)
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
@@ -103,22 +104,29 @@ def real_vae(family: str) -> dict[str, Any]:
 
 
 def zimg(bundle: Path, size: int, steps: int) -> Contestant:
-    """zimg's pipeline. A step's share of the conditioner and of the modulation table counts as its own."""
+    """The pipeline of zimg. The conditioner and the modulation table are done once and counted to the steps."""
+    from zimg.engines.base import open_engine
     from zimg.runtime import pipeline as module
 
     clock = Clock()
     names = {"text_encoder": "text encoder", "vae_decoder": "VAE decoder"}
-
-    def open_timed(bundle: Any, component: str, *where: Any) -> Any:
-        engine = open_engine(bundle, component, *where)
-        engine.run = clock.time(names.get(component, "denoising step"), engine.run)
-        return engine
-
-    open_engine, module.open_engine = module.open_engine, open_timed
-    module.modulation_table = clock.time("denoising step", module.modulation_table)
+    table = clock.time(STEP, module.modulation_table)
     pipeline = module.Pipeline.open(bundle)
     call = {"height": size, "width": size, "num_inference_steps": steps, "seed": 0, "output_type": "np"}
-    return (lambda: pipeline(PROMPT, guidance_scale=_unguided(pipeline.bundle.manifest.family), **call).images), clock
+
+    def opened(bundle: Any, component: str, *where: Any) -> Any:
+        engine = open_engine(bundle, component, *where)
+        engine.run = clock.time(names.get(component, STEP), engine.run)  # type: ignore[method-assign]
+        return engine
+
+    def draw() -> NDArray[np.float32]:
+        with patch.object(module, "open_engine", opened), patch.object(module, "modulation_table", table):
+            images: NDArray[np.float32] = pipeline(
+                PROMPT, guidance_scale=_unguided(pipeline.bundle.manifest.family), **call
+            ).images
+        return images
+
+    return draw, clock
 
 
 def _unguided(family: str) -> float:
@@ -126,8 +134,8 @@ def _unguided(family: str) -> float:
     return {"z-image": 0.0, "qwen-image": 1.0}[family]
 
 
-def diffusers(folder: Path, family: str, size: int, steps: int, *, compile: bool) -> Contestant:
-    """diffusers' own pipeline, its three networks compiled by ``torch.compile`` or not."""
+def diffusers(folder: Path, family: str, size: int, steps: int, *, compiled: bool) -> Contestant:
+    """The pipeline of diffusers, its three networks compiled by ``torch.compile`` or not."""
     import torch
     from diffusers import QwenImagePipeline, ZImagePipeline
 
@@ -135,11 +143,11 @@ def diffusers(folder: Path, family: str, size: int, steps: int, *, compile: bool
     pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     clock = Clock()
-    if compile:
+    if compiled:
         for network in (pipeline.text_encoder, pipeline.transformer, pipeline.vae.decoder):
             network.forward = torch.compile(network.forward)
     pipeline.text_encoder.forward = clock.time("text encoder", pipeline.text_encoder.forward)
-    pipeline.transformer.forward = clock.time("denoising step", pipeline.transformer.forward)
+    pipeline.transformer.forward = clock.time(STEP, pipeline.transformer.forward)
     pipeline.vae.decode = clock.time("VAE decoder", pipeline.vae.decode)
     scale = {"z-image": "guidance_scale", "qwen-image": "true_cfg_scale"}[family]
     call = {"height": size, "width": size, "num_inference_steps": steps, "output_type": "np", scale: _unguided(family)}
@@ -151,72 +159,86 @@ def diffusers(folder: Path, family: str, size: int, steps: int, *, compile: bool
     return draw, clock
 
 
-def compare(
-    family: str,
-    folder: Path,
-    overrides: dict[str, dict[str, Any]],
-    *,
-    size: int = 512,
-    steps: int = 4,
-    repeats: int = 3,
-    compile: bool = True,
-) -> dict[str, Any]:
-    """Write a checkpoint, build its bundle, and let the contestants take turns.
+def compare(family: str, folder: Path, overrides: dict[str, dict[str, Any]], **settings: Any) -> dict[str, Any]:
+    """Write a checkpoint, build its bundle, and :func:`race` on them with these settings.
 
     Args:
         family: ``"z-image"`` or ``"qwen-image"``.
         folder: an empty folder.
         overrides: component -> what differs from the tests' tiny model.
+        settings: of the race.
+    """
+    from zimg.export.build import build
+
+    model, bundle = folder / "checkpoint", folder / "bundle"
+    cache = str(folder / "cache")
+    with patch.dict(os.environ, {"XDG_CACHE_HOME": cache, "TORCHINDUCTOR_CACHE_DIR": cache}):
+        parameters = write_checkpoint(family, model, overrides)
+        build(str(model), bundle, precision="fp32")
+        return {"parameters": parameters} | race(family, model, bundle, **settings)
+
+
+def race(
+    family: str,
+    model: Path,
+    bundle: Path,
+    *,
+    size: int = 512,
+    steps: int = 4,
+    repeats: int = 3,
+    compiled: bool = True,
+) -> dict[str, Any]:
+    """Let the contestants take turns.
+
+    Args:
+        family: ``"z-image"`` or ``"qwen-image"``.
+        model: a checkpoint's folder, in float32.
+        bundle: the bundle built from it, in float32.
         size: height and width in pixels.
         steps: denoising steps, each of one forward.
         repeats: turns of each contestant, after one that does not count.
-        compile: whether ``torch.compile`` takes part.
+        compiled: whether ``torch.compile`` takes part.
 
     Returns:
         ``seconds``: contestant -> component -> the seconds of each turn; ``difference``: contestant -> the largest
         difference of its pixels, 0 ... 1, from those of eager diffusers; ``failed``: contestant -> why it has no times.
     """
-    from zimg.export.build import build
-
-    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-    os.environ["ZIMG_CACHE_LIMIT"] = "0"  # The modulation table shall be computed in every turn.
-    model = folder / "checkpoint"
-    parameters = write_checkpoint(family, model, overrides)
-    build(str(model), folder / "bundle", precision="fp32")
-    contestants = {
-        "diffusers": lambda: diffusers(model, family, size, steps, compile=False),
-        "zimg": lambda: zimg(folder / "bundle", size, steps),
+    makers = {
+        "diffusers": partial(diffusers, model, family, size, steps, compiled=False),
+        "zimg": partial(zimg, bundle, size, steps),
+        "torch.compile": partial(diffusers, model, family, size, steps, compiled=True),
     }
-    if compile:
-        contestants["torch.compile"] = lambda: diffusers(model, family, size, steps, compile=True)
-    ready: dict[str, Contestant] = {}
-    images: dict[str, NDArray[np.float32]] = {}
-    failed: dict[str, str] = {}
-    for name, make in contestants.items():
+    if not compiled:
+        del makers["torch.compile"]
+    # Without its cache on disk the modulation table is computed in every turn.
+    with patch.dict(os.environ, {"ZIMG_CACHE_LIMIT": "0"}):
+        ready, images, failed = _warm_up(makers)
+        seconds = _take_turns(ready, steps, repeats)
+    differences = {name: float(np.abs(image - images["diffusers"]).max()) for name, image in images.items()}
+    settings = {"family": family, "size": size, "steps": steps}
+    return settings | {"seconds": seconds, "difference": differences, "failed": failed}
+
+
+def _warm_up(
+    makers: dict[str, Callable[[], Contestant]],
+) -> tuple[dict[str, Contestant], dict[str, NDArray[np.float32]], dict[str, str]]:
+    """Each contestant's first picture, which compiles what is to be compiled; why a compiler failed."""
+    ready, images, failed = {}, {}, {}
+    for name, make in makers.items():
         start = time.perf_counter()
         try:
             draw, clock = make()
             images[name] = draw()
+            ready[name] = draw, clock
         except Exception as error:
             if name != "torch.compile":
                 raise
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            continue
-        ready[name] = draw, clock
-        print(f"  {name} is warm after {time.perf_counter() - start:.0f} s", flush=True)
-    seconds = {name: take_turn for name, take_turn in _turns(ready, steps, repeats).items()}
-    return {
-        "family": family,
-        "parameters": parameters,
-        "size": size,
-        "steps": steps,
-        "seconds": seconds,
-        "difference": {name: float(np.abs(image - images["diffusers"]).max()) for name, image in images.items()},
-        "failed": failed,
-    }
+        print(f"  {name}: first picture after {time.perf_counter() - start:.0f} s", flush=True)
+    return ready, images, failed
 
 
-def _turns(ready: dict[str, Contestant], steps: int, repeats: int) -> dict[str, dict[str, list[float]]]:
+def _take_turns(ready: dict[str, Contestant], steps: int, repeats: int) -> dict[str, dict[str, list[float]]]:
     seconds: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in ready}
     for turn in range(repeats):
         names = list(ready)
@@ -228,7 +250,7 @@ def _turns(ready: dict[str, Contestant], steps: int, repeats: int) -> dict[str, 
             seconds[name][WHOLE].append(time.perf_counter() - start)
             for component in COMPONENTS:
                 spent = clock.seconds[component]
-                seconds[name][component].append(spent / steps if component == "denoising step" else spent)
+                seconds[name][component].append(spent / steps if component == STEP else spent)
     return seconds
 
 
@@ -245,8 +267,9 @@ def report(result: dict[str, Any]) -> None:
         own = median["zimg"][component]
         times = [median[name][component] for name in others]
         rows.append([component, *(f"{time:.3f}" for time in (own, *times)), *(f"{time / own:.2f}x" for time in times)])
-    print(f"\n{result['family']}: {result['parameters'] / 1e6:.0f} million parameters, {result['size']}x{result['size']}, ", end="")
-    print(f"{result['steps']} steps, {len(result['seconds']['zimg'][WHOLE])} turns")
+    turns = len(result["seconds"]["zimg"][WHOLE])
+    size = f"{result['parameters'] / 1e6:.0f} million parameters, {result['size']}x{result['size']} pixels"
+    print(f"\n{result['family']}: {size}, {result['steps']} steps, {turns} turns each")
     print(common.table(header, rows))
     for name, difference in result["difference"].items():
         if name != "diffusers":
@@ -262,7 +285,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512, help="height and width in pixels")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each contestant")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="let torch.compile take part")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="let torch.compile take part"
+    )
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
     facts, results = common.machine(), []
@@ -278,7 +303,7 @@ def main() -> None:
                 size=options.size,
                 steps=options.steps,
                 repeats=options.repeats,
-                compile=options.compile,
+                compiled=options.compile,
             )
         report(result)
         results.append(result)

@@ -1,7 +1,7 @@
 """Export a checkpoint of the real size on a small machine: peak memory, time and disk of ``zimg-export build``.
 
-The checkpoint has the real configs, names and shards and weighs nothing (see ``sparse_checkpoint.py``), and all of it is
-removed at the end. Exits with 1 where a bound is broken.
+The checkpoint has the real configs, names and shards and weighs nothing (see ``sparse_checkpoint.py``). All is removed
+at the end. Exits with 1 where a bound is broken.
 
     python benchmarks/export_memory.py                               # both families as most checkpoints are, bfloat16
     python benchmarks/export_memory.py --family z-image --stored fp32     # the transformer is cast: writes 12.3 GB
@@ -35,11 +35,11 @@ def export(family: str, folder: Path, *, precision: str = "bf16", stored: str = 
     """
     model, bundle = folder / family, folder / f"{family}.bundle"
     writer = Path(__file__).with_name("sparse_checkpoint.py")
-    checkpoint = _run(sys.executable, writer, family, model, "--stored", stored)
-    built = _run(
-        common.console_script("zimg-export"),
-        *("build", "--model", model, "--out", bundle, "--precision", precision, "--quiet", "--json"),
-        env={"XDG_CACHE_HOME": str(folder / "cache")},
+    exporter = common.console_script("zimg-export")
+    checkpoint = common.run([sys.executable, writer, family, model, "--stored", stored])
+    built = common.run(
+        [exporter, "build", "--model", model, "--out", bundle, "--precision", precision, "--quiet"],
+        {"XDG_CACHE_HOME": str(folder / "cache")},
     )
     return {
         "family": family,
@@ -51,13 +51,6 @@ def export(family: str, folder: Path, *, precision: str = "bf16", stored: str = 
         **disk_use(bundle),
         "graphs": {path.name: graph_size(path) for path in sorted(bundle.glob("*.onnx"))},
     }
-
-
-def _run(*command: Any, env: dict[str, str] | None = None) -> common.Measured:
-    done = common.measure([str(part) for part in command], env)
-    if done.exit_code:
-        raise SystemExit(f"{command[0]} failed with {done.exit_code}:\n{done.output}")
-    return done
 
 
 def disk_use(bundle: Path) -> dict[str, int]:
@@ -84,13 +77,16 @@ def report(result: dict[str, Any]) -> int:
     gib = result["peak_bytes"] / 2**30
     print(f"\n{result['family']}, {result['stored']} checkpoint to {result['precision']} bundle")
     print(f"  checkpoint      {result['checkpoint_bytes'] / 1e9:8.2f} GB")
-    print(f"  bundle          {result['bundle_bytes'] / 1e9:8.2f} GB, {result['linked_bytes'] / 1e9:.2f} GB of it linked")
+    print(
+        f"  bundle          {result['bundle_bytes'] / 1e9:8.2f} GB, {result['linked_bytes'] / 1e9:.2f} GB of it linked"
+    )
     print(f"  written         {result['disk_bytes'] / 1e9:8.2f} GB")
     print(f"  peak memory     {gib:8.2f} GiB")
     print(f"  time            {result['seconds']:8.1f} s\n")
     graphs = result["graphs"]
     rows = [
-        (name, f"{graph['bytes'] / 1e3:.0f}", graph["calls"], graph["largest_function"]) for name, graph in graphs.items()
+        (name, f"{graph['bytes'] / 1e3:.0f}", graph["calls"], graph["largest_function"])
+        for name, graph in graphs.items()
     ]
     print(common.table(("graph", "kB", "calls", "nodes in its largest function"), rows), "\n")
     bounds = [("peak resident memory, GiB", gib, PEAK_GIB)]

@@ -1,4 +1,4 @@
-"""Write a checkpoint of the real size that takes no disk: true configs, names, shapes and shards, and holes for weights.
+"""Write a checkpoint of the real size that takes no disk: true configs, names, shapes and shards, holes for weights.
 
 Every weight reads as zero. The tokenizer is the byte-level one of the tests.
 
@@ -184,8 +184,6 @@ def write(family: str, folder: Path, *, stored: str = "bfloat16") -> int:
     Returns:
         How many bytes of weights it seems to have.
     """
-    from tests.reference import tokenizer
-
     configs = CONFIGS[family]
     total = 0
     for component, config in configs.items():
@@ -195,7 +193,7 @@ def write(family: str, folder: Path, *, stored: str = "bfloat16") -> int:
             dtype = stored if component == "transformer" else "bfloat16"
             path = folder / component / f"{STEMS[component]}.safetensors"
             total += write_holes(path, dtype, shapes_of(component, config), SHARDS[family][component])
-    tokenizer().save_pretrained(folder / "tokenizer")
+    common.reference().tokenizer().save_pretrained(folder / "tokenizer")
     _write_json(folder / "model_index.json", {"_class_name": PIPELINES[family]})
     return total
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
@@ -92,6 +93,9 @@ def trace(kinds: Sequence[Kind], outputs: Sequence[int]) -> list[ir.Function]:
     Raises:
         RuntimeError: the exporter fails; a bug in a network, never a user's fault.
     """
+    if clashing := [kind.name for kind in kinds if onnx.defs.has(kind.name)]:
+        # Parsers that inline functions go by the name alone.
+        raise RuntimeError(f"{clashing[0]} is the name of an ONNX operator")
     parameters = [kind.parameters() for kind in kinds]
     dynamic = [[dict.fromkeys(e.free, torch.export.Dim.DYNAMIC) for e in kind.inputs] for kind in kinds]
     # The exporter takes sides of equal length for one side, so those of different modules must not be equal.

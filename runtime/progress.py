@@ -36,12 +36,17 @@ def bar(*, enabled: bool = True) -> Iterator[Report]:
         TimeRemainingColumn(),
     )
     # What goes to stdout belongs there: it may be a pipe.
-    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as progress:
-        tasks = {}
+    progress = Progress(*columns, console=Console(stderr=True), redirect_stdout=False)
+    tasks = {}
 
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done, total=total)
+    def report(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            # Only now: what runs before, a download for one, may show bars of its own.
+            progress.start()
+            tasks[stage] = progress.add_task(stage, total=total)
+        progress.update(tasks[stage], completed=done, total=total)
 
+    try:
         yield report
+    finally:
+        progress.stop()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
+
+# One thread each for torch and numpy: the workers share the cores. Read when those are first imported.
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,9 @@
 
 An autoencoder is a chain of blocks. The containers around them only give the names, so a network's ``forward`` calls
 the blocks themselves, and each kind of block is traced once (see ``zimg.export.trace``).
+
+A block becomes an ONNX function of its class's name. TensorRT's parser would take one called ``Attention`` or
+``Upsample`` for ONNX's operator, so the classes are not called so.
 """
 
 from __future__ import annotations
@@ -109,8 +112,8 @@ class MidBlock(nn.Module):
 class UpsampleConv(nn.Sequential):
     """Every pixel four times, then a 3x3 convolution.
 
-    Four 2x2 convolutions of the small image, interleaved, would do the same with 4/9 of the arithmetic. On two cores
-    that saves 11 % of a decode (6 % for Qwen-Image), but ONNX Runtime interleaves on one core only.
+    Four 2x2 convolutions of the small image, interleaved, do the same with 4/9 of the arithmetic. On two cores that
+    saves 11 % of a decode (6 % for Qwen-Image), but ONNX Runtime interleaves on one core only, so more cores gain less.
     """
 
     def __init__(self, in_channels: int, out_channels: int, name: str) -> None:

@@ -43,6 +43,7 @@ CASES = [
 def reference(config, seed):
     model = AutoencoderKL(**config).eval()
     randomize(model, seed)
+    torch.manual_seed(seed)  # for the inputs
     return model
 
 
@@ -57,6 +58,10 @@ def ours(kind, config, model):
 def relative_error(found, expected):
     assert found.shape == expected.shape
     return float((torch.as_tensor(found) - expected).abs().max() / expected.abs().max())
+
+
+def rms_error(found, expected):
+    return float((found - expected).square().mean().sqrt())
 
 
 def store(state, folder):
@@ -104,7 +109,7 @@ def test_bfloat16_is_as_near_as_diffusers():
     theirs = model.bfloat16().decode(latents.bfloat16()).sample.float()
     found = ours(AutoencoderKLDecoder, TINY, model).bfloat16()(latents)
     assert found.dtype == torch.float32
-    assert relative_error(found, exact) < 1.5 * relative_error(theirs, exact)
+    assert rms_error(found, exact) < 1.2 * rms_error(theirs, exact)
 
 
 @torch.inference_mode()

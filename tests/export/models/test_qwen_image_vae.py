@@ -51,6 +51,7 @@ CASES = [
 def reference(config, seed):
     model = AutoencoderKLQwenImage(**config).eval()
     randomize(model, seed)
+    torch.manual_seed(seed)  # for the inputs
     return model
 
 
@@ -82,6 +83,10 @@ def encode(model, image):
 def relative_error(found, expected):
     assert found.shape == expected.shape
     return float((torch.as_tensor(found) - expected).abs().max() / expected.abs().max())
+
+
+def rms_error(found, expected):
+    return float((found - expected).square().mean().sqrt())
 
 
 def store(state, folder):
@@ -144,7 +149,7 @@ def test_bfloat16_is_as_near_as_diffusers():
     theirs = decode(model.bfloat16(), latents.bfloat16()).float()
     found = network(latents)
     assert found.dtype == torch.float32
-    assert relative_error(found, exact) < 1.5 * relative_error(theirs, exact)
+    assert rms_error(found, exact) < 1.2 * rms_error(theirs, exact)
 
 
 @torch.inference_mode()

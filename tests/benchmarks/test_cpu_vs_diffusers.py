@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import cpu_vs_diffusers as benchmark
+import pytest
+
+from zimg.engines import safetensors
+from zimg.runtime import pipeline
+
+
+@pytest.mark.parametrize("family", ["z-image", "qwen-image"])
+def test_tiny_models_race(family, checkpoint_of, bundle_of, capsys):
+    before = pipeline.open_engine, pipeline.modulation_table, os.environ.get("ZIMG_CACHE_LIMIT")
+    paths = checkpoint_of(family), bundle_of(family)
+    result = benchmark.race(family, *paths, size=64, steps=2, repeats=2, compiled=False)
+    assert (pipeline.open_engine, pipeline.modulation_table, os.environ.get("ZIMG_CACHE_LIMIT")) == before
+    assert list(result["seconds"]) == ["diffusers", "zimg"]
+    assert result["difference"]["diffusers"] == 0
+    assert 0 < result["difference"]["zimg"] < 1e-3
+    for times in result["seconds"].values():
+        assert all(len(turns) == 2 and min(turns) > 0 for turns in times.values())
+        for turn, whole in enumerate(times[benchmark.WHOLE]):
+            counts = {"text encoder": 1, benchmark.STEP: 2, "VAE decoder": 1}
+            assert sum(counts[name] * times[name][turn] for name in benchmark.COMPONENTS) < whole
+    benchmark.report({"parameters": 1_000_000} | result)
+    printed = capsys.readouterr().out
+    assert "diffusers / zimg" in printed
+    assert all(component in printed for component in (*benchmark.COMPONENTS, benchmark.WHOLE))
+
+
+def test_a_compiler_that_fails_is_told():
+    def fail():
+        raise RuntimeError("no compiler\nis here")
+
+    ready, images, failed = benchmark._warm_up({"torch.compile": fail})
+    assert (ready, images, failed) == ({}, {}, {"torch.compile": "RuntimeError: no compiler is here"})
+    with pytest.raises(RuntimeError):
+        benchmark._warm_up({"zimg": fail})
+
+
+@pytest.mark.parametrize("family", ["z-image", "qwen-image"])
+def test_checkpoint_of_given_configs(family, tmp_path):
+    vae = benchmark.real_vae(family)
+    vae |= {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4} if family == "z-image" else {"base_dim": 4}
+    parameters = benchmark.write_checkpoint(family, tmp_path, {"vae": vae})
+    headers = [safetensors.read_header(file) for file in tmp_path.rglob("*.safetensors")]
+    assert parameters == sum(math.prod(info.shape) for header in headers for info in header.values())
+    assert json.loads((tmp_path / "vae" / "config.json").read_text())["latents_mean"] == vae["latents_mean"]
+
+
+def test_clock_adds_up():
+    clock = benchmark.Clock()
+    assert clock.time("a", lambda x: x + 1)(1) == 2
+    first = clock.seconds["a"]
+    clock.time("a", sum)([1, 2])
+    assert clock.seconds["a"] > first > 0
