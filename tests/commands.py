@@ -42,3 +42,8 @@ def invoke(main: Callable[[], None], *arguments: object) -> Result:
     finally:
         signal.signal(signal.SIGTERM, handler)
     raise AssertionError("a console script ends with SystemExit")
+
+
+def heed_interrupts() -> None:
+    """In a child process before it starts: what runs in the background has been told to ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

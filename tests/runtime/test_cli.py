@@ -122,13 +122,13 @@ def test_a_prompt_that_is_cut_is_said(bundle, tmp_path):
         (("--prompt", "a", "--guidance-scale", "nan"), "guidance_scale is nan", 2),
         (("--prompt", "a", "--guidance-scale", 1, "--cfg-scale", 1), "names for one thing", 2),
         (("--prompt", "a", "--backend", "magic"), "'magic' is not one of", 2),
-        (("--prompt", "a", "--device", "tpu"), "no device 'tpu'", 1),
+        (("--prompt", "a", "--device", "tpu"), "no device 'tpu'", 2),
         (("--prompt", "a", "--device", "cuda"), "CUDA", 1),
         (("--prompt", "a", "--output", "o.gif"), "o.gif names no format zimg writes", 2),
         (("--prompt", "a", "--output", "no/such/folder/o.png"), "the folder no/such/folder does not exist", 1),
         (("--from-image", "missing.png"), "missing.png does not exist", 2),
         (("--from-image", __file__), "is no picture", 2),
-        (("--colour", "red"), "No such option: --colour", 2),
+        (("--colour", "red"), "No such option '--colour' (see zimg-run generate --help)", 2),
     ],
 )
 def test_wrong_calls(bundle, tmp_path, monkeypatch, arguments, message, code):

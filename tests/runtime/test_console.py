@@ -16,7 +16,7 @@ from typing import Any
 import click
 import pytest
 
-from tests.commands import Result, invoke
+from tests.commands import Result, heed_interrupts, invoke
 from zimg.engines.errors import (
     BackendError,
     BundleError,
@@ -212,7 +212,7 @@ class TestProcess:
     def test_signals_leave_nothing_half_written(self, tool: list[str], tmp_path: Path, number: signal.Signals) -> None:
         target = tmp_path / "target"
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen([*tool, "build", str(target)], **pipes) as process:
+        with subprocess.Popen([*tool, "build", str(target)], preexec_fn=heed_interrupts, **pipes) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
             assert len(list(tmp_path.iterdir())) == 1

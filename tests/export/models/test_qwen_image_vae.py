@@ -143,7 +143,7 @@ def test_every_tensor_is_used_or_dead():
 def test_bfloat16_is_as_near_as_diffusers():
     """The norms compute in float32, so ours is no further from the float32 picture than the reference's bfloat16."""
     model = reference(TINY, 0)
-    latents = torch.randn(1, 4, 12, 12)
+    latents = torch.randn(1, 4, 12, 12, generator=torch.Generator().manual_seed(0))
     exact = decode(model, latents)
     network = ours(QwenImageVAEDecoder, TINY, model).bfloat16()
     theirs = decode(model.bfloat16(), latents.bfloat16()).float()
