@@ -6,14 +6,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints-dev.txt
 FAMILIES := z-image qwen-image
 PROMPT := a red circle left of a blue square
+PICTURE := --height 512 --width 512 --num-inference-steps 8 --seed 0
 
-.PHONY: demo test check benchmark clean
+.PHONY: demo test check clean
 
 demo: $(VENV)/.export
 	@set -e; for family in $(FAMILIES); do \
 	  $(BIN)/zimg-export demo-checkpoint demo/checkpoints/$$family --family $$family --overwrite; \
 	  $(BIN)/zimg-export build --model demo/checkpoints/$$family --out demo/bundles/$$family --precision fp32 --overwrite; \
-	  $(BIN)/zimg-run generate --bundle demo/bundles/$$family --prompt "$(PROMPT)" --seed 0 --output demo/$$family.png; \
+	  $(BIN)/zimg-run generate --bundle demo/bundles/$$family --prompt "$(PROMPT)" $(PICTURE) --output demo/$$family.png; \
 	done
 
 test: check
