@@ -6,14 +6,15 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,22 +53,29 @@ def measure(command: Sequence[str | os.PathLike[str]], env: dict[str, str] | Non
         env: variables to set beside those of this process.
     """
     reader, writer = os.pipe()
+    launcher = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", LAUNCHER, str(writer), *command],
+        env=os.environ | (env or {}),
+        pass_fds=[writer],
+        process_group=0,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    os.close(writer)
     with os.fdopen(reader) as result:
-        done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", LAUNCHER, str(writer), *command],
-            env=os.environ | (env or {}),
-            pass_fds=[writer],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        os.close(writer)
+        try:
+            output, _ = launcher.communicate()
+        except BaseException:
+            # Ctrl-C: the command must not go on writing into a folder that is being removed.
+            os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
+            raise
         figures = result.read().split()
     if not figures:
-        raise SystemExit(f"{command[0]} could not be started:\n{done.stdout}")
+        raise SystemExit(f"{command[0]} could not be started:\n{output}")
     peak = int(figures[2]) * (1 if sys.platform == "darwin" else 1024)
-    return Measured(int(figures[0]), float(figures[1]), peak, done.stdout)
+    return Measured(int(figures[0]), float(figures[1]), peak, output)
 
 
 def run(command: Sequence[str | os.PathLike[str]], env: dict[str, str] | None = None) -> Measured:
@@ -80,6 +88,12 @@ def run(command: Sequence[str | os.PathLike[str]], env: dict[str, str] | None = 
     if done.exit_code:
         raise SystemExit(f"{command[0]} failed with {done.exit_code}:\n{done.output}")
     return done
+
+
+def start(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script so that, when it is told to end, its temporary folders and subprocesses go with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(main())
 
 
 def console_script(name: str) -> str:

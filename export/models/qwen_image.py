@@ -109,9 +109,9 @@ class FeedForward(nn.Module):
         return out
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without weights, then scale and shift by rows (1, dim)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+def modulate(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    """Layer norm without weights, then factor and shift by rows (1, dim)."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * factor + shift
 
 
 class QwenImageBlock(nn.Module):
@@ -127,8 +127,7 @@ class QwenImageBlock(nn.Module):
         self, image: Tensor, text: Tensor, image_rows: Tensor, text_rows: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Both streams (batch, tokens, dim), rows (6, dim) each, tables (batch, all tokens, head_dim / 2)."""
-        image_mod = image_rows.to(image.dtype).chunk(MODULATIONS)
-        text_mod = text_rows.to(text.dtype).chunk(MODULATIONS)
+        image_mod, text_mod = image_rows.chunk(MODULATIONS), text_rows.chunk(MODULATIONS)
         image_out, text_out = self.attn(modulate(image, *image_mod[:2]), modulate(text, *text_mod[:2]), cos, sin)
         image = image + image_mod[2] * image_out
         text = text + text_mod[2] * text_out
@@ -138,15 +137,22 @@ class QwenImageBlock(nn.Module):
 
 
 class SplitModulation(nn.Module):
-    """One step's row of the modulation table, cut into six rows for each stream of each block and two for the head."""
+    """One step's row of the modulation table, cut into six rows for each stream of each block and two for the head.
+
+    Here a scale s becomes the factor 1 + s and all take the network's element type, once for all blocks.
+    """
 
     def __init__(self, layers: int) -> None:
         super().__init__()
         self.sizes = [MODULATIONS] * (2 * layers) + [2]
 
-    def forward(self, modulation: Tensor) -> tuple[Tensor, ...]:
-        """(12 layers + 2, dim) -> 2 layers of (6, dim), then (2, dim)."""
-        return modulation.split(self.sizes)
+    def forward(self, modulation: Tensor, image: Tensor) -> tuple[Tensor, ...]:
+        """(12 layers + 2, dim) float32, (batch, tokens, dim) -> 2 layers of (6, dim), then (2, dim)."""
+        row = torch.arange(modulation.shape[0], device=modulation.device)
+        head = modulation.shape[0] - 2
+        # Shift, scale, gate, twice; the head's two rows are scale, shift.
+        is_scale = torch.where(row < head, row % 3 == 1, row == head)
+        return (modulation + is_scale[:, None].float()).to(image.dtype).split(self.sizes)
 
 
 class ImageEmbedding(nn.Linear):
@@ -170,8 +176,8 @@ class Modulate(nn.Module):
 
     def forward(self, image: Tensor, rows: Tensor) -> Tensor:
         """(batch, tokens, dim), (2, dim) -> (batch, tokens, dim)."""
-        scale, shift = rows.to(image.dtype).chunk(2)
-        return modulate(image, shift, scale)
+        factor, shift = rows.chunk(2)
+        return modulate(image, shift, factor)
 
 
 class OutputProjection(nn.Linear):
@@ -208,8 +214,8 @@ class QwenImageDenoiser(nn.Module):
         Returns:
             (batch, image tokens, 64) float32.
         """
-        rows = self.split_modulation(modulation)
         image = self.img_in(hidden_states)
+        rows = self.split_modulation(modulation, image)
         text = self.widen(text, image)
         cos, sin = self.tables(image, cos, sin)
         for index, block in enumerate(self.transformer_blocks):

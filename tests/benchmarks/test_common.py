@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import common
 import pytest
@@ -45,6 +47,31 @@ def test_what_is_not_there():
 def test_environment_is_added():
     code = "import os; print(os.environ['ZIMG_TEST'], 'PATH' in os.environ)"
     assert common.measure([sys.executable, "-c", code], {"ZIMG_TEST": "a"}).output.split() == ["a", "True"]
+
+
+def test_told_to_end_it_cleans_up(tmp_path):
+    folders, beats = tmp_path / "folders", tmp_path / "beats"
+    folders.mkdir()
+    beat = f"import time\nwhile True:\n    open({str(beats)!r}, 'a').write('x')\n    time.sleep(0.01)"
+    script = f"""
+import sys, tempfile
+sys.path.append({str(Path(common.__file__).parent)!r})
+import common
+def main():
+    with tempfile.TemporaryDirectory(dir={str(folders)!r}):
+        common.measure([sys.executable, "-c", {beat!r}])
+common.start(main)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script])
+    while not beats.exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait(10) == 143
+    assert list(folders.iterdir()) == []
+    heard = beats.stat().st_size
+    time.sleep(0.2)
+    assert beats.stat().st_size == heard
 
 
 def test_missing_command():

@@ -134,7 +134,7 @@ def test_blocks_are_traced_once_and_stay_legible(name, tmp_path):
     assert set(functions) <= kinds  # No kind was traced twice.
     for function in functions.values():
         operators = [node.op_type for node in function if node.op_type != "Constant"]
-        assert len(operators) < 100
+        assert len(list(function)) < 100
         assert Counter(operators)["Attention"] == (function.name.endswith(("Block", "Qwen3Layer")))
         assert "Softmax" not in operators
         assert "ReduceMean" not in operators  # Norms are single operators.
