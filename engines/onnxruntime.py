@@ -72,8 +72,6 @@ class OnnxRuntimeEngine:
         options.log_severity_level = 4  # What fails is raised; its log would be a second message.
         # Its plan of a first run nearly doubles the memory of a second one.
         options.enable_mem_pattern = False
-        # Threads that spin between operators take the processor from everything else on the machine.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         providers: list[Any] = ["CPUExecutionProvider"]
         if kind == "cuda":
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": index, "cudnn_conv_algo_search": "HEURISTIC"}))
