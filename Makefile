@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints-dev.txt
 FAMILIES := z-image qwen-image
 PROMPT := a red circle left of a blue square
-PICTURE := --height 512 --width 512 --num-inference-steps 8 --seed 0
+PICTURE := --height 256 --width 256 --num-inference-steps 8 --seed 0
 
 .PHONY: demo test check clean
 
