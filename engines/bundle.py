@@ -52,6 +52,39 @@ class Component(msgspec.Struct, frozen=True, omit_defaults=True):
     """How many bytes of the files are its own; linked files may hold other components' tensors too."""
 
 
+Range = tuple[int, int, int]
+"""Of a free side: the least, the likeliest and the most it may be."""
+
+
+class CompiledEngine(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One component, compiled ahead for one kind of device by one version of one compiler."""
+
+    component: str
+    file: str
+    """What the backend loads, in the folder of this compiler and device below ``engines/``."""
+    backend: str
+    """Which backend runs it: ``"tensorrt"`` or ``"tensorrt-rtx"``."""
+    compiler: str
+    """The module that compiled it, such as ``"tensorrt"`` or ``"tensorrt_rtx"``."""
+    version: str
+    """Of the compiler; it runs with this version only."""
+    device: str
+    """The architecture it runs on, such as ``"sm90"``, or ``"any"``."""
+    source: str
+    """:meth:`Bundle.source_hash` of what it was compiled from. Where it differs now, the engine is stale."""
+    profiles: tuple[dict[str, Range], ...]
+    """Each a set of ranges it serves, by free side; sides without a range take any length."""
+    memory_bytes: int = 0
+    """Device memory it needs beside the plan's own bytes, for the largest shapes, as the compiler says."""
+    weight_streaming_budget: int | None = None
+    """Bytes of weights kept on the device, the rest being streamed to it; all are kept when None."""
+    refittable: bool = False
+    stripped: bool = False
+    """Whether the plan has no weights, and takes the bundle's when it is loaded."""
+    attention: tuple[int, int] = (0, 0)
+    """How many attentions became one fused kernel each, and how many did not."""
+
+
 class FileRecord(msgspec.Struct, frozen=True):
     """What a file of the bundle must be."""
 
@@ -113,6 +146,8 @@ class Manifest(msgspec.Struct, frozen=True):
     """Every file of the bundle but the manifest itself."""
     tools: dict[str, str] = {}
     """Versions of what built it."""
+    engines: tuple[CompiledEngine, ...] = ()
+    """What was compiled from it."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +261,15 @@ class Bundle:
         for name, record in self.manifest.files.items():
             path = self.file(name)
             verified.remember(path, record.sha256, verified.state(path))
+
+    def engines(self, component: str, backend: str) -> list[CompiledEngine]:
+        """What was compiled from a component for a backend."""
+        return [e for e in self.manifest.engines if e.component == component and e.backend == backend]
+
+    def source_hash(self, component: str) -> str:
+        """A hash of a component's graph in the bundle's own precision and of its weights: what engines are made from."""
+        graph = next(iter(self.component(component).graphs.values()))
+        return hashlib.sha256(f"{self._hash(graph)}{self.content_hash(component)}".encode()).hexdigest()
 
     def content_hash(self, component: str) -> str:
         """A hash of all weights of a component, for keys of caches."""

@@ -34,6 +34,9 @@ class Family(Protocol):
     NEGATIVE_PROMPT: str | None
     """What guidance uses where no negative prompt is given; None if there is no guidance then."""
 
+    def graph_sides(self, height: int, width: int, tokens: int) -> dict[str, int]:
+        """The free sides of all graphs but the batch, for a picture of this size and a prompt of so many token ids."""
+
     def base_sigmas(self, num_inference_steps: int) -> list[float] | None:
         """The noise levels the reference pipeline gives its scheduler; None for the schedule's own equal steps."""
 

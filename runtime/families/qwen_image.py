@@ -29,6 +29,19 @@ NEGATIVE_PROMPT: str | None = None
 LAYOUT: TokenLayout = "c ph pw"
 
 
+def graph_sides(height: int, width: int, tokens: int) -> dict[str, int]:
+    """The template's tokens are encoded, and then dropped."""
+    image, text = (height // 16) * (width // 16), max(1, tokens - TEXT.drop)
+    return {
+        "tokens": tokens,
+        "text_tokens": text,
+        "image_tokens": image,
+        "all_tokens": text + image,
+        "height": height // 8,
+        "width": width // 8,
+    }
+
+
 def base_sigmas(num_inference_steps: int) -> list[float] | None:
     """The schedule's own equal steps."""
     return None

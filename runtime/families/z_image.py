@@ -29,6 +29,19 @@ NEGATIVE_PROMPT: str | None = ""
 LAYOUT: TokenLayout = "ph pw c"
 
 
+def graph_sides(height: int, width: int, tokens: int) -> dict[str, int]:
+    """Image and caption each fill up to a multiple of 32 tokens."""
+    image, caption = (rope.z_image_padded(count) for count in ((height // 16) * (width // 16), tokens))
+    return {
+        "tokens": tokens,
+        "caption_tokens": caption,
+        "image_tokens": image,
+        "all_tokens": image + caption,
+        "height": height // 8,
+        "width": width // 8,
+    }
+
+
 def base_sigmas(num_inference_steps: int) -> list[float] | None:
     """Equal steps, rounded as torch's linspace does."""
     return schedule.linspace_float32(num_inference_steps)
