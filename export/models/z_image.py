@@ -151,11 +151,15 @@ class TimeEmbedding(nn.Module):
 
 
 class Leading(nn.Module):
-    """The leading rows of a table, as many as ``x`` has tokens: the image comes before the caption."""
+    """The leading rows of a table, as many as ``x`` has tokens: the image comes before the caption.
+
+    Gathered and not sliced: a slice ends where its source does, so compilers do not take its length to be that of ``x``.
+    """
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, tokens, dim), two (batch, all tokens, width) tables -> two (batch, tokens, width) tables."""
-        return cos[:, : x.shape[1]], sin[:, : x.shape[1]]
+        rows = torch.arange(x.shape[1], device=x.device)
+        return cos.index_select(1, rows), sin.index_select(1, rows)
 
 
 class Join(nn.Module):

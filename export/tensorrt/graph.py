@@ -1,0 +1,78 @@
+"""A bundle's graph as TensorRT's parser takes it: no weights in it, and attention that may be decomposed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx
+from numpy.typing import NDArray
+from onnx import helper
+
+from zimg.engines.bundle import Bundle, Range
+from zimg.engines.errors import BundleError
+from zimg.engines.safetensors import view
+from zimg.export.trace import DOMAIN
+
+DECOMPOSABLE = "TRT_decomposable"
+"""The attribute by which a node allows TensorRT to compute attention in parts where it has no fused kernel for it:
+in float32, or for wide heads such as a VAE's. Without it such a graph is refused; with it fused kernels still come first."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What a plan is compiled from."""
+
+    component: str
+    model: bytes
+    """The ONNX model, its weights named only."""
+    weights: dict[str, NDArray[object]]
+    """Initializer -> its data, mapped from the bundle's files."""
+    attentions: tuple[str, ...]
+    """Where attention is computed, by the call of its block."""
+
+
+def read_graph(bundle: Bundle, component: str, profiles: Sequence[Mapping[str, Range]] = ()) -> Graph:
+    """Read a component's graph in the bundle's own precision; its weights are mapped, not read.
+
+    Args:
+        bundle: an open bundle.
+        component: one that has a graph.
+        profiles: what it will be compiled for. Sides that have one and the same length in all of them become fixed,
+            before the parser sees them: what it computes from shapes then folds away.
+
+    Raises:
+        BundleError: the graph is broken, or names a weight that the bundle does not have.
+    """
+    path = bundle.file(next(iter(bundle.component(component).graphs.values())))
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:
+        raise BundleError(f"{path} is not an ONNX model ({error})", "build the bundle again") from None
+    tensors = bundle.tensors(component)
+    weights = {}
+    for initializer in model.graph.initializer:
+        if initializer.data_location == onnx.TensorProto.EXTERNAL:
+            if initializer.name not in tensors:
+                raise BundleError(f"{path} takes {initializer.name}, which is in no file of it", "build the bundle again")
+            weights[initializer.name] = view(tensors[initializer.name])
+    for value in model.graph.input:
+        for side in value.type.tensor_type.shape.dim:
+            if length := _fixed(side.dim_param, profiles):
+                side.dim_value = length
+    holding = {function.name for function in model.functions if _allow_parts(function)}
+    calls = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in holding]
+    return Graph(component, model.SerializeToString(), weights, tuple(call.name for call in calls))
+
+
+def _fixed(side: str, profiles: Sequence[Mapping[str, Range]]) -> int | None:
+    lengths = {length for ranges in profiles for length in ranges.get(side, ())}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _allow_parts(function: onnx.FunctionProto) -> bool:
+    """Mark a function's attention as decomposable; whether it has any."""
+    found = [node for node in function.node if node.op_type == "Attention"]
+    for node in found:
+        node.attribute.append(helper.make_attribute(DECOMPOSABLE, 1))
+    return bool(found)
