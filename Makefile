@@ -8,7 +8,7 @@ FAMILIES := z-image qwen-image
 PROMPT := a red circle left of a blue square
 PICTURE := --height 256 --width 256 --num-inference-steps 8 --seed 0
 
-.PHONY: demo test check clean
+.PHONY: demo test test-tensorrt check clean
 
 demo: $(VENV)/.export
 	@set -e; for family in $(FAMILIES); do \
@@ -17,14 +17,23 @@ demo: $(VENV)/.export
 	  $(BIN)/zimg-run generate --bundle demo/bundles/$$family --prompt "$(PROMPT)" $(PICTURE) --output demo/$$family.png; \
 	done
 
-test: check
-	$(BIN)/python -m pytest
+test: check $(VENV)/.tensorrt
+	PYTHONPATH=$(VENV)/tensorrt $(BIN)/python -m pytest
+
+# Every graph through a real TensorRT compiler, which needs no GPU; part of `make test`.
+test-tensorrt: $(VENV)/.dev $(VENV)/.tensorrt
+	PYTHONPATH=$(VENV)/tensorrt $(BIN)/python -m pytest tests/export/test_compile.py tests/export/tensorrt
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p zimg
 	$(BIN)/lint-imports
+
+$(VENV)/.tensorrt: $(VENV)/.dev tests/tensorrt_compiler.py
+	rm -rf $(VENV)/tensorrt
+	$(BIN)/python tests/tensorrt_compiler.py $(VENV)/tensorrt
+	touch $@
 
 clean:
 	rm -rf demo $(VENV)

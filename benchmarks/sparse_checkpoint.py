@@ -173,18 +173,21 @@ SHARDS = {
 STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 
 
-def write(family: str, folder: Path, *, stored: str = "bfloat16") -> int:
+def write(
+    family: str, folder: Path, *, stored: str = "bfloat16", overrides: Mapping[str, Mapping[str, Any]] | None = None
+) -> int:
     """Write a checkpoint in the diffusers layout.
 
     Args:
         family: ``"z-image"`` or ``"qwen-image"``.
         folder: an empty or new folder.
         stored: the element type of the transformer, ``"bfloat16"`` or ``"float32"``; the rest is bfloat16.
+        overrides: component -> what its config has instead of the real one's, such as fewer layers.
 
     Returns:
         How many bytes of weights it seems to have.
     """
-    configs = CONFIGS[family]
+    configs = {name: config | dict((overrides or {}).get(name, {})) for name, config in CONFIGS[family].items()}
     total = 0
     for component, config in configs.items():
         name = "scheduler_config.json" if component == "scheduler" else "config.json"

@@ -267,7 +267,7 @@ class Bundle:
         return [e for e in self.manifest.engines if e.component == component and e.backend == backend]
 
     def source_hash(self, component: str) -> str:
-        """A hash of a component's graph in the bundle's own precision and of its weights: what engines are made from."""
+        """A hash of a component's weights and of its graph in the bundle's precision: what engines are made from."""
         graph = next(iter(self.component(component).graphs.values()))
         return hashlib.sha256(f"{self._hash(graph)}{self.content_hash(component)}".encode()).hexdigest()
 
@@ -308,9 +308,14 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write ``bundle.json`` into a bundle's folder, indented for people."""
+    """Write ``bundle.json`` into a bundle's folder, indented for people; one that is there is replaced in one step."""
     text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-    (root / MANIFEST).write_bytes(text + b"\n")
+    beside = _beside(root / MANIFEST, "part")
+    try:
+        beside.write_bytes(text + b"\n")
+        beside.replace(root / MANIFEST)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def record_files(root: Path) -> dict[str, FileRecord]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from platformdirs import user_cache_path
 
 import zimg
 from zimg.engines.bundle import (
@@ -31,6 +28,7 @@ from zimg.engines.safetensors import TensorInfo
 from zimg.export import catalog
 from zimg.export.assemble import assemble
 from zimg.export.checkpoint import Checkpoint, check_tensors, open_checkpoint
+from zimg.export.locks import only_writer_of
 from zimg.export.models import autoencoder_kl, qwen_image, qwen_image_vae, text_encoder, z_image
 from zimg.export.parts import Part
 from zimg.export.tokenizer import export_tokenizer
@@ -79,7 +77,7 @@ def build(
     if precision not in PRECISIONS:
         raise UsageError(f"no precision is called {precision!r}", f"choose one of {', '.join(PRECISIONS)}")
     out = out.expanduser().absolute()
-    with _only_builder_of(out), atomic_folder(out, overwrite=overwrite) as folder:
+    with only_writer_of(out), atomic_folder(out, overwrite=overwrite) as folder:
         export(open_checkpoint(model, revision=revision, source=source), folder, PRECISIONS[precision], report)
     bundle = Bundle.open(out, verify=False)
     bundle.trust()
@@ -196,27 +194,3 @@ def _check_space(wanted: Mapping[str, Mapping[str, Wanted]], precision: str, fol
             f"{folder.parent} has {free / 1e9:.1f} GB free, and the bundle needs {needed / 1e9:.1f} GB",
             "free some space, or name a folder on another disk",
         )
-
-
-@contextlib.contextmanager
-def _only_builder_of(out: Path) -> Iterator[None]:
-    """Hold the lock of a target, and clear what a killed build of it left behind."""
-    from filelock import FileLock, Timeout
-
-    key = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:32]
-    path = user_cache_path("zimg") / "locks" / f"{key}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise OutputError(f"another build is writing {out}", "wait for it, or name another folder") from None
-    try:
-        for leftover in out.parent.glob(f".{out.name}.*.part"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        for replaced in out.parent.glob(f".{out.name}.*.old"):
-            # Killed between putting the old bundle aside and putting the new one in its place.
-            shutil.rmtree(replaced, ignore_errors=True) if out.exists() else replaced.rename(out)
-        yield
-    finally:
-        lock.release()

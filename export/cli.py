@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 import zimg
-from zimg.engines.errors import ZimgError
+from zimg.engines.errors import UsageError, ZimgError
+from zimg.export import compile_cli
 from zimg.runtime import console
 
 SOURCES = click.Choice(["huggingface", "modelscope"])
@@ -32,6 +35,14 @@ def cli() -> None:
 @REVISION
 @SOURCE
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", "tensorrt"]),
+    default="onnxruntime",
+    show_default=True,
+    help="tensorrt compiles engines as well, with the options from --size on.",
+)
+@compile_cli.options
 @QUIET
 @AS_JSON
 def build(
@@ -41,21 +52,71 @@ def build(
     revision: str | None,
     source: str,
     overwrite: bool,
+    backend: str,
+    detailed: bool,
     quiet: bool,
     as_json: bool,
+    **compilation: Any,
 ) -> None:
-    """Build a bundle from a checkpoint."""
+    """Build a bundle from a checkpoint, and engines for it where asked."""
     _need_export()
     from zimg.export.build import build as work
     from zimg.runtime.inspect import as_text, summary
     from zimg.runtime.progress import bar
 
+    compiled = None
+    settings = compile_cli.settings(**compilation)
+    if backend == "tensorrt":
+        from zimg.export.compile import compile_bundle, find_target
+
+        find_target()  # What is missing is better said now than after the download.
+    elif given := compile_cli.given(click.get_current_context()):
+        raise UsageError(f"{given} is for engines", "add --backend tensorrt")
     with bar(enabled=not quiet) as report:
         bundle = work(
             model, out, precision=precision, revision=revision, source=source, overwrite=overwrite, report=report
         )
+        if backend == "tensorrt":
+            try:
+                compiled = compile_bundle(bundle.root, **settings, report=report)
+            except ZimgError as error:
+                kept = f"the bundle is whole without it: zimg-export compile {out} tries again"
+                raise type(error)(error.message, f"{error.hint}; {kept}" if error.hint else kept) from None
     result = summary(bundle.root)
-    console.print_json(result) if as_json else click.echo(as_text(result))
+    if as_json:
+        console.print_json(result)
+        return
+    click.echo(as_text(result))
+    if compiled:
+        click.echo(compile_cli.as_text(compile_cli.as_data(bundle.root, compiled, detailed=detailed)))
+
+
+@cli.command(name="compile")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--backend", type=click.Choice(["tensorrt"]), default="tensorrt", show_default=True, help="What shall run it."
+)
+@compile_cli.options
+@QUIET
+@AS_JSON
+def compile_engines(bundle: Path, backend: str, detailed: bool, quiet: bool, as_json: bool, **compilation: Any) -> None:
+    """Compile engines for a bundle that is there; what is up to date stays.
+
+    One size compiles to the fastest engine. Several sizes, or one span of sizes, share an engine and its weights:
+
+    \b
+      zimg-export compile BUNDLE --size 1024x1024 --size 832x1216
+      zimg-export compile BUNDLE --min-size 512x512 --max-size 1536x1536
+    """  # noqa: D301
+    _need("compiling", ("onnx", "filelock"), "tensorrt")
+    from zimg.export.compile import compile_bundle
+    from zimg.runtime.progress import bar
+
+    settings = compile_cli.settings(**compilation)
+    with bar(enabled=not quiet) as report:
+        compiled = compile_bundle(bundle, **settings, report=report)
+    result = compile_cli.as_data(bundle, compiled, detailed=detailed)
+    console.print_json(result) if as_json else click.echo(compile_cli.as_text(result))
 
 
 @cli.command()
@@ -108,12 +169,14 @@ def demo_checkpoint(folder: Path, family: str, seed: int, overwrite: bool) -> No
 
 def _need_export() -> None:
     """Say what to install, rather than which module is missing."""
+    _need("exporting", ("torch", "transformers", "onnxscript", "onnx_ir", "filelock"), "export")
+
+
+def _need(what: str, modules: Sequence[str], extra: str) -> None:
     from importlib.util import find_spec
 
-    if missing := [
-        name for name in ("torch", "transformers", "onnxscript", "onnx_ir", "filelock") if not find_spec(name)
-    ]:
-        raise ZimgError(f"exporting needs {', '.join(missing)}", "pip install 'zimg[export]'")
+    if missing := [name for name in modules if not find_spec(name)]:
+        raise ZimgError(f"{what} needs {', '.join(missing)}", f"pip install 'zimg[{extra}]'")
 
 
 def main() -> None:

@@ -32,6 +32,10 @@ class Served:
     """How many pictures of one prompt are denoised together at most."""
 
 
+RECOMMENDED = Served()
+"""The bundle's recommended size."""
+
+
 def parse_size(text: str) -> Size:
     """``"1024x768"`` to width and height.
 
@@ -60,8 +64,7 @@ def profiles(manifest: Manifest, served: Served) -> dict[str, tuple[dict[str, Ra
     whole: list[dict[str, Range]] = []
     for sizes in spans:
         ends = [
-            sides(height, width, tokens)
-            for (width, height), tokens in zip(sizes, (least, likely, most), strict=True)
+            sides(height, width, tokens) for (width, height), tokens in zip(sizes, (least, likely, most), strict=True)
         ]
         ranges = {side: (ends[0][side], ends[1][side], ends[2][side]) for side in ends[0]}
         whole.append(ranges | {"batch": (1, 1, served.batch)})

@@ -153,7 +153,7 @@ class TimeEmbedding(nn.Module):
 class Leading(nn.Module):
     """The leading rows of a table, as many as ``x`` has tokens: the image comes before the caption.
 
-    Gathered and not sliced: a slice ends where its source does, so compilers do not take its length to be that of ``x``.
+    Gathered and not sliced: a slice ends where its source does, so compilers do not take its length for that of ``x``.
     """
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from zimg.engines import tensorrt_api
+from zimg.engines import cuda, tensorrt_api
 from zimg.engines.bundle import Component, Range
 from zimg.engines.errors import BackendError
 from zimg.export.tensorrt import layers
@@ -34,6 +34,9 @@ class Options:
     """Read if it is there, and written back with what was measured."""
 
 
+PLAIN = Options()
+
+
 @dataclass(frozen=True)
 class Plan:
     """What was compiled."""
@@ -42,6 +45,8 @@ class Plan:
     layers: list[layers.Layer]
     unfused: tuple[str, ...]
     """Attentions that are not one fused kernel."""
+    memory_bytes: int
+    """Device memory it needs beside the plan itself; 0 where there is no GPU to tell."""
     warnings: tuple[str, ...]
     """What the compiler said on the way."""
 
@@ -51,7 +56,7 @@ def compile_plan(
     component: Component,
     profiles: Sequence[dict[str, Range]],
     file: Path,
-    options: Options = Options(),
+    options: Options = PLAIN,
     report: Report = silent,
 ) -> Plan:
     """Compile a graph into a plan file.
@@ -86,8 +91,23 @@ def compile_plan(
     report(f"compile {graph.component}", THOUSANDTHS, THOUSANDTHS)
     if options.timing_cache:
         _save_timings(config, options.timing_cache)
-    found = layers.from_log(log.layers)
-    return Plan(file, found, layers.unfused(found, graph.attentions, len(profiles)), tuple(dict.fromkeys(log.warnings)))
+    found, memory = _inspect(module, log, plan) or (layers.from_log(log.layers), 0)
+    unfused = layers.unfused(found, graph.attentions, 1 if memory else len(profiles))
+    return Plan(file, found, unfused, memory, tuple(dict.fromkeys(log.warnings)))
+
+
+def _inspect(module: ModuleType, log: Any, plan: Any) -> tuple[list[layers.Layer], int] | None:
+    """The layers and the memory of a plan as the runtime tells them, which needs a GPU."""
+    try:
+        cuda.open_device()
+    except BackendError:
+        return None
+    runtime = module.Runtime(log)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        return None
+    text = engine.create_engine_inspector().get_engine_information(module.LayerInformationFormat.JSON)
+    return layers.from_inspector(text), int(engine.device_memory_size_v2)
 
 
 def _builder(module: ModuleType, log: Any) -> Any:
@@ -95,7 +115,9 @@ def _builder(module: ModuleType, log: Any) -> Any:
         return module.Builder(log)
     except Exception:
         reason = log.errors[-1] if log.errors else "it gives no reason"
-        raise BackendError(f"TensorRT does not start: {reason}", "check the GPU and its driver with nvidia-smi") from None
+        raise BackendError(
+            f"TensorRT does not start: {reason}", "check the GPU and its driver with nvidia-smi"
+        ) from None
 
 
 def _parse(parser: Any, graph: Graph, log: Any) -> None:
@@ -106,7 +128,9 @@ def _parse(parser: Any, graph: Graph, log: Any) -> None:
     if ok and parser.parse_model_proto():
         return
     said = [parser.get_error(index) for index in range(parser.num_errors)]
-    log.errors[:0] = [f"{error.desc()} (node {error.node_name() or '?'}, {error.node_operator() or '?'})" for error in said]
+    log.errors[:0] = [
+        f"{error.desc()} (node {error.node_name() or '?'}, {error.node_operator() or '?'})" for error in said
+    ]
     raise _refusal(graph, log, "read", "report this, with the bundle's inspect output")
 
 

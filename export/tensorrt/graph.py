@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 from numpy.typing import NDArray
@@ -12,11 +13,10 @@ from onnx import helper
 from zimg.engines.bundle import Bundle, Range
 from zimg.engines.errors import BundleError
 from zimg.engines.safetensors import view
-from zimg.export.trace import DOMAIN
 
 DECOMPOSABLE = "TRT_decomposable"
-"""The attribute by which a node allows TensorRT to compute attention in parts where it has no fused kernel for it:
-in float32, or for wide heads such as a VAE's. Without it such a graph is refused; with it fused kernels still come first."""
+"""The attribute by which a node allows TensorRT to compute attention in parts where it has no fused kernel for it: in
+float32, or for wide heads such as a VAE's. Without it such a graph is refused; with it fused kernels still go first."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Graph:
     component: str
     model: bytes
     """The ONNX model, its weights named only."""
-    weights: dict[str, NDArray[object]]
+    weights: dict[str, NDArray[Any]]
     """Initializer -> its data, mapped from the bundle's files."""
     attentions: tuple[str, ...]
     """Where attention is computed, by the call of its block."""
@@ -54,14 +54,16 @@ def read_graph(bundle: Bundle, component: str, profiles: Sequence[Mapping[str, R
     for initializer in model.graph.initializer:
         if initializer.data_location == onnx.TensorProto.EXTERNAL:
             if initializer.name not in tensors:
-                raise BundleError(f"{path} takes {initializer.name}, which is in no file of it", "build the bundle again")
+                raise BundleError(
+                    f"{path} takes {initializer.name}, which is in no file of it", "build the bundle again"
+                )
             weights[initializer.name] = view(tensors[initializer.name])
     for value in model.graph.input:
         for side in value.type.tensor_type.shape.dim:
             if length := _fixed(side.dim_param, profiles):
                 side.dim_value = length
-    holding = {function.name for function in model.functions if _allow_parts(function)}
-    calls = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in holding]
+    holding = {(function.domain, function.name) for function in model.functions if _allow_parts(function)}
+    calls = [node for node in model.graph.node if (node.domain, node.op_type) in holding]
     return Graph(component, model.SerializeToString(), weights, tuple(call.name for call in calls))
 
 
