@@ -105,6 +105,7 @@ def real_vae(family: str) -> dict[str, Any]:
 def zimg(bundle: Path, size: int, steps: int) -> Contestant:
     """The pipeline of zimg. The conditioner and the modulation table are done once and counted to the steps."""
     from zimg.engines.base import open_engine
+    from zimg.runtime import engine_pool
     from zimg.runtime import pipeline as module
 
     clock = Clock()
@@ -119,7 +120,7 @@ def zimg(bundle: Path, size: int, steps: int) -> Contestant:
         return engine
 
     def draw() -> NDArray[np.float32]:
-        with patch.object(module, "open_engine", opened), patch.object(module, "modulation_table", table):
+        with patch.object(engine_pool, "open_engine", opened), patch.object(module, "modulation_table", table):
             images: NDArray[np.float32] = pipeline(
                 PROMPT, guidance_scale=_unguided(pipeline.bundle.manifest.family), **call
             ).images

@@ -38,7 +38,12 @@ class Engine(Protocol):
         """Free the device's memory. A closed engine cannot run again."""
 
 
-BACKENDS = {"onnxruntime": "zimg.engines.onnxruntime", "torch": "zimg.engines.torch"}
+BACKENDS = {
+    "onnxruntime": "zimg.engines.onnxruntime",
+    "tensorrt": "zimg.engines.tensorrt",
+    "tensorrt-rtx": "zimg.engines.tensorrt_rtx",
+    "torch": "zimg.engines.torch",
+}
 """Backend name -> the module whose ``open_engine(bundle, component, device)`` opens it."""
 
 
@@ -48,7 +53,7 @@ def open_engine(bundle: Bundle, component: str, backend: str = "onnxruntime", de
     Args:
         bundle: an open bundle.
         component: a name in ``bundle.manifest.components``, such as ``"denoiser"``.
-        backend: ``"onnxruntime"`` or ``"torch"``.
+        backend: one of :data:`BACKENDS`.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; the best one present when not given.
 
     Raises:

@@ -9,6 +9,7 @@
     |-- BundleError           a bundle is missing, changed, unfinished or too new
     |-- SafetensorsError      a file is not the safetensors file it should be (in ``safetensors.py``)
     |-- BackendError          a backend is not installed or cannot run this
+    |   `-- OutOfMemoryError  the device has too little memory for it
     `-- OutputError           the target exists, is busy, or the disk is full
 
 All but :class:`UsageError` end a command with exit code 1.
@@ -53,6 +54,10 @@ class BundleError(ZimgError):
 
 class BackendError(ZimgError):
     """A backend is not installed, or cannot run what it was asked to run."""
+
+
+class OutOfMemoryError(BackendError):
+    """The device has too little free memory. Closing other engines on it may help."""
 
 
 class OutputError(ZimgError):

@@ -13,6 +13,7 @@ import click
 import msgspec
 
 from zimg.engines.errors import UsageError
+from zimg.runtime.inspect import range_text
 
 if TYPE_CHECKING:
     from zimg.export.compile import Compiled
@@ -143,7 +144,7 @@ def as_text(data: dict[str, Any]) -> str:
         state = "up to date" if engine["up_to_date"] else f"{engine['bytes'] / 1e6:,.1f} MB"
         lines.append(f"{engine['component']}  {state}  {engine['file']}")
         for profile in engine["profiles"]:
-            lines.append("  serves     " + ", ".join(f"{side} {_range(ends)}" for side, ends in profile.items()))
+            lines.append("  serves     " + ", ".join(f"{side} {range_text(ends)}" for side, ends in profile.items()))
         if fused + parts:
             lines.append(f"  attention  {fused} of {fused + parts} in one fused kernel each")
         if engine.get("unfused_attention"):
@@ -154,8 +155,3 @@ def as_text(data: dict[str, Any]) -> str:
         lines += [f"    {layer['kind']:16} {layer['name']}" for layer in engine.get("layers", ())]
         lines += [f"  warning    {text}" for text in engine.get("warnings", ())]
     return "\n".join(lines)
-
-
-def _range(ends: Sequence[int]) -> str:
-    least, likely, most = ends
-    return str(most) if least == most else f"{least}…{likely}…{most}"

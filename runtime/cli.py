@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 import zimg
+from zimg.engines.base import BACKENDS
 from zimg.runtime import console
 
-BACKENDS = click.Choice(["onnxruntime", "torch"])
+BACKEND_NAMES = click.Choice(list(BACKENDS))
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
@@ -35,7 +36,7 @@ def cli() -> None:
 @click.option("--num-images", type=int, default=1, show_default=True, help="How many pictures.")
 @click.option("--max-sequence-length", type=int, help="Prompt tokens that are read. [default: 512]")
 @click.option("--from-image", type=click.Path(path_type=Path), help="Take all parameters not given from this picture.")
-@click.option("--backend", type=BACKENDS, default="onnxruntime", show_default=True, help="What runs the networks.")
+@click.option("--backend", type=BACKEND_NAMES, default="onnxruntime", show_default=True, help="What runs the networks.")
 @click.option("--device", help="cpu, cuda or cuda:N. [default: the best one present]")
 @click.option(
     "--output",

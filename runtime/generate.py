@@ -74,9 +74,7 @@ def generate(
     for path in paths:
         images.check_target(path)
     started = time.perf_counter()
-    with Pipeline.open(
-        bundle, backend=backend, device=device, release_engines=True, report=report, warn=warn
-    ) as pipeline:
+    with Pipeline.open(bundle, backend=backend, device=device, memory_budget=0, report=report, warn=warn) as pipeline:
         manifest = pipeline.bundle.manifest
         if template is None:
             given.setdefault("negative_prompt", manifest.defaults.negative_prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ def summary(path: Path) -> dict[str, Any]:
         "defaults": msgspec.to_builtins(manifest.defaults),
         "scheduler": manifest.scheduler,
         "components": components,
+        "engines": [
+            msgspec.json.decode(msgspec.json.encode(engine)) | {"bytes": manifest.files[engine.file].size}
+            for engine in manifest.engines
+        ],
         "bytes": sum(record.size for record in manifest.files.values()),
         "tools": manifest.tools,
     }
@@ -69,7 +74,22 @@ def as_text(summary: dict[str, Any]) -> str:
             lines.append(f"    graph    {file}, computes in {compute}")
         lines.extend(f"    input    {key}: {spec}" for key, spec in component["inputs"].items())
         lines.extend(f"    output   {key}: {spec}" for key, spec in component["outputs"].items())
+    for engine in summary["engines"]:
+        compiler = f"{engine['compiler']} {engine['version']}"
+        lines.append(f"  engine of {engine['component']}, {compiler}, {engine['device']}, {_size(engine['bytes'])}")
+        lines.append(f"    in       {engine['file']}")
+        for profile in engine["profiles"]:
+            lines.append("    serves   " + ", ".join(f"{side} {range_text(ends)}" for side, ends in profile.items()))
+        fused, parts = engine.get("attention", (0, 0))
+        if fused + parts:
+            lines.append(f"    fused    {fused} of {fused + parts} attentions")
     return "\n".join(lines)
+
+
+def range_text(ends: Sequence[int]) -> str:
+    """A range of lengths, least, likeliest and most, for people."""
+    least, likely, most = ends
+    return str(most) if least == most else f"{least}…{likely}…{most}"
 
 
 def _size(size: float) -> str:

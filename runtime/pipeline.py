@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -13,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zimg.engines.base import Engine, Feeds, open_engine
+from zimg.engines.base import Feeds
 from zimg.engines.bundle import Bundle
 from zimg.engines.dtypes import round_to
 from zimg.engines.errors import UsageError
 from zimg.runtime import image as images
 from zimg.runtime import request as requests
+from zimg.runtime.engine_pool import EnginePool
 from zimg.runtime.families import family as family_named
 from zimg.runtime.modulation import modulation_table
 from zimg.runtime.noise import randn_tensor
@@ -26,6 +26,7 @@ from zimg.runtime.progress import Report, silent
 from zimg.runtime.request import Request
 from zimg.runtime.rope import text_encoder_tables
 from zimg.runtime.schedule import calculate_mu, euler_step, flow_match_sigmas
+from zimg.runtime.served import check_served, largest_batch
 from zimg.runtime.text import PromptTokenizer, keep_rows
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class _Prompt:
 class Pipeline:
     """Text to picture from one bundle. Open it with :meth:`open`, then call it.
 
-    Engines are opened when they are first needed, and kept for the next call unless ``release_engines`` is set.
+    Engines are opened when they are first needed, and kept for the next call as far as ``memory_budget`` allows.
     A pipeline is also a context manager, which closes them.
     """
 
@@ -66,19 +67,17 @@ class Pipeline:
         *,
         backend: str = "onnxruntime",
         device: str | None = None,
-        release_engines: bool = False,
+        memory_budget: int | None = None,
         report: Report = silent,
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         self.bundle = bundle
         self.backend = backend
-        self.device = device
-        self.release_engines = release_engines
         self.report = report
         self.warn = warn
         self._family = family_named(bundle.manifest.family)
         self._config = bundle.manifest.config
-        self._engines: dict[str, Engine] = {}
+        self._pool = EnginePool(bundle, backend, device, memory_budget)
         self._tokenizer = PromptTokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text)
 
     @classmethod
@@ -88,7 +87,7 @@ class Pipeline:
         *,
         backend: str = "onnxruntime",
         device: str | None = None,
-        release_engines: bool = False,
+        memory_budget: int | None = None,
         verify: bool = True,
         report: Report = silent,
         warn: Callable[[str], None] = warnings.warn,
@@ -97,10 +96,10 @@ class Pipeline:
 
         Args:
             bundle: its folder.
-            backend: ``"onnxruntime"`` or ``"torch"``.
+            backend: ``"onnxruntime"``, ``"torch"``, ``"tensorrt"`` or ``"tensorrt-rtx"``.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; by default the best one the backend finds.
-            release_engines: close each engine after its part of a call. Memory then holds one component at a time,
-                and every call loads them anew.
+            memory_budget: bytes of engines that may stay open between their parts of a call and between calls. With 0
+                memory holds one component at a time, and every call loads them anew; by default all stay that fit.
             verify: check the files against the manifest's hashes (once per file; see :meth:`Bundle.verify`).
             report: called with (stage, done, total) while a call runs.
             warn: called with what the caller should know, such as a prompt that was cut.
@@ -113,7 +112,7 @@ class Pipeline:
             Bundle.open(bundle, verify=verify),
             backend=backend,
             device=device,
-            release_engines=release_engines,
+            memory_budget=memory_budget,
             report=report,
             warn=warn,
         )
@@ -204,7 +203,7 @@ class Pipeline:
                 "give one (the models' authors use ' '), or a guidance_scale of 1"
             )
         # 2. Read the prompts.
-        prompts = self._encode(request)
+        prompts = self._encode(self._tokenize(request), request.max_sequence_length)
         # 3. Lay out the schedule, and compute all that depends on it alone.
         schedule = self._sigmas(request)
         # 4. Denoise and 5. decode, one picture at a time.
@@ -238,24 +237,13 @@ class Pipeline:
 
     def close(self) -> None:
         """Close all engines and free their memory."""
-        while self._engines:
-            self._engines.popitem()[1].close()
+        self._pool.close()
 
     def __enter__(self) -> Pipeline:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    @contextmanager
-    def _engine(self, component: str) -> Iterator[Engine]:
-        if component not in self._engines:
-            self._engines[component] = open_engine(self.bundle, component, self.backend, self.device)
-        try:
-            yield self._engines[component]
-        finally:
-            if self.release_engines:
-                self._engines.pop(component).close()
 
     def _check_latents(self, latents: Array, request: Request) -> Array:
         shape = (request.batch, *self._family.latents_shape(self._config, request.height, request.width))
@@ -266,26 +254,36 @@ class Pipeline:
             raise UsageError("latents must be finite floating-point numbers")
         return given.astype(np.float32)
 
-    def _encode(self, request: Request) -> dict[str, _Prompt]:
-        """Each different prompt of a call, positive or negative, once."""
-        texts = dict.fromkeys((*request.prompts, *(request.negative_prompts or ())))
+    def _tokenize(self, request: Request) -> dict[str, NDArray[np.int64]]:
+        """The token ids of each different prompt of a call, positive or negative; what is past the limit is cut."""
+        text = self.bundle.manifest.text
+        most = min(text.drop + request.max_sequence_length, text.max_tokens)
+        tokens = {}
+        for prompt in dict.fromkeys((*request.prompts, *(request.negative_prompts or ()))):
+            ids = self._tokenizer.encode(prompt)
+            if ids.shape[1] > most:
+                self.warn(f"the prompt has more than {most - text.drop} tokens; the rest is not read")
+            # The encoder is causal: no row that is kept depends on what is cut here.
+            tokens[prompt] = ids[:, :most]
+            sides = self._family.graph_sides(request.height, request.width, tokens[prompt].shape[1])
+            check_served(self.bundle, self.backend, sides, request.width, request.height)
+        return tokens
+
+    def _encode(self, tokens: dict[str, NDArray[np.int64]], max_sequence_length: int) -> dict[str, _Prompt]:
+        """Each prompt's conditioning, which all its pictures share."""
         rows: dict[str, Array] = {}
-        with self._engine("text_encoder") as engine:
-            for index, text in enumerate(texts):
-                self.report("encode", index, len(texts))
-                ids = self._tokenizer.encode(text)
+        with self._pool.engine("text_encoder") as engine:
+            for index, (text, ids) in enumerate(tokens.items()):
+                self.report("encode", index, len(tokens))
                 cos, sin = text_encoder_tables(ids.shape[1], self._config["text_encoder"])
-                kept = min(request.max_sequence_length, self.bundle.manifest.text.max_tokens)
-                if ids.shape[1] - self.bundle.manifest.text.drop > kept:
-                    self.warn(f"the prompt has more than {kept} tokens; the rest is not read")
                 hidden = engine.run({"input_ids": ids, "cos": cos, "sin": sin})["prompt_embeds"][0]
-                rows[text] = keep_rows(hidden, self.bundle.manifest.text, request.max_sequence_length)
-        with self._engine("conditioner") as engine:
+                rows[text] = keep_rows(hidden, self.bundle.manifest.text, max_sequence_length)
+        with self._pool.engine("conditioner") as engine:
             encoded = {}
             for text, prompt_embeds in rows.items():
                 (conditioning,) = engine.run(self._family.conditioner_inputs(prompt_embeds, self._config)).values()
                 encoded[text] = _Prompt(conditioning, len(prompt_embeds))
-        self.report("encode", len(texts), len(texts))
+        self.report("encode", len(tokens), len(tokens))
         return encoded
 
     def _sigmas(self, request: Request) -> Array:
@@ -311,21 +309,24 @@ class Pipeline:
             )
         steps = list(pairwise(sigmas))
         clean = np.empty_like(noisy)
-        with self._engine("denoiser") as engine:
+        with self._pool.engine("denoiser") as engine:
+            bound: dict[str, Feeds] = {}
 
             def bind(text: str) -> Feeds:
-                prompt = prompts[text]
-                size = (request.height, request.width)
-                return engine.upload(family.denoiser_constants(prompt.conditioning, prompt.tokens, self._config, *size))
+                """What stays the same over all steps, on the device once for all pictures of a prompt."""
+                if text not in bound:
+                    prompt, size = prompts[text], (request.height, request.width)
+                    constants = family.denoiser_constants(prompt.conditioning, prompt.tokens, self._config, *size)
+                    bound[text] = engine.upload(constants)
+                return bound[text]
 
-            for index in range(request.batch):
-                positive = bind(request.prompts[index // request.num_images_per_prompt])
-                negative = None
-                if request.negative_prompts:
-                    negative = bind(request.negative_prompts[index // request.num_images_per_prompt])
-                latents = noisy[index : index + 1]
+            for chunk in _chunks(request, largest_batch(self.bundle, "denoiser", self.backend)):
+                index = chunk.start // request.num_images_per_prompt
+                positive = bind(request.prompts[index])
+                negative = bind(request.negative_prompts[index]) if request.negative_prompts else None
+                latents = noisy[chunk]
                 for step, (sigma, sigma_next) in enumerate(steps):
-                    self.report("denoise", index * len(steps) + step, request.batch * len(steps))
+                    self.report("denoise", chunk.start * len(steps) + step * len(latents), request.batch * len(steps))
                     inputs = family.denoiser_inputs(latents, sigma, table[step] if table else None, self._config)
                     velocity = family.velocity(engine.run({**positive, **inputs})["velocity"], latents)
                     if negative and family.is_guided(request.guidance_scale, sigma, request.cfg_truncation):
@@ -337,16 +338,26 @@ class Pipeline:
                         known = {"latents": latents, "denoised": denoised, "velocity": velocity}
                         changed = callback(self, step, float(sigma) * 1000, {name: known[name] for name in wanted})
                         latents = (changed or {}).get("latents", latents)
-                clean[index] = latents[0]
+                clean[chunk] = latents
         self.report("denoise", request.batch * len(steps), request.batch * len(steps))
         return clean
 
     def _decode(self, latents: Array, height: int, width: int) -> Array:
         raw = self._family.to_vae(latents, self._config, height, width)
-        with self._engine("vae_decoder") as engine:
+        with self._pool.engine("vae_decoder") as engine:
             decoded = []
             for index in range(len(raw)):
                 self.report("decode", index, len(raw))
                 decoded.append(engine.run({"latents": raw[index : index + 1]})["image"])
         self.report("decode", len(raw), len(raw))
         return images.from_vae(np.concatenate(decoded))
+
+
+def _chunks(request: Request, largest: int) -> list[slice]:
+    """The pictures that are denoised together: of one prompt, and no more than an engine takes."""
+    per_prompt = request.num_images_per_prompt
+    return [
+        slice(start, min(start + largest, first + per_prompt))
+        for first in range(0, request.batch, per_prompt)
+        for start in range(first, first + per_prompt, largest)
+    ]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests import handmade
-from zimg.engines.bundle import Component, Source, TensorSpec
+from zimg.engines.bundle import CompiledEngine, Component, Source, TensorSpec
 from zimg.engines.errors import BundleError
 from zimg.runtime.inspect import as_text, summary
 
@@ -110,3 +110,32 @@ def test_files_are_checked(tmp_path):
     shutil.rmtree(root)
     with pytest.raises(BundleError, match="is not a bundle"):
         summary(root)
+
+
+def test_engines(tmp_path):
+    profile = {"image_tokens": (4096, 4096, 4096), "text_tokens": (1, 128, 512)}
+    engine = CompiledEngine(
+        "denoiser",
+        "engines/x.plan",
+        "tensorrt",
+        "tensorrt",
+        "11.4.0",
+        "sm90",
+        "0",
+        (profile, profile),
+        attention=(59, 1),
+    )
+    files = {"engines/x.plan": b"x" * 2000}
+    root = handmade.write_bundle(tmp_path / "bundle", files, engines=(engine,))
+    found = summary(root)
+    assert json.loads(json.dumps(found)) == found
+    assert found["engines"][0]["bytes"] == 2000
+    assert found["engines"][0]["profiles"] == [{"image_tokens": [4096] * 3, "text_tokens": [1, 128, 512]}] * 2
+    lines = as_text(found).splitlines()
+    assert lines[-5:] == [
+        "  engine of denoiser, tensorrt 11.4.0, sm90, 2 kB",
+        "    in       engines/x.plan",
+        "    serves   image_tokens 4096, text_tokens 1…128…512",
+        "    serves   image_tokens 4096, text_tokens 1…128…512",
+        "    fused    59 of 60 attentions",
+    ]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from tests import reference
+from zimg.engines.bundle import CompiledEngine
 from zimg.engines.errors import UsageError
 from zimg.runtime import Pipeline
 
@@ -248,9 +252,27 @@ def test_guidance_without_a_negative_prompt_is_off_in_qwen_image_and_said(bundle
         assert not np.array_equal(silent, ours("a", guidance_scale=4.0, negative_prompt=" ", **call).images)
 
 
+def test_pictures_of_a_prompt_are_denoised_together_where_an_engine_takes_them(family, bundle_of):
+    call = {"height": 32, "width": 48, "num_inference_steps": 2, "seed": 0, "output_type": "np"}
+    call |= {"negative_prompt": "b", "guidance_scale": 3.0, "num_images_per_prompt": 5}
+    with Pipeline.open(bundle_of(family)) as ours:
+        apart = ours(["a", "a longer one"], **call).images
+        sizes = []
+        # ONNX Runtime takes any batch; only what the manifest says of compiled engines makes the pipeline use it.
+        engine = CompiledEngine("denoiser", "", "onnxruntime", "", "", "", "", ({"batch": (1, 1, 3)},))
+        ours.bundle = replace(ours.bundle, manifest=msgspec.structs.replace(ours.bundle.manifest, engines=(engine,)))
+        together = ours(
+            ["a", "a longer one"],
+            **call,
+            callback_on_step_end=lambda pipe, step, timestep, tensors: sizes.append(len(tensors["latents"])),
+        ).images
+    assert sizes == [3, 3, 2, 2] * 2
+    assert np.abs(together - apart).max() < 1e-4
+
+
 def test_released_engines_draw_the_same(family, bundle_of):
     call = {"height": 32, "width": 32, "num_inference_steps": 2, "seed": 0, "output_type": "np"}
-    with Pipeline.open(bundle_of(family), release_engines=True) as ours:
+    with Pipeline.open(bundle_of(family), memory_budget=0) as ours:
         first, second = ours("a", **call).images, ours("a", **call).images
     assert np.array_equal(first, second)
 

@@ -1,0 +1,140 @@
+"""Which engines stay open, with a backend that only keeps count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import handmade
+from zimg.engines.bundle import Bundle, Component
+from zimg.engines.errors import BackendError, BundleError, OutOfMemoryError
+from zimg.runtime import engine_pool
+from zimg.runtime.engine_pool import EnginePool
+
+SIZES = {"text_encoder": 40, "conditioner": 5, "denoiser": 100, "vae_decoder": 10}
+
+
+class Device:
+    """Opens engines that hold as much memory as their weights have bytes."""
+
+    def __init__(self, capacity: int = 10**9) -> None:
+        self.capacity = capacity
+        self.open: list[str] = []
+        self.opened: list[str] = []
+
+    def open_engine(self, bundle: Bundle, component: str, backend: str, device: str | None) -> Any:
+        if sum(SIZES[name] for name in self.open) + SIZES[bundle.component(component) and component] > self.capacity:
+            raise OutOfMemoryError("the device is full")
+        self.open.append(component)
+        self.opened.append(component)
+        outer = self
+
+        class Engine:
+            name = component
+
+            def close(self) -> None:
+                outer.open.remove(component)
+
+        return Engine()
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    components = {name: Component((), weight_bytes=size) for name, size in SIZES.items()}
+    return Bundle(tmp_path, handmade.manifest(components=components))
+
+
+def use(pool: EnginePool, *components: str) -> None:
+    for component in components:
+        with pool.engine(component) as engine:
+            assert engine.name == component  # type: ignore[attr-defined]
+
+
+def pool_on(device: Device, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, budget: int | None) -> EnginePool:
+    monkeypatch.setattr(engine_pool, "open_engine", device.open_engine)
+    return EnginePool(bundle, "onnxruntime", None, budget)
+
+
+def test_all_stay_open_without_a_budget(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    pool = pool_on(device, bundle, monkeypatch, None)
+    use(pool, *SIZES, *SIZES)
+    assert device.opened == list(SIZES)
+    pool.close()
+    assert device.open == []
+    pool.close()
+
+
+def test_a_budget_of_nothing_holds_one_at_a_time(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    pool = pool_on(device, bundle, monkeypatch, 0)
+    with pool.engine("denoiser"):
+        assert device.open == ["denoiser"]
+    assert device.open == []
+    use(pool, "text_encoder", "denoiser", "text_encoder")
+    assert device.opened == ["denoiser", "text_encoder", "denoiser", "text_encoder"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "left"),
+    [
+        (155, ["text_encoder", "conditioner", "denoiser", "vae_decoder"]),
+        (154, ["conditioner", "denoiser", "vae_decoder"]),
+        (110, ["denoiser", "vae_decoder"]),
+        (15, ["vae_decoder"]),
+        (9, []),
+    ],
+)
+def test_a_budget_closes_what_was_used_longest_ago(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, budget: int, left: list[str]
+) -> None:
+    device = Device()
+    pool = pool_on(device, bundle, monkeypatch, budget)
+    use(pool, *SIZES)
+    assert device.open == left
+
+
+def test_use_makes_an_engine_young_again(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    pool = pool_on(device, bundle, monkeypatch, 55)
+    use(pool, "text_encoder", "conditioner", "text_encoder", "vae_decoder")
+    assert device.open == ["text_encoder", "conditioner", "vae_decoder"]
+    with pool.engine("denoiser"):
+        assert device.open == ["denoiser"]
+
+
+def test_room_is_made_before_an_engine_is_opened(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(capacity=110)
+    pool = pool_on(device, bundle, monkeypatch, 110)
+    use(pool, "text_encoder", "denoiser", "vae_decoder")
+    assert device.open == ["denoiser", "vae_decoder"]
+
+
+def test_a_full_device_closes_the_others(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(capacity=110)
+    pool = pool_on(device, bundle, monkeypatch, None)
+    use(pool, "text_encoder", "conditioner", "denoiser", "vae_decoder")
+    assert device.open == ["denoiser", "vae_decoder"]
+
+
+def test_an_engine_too_large_for_the_device(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(capacity=90)
+    pool = pool_on(device, bundle, monkeypatch, None)
+    use(pool, "text_encoder")
+    with pytest.raises(OutOfMemoryError, match="full"):
+        use(pool, "denoiser")
+    assert device.open == []
+    use(pool, "vae_decoder")
+
+
+def test_what_goes_wrong_in_an_engine_leaves_the_pool_usable(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    pool = pool_on(device, bundle, monkeypatch, 0)
+    with pytest.raises(BackendError, match="broke"), pool.engine("denoiser"):
+        raise BackendError("it broke")
+    assert device.open == []
+    with pytest.raises(BundleError, match="no component 'controlnet'"):
+        use(pool, "controlnet")
+    use(pool, "denoiser")
