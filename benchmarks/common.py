@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FAMILIES = ("z-image", "qwen-image")
 TOOLS = ("zimg", "numpy", "onnxruntime", "torch", "diffusers", "transformers")
+GPU_TOOLS = ("onnxruntime-gpu", "tensorrt", "tensorrt_rtx", "onnxruntime-ep-nv-tensorrt-rtx", "cuda-bindings", "triton")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def machine() -> dict[str, Any]:
         "system": platform.system(),
         "load": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
-        "versions": {name: version for name in TOOLS if (version := _version(name))},
+        "versions": {name: version for name in (*TOOLS, *GPU_TOOLS) if (version := _version(name))},
     }
 
 

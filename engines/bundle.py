@@ -83,6 +83,13 @@ class CompiledEngine(msgspec.Struct, frozen=True, omit_defaults=True):
     """Whether the plan has no weights, and takes the bundle's when it is loaded."""
     attention: tuple[int, int] = (0, 0)
     """How many attentions became one fused kernel each, and how many did not."""
+    data: str | None = None
+    """A second file, which ``file`` points into."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Its files in the bundle."""
+        return (self.file,) if self.data is None else (self.file, self.data)
 
 
 class FileRecord(msgspec.Struct, frozen=True):

@@ -17,6 +17,8 @@ SOURCES = click.Choice(["huggingface", "modelscope"])
 SOURCE = click.option("--source", type=SOURCES, default="huggingface", show_default=True, help="The hub of a hub id.")
 REVISION = click.option("--revision", help="Branch, tag or commit on the hub.")
 QUIET = click.option("--quiet", is_flag=True, help="No progress bar.")
+COMPILED = ["tensorrt", "tensorrt-rtx"]
+"""Backends that engines are compiled for."""
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
@@ -37,10 +39,10 @@ def cli() -> None:
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @click.option(
     "--backend",
-    type=click.Choice(["onnxruntime", "tensorrt"]),
+    type=click.Choice(["onnxruntime", *COMPILED]),
     default="onnxruntime",
     show_default=True,
-    help="tensorrt compiles engines as well, with the options from --size on.",
+    help="The others compile engines as well, with the options from --size on.",
 )
 @compile_cli.options
 @QUIET
@@ -66,19 +68,19 @@ def build(
 
     compiled = None
     settings = compile_cli.settings(**compilation)
-    if backend == "tensorrt":
-        from zimg.export.compile import compile_bundle, find_target
+    if backend in COMPILED:
+        from zimg.export.compile import check_ready, compile_bundle
 
-        find_target()  # What is missing is better said now than after the download.
+        check_ready(backend)  # What is missing is better said now than after the download.
     elif given := compile_cli.given(click.get_current_context()):
         raise UsageError(f"{given} is for engines", "add --backend tensorrt")
     with bar(enabled=not quiet) as report:
         bundle = work(
             model, out, precision=precision, revision=revision, source=source, overwrite=overwrite, report=report
         )
-        if backend == "tensorrt":
+        if backend in COMPILED:
             try:
-                compiled = compile_bundle(bundle.root, **settings, report=report)
+                compiled = compile_bundle(bundle.root, backend=backend, **settings, report=report)
             except ZimgError as error:
                 kept = f"the bundle is whole without it: zimg-export compile {out} tries again"
                 raise type(error)(error.message, f"{error.hint}; {kept}" if error.hint else kept) from None
@@ -94,7 +96,7 @@ def build(
 @cli.command(name="compile")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--backend", type=click.Choice(["tensorrt"]), default="tensorrt", show_default=True, help="What shall run it."
+    "--backend", type=click.Choice(COMPILED), default="tensorrt", show_default=True, help="What shall run it."
 )
 @compile_cli.options
 @QUIET
@@ -114,7 +116,7 @@ def compile_engines(bundle: Path, backend: str, detailed: bool, quiet: bool, as_
 
     settings = compile_cli.settings(**compilation)
     with bar(enabled=not quiet) as report:
-        compiled = compile_bundle(bundle, **settings, report=report)
+        compiled = compile_bundle(bundle, backend=backend, **settings, report=report)
     result = compile_cli.as_data(bundle, compiled, detailed=detailed)
     console.print_json(result) if as_json else click.echo(compile_cli.as_text(result))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import msgspec
 from platformdirs import user_cache_path
 
 from zimg.engines import cuda, tensorrt_api
-from zimg.engines.bundle import Bundle, CompiledEngine, FileRecord, sha256, write_manifest
+from zimg.engines.bundle import Bundle, CompiledEngine, FileRecord, Range, sha256, write_manifest
 from zimg.engines.errors import OutputError, UsageError
 from zimg.export.locks import only_writer_of
 from zimg.export.ranges import RECOMMENDED, Served, profiles
@@ -46,8 +46,10 @@ class Compiled:
     """One component, compiled now or found up to date."""
 
     engine: CompiledEngine
-    plan: Plan | None
-    """None where it was up to date."""
+    is_new: bool
+    """False where it was up to date."""
+    plan: Plan | None = None
+    """What TensorRT said of it, where it compiled."""
 
 
 def find_target() -> Target:
@@ -63,12 +65,27 @@ def find_target() -> Target:
     if name == "tensorrt_rtx":
         return Target(name, version, "any")
     device = cuda.open_device()
-    return Target(name, version, device.architecture)
+    return Target(name, version, device.architecture, device.name)
+
+
+def check_ready(backend: str) -> None:
+    """Check that a backend's engines can be compiled here.
+
+    Raises:
+        BackendError: what is missing.
+    """
+    if backend == "tensorrt-rtx":
+        from zimg.engines import tensorrt_rtx
+
+        tensorrt_rtx.open_device()
+    else:
+        find_target()
 
 
 def compile_bundle(
     path: Path,
     *,
+    backend: str = "tensorrt",
     served: Served = RECOMMENDED,
     components: Sequence[str] = (),
     options: Options = PLAIN,
@@ -76,13 +93,14 @@ def compile_bundle(
     force: bool = False,
     report: Report = silent,
 ) -> list[Compiled]:
-    """Compile a bundle's components with TensorRT; each is entered into the manifest as soon as it is done.
+    """Compile a bundle's components; each is entered into the manifest as soon as it is done.
 
     What is there already, compiled from the same graph and weights for the same device and shapes, stays as it is.
     Engines for other devices stay as well.
 
     Args:
         path: the bundle's folder.
+        backend: ``"tensorrt"``, or ``"tensorrt-rtx"``, ONNX Runtime's plugin, which has none of the options.
         served: sizes, prompt lengths and batches to serve.
         components: which ones; all that have a graph when empty.
         options: of the compiler. Its timing cache is the one of this compiler and GPU unless it names another.
@@ -102,6 +120,11 @@ def compile_bundle(
         raise UsageError(f"the bundle has no graph called {unknown[0]!r}", f"it has {', '.join(ranges)}")
     if weight_streaming_budget is not None and weight_streaming_budget < 0:
         raise UsageError(f"the weight streaming budget is {weight_streaming_budget}", "give 0 bytes or more")
+    if backend == "tensorrt-rtx":
+        if options != PLAIN or weight_streaming_budget is not None:
+            raise UsageError("the tensorrt-rtx backend has no options", "leave them out, or use --backend tensorrt")
+        with only_writer_of(path):
+            return _compile_contexts(bundle, components or tuple(ranges), ranges, force=force, report=report)
     target = find_target()
     if options.timing_cache is None and target.compiler == "tensorrt":
         # TensorRT for RTX would compile for the one GPU that was measured.
@@ -133,6 +156,36 @@ def compile_bundle(
         ]
 
 
+def _compile_contexts(
+    bundle: Bundle,
+    components: Sequence[str],
+    ranges: Mapping[str, tuple[dict[str, Range], ...]],
+    *,
+    force: bool,
+    report: Report,
+) -> list[Compiled]:
+    """The same for ONNX Runtime's plugin."""
+    from zimg.engines import tensorrt_rtx
+    from zimg.export.tensorrt_rtx import compile_contexts
+
+    device = tensorrt_rtx.open_device()
+    _clear_strays(bundle)
+    done = []
+    for name in components:
+        current = (device.version, device.architecture, bundle.source_hash(name), ranges[name])
+        found = [
+            engine
+            for engine in bundle.engines(name, tensorrt_rtx.BACKEND)
+            if (engine.version, engine.device, engine.source, engine.profiles) == current and not force
+        ]
+        is_new = not found
+        if is_new:
+            found = compile_contexts(bundle, [name], ranges, bundle.root, report)
+            enter(Bundle.open(bundle.root, verify=False), found)
+        done.append(Compiled(found[0], is_new))
+    return done
+
+
 def timing_cache(target: Target) -> Path:
     """Where what was measured is kept: one file per compiler, version and GPU."""
     gpu = re.sub(r"[^a-z0-9]+", "-", target.device_name.lower()).strip("-")
@@ -143,7 +196,7 @@ def _compile(bundle: Bundle, wanted: CompiledEngine, options: Options, *, force:
     """Compile one component, unless the bundle has just what is wanted."""
     for engine in bundle.engines(wanted.component, wanted.backend):
         if not force and _purpose(engine) == _purpose(wanted):
-            return Compiled(engine, None)
+            return Compiled(engine, is_new=False)
     graph = read_graph(bundle, wanted.component, wanted.profiles)
     final = bundle.root / wanted.file
     part = final.with_suffix(".part")
@@ -162,7 +215,7 @@ def _compile(bundle: Bundle, wanted: CompiledEngine, options: Options, *, force:
         raise
     finally:
         part.unlink(missing_ok=True)
-    return Compiled(engine, plan)
+    return Compiled(engine, is_new=True, plan=plan)
 
 
 def enter(bundle: Bundle, engines: Sequence[CompiledEngine]) -> None:
@@ -174,11 +227,12 @@ def enter(bundle: Bundle, engines: Sequence[CompiledEngine]) -> None:
     manifest = bundle.manifest
     replaced = [old for old in manifest.engines if any(_place(old) == _place(engine) for engine in engines)]
     kept = tuple(old for old in manifest.engines if old not in replaced)
-    gone = {old.file for old in replaced}
+    gone = {name for old in replaced for name in old.files}
     files = {name: record for name, record in manifest.files.items() if name not in gone}
     for engine in engines:
-        path = bundle.root / engine.file
-        files[engine.file] = FileRecord(path.stat().st_size, sha256(path))
+        for name in engine.files:
+            path = bundle.root / name
+            files[name] = FileRecord(path.stat().st_size, sha256(path))
     write_manifest(bundle.root, msgspec.structs.replace(manifest, engines=(*kept, *engines), files=files))
     for name in gone:
         (bundle.root / name).unlink(missing_ok=True)

@@ -122,10 +122,10 @@ def as_data(bundle: Path, compiled: Sequence[Compiled], *, detailed: bool) -> di
     """What was compiled, for machines."""
     engines = []
     for entry in compiled:
-        found = msgspec.to_builtins(entry.engine) | {"up_to_date": entry.plan is None}
+        found = msgspec.to_builtins(entry.engine) | {"up_to_date": not entry.is_new}
+        found["bytes"] = sum((bundle / name).stat().st_size for name in entry.engine.files)
         if entry.plan:
             found |= {
-                "bytes": (bundle / entry.engine.file).stat().st_size,
                 "layer_kinds": dict(Counter(layer.kind for layer in entry.plan.layers)),
                 "unfused_attention": list(entry.plan.unfused),
                 "warnings": list(entry.plan.warnings),

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from zimg.engines.base import Engine, open_engine
+from zimg.engines.base import Engine, Feeds, open_engine
 from zimg.engines.bundle import Bundle
 from zimg.engines.errors import OutOfMemoryError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Result = TypeVar("Result")
 
 
 class EnginePool:
@@ -30,7 +37,7 @@ class EnginePool:
         """Those that are open; the one used last is last."""
 
     @contextmanager
-    def engine(self, component: str) -> Iterator[Engine]:
+    def engine(self, component: str) -> Iterator[Borrowed]:
         """The engine of a component, opened if it is not; kept afterwards if the budget allows.
 
         Raises:
@@ -39,20 +46,27 @@ class EnginePool:
         """
         if component not in self._engines:
             self._close_beyond(reserved=engine_bytes(self.bundle, component, self.backend))
-            try:
-                engine = open_engine(self.bundle, component, self.backend, self.device)
-            except OutOfMemoryError:
-                if not self._engines:
-                    raise
-                self.close()
-                engine = open_engine(self.bundle, component, self.backend, self.device)
-            self._engines[component] = engine
+            self._engines[component] = self.retrying(
+                component, lambda: open_engine(self.bundle, component, self.backend, self.device)
+            )
         else:
             self._engines[component] = self._engines.pop(component)
         try:
-            yield self._engines[component]
+            yield Borrowed(self, component, self._engines[component])
         finally:
             self._close_beyond(reserved=0)
+
+    def retrying(self, component: str, work: Callable[[], Result]) -> Result:
+        """Do something for a component; where the device is full, close all other engines and do it again."""
+        try:
+            return work()
+        except OutOfMemoryError:
+            others = [name for name in self._engines if name != component]
+            if not others:
+                raise
+            for name in others:
+                self._engines.pop(name).close()
+            return work()
 
     def close(self) -> None:
         """Close all engines and free their memory."""
@@ -72,9 +86,27 @@ class EnginePool:
             held -= size
 
 
+class Borrowed:
+    """An engine in use. Working memory is taken while it runs, so that too may need other engines closed."""
+
+    def __init__(self, pool: EnginePool, component: str, engine: Engine) -> None:
+        self._pool = pool
+        self._component = component
+        self._engine = engine
+
+    def upload(self, feeds: Mapping[str, NDArray[Any]]) -> Feeds:
+        """See :meth:`zimg.engines.base.Engine.upload`."""
+        return self._pool.retrying(self._component, lambda: self._engine.upload(feeds))
+
+    def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
+        """See :meth:`zimg.engines.base.Engine.run`."""
+        return self._pool.retrying(self._component, lambda: self._engine.run(feeds))
+
+
 def engine_bytes(bundle: Bundle, component: str, backend: str) -> int:
     """What an engine of a component takes: its plan and working memory where it is compiled, else its weights."""
     sizes = [
-        bundle.manifest.files[engine.file].size + engine.memory_bytes for engine in bundle.engines(component, backend)
+        sum(bundle.manifest.files[name].size for name in engine.files) + engine.memory_bytes
+        for engine in bundle.engines(component, backend)
     ]
     return max(sizes, default=bundle.component(component).weight_bytes)

@@ -157,6 +157,11 @@ def _config(
 ) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
+    # Working memory then follows the shapes in use rather than the largest ones.
+    config.set_preview_feature(module.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
+    if hasattr(module.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        # TensorRT for RTX needs it for plans whose runs are recorded as CUDA graphs.
+        config.set_flag(module.BuilderFlag.REQUIRE_USER_ALLOCATION)
     for flag, wanted in {
         "WEIGHT_STREAMING": options.weight_streaming,
         "REFIT": options.refittable,

@@ -36,19 +36,20 @@ def bundle(tmp_path) -> Bundle:
     return Bundle.open(handmade.write_bundle(tmp_path, {"net.safetensors": b""}))
 
 
-@pytest.mark.parametrize("backend", ["tensorrt", "", "ONNXRuntime", "zimg.engines.torch"])
+@pytest.mark.parametrize("backend", ["openvino", "", "ONNXRuntime", "zimg.engines.torch"])
 def test_unknown_backend(bundle, backend):
     with pytest.raises(UsageError) as caught:
         open_engine(bundle, "net", backend)
-    assert str(caught.value) == f"no backend is called {backend!r}; choose one of onnxruntime, torch"
+    assert str(caught.value) == f"no backend is called {backend!r}; choose one of {', '.join(BACKENDS)}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_refuses_a_component_it_cannot_run(bundle, backend):
+    device = "cuda" if backend.startswith("tensorrt") else "cpu"
     with pytest.raises(BundleError, match="no component 'lost', only net"):
-        open_engine(bundle, "lost", backend, "cpu")
+        open_engine(bundle, "lost", backend, device)
     with pytest.raises(BackendError, match=r"net'? is a table of tensors and has no graph to run"):
-        open_engine(bundle, "net", backend, "cpu")
+        open_engine(bundle, "net", backend, device)
     with pytest.raises(UsageError, match="'toaster'"):
         open_engine(bundle, "net", backend, "toaster")
 

@@ -12,10 +12,12 @@ import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from tests import handmade
+from zimg.engines import onnxruntime as zimg_onnxruntime
 from zimg.engines import safetensors
 from zimg.engines.base import open_engine
 from zimg.engines.bundle import Bundle, Component, TensorSpec
-from zimg.engines.errors import BackendError, BundleError, UsageError
+from zimg.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError
+from zimg.engines.onnxruntime_devices import BoundSession, Place, output_shape, upload
 
 OFFLINE = ["AzureExecutionProvider", "CPUExecutionProvider"]
 GENERATOR = np.random.default_rng(0)
@@ -37,7 +39,7 @@ def external(info: safetensors.TensorInfo, **changes: Any) -> TensorProto:
 def model(
     initializers: list[TensorProto], nodes: list[NodeProto], inputs: Any = INPUTS, outputs: Any = OUTPUTS
 ) -> bytes:
-    kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+    kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}
     values = [
         [helper.make_tensor_value_info(name, kinds[spec.dtype], spec.shape) for name, spec in specs.items()]
         for specs in (inputs, outputs)
@@ -223,30 +225,250 @@ class TestDevices:
         if "CUDAExecutionProvider" in onnxruntime.capi._pybind_state.get_available_providers():
             pytest.skip("here it starts")
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", *OFFLINE])
-        with pytest.raises(BackendError, match="could not start CUDA; check the driver, CUDA 12 and cuDNN 9"):
+        with pytest.raises(BackendError, match=r"could not start CUDA \(its provider does not load\); pip install '"):
             open_engine(bundle, "net", device=device)
+
+    def test_cuda_without_its_libraries(self, bundle, tmp_path, monkeypatch):
+        """What is missing is named, before a graph is loaded."""
+        (tmp_path / "capi").mkdir()
+        provider = tmp_path / "capi" / "libonnxruntime_providers_cuda.so"
+        provider.write_bytes(bytes(4096))
+        monkeypatch.setattr(onnxruntime, "__file__", str(tmp_path / "__init__.py"))
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", *OFFLINE])
+        monkeypatch.setattr(onnxruntime, "preload_dlls", lambda directory: print("Failed to load"), raising=False)
+        bundle.file("net.float32.onnx").write_bytes(b"broken")
+        with pytest.raises(BackendError) as caught:
+            open_engine(bundle, "net", device="cuda")
+        assert str(caught.value).startswith(f"ONNX Runtime could not start CUDA ({provider}: ")
+        assert str(caught.value).endswith("and a recent NVIDIA driver, or use --device cpu")
 
     def test_not_installed(self, bundle, monkeypatch):
         monkeypatch.setitem(sys.modules, "onnxruntime", None)
         with pytest.raises(BackendError, match=r"onnxruntime is not installed; pip install onnxruntime"):
             open_engine(bundle, "net")
 
-    def test_binding_of_inputs_that_are_on_the_device(self, bundle, monkeypatch):
-        """The way of CUDA, walked on the CPU: what was uploaded is bound again, the rest is copied for each run."""
-        engine = open_engine(bundle, "net")
-        copy, copied = onnxruntime.OrtValue.ortvalue_from_numpy, []
 
-        def to_device(value: np.ndarray, kind: str, index: int) -> Any:
-            copied.append((value.shape, kind, index))
-            return copy(value)
+class OnCuda:
+    """The CUDA provider, imitated: sessions are on the CPU, and so is the device's memory."""
 
-        monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", to_device)
-        monkeypatch.setattr(engine, "_device", ("cuda", 1))
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.options: list[Any] = []
+        self.places: list[tuple[Any, ...]] = []
+        session, value = onnxruntime.InferenceSession, onnxruntime.OrtValue
+
+        def open_session(path: str, options: Any, *, providers: Any, enable_fallback: int) -> Any:
+            (name, given), rest = providers
+            assert (name, rest, enable_fallback) == ("CUDAExecutionProvider", "CPUExecutionProvider", 0)
+            self.options.append(given)
+            made = session(path, options, providers=["CPUExecutionProvider"])
+            made.get_providers = lambda: [name, rest]
+            return made
+
+        def on_cpu(create: Any) -> Any:
+            def create_there(*given: Any) -> Any:
+                self.places.append(given[-2:])
+                return create(*given[:-2])
+
+            return create_there
+
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", *OFFLINE])
+        monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
+        monkeypatch.setattr(value, "ortvalue_from_numpy", on_cpu(value.ortvalue_from_numpy))
+        monkeypatch.setattr(value, "ortvalue_from_shape_and_type", on_cpu(value.ortvalue_from_shape_and_type))
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> OnCuda:
+    return OnCuda(monkeypatch)
+
+
+class TestCuda:
+    def test_it_is_the_default(self, bundle, cuda):
+        assert_right(open_engine(bundle, "net").run(feeds(3)), feeds(3))
+        assert cuda.options[0]["device_id"] == "0"
+        assert set(cuda.places) == {("cuda", 0)}
+
+    def test_float32_is_not_rounded(self, bundle, cuda):
+        open_engine(bundle, "net", device="cuda:3")
+        assert cuda.options[0]["device_id"] == "3"
+        assert cuda.options[0]["use_tf32"] == "0"
+
+    def test_options_are_those_of_the_provider(self):
+        """ONNX Runtime refuses names it does not know, but only where it has the provider."""
+        binding = onnxruntime.capi._pybind_state
+        if "CUDAExecutionProvider" not in binding.get_available_providers():
+            pytest.skip("onnxruntime-gpu is not installed")
+        providers = [("CUDAExecutionProvider", zimg_onnxruntime.CUDA_OPTIONS)]
+        onnxruntime.InferenceSession(constant_graph(1), providers=providers, enable_fallback=0)
+
+    def test_what_was_uploaded_is_copied_once(self, bundle, cuda):
+        engine = open_engine(bundle, "net", device="cuda:1")
         constant = engine.upload({"scale": np.array([1.5], np.float32)})
-        for tokens in (2, 5):
+        for tokens in (2, 5, 5):
             given = feeds(tokens) | {"x": np.asfortranarray(feeds(tokens)["x"])}
             assert_right(engine.run({"x": given["x"], **constant}), given)
-        assert copied == [((1,), "cuda", 1), ((2, 4), "cuda", 1), ((5, 4), "cuda", 1)]
+        # The constant; x, y and the norm for 2 tokens, and once for 5.
+        assert cuda.places == [("cuda", 1)] * 7
+
+    def test_the_graph_in_float32_where_kernels_are_missing(self, tmp_path, cuda):
+        product = [
+            helper.make_node("Cast", ["x"], ["half"], to=TensorProto.BFLOAT16),
+            helper.make_node("MatMul", ["half", "w"], ["product"]),
+            helper.make_node("Cast", ["product"], ["y"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceMax", ["y"], ["norm"]),
+        ]
+        weight = helper.make_tensor("w", TensorProto.BFLOAT16, [4, 6], np.zeros(24))
+        bundle = write(tmp_path / "bundle", {"bfloat16": model([weight], product), "float32": constant_graph(2)})
+        assert (open_engine(bundle, "net", device="cuda").run(feeds(2))["y"] == 2).all()
+        assert len(cuda.options) == 2
+
+    def test_else_the_bundles_own(self, tmp_path, cuda):
+        bundle = write(
+            tmp_path / "bundle", {"float16": constant_graph(1, TensorProto.FLOAT16), "float32": constant_graph(2)}
+        )
+        assert (open_engine(bundle, "net", device="cuda").run(feeds(2))["y"] == 1).all()
+
+    def test_a_broken_graph_is_not_passed_over(self, tmp_path, cuda):
+        bundle = write(tmp_path / "bundle", {"bfloat16": b"garbage" * 20, "float32": constant_graph(2)})
+        with pytest.raises(BundleError, match="copy or build the bundle again"):
+            open_engine(bundle, "net", device="cuda")
+
+    def test_a_closed_engine_does_not_run(self, bundle, cuda):
+        engine = open_engine(bundle, "net")
+        engine.close()
+        engine.close()
+        with pytest.raises(BackendError, match="the engine of net is closed; open it again"):
+            engine.run(feeds(2))
+
+    def test_upload_without_memory(self, bundle, cuda, monkeypatch):
+        def fail(*arguments: Any) -> Any:
+            raise RuntimeError("CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size);")
+
+        engine = open_engine(bundle, "net")
+        monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", fail)
+        with pytest.raises(OutOfMemoryError, match="cannot take the inputs of net: out of memory; ask for a smaller"):
+            engine.upload({"scale": np.array([1.5], np.float32)})
+
+    @pytest.mark.parametrize(
+        ("said", "kind", "message"),
+        [
+            ("CUDA failure 100: no CUDA-capable device is detected ; GPU=-1", BackendError, "there is no NVIDIA GPU; "),
+            ("CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version", BackendError, "too old"),
+            ("CUDA failure 101: invalid device ordinal ; GPU=7", UsageError, "there is no such GPU; count from cuda:0"),
+        ],
+    )
+    def test_in_cudas_words(self, bundle, cuda, monkeypatch, said, kind, message):
+        def fail(*arguments: Any, **options: Any) -> Any:
+            raise RuntimeError(said)
+
+        monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+        with pytest.raises(kind, match=message):
+            open_engine(bundle, "net", device="cuda:7")
+
+
+MORE_INPUTS = INPUTS | {"ids": TensorSpec("int64", ("tokens",)), "mask": TensorSpec("bool", (1, "tokens"))}
+MORE_OUTPUTS = {
+    "y": TensorSpec("float32", ("tokens", 6)),
+    "twice": TensorSpec("float32", ("2*tokens", 6)),
+    "kept": TensorSpec("float32", ("as the mask says",)),
+}
+
+
+class TestBoundSession:
+    """The way of a GPU, walked on the CPU with real sessions: equal to a plain run, in buffers that stay."""
+
+    @pytest.fixture
+    def session(self) -> Any:
+        nodes = [
+            helper.make_node("MatMul", ["x", "w"], ["product"]),
+            helper.make_node("Mul", ["product", "scale"], ["y"]),
+            helper.make_node("Concat", ["y", "y"], ["twice"], axis=0),
+            helper.make_node("Cast", ["ids"], ["numbers"], to=TensorProto.FLOAT),
+            helper.make_node("Reshape", ["mask", "shape"], ["flat"]),
+            helper.make_node("Compress", ["numbers", "flat"], ["kept"], axis=0),
+        ]
+        weights = [
+            helper.make_tensor("w", TensorProto.FLOAT, [4, 6], WEIGHT.ravel()),
+            helper.make_tensor("shape", TensorProto.INT64, [1], [-1]),
+        ]
+        graph = model(weights, nodes, MORE_INPUTS, MORE_OUTPUTS)
+        return onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+
+    @pytest.fixture
+    def bound(self, session: Any) -> BoundSession:
+        return BoundSession(session, Place("cpu"), MORE_INPUTS, MORE_OUTPUTS)
+
+    def feeds(self, tokens: int, seed: int) -> dict[str, np.ndarray]:
+        random = np.random.default_rng(seed)
+        ids, mask = random.integers(0, 99, tokens), random.integers(0, 2, (1, tokens)).astype(bool)
+        return feeds(tokens, seed) | {"ids": ids, "mask": mask}
+
+    def test_equal_to_a_plain_run(self, session, bound):
+        for seed, tokens in enumerate([1, 7, 7, 3, 64, 7]):
+            given = self.feeds(tokens, seed)
+            constants = upload({name: given[name] for name in ("scale", "mask")}, Place("cpu"))
+            plain = session.run(list(MORE_OUTPUTS), given)
+            for found in (bound.run(given), bound.run(given | constants)):
+                assert list(found) == list(MORE_OUTPUTS)
+                for expected, actual in zip(plain, found.values(), strict=True):
+                    np.testing.assert_array_equal(actual, expected)
+
+    def test_buffers_stay_while_shapes_do(self, bound, monkeypatch):
+        made, create = [], onnxruntime.OrtValue.ortvalue_from_shape_and_type
+
+        def record(shape: Any, dtype: Any, *place: Any) -> Any:
+            made.append((tuple(shape), np.dtype(dtype).name, place))
+            return create(shape, dtype, *place)
+
+        monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_shape_and_type", record)
+        constants = upload({"scale": np.ones(1, np.float32)}, Place("cpu"))
+        for seed in range(4):
+            given = self.feeds(5, seed)
+            del given["scale"]
+            bound.run(given | constants)
+        here = ("cpu", 0)
+        assert sorted(made) == [
+            ((1, 5), "bool", here), ((5,), "int64", here), ((5, 4), "float32", here),
+            ((5, 6), "float32", here), ((10, 6), "float32", here),
+        ]  # fmt: skip
+        bound.run(self.feeds(6, 0) | constants)
+        assert len(made) == 10
+
+    def test_results_are_not_the_buffers(self, bound):
+        first = bound.run(self.feeds(4, 0))
+        kept = {name: value.copy() for name, value in first.items()}
+        bound.run(self.feeds(4, 1))
+        for name, value in first.items():
+            np.testing.assert_array_equal(value, kept[name])
+
+    def test_two_uploads_alternate(self, session, bound):
+        """As the two branches of guidance do."""
+        given = self.feeds(3, 0)
+        branches = [upload({"scale": np.array([scale], np.float32)}, Place("cpu")) for scale in (1.5, -2)]
+        for _ in range(3):
+            for branch, scale in zip(branches, (1.5, -2), strict=True):
+                (y,) = session.run(["y"], given | {"scale": np.array([scale], np.float32)})
+                np.testing.assert_array_equal(bound.run(given | branch)["y"], y)
+
+    def test_sides_that_do_not_agree(self, bound):
+        given = self.feeds(3, 0) | {"ids": np.zeros(4, np.int64)}
+        with pytest.raises(BackendError, match="'ids' is 4 tokens long, and another input is 3"):
+            bound.run(given)
+
+    @pytest.mark.parametrize(
+        ("shape", "expected"),
+        [
+            ((1, 3), (1, 3)),
+            (("batch", "8*height", "8*width"), (2, 40, 56)),
+            (("batch", "height+1"), None),
+            (("batch", "x*height"), None),
+            (("batch", "unknown"), None),
+            (("batch", "2*unknown"), None),
+            ((), ()),
+        ],
+    )
+    def test_shapes_of_outputs(self, shape, expected):
+        assert output_shape(TensorSpec("float32", shape), {"batch": 2, "height": 5, "width": 7}) == expected
 
 
 class TestBrokenBundles:

@@ -19,20 +19,33 @@ SIZES = {"text_encoder": 40, "conditioner": 5, "denoiser": 100, "vae_decoder": 1
 class Device:
     """Opens engines that hold as much memory as their weights have bytes."""
 
-    def __init__(self, capacity: int = 10**9) -> None:
+    def __init__(self, capacity: int = 10**9, working: dict[str, int] | None = None) -> None:
         self.capacity = capacity
+        self.working = working or {}
+        """Component -> the memory it needs to run, besides its weights."""
         self.open: list[str] = []
         self.opened: list[str] = []
 
-    def open_engine(self, bundle: Bundle, component: str, backend: str, device: str | None) -> Any:
-        if sum(SIZES[name] for name in self.open) + SIZES[bundle.component(component) and component] > self.capacity:
+    def take(self, more: int) -> None:
+        """Take memory for a moment, beside that of the engines which are open."""
+        if sum(SIZES[name] for name in self.open) + more > self.capacity:
             raise OutOfMemoryError("the device is full")
+
+    def open_engine(self, bundle: Bundle, component: str, backend: str, device: str | None) -> Any:
+        bundle.component(component)
+        self.take(SIZES[component])
         self.open.append(component)
         self.opened.append(component)
         outer = self
 
         class Engine:
-            name = component
+            def upload(self, feeds: Any) -> Any:
+                outer.take(1)
+                return feeds
+
+            def run(self, feeds: Any) -> Any:
+                outer.take(outer.working.get(component, 0))
+                return {"component": component}
 
             def close(self) -> None:
                 outer.open.remove(component)
@@ -49,7 +62,7 @@ def bundle(tmp_path: Path) -> Bundle:
 def use(pool: EnginePool, *components: str) -> None:
     for component in components:
         with pool.engine(component) as engine:
-            assert engine.name == component  # type: ignore[attr-defined]
+            assert engine.run({}) == {"component": component}
 
 
 def pool_on(device: Device, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, budget: int | None) -> EnginePool:
@@ -117,6 +130,20 @@ def test_a_full_device_closes_the_others(bundle: Bundle, monkeypatch: pytest.Mon
     pool = pool_on(device, bundle, monkeypatch, None)
     use(pool, "text_encoder", "conditioner", "denoiser", "vae_decoder")
     assert device.open == ["denoiser", "vae_decoder"]
+
+
+def test_an_engine_without_room_to_run_closes_the_others(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(capacity=160, working={"denoiser": 30, "vae_decoder": 155})
+    pool = pool_on(device, bundle, monkeypatch, None)
+    use(pool, "text_encoder", "conditioner")
+    with pool.engine("denoiser") as engine:
+        assert device.open == ["text_encoder", "conditioner", "denoiser"]
+        handles = engine.upload({})
+        assert engine.run(handles) == {"component": "denoiser"}
+        assert device.open == ["denoiser"]
+    with pytest.raises(OutOfMemoryError, match="full"):
+        use(pool, "vae_decoder")
+    assert device.open == ["vae_decoder"]
 
 
 def test_an_engine_too_large_for_the_device(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

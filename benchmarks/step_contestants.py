@@ -1,0 +1,286 @@
+"""The contestants of ``gpu_steps.py``, each in a process of its own; and what they need made first.
+
+    python benchmarks/step_contestants.py FOLDER prepare
+    python benchmarks/step_contestants.py FOLDER eager
+
+FOLDER holds ``settings.json``. ``prepare`` adds a checkpoint, its bundle, the inputs, and the velocity in float32;
+a contestant adds ``<name>.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import common
+import numpy as np
+import random_checkpoint
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Array = NDArray[np.float32]
+
+SIGMA = np.float32(0.75)
+"""The noise level of the step: its time is exact in bfloat16 as well, in either family's units."""
+FLOAT32 = "float32"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all contestants have in common."""
+
+    family: str
+    height: int = 1024
+    width: int = 1024
+    tokens: int = 128
+    device: str = "cuda"
+    tiny: bool = False
+    layers: int | None = None
+    seed: int = 0
+    warmup: int = 3
+    repeats: int = 20
+
+    def config(self) -> dict[str, Any]:
+        """Of the transformer."""
+        return random_checkpoint.transformer_config(self.family, tiny=self.tiny, layers=self.layers)
+
+    def save(self, folder: Path) -> None:
+        """Write ``settings.json``."""
+        (folder / "settings.json").write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, folder: Path) -> Settings:
+        """Read ``settings.json``."""
+        return cls(**json.loads((folder / "settings.json").read_text()))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One contestant, ready: latents go in from the host's memory, and the result comes back there."""
+
+    run: Callable[[], Any]
+    velocity: Callable[[Any], Array]
+    """The result as a velocity in the form of the latents; not timed."""
+
+
+def prepare(folder: Path) -> None:
+    """Write the checkpoint, the bundle and the inputs, and compute the velocity in float32."""
+    from zimg.engines.dtypes import round_to
+    from zimg.export.build import build
+    from zimg.runtime.families import family as family_named
+    from zimg.runtime.noise import randn_tensor
+
+    settings = Settings.load(folder)
+    config, family = settings.config(), family_named(settings.family)
+    card = _card(settings.device)
+    random_checkpoint.write(settings.family, folder / "checkpoint", config, device=settings.device, seed=settings.seed)
+    build(str(folder / "checkpoint"), folder / "bundle", precision="bf16")
+    shape = (1, *family.noise_shape({"transformer": config}, settings.height, settings.width))
+    # All contestants read these, and those in bfloat16 cannot hold more.
+    latents = round_to(family.from_noise(randn_tensor(shape, settings.seed)), "bfloat16")
+    width = config["cap_feat_dim" if settings.family == "z-image" else "joint_attention_dim"]
+    prompt_embeds = round_to(randn_tensor((settings.tokens, width), settings.seed + 1), "bfloat16")
+    np.savez(folder / "inputs.npz", latents=latents, prompt_embeds=prompt_embeds)
+    step = diffusers(folder, settings, FLOAT32)
+    np.save(folder / "reference.npy", step.velocity(step.run()))
+    (folder / "prepare.json").write_text(json.dumps(card))
+
+
+def _card(device: str) -> dict[str, Any]:
+    """What the driver says of the device.
+
+    Raises:
+        SystemExit: torch does not find it.
+    """
+    import torch
+
+    if device == "cpu":
+        return {}
+    try:
+        card = torch.cuda.get_device_properties(device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise SystemExit(f"torch {torch.__version__} finds no device {device}: {error}") from None
+    query = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,power.limit,clocks.max.sm",
+        "--format=csv",
+        "-i",
+        f"GPU-{card.uuid}",
+    ]
+    return {
+        "nvidia-smi": common.measure(query).output.splitlines() if shutil.which("nvidia-smi") else None,
+        "card": card.name,
+        "uuid": f"GPU-{card.uuid}",
+        "capability": f"{card.major}.{card.minor}",
+        "memory_bytes": card.total_memory,
+        "cuda": torch.version.cuda,
+    }
+
+
+def diffusers(folder: Path, settings: Settings, precision: str = "bfloat16", *, compiled: bool = False) -> Step:
+    """The transformer of diffusers, eager or compiled, or in float32 a block at a time."""
+    import diffusers as package
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    dtype, device = getattr(torch, precision), settings.device
+    kind = getattr(package, settings.config()["_class_name"])
+    transformer = kind.from_pretrained(folder / "checkpoint" / "transformer", torch_dtype=torch.bfloat16)
+    transformer.eval().requires_grad_(False)
+    if precision == FLOAT32:
+        _visit(transformer, device)
+    else:
+        transformer.to(device)
+    network = torch.compile(transformer, dynamic=False) if compiled else transformer
+    inputs = np.load(folder / "inputs.npz")
+    latents, prompt_embeds = (torch.from_numpy(inputs[name]) for name in ("latents", "prompt_embeds"))
+    prompt_embeds = prompt_embeds.to(device, dtype)
+    times = {"z-image": 1 - SIGMA, "qwen-image": SIGMA}
+    time_in = torch.tensor([times[settings.family]], dtype=torch.float32, device=device)
+    sides = (1, settings.height // 16, settings.width // 16)
+
+    def call(latents: Any) -> Any:
+        if settings.family == "z-image":
+            return network([latents[0][:, None]], time_in, [prompt_embeds], return_dict=False)[0][0]
+        return network(
+            hidden_states=latents,
+            encoder_hidden_states=prompt_embeds[None],
+            timestep=time_in,
+            img_shapes=[[sides]],
+            return_dict=False,
+        )[0]
+
+    @torch.inference_mode()
+    def run() -> Array:
+        # In float32 a fused kernel may compute with TF32's ten bits.
+        with sdpa_kernel(SDPBackend.MATH) if precision == FLOAT32 else nullcontext():
+            out: Array = call(latents.to(device, dtype)).float().cpu().numpy()
+        return out
+
+    def velocity(out: Array) -> Array:
+        # Z-Image's network gives the negated velocity of (channels, frames, height, width).
+        return -out[None, :, 0] if settings.family == "z-image" else out
+
+    return Step(run, velocity)
+
+
+def _visit(transformer: nn.Module, device: str) -> None:
+    """Let each block come to the device, in float32, for the time of its one forward: all of them might not fit."""
+    import torch
+
+    def come(module: nn.Module, _: Any) -> None:
+        module.to(device, torch.float32)
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        module.to("meta")
+
+    for child in transformer.children():
+        if isinstance(child, torch.nn.ModuleList):
+            for block in child:
+                block.register_forward_pre_hook(come)
+                block.register_forward_hook(leave)
+        else:
+            child.to(device, torch.float32)
+    for parameter in transformer.parameters(recurse=False):
+        parameter.data = parameter.data.to(device, torch.float32)
+
+
+def zimg(folder: Path, settings: Settings, backend: str) -> Step:
+    """The bundle on a backend; the conditioner runs there once, and what stays the same is uploaded once."""
+    from zimg.engines.base import open_engine
+    from zimg.engines.bundle import Bundle
+    from zimg.runtime.families import family as family_named
+    from zimg.runtime.modulation import modulation_table
+
+    bundle = Bundle.open(folder / "bundle", verify=False)
+    family, config = family_named(settings.family), bundle.manifest.config
+    inputs = np.load(folder / "inputs.npz")
+    latents, prompt_embeds = inputs["latents"], inputs["prompt_embeds"]
+    conditioner = open_engine(bundle, "conditioner", backend, settings.device)
+    (conditioning,) = conditioner.run(family.conditioner_inputs(prompt_embeds, config)).values()
+    conditioner.close()
+    table = modulation_table(bundle, np.array([SIGMA])) if family.HAS_MODULATION_TABLE else None
+    engine = open_engine(bundle, "denoiser", backend, settings.device)
+    size = settings.height, settings.width
+    constants = engine.upload(family.denoiser_constants(conditioning, settings.tokens, config, *size))
+    changing = family.denoiser_inputs(latents, SIGMA, table[0] if table else None, config)
+    return Step(lambda: engine.run({**constants, **changing})["velocity"], lambda out: family.velocity(out, latents))
+
+
+CONTESTANTS: dict[str, Callable[[Path, Settings], Step]] = {
+    "eager": diffusers,
+    "torch.compile": partial(diffusers, compiled=True),
+    "onnxruntime": partial(zimg, backend="onnxruntime"),
+    "tensorrt": partial(zimg, backend="tensorrt"),
+    "tensorrt-rtx": partial(zimg, backend="tensorrt-rtx"),
+    "torch": partial(zimg, backend="torch"),
+}
+"""The first two are diffusers' transformer, the others are backends of zimg."""
+
+
+def take_part(folder: Path, name: str) -> dict[str, Any]:
+    """Run one contestant.
+
+    Returns:
+        ``seconds`` of each step, ``first_step_s`` from the start of loading to the end of the first step, and the
+        error of the last velocity against float32: ``relative_l2`` and ``max_error``.
+
+    Raises:
+        Exception: as the contestant fails.
+        ArithmeticError: its velocity is not finite.
+    """
+    settings = Settings.load(folder)
+    start = time.perf_counter()
+    step = CONTESTANTS[name](folder, settings)
+    step.run()
+    first = time.perf_counter() - start
+    for _ in range(settings.warmup):
+        step.run()
+    seconds = []
+    for _ in range(settings.repeats):
+        start = time.perf_counter()
+        out = step.run()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds, "first_step_s": first} | error(step.velocity(out), np.load(folder / "reference.npy"))
+
+
+def error(velocity: Array, reference: Array) -> dict[str, float]:
+    """How far a velocity is from the reference."""
+    if velocity.shape != reference.shape:
+        raise ArithmeticError(f"the velocity has the shape {velocity.shape}, and the reference {reference.shape}")
+    difference = velocity.astype(np.float64) - reference
+    norms = [math.sqrt(float(np.sum(np.square(values, dtype=np.float64)))) for values in (difference, reference)]
+    if not all(map(math.isfinite, norms)):
+        raise ArithmeticError("the velocity is not finite")
+    return {"relative_l2": norms[0] / norms[1], "max_error": float(np.abs(difference).max())}
+
+
+def main() -> None:
+    """The process: what goes wrong is written down as well."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("name", choices=["prepare", *CONTESTANTS])
+    options = parser.parse_args()
+    if options.name == "prepare":
+        prepare(options.folder)
+        return
+    try:
+        result = take_part(options.folder, options.name)
+    except Exception as failure:
+        result = {"failed": f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"}
+    (options.folder / f"{options.name}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    common.start(main)
