@@ -1,8 +1,8 @@
 """Compile the transformers at their real widths and depths with TensorRT: time and peak memory.
 
-The network is cut into as few chunks of whole blocks as this machine's memory allows; each chunk is a network of its own,
-with its embedders and its last layer, random weights and an engine. Needs no GPU where TensorRT for RTX is installed, as it
-is for the tests (``make test-tensorrt`` lays it out, ``PYTHONPATH=.venv/tensorrt`` finds it).
+The network is cut into as few chunks of whole blocks as this machine's memory allows; each chunk is a network of its
+own, with its embedders and its last layer, random weights and an engine. Needs no GPU where TensorRT for RTX is
+installed, as it is for the tests (``make test-tensorrt`` lays it out, ``PYTHONPATH=.venv/tensorrt`` finds it).
 
     python benchmarks/compile_full.py
     python benchmarks/compile_full.py --family z-image --blocks 5 --min-size 512x512 --max-size 1536x1536
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -47,9 +48,14 @@ def chunks(family: str, *, tiny: bool, blocks: int | None) -> list[dict[str, Any
 
 
 def block_bytes(family: str, config: dict[str, Any]) -> int:
-    """How large a block's weights are in bfloat16, as the checkpoint has them."""
-    one, two = (config | {random_checkpoint.DEPTH[family]: number} for number in (1, 2))
-    return random_checkpoint.weight_bytes(two) - random_checkpoint.weight_bytes(one)
+    """How large a block's weights are in bfloat16, without what is hoisted out of the denoiser."""
+    from zimg.export.build import NETWORKS
+
+    def denoiser(layers: int) -> int:
+        part = NETWORKS[family]["transformer"].parts(config | {random_checkpoint.DEPTH[family]: layers})["denoiser"]
+        return 2 * sum(math.prod(shape) for shape in part.parameters().values())
+
+    return denoiser(2) - denoiser(1)
 
 
 def _memory() -> int:
@@ -110,7 +116,7 @@ def main() -> None:
     parser.add_argument("--min-size", help="with --max-size: serve a span of sizes instead")
     parser.add_argument("--max-size", help="the largest of it")
     parser.add_argument("--tiny", action="store_true", help="tiny blocks, for a trial")
-    parser.add_argument("--folder", type=Path, help="where to work; the largest chunk's checkpoint and engine lie there")
+    parser.add_argument("--folder", type=Path, help="where to work, with room for a chunk's checkpoint and engine")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
     span = [f"--{name}={getattr(options, name.replace('-', '_'))}" for name in ("min-size", "max-size")]

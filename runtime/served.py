@@ -31,7 +31,7 @@ def check_served(bundle: Bundle, backend: str, sides: Mapping[str, int], width: 
             asked = ", ".join(f"{side} {length}" for side, length in wanted.items())
             raise UsageError(
                 f"{width}x{height} with this prompt is {asked}, and {component} was compiled for {' or '.join(ranges)}",
-                f"compile for it: zimg-export compile {bundle.root} --size {width}x{height} (and --max-prompt-tokens)",
+                f"compile it for all sizes wanted: zimg-export compile {bundle.root} --size {width}x{height} --size …",
             )
 
 
