@@ -10,6 +10,7 @@ those, and the whole is importable as ``tensorrt_rtx``, which is what it is. Wha
 
 from __future__ import annotations
 
+import platform
 import struct
 import subprocess
 import sys
@@ -87,6 +88,9 @@ def main() -> None:
     folder = Path(sys.argv[1]).resolve()
     if folder.exists():
         sys.exit(f"{folder} exists already")
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        print("There is no TensorRT compiler for this machine without a GPU; its tests will say that they skip.")
+        return
     folder.mkdir(parents=True)
     unpack(folder)
     link(folder)

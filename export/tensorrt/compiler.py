@@ -76,7 +76,8 @@ def compile_plan(
     module = tensorrt_api.load()
     log = tensorrt_api.make_logger(module)
     builder = _builder(module, log)
-    network = builder.create_network(0)
+    # What a graph says is what is computed; TensorRT 11 knows no other way.
+    network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = module.OnnxParser(network, log)
     _parse(parser, graph, log)
     config = _config(module, builder, network, component, profiles, options)
