@@ -114,24 +114,24 @@ def compile_bundle(
         OutputError: the disk is full, or another process writes the bundle.
     """
     path = path.expanduser().absolute()
-    bundle = Bundle.open(path)
-    ranges = profiles(bundle.manifest, served)
-    if unknown := [name for name in components if name not in ranges]:
-        raise UsageError(f"the bundle has no graph called {unknown[0]!r}", f"it has {', '.join(ranges)}")
-    if weight_streaming_budget is not None and weight_streaming_budget < 0:
-        raise UsageError(f"the weight streaming budget is {weight_streaming_budget}", "give 0 bytes or more")
-    if backend == "tensorrt-rtx":
-        if options != PLAIN or weight_streaming_budget is not None:
-            raise UsageError("the tensorrt-rtx backend has no options", "leave them out, or use --backend tensorrt")
-        with only_writer_of(path):
-            return _compile_contexts(bundle, components or tuple(ranges), ranges, force=force, report=report)
-    target = find_target()
-    if options.timing_cache is None and target.compiler == "tensorrt":
-        # TensorRT for RTX would compile for the one GPU that was measured.
-        options = replace(options, timing_cache=timing_cache(target))
-    options = replace(options, weight_streaming=weight_streaming_budget is not None)
+    # Opened under the lock: what another process has just finished is then known, and not taken for a stray.
     with only_writer_of(path):
-        _clear_strays(bundle)
+        bundle = Bundle.open(path)
+        ranges = profiles(bundle.manifest, served)
+        if unknown := [name for name in components if name not in ranges]:
+            raise UsageError(f"the bundle has no graph called {unknown[0]!r}", f"it has {', '.join(ranges)}")
+        if weight_streaming_budget is not None and weight_streaming_budget < 0:
+            raise UsageError(f"the weight streaming budget is {weight_streaming_budget}", "give 0 bytes or more")
+        if backend == "tensorrt-rtx":
+            if options != PLAIN or weight_streaming_budget is not None:
+                raise UsageError("the tensorrt-rtx backend has no options", "leave them out, or use --backend tensorrt")
+            return _compile_contexts(bundle, components or tuple(ranges), ranges, force=force, report=report)
+        target = find_target()
+        if options.timing_cache is None and target.compiler == "tensorrt":
+            # TensorRT for RTX would compile for the one GPU that was measured.
+            options = replace(options, timing_cache=timing_cache(target))
+        options = replace(options, weight_streaming=weight_streaming_budget is not None)
+        _clear_strays(path)
         return [
             _compile(
                 Bundle.open(path, verify=False),
@@ -169,7 +169,7 @@ def _compile_contexts(
     from zimg.export.tensorrt_rtx import compile_contexts
 
     device = tensorrt_rtx.open_device()
-    _clear_strays(bundle)
+    _clear_strays(bundle.root)
     done = []
     for name in components:
         current = (device.version, device.architecture, bundle.source_hash(name), ranges[name])
@@ -208,13 +208,9 @@ def _compile(bundle: Bundle, wanted: CompiledEngine, options: Options, *, force:
         engine = msgspec.structs.replace(wanted, attention=(fused, len(plan.unfused)), memory_bytes=plan.memory_bytes)
         enter(bundle, [engine])
     except OSError as error:
-        final.unlink(missing_ok=True)
         raise OutputError(f"{final} cannot be written ({error.strerror or error})", "free some space") from None
-    except BaseException:
-        final.unlink(missing_ok=True)
-        raise
     finally:
-        part.unlink(missing_ok=True)
+        _clear_strays(bundle.root)
     return Compiled(engine, is_new=True, plan=plan)
 
 
@@ -247,8 +243,9 @@ def _place(engine: CompiledEngine) -> tuple[str, ...]:
     return engine.component, engine.backend, engine.compiler, engine.version, engine.device
 
 
-def _clear_strays(bundle: Bundle) -> None:
-    """Remove engines that no manifest names: a killed compilation leaves them."""
+def _clear_strays(root: Path) -> None:
+    """Remove engines that the manifest does not name: a compilation that fails or is killed leaves them."""
+    bundle = Bundle.open(root, verify=False)
     for path in (bundle.root / FOLDER).rglob("*"):
         if path.is_file() and path.relative_to(bundle.root).as_posix() not in bundle.manifest.files:
             path.unlink()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,13 +13,16 @@ import click
 import msgspec
 
 from zimg.engines.errors import UsageError
+from zimg.export.tensorrt import layers
 from zimg.runtime.inspect import range_text
 
 if TYPE_CHECKING:
     from zimg.export.compile import Compiled
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+MOST = 1 << 63
+"""What no amount of bytes reaches."""
 
 OPTIONS = (
     click.option("--size", "sizes", multiple=True, metavar="WxH", help="Serve this size, fastest; may be repeated."),
@@ -70,10 +73,11 @@ def parse_bytes(text: str | None) -> int | None:
     """
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B|)", text.strip().upper())
-    if not match or match[2] not in (*UNITS, "B"):
+    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*([KMG]?I?B|)", text.strip().upper())
+    amount = int(Fraction(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else MOST
+    if amount >= MOST:
         raise UsageError(f"{text!r} is no amount of memory", "give bytes, such as 8GB or 512MiB")
-    return int(float(match[1]) * UNITS.get(match[2], 1))
+    return amount
 
 
 def settings(
@@ -126,7 +130,7 @@ def as_data(bundle: Path, compiled: Sequence[Compiled], *, detailed: bool) -> di
         found["bytes"] = sum((bundle / name).stat().st_size for name in entry.engine.files)
         if entry.plan:
             found |= {
-                "layer_kinds": dict(Counter(layer.kind for layer in entry.plan.layers)),
+                "layer_kinds": layers.kinds(entry.plan.layers),
                 "unfused_attention": list(entry.plan.unfused),
                 "warnings": list(entry.plan.warnings),
             }
@@ -150,8 +154,7 @@ def as_text(data: dict[str, Any]) -> str:
         if engine.get("unfused_attention"):
             lines.append(f"  in parts   {', '.join(engine['unfused_attention'])}")
         if engine.get("layer_kinds"):
-            kinds = sorted(engine["layer_kinds"].items(), key=lambda item: -item[1])
-            lines.append("  layers     " + ", ".join(f"{count} {kind}" for kind, count in kinds))
+            lines.append("  layers     " + ", ".join(f"{n} {kind}" for kind, n in engine["layer_kinds"].items()))
         lines += [f"    {layer['kind']:16} {layer['name']}" for layer in engine.get("layers", ())]
         lines += [f"  warning    {text}" for text in engine.get("warnings", ())]
     return "\n".join(lines)

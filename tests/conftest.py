@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -60,6 +61,17 @@ def bundle_of(shared_folder: Path, checkpoint_of: Callable[..., Path]) -> Callab
         return folder
 
     return make
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A real TensorRT compiler, which needs no GPU; the one that is used, where there is another as well."""
+    from zimg.engines import tensorrt_api
+
+    reason = "no TensorRT compiler here: run make test-tensorrt"
+    module: ModuleType = pytest.importorskip("tensorrt_rtx", reason=reason, exc_type=ImportError)
+    monkeypatch.setattr(tensorrt_api, "MODULES", ("tensorrt_rtx",))
+    return module
 
 
 def _key(family: str, seed: int, overrides: dict[str, Any]) -> str:

@@ -3,9 +3,10 @@
     python tests/tensorrt_compiler.py FOLDER        # then: PYTHONPATH=FOLDER pytest
 
 Two wheels are unpacked into one folder: ``tensorrt-cu13-bindings``, TensorRT's Python API, and
-``onnxruntime-ep-nv-tensorrt-rtx-cu13``, which carries the compiler and the ONNX parser of TensorRT for RTX. These compile
-ahead without a GPU. Both products have the same API, so the libraries that the bindings look for beside them are links to
-those, and the whole is importable as ``tensorrt_rtx``, which is what it is. What it compiles cannot be run here.
+``onnxruntime-ep-nv-tensorrt-rtx-cu13``, which carries the compiler and the ONNX parser of TensorRT for RTX. These
+compile ahead without a GPU. Both products have the same API, so the libraries that the bindings look for beside them
+are links to those, and the whole is importable as ``tensorrt_rtx``, which is what it is. What it compiles cannot be run
+without a GPU.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def _refusal(graph: Graph, log: Any, what: str, hint: str) -> BackendError:
 def _advice(options: Options) -> str:
     if options.refittable or options.stripped:
         return "try it without --refittable and --stripped, which not every TensorRT supports"
-    return "try a smaller --max-size or --workspace, and report this if it stays"
+    return "try another --workspace or a smaller --max-size, and report this if it stays"
 
 
 def _config(
