@@ -77,19 +77,11 @@ def test_an_error_lets_go(tmp_path):
 
 
 def test_only_its_own_leftovers_go(tmp_path):
-    names = [
-        "bundle",
-        ".bundle.1.part",
-        ".bundle.2.part",
-        ".bundle2.1.part",
-        ".bundle",
-        "bundle.1.part",
-        ".other.1.old",
-    ]
-    for name in names:
+    others = {"bundle", ".bundle2.1.part", ".bundle", "bundle.1.part", ".other.1.old"}
+    for name in (*others, ".bundle.1.part", ".bundle.2.part"):
         folder(tmp_path / name)
     with only_writer_of(tmp_path / "bundle"):
-        assert {path.name for path in tmp_path.iterdir()} == {*names} - {".bundle.1.part", ".bundle.2.part"}
+        assert {path.name for path in tmp_path.iterdir()} == others
 
 
 def test_what_was_put_aside_comes_back_where_nothing_took_its_place(tmp_path):
