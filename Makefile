@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints-dev.txt
 FAMILIES := z-image qwen-image
 PROMPT := a red circle left of a blue square
+TENSORRT_TESTS := tests/export/tensorrt $(wildcard tests/*/test_tensorrt*.py tests/*/test_compile*.py)
 PICTURE := --height 256 --width 256 --num-inference-steps 8 --seed 0
 
 .PHONY: demo test test-tensorrt check clean
@@ -22,7 +23,7 @@ test: check $(VENV)/.tensorrt
 
 # Every graph through a real TensorRT compiler, which needs no GPU; part of `make test`.
 test-tensorrt: $(VENV)/.dev $(VENV)/.tensorrt
-	PYTHONPATH=$(VENV)/tensorrt $(BIN)/python -m pytest tests/export/test_compile.py tests/export/tensorrt
+	PYTHONPATH=$(VENV)/tensorrt $(BIN)/python -m pytest $(TENSORRT_TESTS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ def only_writer_of(out: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise OutputError(f"another build is writing {out}", "wait for it, or name another folder") from None
+        raise OutputError(f"another process is writing {out}", "wait for it, or name another folder") from None
     try:
         for leftover in out.parent.glob(f".{out.name}.*.part"):
             shutil.rmtree(leftover, ignore_errors=True)

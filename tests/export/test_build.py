@@ -286,7 +286,7 @@ def test_two_builds_into_one_folder(checkpoint_of, tmp_path):
     out = tmp_path / "bundle"
     first = start(checkpoint_of("z-image"), out)
     try:
-        export(checkpoint_of("z-image"), out).assert_refused("another build is writing", 1)
+        export(checkpoint_of("z-image"), out).assert_refused("another process is writing", 1)
     finally:
         first.kill()
         first.communicate()

@@ -245,7 +245,7 @@ def test_another_process_writes_it(compiled):
         assert held.wait(60)
         part = compiled.root / "engines" / "its.part"
         part.write_bytes(b"being written")
-        with pytest.raises(OutputError, match="another build is writing"):
+        with pytest.raises(OutputError, match="another process is writing"):
             compile_conditioner(compiled, force=True)
         assert part.exists()
     finally:

@@ -43,7 +43,7 @@ def test_another_process_holds_it(other, tmp_path, monkeypatch):
     process, let_go = other
     leftover = folder(tmp_path / ".bundle.0123abcd.part")
     with (
-        pytest.raises(OutputError, match=r"another build is writing .*bundle; wait for it"),
+        pytest.raises(OutputError, match=r"another process is writing .*bundle; wait for it"),
         only_writer_of(tmp_path / "bundle"),
     ):
         pass
@@ -52,7 +52,7 @@ def test_another_process_holds_it(other, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "bundle")
     monkeypatch.chdir(tmp_path)
     for name in (tmp_path / "link", Path("bundle"), tmp_path / "." / "bundle"):
-        with pytest.raises(OutputError, match="another build is writing"), only_writer_of(name):
+        with pytest.raises(OutputError, match="another process is writing"), only_writer_of(name):
             pass
     with only_writer_of(tmp_path / "bundle2"):
         pass
