@@ -12,6 +12,9 @@ import click
 
 from zimg.engines.errors import ZimgError
 
+AGAIN = 0.5
+"""Seconds until an interruption that was lost comes again."""
+
 
 def run(command: click.Command) -> NoReturn:
     """Run a command line and exit: 0 when it worked, 2 for wrong usage, 1 for a failure.
@@ -20,7 +23,8 @@ def run(command: click.Command) -> NoReturn:
     """
     name = command.name or "zimg"
     # A polite kill cleans up as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, _interrupt)
     try:
         result = command.main(prog_name=name, standalone_mode=False)
     except click.ClickException as error:
@@ -33,6 +37,7 @@ def run(command: click.Command) -> NoReturn:
     except ZimgError as error:
         _end(name, str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
+        signal.setitimer(signal.ITIMER_REAL, 0)
         _end(name, "interrupted; nothing half-written is left", 1)
     except MemoryError:
         _end(name, "out of memory; ask for a smaller picture, or use a machine with more", 1)
@@ -44,6 +49,16 @@ def run(command: click.Command) -> NoReturn:
         )
     # What ``--help`` and ``ctx.exit`` give comes back as a number; commands give nothing.
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Raise ``KeyboardInterrupt``, and again after a moment where it was lost: Python ignores what a destructor raises.
+
+    Not while one is on its way already, which would break off the cleaning up.
+    """
+    signal.setitimer(signal.ITIMER_REAL, AGAIN)
+    if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+        raise KeyboardInterrupt
 
 
 def _end(name: str, message: str, code: int) -> NoReturn:

@@ -200,7 +200,7 @@ class TestOpen:
         assert f"has schema version {version}, and this zimg reads up to {SCHEMA_VERSION}; upgrade zimg" in message
 
     def test_what_a_later_version_added_is_passed_over(self, root: Path) -> None:
-        edit(root, engines={"tensorrt": {}})
+        edit(root, quality={"psnr": 40.0})
         Bundle.open(root)
 
     def test_unknown_component(self, root: Path) -> None:

@@ -189,6 +189,16 @@ TOOL = """
             print("ready", flush=True)
             time.sleep(60)
 
+    class Lossy:
+        def __del__(self):
+            print("ready", flush=True)
+            time.sleep(30)
+
+    @tool.command()
+    def drop():
+        Lossy()
+        time.sleep(30)
+
     @tool.command()
     def talk():
         for _ in range(1000):
@@ -221,6 +231,18 @@ class TestProcess:
         assert process.returncode == 1
         assert err.strip() == "tool: error: interrupted; nothing half-written is left"
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_lost_in_a_destructor_comes_again(self, tool: list[str], number: signal.Signals) -> None:
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen([*tool, "drop"], preexec_fn=heed_interrupts, **pipes) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(number)
+            _, err = process.communicate(timeout=20)
+        assert "Exception ignored" in err
+        assert process.returncode == 1
+        assert err.splitlines()[-1] == "tool: error: interrupted; nothing half-written is left"
 
     def test_a_reader_that_has_gone(self, tool: list[str]) -> None:
         reading, writing = os.pipe()
