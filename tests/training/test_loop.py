@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from zimg.engines.errors import CheckpointError, OutputError, UsageError
+from zimg.training.loop import Settings, TrainingError, generator_of, learning_rate, train
+
+SETTINGS = Settings(steps=12, batch_size=8, learning_rate=0.05, warmup=2, ema=0.9, save_every=4)
+
+
+class Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.linear = nn.Linear(3, 1)
+        self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (self.linear(x) * self.frozen - y).square().mean()
+
+
+class Task:
+    name = "line"
+
+    def __init__(self, stop: int = 1000, scale: float = 1.0) -> None:
+        self.module = Line()
+        self.stop, self.scale, self.batches = stop, scale, 0
+
+    def batch(self, generator: torch.Generator, batch_size: int) -> dict[str, Any]:
+        self.batches += 1
+        if self.batches > self.stop:
+            raise KeyboardInterrupt
+        x = torch.randn(batch_size, 3, generator=generator)
+        return {"x": x, "y": self.scale * x.sum(dim=1, keepdim=True)}
+
+    def preview(self, path: Path) -> None:
+        Image.new("RGB", (1, 1)).save(path)
+
+
+def test_it_learns_and_leaves_a_curve_and_a_preview(tmp_path: Path) -> None:
+    lines, task = [], Task()
+    settings = replace(SETTINGS, steps=200, save_every=100)
+    average = train(task, tmp_path, settings, log=lines.append)
+    assert torch.allclose(average["linear.weight"], torch.ones(1, 3), atol=0.05)
+    assert torch.equal(task.module.linear.weight, average["linear.weight"])
+    assert set(average) == {"linear.weight", "linear.bias"}
+    assert Image.open(tmp_path / "loss.png").size == (960, 480)
+    assert (tmp_path / "preview.png").exists()
+    assert not list(tmp_path.glob("*.part"))
+    assert lines[0].startswith("line: step 100 of 200, loss ")
+
+
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
+    unbroken = train(Task(), tmp_path / "a", SETTINGS)
+    with pytest.raises(KeyboardInterrupt):
+        train(Task(stop=6), tmp_path / "b", SETTINGS)
+    task = Task()
+    resumed = train(task, tmp_path / "b", SETTINGS, resume=True)
+    assert task.batches == 8  # Steps 5 to 12: the state was saved after step 4.
+    first, second = (load_file(tmp_path / run / "state.safetensors") for run in "ab")
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    for name, value in unbroken.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_a_finished_run_is_only_read(tmp_path: Path) -> None:
+    done = train(Task(), tmp_path, SETTINGS)
+    task = Task()
+    again = train(task, tmp_path, SETTINGS, resume=True)
+    assert task.batches == 0
+    assert all(torch.equal(done[name], again[name]) for name in done)
+
+
+def test_the_average_is_that_of_the_weights(tmp_path: Path) -> None:
+    """Against torch's own averaged model, of the weights that runs of rising length end with."""
+    settings = replace(SETTINGS, ema=0.5, steps=3, save_every=1)
+    weights = []
+    for stop in (1, 2, 3):
+        run = tmp_path / str(stop)
+        if stop < 3:
+            with pytest.raises(KeyboardInterrupt):
+                train(Task(stop=stop), run, settings)
+        else:
+            train(Task(), run, settings)
+        weights.append(load_file(run / "state.safetensors")["weights.linear.weight"])
+    expected = Line().linear.weight.detach()
+    for step, value in enumerate(weights):
+        keep = min(0.5, (1 + step) / (10 + step))
+        expected = keep * expected + (1 - keep) * value
+    found = load_file(tmp_path / "3" / "state.safetensors")["ema.linear.weight"]
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_rate_rises_and_falls() -> None:
+    settings = replace(SETTINGS, steps=100, warmup=10, learning_rate=1.0)
+    rates = [learning_rate(settings, step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[10] == 1
+    assert rates[55] == pytest.approx(0.51)
+    assert rates[100] == pytest.approx(0.02)
+
+
+def test_generators_depend_on_every_number() -> None:
+    draws = {
+        tuple(torch.rand(2, generator=generator_of(*n)).tolist()) for n in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    }
+    assert len(draws) == 4
+    assert torch.equal(torch.rand(3, generator=generator_of(5, 6)), torch.rand(3, generator=generator_of(5, 6)))
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    train(Task(), tmp_path, SETTINGS)
+    with pytest.raises(OutputError, match="holds a run already; add --resume"):
+        train(Task(), tmp_path, SETTINGS)
+
+
+def test_what_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no run to resume; leave --resume out"):
+        train(Task(), tmp_path, SETTINGS, resume=True)
+    train(Task(), tmp_path, SETTINGS, about={"data": "a"})
+    state = tmp_path / "state.safetensors"
+    with pytest.raises(CheckpointError, match="its steps is 12, not 13"):
+        train(Task(), tmp_path, replace(SETTINGS, steps=13), about={"data": "a"}, resume=True)
+    with pytest.raises(CheckpointError, match="its data is 'a', not 'b'"):
+        train(Task(), tmp_path, SETTINGS, about={"data": "b"}, resume=True)
+    whole = state.read_bytes()
+    state.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"state.safetensors cannot be read .*remove the folder"):
+        train(Task(), tmp_path, SETTINGS, about={"data": "a"}, resume=True)
+    save_file({"x": torch.ones(1)}, state)
+    with pytest.raises(CheckpointError, match="is no state of a run"):
+        train(Task(), tmp_path, SETTINGS, about={"data": "a"}, resume=True)
+
+
+def test_a_state_of_another_model(tmp_path: Path) -> None:
+    train(Task(), tmp_path, SETTINGS)
+    other = Task()
+    other.module.linear = nn.Linear(3, 2)
+    with pytest.raises(CheckpointError, match="does not hold the tensors of this model"):
+        train(other, tmp_path, SETTINGS, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"steps": 0}, "steps is 0"), ({"batch_size": -1}, "batch_size is -1"), ({"ema": 1.0}, "ema is 1.0")],
+)
+def test_senseless_settings(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        train(Task(), tmp_path, replace(SETTINGS, **change))
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="the loss of step 1 is inf; lower --learning-rate"):
+        train(Task(scale=1e30), tmp_path, SETTINGS)
+    assert not (tmp_path / "state.safetensors").exists()

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+from PIL import Image
+from torch import Tensor
+
+from tests.training import toy
+from zimg.engines.errors import OutputError
+from zimg.export.checkpoint import open_checkpoint
+from zimg.training.dataset import load_pictures, read_dataset
+from zimg.training.latents import cache_latents
+from zimg.training.stages import VAE, train_model_tokenizer, train_vae
+from zimg.training.vae import load_autoencoder
+
+CLASSES = {"z-image": AutoencoderKL, "qwen-image": AutoencoderKLQwenImage}
+FAMILIES = list(CLASSES)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.dataset(tmp_path_factory.mktemp("data"), [(32, 32), (32, 48)])
+
+
+def begin(family: str, data: Path, folder: Path) -> Path:
+    train_model_tokenizer(data, folder, family, configs=toy.CONFIGS[family])
+    return folder
+
+
+def reference_mean(model: AutoencoderKL | AutoencoderKLQwenImage, pixels: Tensor) -> Tensor:
+    video = isinstance(model, AutoencoderKLQwenImage)
+    with torch.no_grad():
+        mean: Tensor = model.encode(pixels.unsqueeze(2) if video else pixels).latent_dist.mean
+    return mean.squeeze(2) if video else mean
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_trained_measured_and_stored_as_the_reference_has_it(family: str, data: Path, tmp_path: Path) -> None:
+    begun, trained = begin(family, data, tmp_path / "begun"), tmp_path / "trained"
+    lines: list[str] = []
+    settings = replace(VAE, steps=60, batch_size=4, learning_rate=5e-3, warmup=5, ema=0.9, save_every=30)
+    train_vae(begun, data, trained, settings, log=lines.append)
+    early, late = (float(line.split("loss ")[1].split(",")[0]) for line in lines)
+    assert late < 0.85 * early
+    assert Image.open(tmp_path / "trained.run" / "preview.png").size == (3 * 32, 2 * 32)
+
+    checkpoint = open_checkpoint(str(trained))
+    model = CLASSES[family].from_pretrained(trained / "vae").eval()
+    network = load_autoencoder(checkpoint).eval()
+    pixels = load_pictures([data / "0.png", data / "2.png"])
+    with torch.no_grad():
+        mean = network.encode(pixels)[0]
+        torch.testing.assert_close(mean, reference_mean(model, pixels), atol=1e-4, rtol=1e-4)
+        video = mean.unsqueeze(2) if family == "qwen-image" else mean
+        decoded = model.decode(video).sample.reshape(pixels.shape)
+        torch.testing.assert_close(network.decoder(mean).clamp(-1, 1), decoded.clamp(-1, 1), atol=1e-4, rtol=1e-4)
+
+    # Normalized with what was measured, the latents are of mean 0 and deviation 1, and the cache holds them.
+    dataset = read_dataset(data)
+    latents = cache_latents(checkpoint, dataset, tmp_path / "cache")
+    cached = torch.cat([latents.load(size, rows).flatten(2) for size, rows in latents.buckets.items()], dim=2)
+    assert abs(float(cached.mean())) < 0.01
+    assert abs(float(cached.std(correction=0)) - 1) < 0.01
+    config = json.loads((trained / "vae" / "config.json").read_text())
+    if family == "qwen-image":
+        scale, shift = 1 / torch.tensor(config["latents_std"]), torch.tensor(config["latents_mean"])
+        scale, shift = scale.view(-1, 1, 1), shift.view(-1, 1, 1)
+    else:
+        scale, shift = config["scaling_factor"], config["shift_factor"]
+    expected = (reference_mean(model, load_pictures([data / "3.png"])) - shift) * scale
+    torch.testing.assert_close(latents.load((32, 48), torch.tensor([3])), expected, atol=0.05, rtol=0.01)
+    # The rest of the checkpoint is what it was.
+    for name in ("tokenizer/tokenizer.json", "transformer/config.json", "scheduler/scheduler_config.json"):
+        assert (trained / name).read_bytes() == (begun / name).read_bytes()
+
+
+def test_stored_kernels_act_in_their_last_slice_only(data: Path, tmp_path: Path) -> None:
+    begun, trained = begin("qwen-image", data, tmp_path / "begun"), tmp_path / "trained"
+    train_vae(begun, data, trained, replace(VAE, steps=1, batch_size=1))
+    state = AutoencoderKLQwenImage.from_pretrained(trained / "vae").state_dict()
+    kernels = {name: value for name, value in state.items() if value.ndim == 5 and value.shape[2] == 3}
+    assert any("time_conv" in name for name in kernels)
+    for name, value in kernels.items():
+        assert not value[:, :, :2].any(), name
+        assert bool(value[:, :, 2].any()) != ("time_conv" in name), name
+
+
+def test_latents_are_encoded_once(data: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(begin("z-image", data, tmp_path / "begun")))
+    dataset, calls = read_dataset(data), []
+    for _ in range(2):
+        cache_latents(checkpoint, dataset, tmp_path / "cache", lambda *call: calls.append(call))
+        assert len(calls) == 2  # One for each size, and none the second time.
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
+    other = read_dataset(toy.dataset(tmp_path / "other", [(32, 32)], count=3))
+    latents = cache_latents(checkpoint, other, tmp_path / "cache", lambda *call: calls.append(call))
+    assert len(calls) == 3
+    assert latents.load((32, 32), torch.tensor([2, 0])).shape == (2, 4, 4, 4)
+
+
+def test_a_checkpoint_that_is_there_stays(data: Path, tmp_path: Path) -> None:
+    begun = begin("z-image", data, tmp_path / "begun")
+    with pytest.raises(OutputError, match="begun exists already"):
+        train_vae(begun, data, begun)
+    with pytest.raises(OutputError, match="begun"):
+        begin("z-image", data, begun)

@@ -1,0 +1,189 @@
+"""``python -m zimg.training``: the demo models, and adapters of any checkpoint. Thin; the work is in ``stages.py``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+import zimg
+from zimg.engines.errors import ZimgError
+from zimg.runtime import console
+
+FAMILY = click.option(
+    "--family", type=click.Choice(["z-image", "qwen-image"]), required=True, help="Which architecture."
+)
+FOLDER = click.Path(path_type=Path)
+
+
+def settings(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of a stage; where one is left out, the stage's own default holds."""
+    for option in (
+        click.option("--quiet", is_flag=True, help="No progress."),
+        click.option("--resume", is_flag=True, help="Go on with the run that was broken off."),
+        click.option("--mixed-precision", type=click.Choice(["no", "bf16"]), help="bf16 is for GPUs."),
+        click.option("--save-every", type=int, help="Steps between two saved states."),
+        click.option("--seed", type=int, help="Of everything that is random."),
+        click.option("--ema", type=float, help="Decay of the moving average of the weights."),
+        click.option("--warmup", type=int, help="Steps until the full learning rate."),
+        click.option("--learning-rate", type=float, help="After the warmup."),
+        click.option("--batch-size", type=int, help="Pictures a step."),
+        click.option("--steps", type=int, help="How many."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group("zimg-training", context_settings={"max_content_width": 110})
+@click.version_option(zimg.__version__, message="%(version)s")
+def cli() -> None:
+    """Train small models from nothing, and adapters of any."""
+
+
+@cli.command()
+@FAMILY
+@click.argument("data", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the weights.")
+def tokenizer(family: str, data: Path, out: Path, seed: int) -> None:
+    """Learn a tokenizer from the captions of DATA; write an untrained checkpoint OUT around it."""
+    _need_train()
+    from zimg.training.stages import train_model_tokenizer
+
+    train_model_tokenizer(data, out, family, seed=seed)
+    click.echo(out)
+
+
+@cli.command()
+@click.argument("model", type=FOLDER)
+@click.argument("data", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@settings
+def vae(model: Path, data: Path, out: Path, **options: Any) -> None:
+    """Train the autoencoder of MODEL on the pictures of DATA; write the checkpoint OUT."""
+    _need_train()
+    from zimg.training import stages
+
+    _stage(stages.train_vae, stages.VAE, options, model, data, out)
+
+
+@cli.command()
+@click.argument("model", type=FOLDER)
+@click.argument("data", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@settings
+def diffusion(model: Path, data: Path, out: Path, **options: Any) -> None:
+    """Train the transformer and the text model of MODEL on DATA; write the checkpoint OUT."""
+    _need_train()
+    from zimg.training import stages
+
+    _stage(stages.train_diffusion, stages.DIFFUSION, options, model, data, out)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("data", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--rank", type=int, default=8, show_default=True, help="Of the adapters.")
+@click.option("--targets", help="Ends of the names of linears, by commas; DiffSynth's own choice by default.")
+@click.option(
+    "--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Of the frozen weights."
+)
+@settings
+def lora(model: str, data: Path, out: Path, rank: int, targets: str | None, precision: str, **options: Any) -> None:
+    """Train adapters of MODEL, any checkpoint zimg serves, on DATA; write the safetensors file OUT."""
+    _need_train()
+    from zimg.training import stages
+
+    own = {"rank": rank, "targets": targets, "precision": precision}
+    _stage(stages.train_lora, stages.LORA, options, model, data, out, **own)
+
+
+@cli.command()
+@FAMILY
+@click.argument("out", type=FOLDER)
+@click.option("--pictures", type=int, default=30000, show_default=True, help="How many to learn from.")
+@click.option("--vae-steps", type=int, help="Of the autoencoder.")
+@click.option("--steps", type=int, help="Of transformer and text model.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything that is random.")
+@click.option("--resume", is_flag=True, help="Go on where it was broken off.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def demo(
+    family: str,
+    out: Path,
+    pictures: int,
+    vae_steps: int | None,
+    steps: int | None,
+    seed: int,
+    resume: bool,
+    quiet: bool,
+) -> None:
+    """Make a demo model OUT from nothing: its pictures, tokenizer, autoencoder, transformer and text model."""
+    _need_train()
+    from zimg.training import stages
+
+    def make_data(folder: Path) -> None:
+        import subprocess
+        import sys
+
+        command = [sys.executable, "-m", "zimg.training.world", str(folder)]
+        done = subprocess.run([*command, "--count", str(pictures), "--seed", str(seed)], check=False)
+        if done.returncode:
+            raise ZimgError(f"the pictures in {folder} could not be made", "the lines above say why")
+
+    with _progress(quiet=quiet) as ways:
+        stages.train_demo(
+            family,
+            out,
+            make_data=make_data,
+            vae=replace(stages.VAE, **_given({"steps": vae_steps})),
+            diffusion=replace(stages.DIFFUSION, **_given({"steps": steps})),
+            seed=seed,
+            resume=resume,
+            **ways,
+        )
+    click.echo(out)
+
+
+def _stage(work: Callable[..., None], defaults: Any, options: dict[str, Any], *paths: Any, **own: Any) -> None:
+    names = {field.name for field in fields(defaults)}
+    chosen = replace(defaults, **_given({key: value for key, value in options.items() if key in names}))
+    with _progress(quiet=options["quiet"]) as ways:
+        work(*paths, chosen, resume=options["resume"], **own, **ways)
+    click.echo(paths[-1])
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+@contextlib.contextmanager
+def _progress(*, quiet: bool) -> Iterator[dict[str, Any]]:
+    """What shows progress on stderr: a bar where it is a terminal, and a line for each saved state."""
+    from zimg.runtime.progress import bar
+
+    with bar(enabled=not quiet) as report:
+        yield {"report": report, "log": None if quiet else lambda line: click.echo(line, err=True)}
+
+
+def _need_train() -> None:
+    """Say what to install, rather than which module is missing."""
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("torch", "diffusers", "transformers", "accelerate") if not find_spec(name)]:
+        raise ZimgError(f"training needs {', '.join(missing)}", "pip install 'zimg[train]'")
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers, transformers):  # Their notices are for who calls them, and that is not the user.
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def main() -> None:
+    """The entry point."""
+    console.run(cli)

@@ -1,0 +1,267 @@
+"""The training loop all stages share: resumable to the last bit, on one device or several.
+
+What is random in a step comes from the seed and the step's number alone, and a module's ``forward`` draws nothing. So a
+run holds no state but its weights, their moving average, the optimizer's moments and the losses so far, all of which
+lie in one safetensors file; a run that was broken off goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zimg.engines.errors import CheckpointError, OutputError, UsageError, ZimgError
+from zimg.runtime.progress import Report, silent
+from zimg.training.curve import write_curve
+
+STATE = "state.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's two running averages, by the optimizer's own names."""
+
+Weights = dict[str, Tensor]
+"""Trained parameters by name, float32."""
+Log = Callable[[str], None]
+
+
+class TrainingError(ZimgError):
+    """A run went wrong in a way that other settings may avoid."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a stage is trained."""
+
+    steps: int
+    batch_size: int
+    """Of each process."""
+    learning_rate: float
+    """At the top: after the warmup, before a cosine down to a fiftieth of it."""
+    warmup: int = 200
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """The largest norm of the gradient."""
+    ema: float = 0.999
+    """How much of the moving average of the weights is kept each step, later on; less at first."""
+    seed: int = 0
+    save_every: int = 500
+    mixed_precision: str = "no"
+    """``"no"`` or ``"bf16"``."""
+
+    def check(self) -> None:
+        """Refuse numbers that cannot be trained with.
+
+        Raises:
+            UsageError: naming the first one.
+        """
+        for name in ("steps", "batch_size", "learning_rate", "clip", "save_every"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"{name} is {getattr(self, name)}", "it must be more than 0")
+        if not 0 <= self.ema < 1:
+            raise UsageError(f"ema is {self.ema}", "it must be at least 0 and less than 1")
+
+
+class Task(Protocol):
+    """What a stage gives the loop."""
+
+    name: str
+
+    @property
+    def module(self) -> nn.Module:
+        """Called with a batch's tensors by name; returns the loss. What of it ``requires_grad`` is trained."""
+
+    def batch(self, generator: torch.Generator, batch_size: int) -> dict[str, Any]:
+        """A batch, and all that is random in the step."""
+
+    def preview(self, path: Path) -> None:
+        """Draw a picture that shows how far the weights in the module are."""
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """The rate of a step, counted from 0: a linear warmup, then half a cosine down to a fiftieth."""
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
+    return settings.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def generator_of(*numbers: int) -> torch.Generator:
+    """A generator that depends on all of these numbers and nothing else."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
+def train(
+    task: Task,
+    run: Path,
+    settings: Settings,
+    *,
+    about: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    report: Report = silent,
+    log: Log | None = None,
+) -> Weights:
+    """Train a task's module; at the end, its weights are their moving average.
+
+    Args:
+        task: the module, its batches and its pictures.
+        run: a folder for the state (``state.safetensors``), the curve (``loss.png``) and the preview (``preview.png``).
+        settings: how.
+        about: what else must be the same for a run to go on: the data, the model.
+        resume: go on from the state in the folder; a finished run is only read.
+        report: called with (stage, done, total).
+        log: given a line now and then.
+
+    Returns:
+        The moving averages of all trained parameters, by their names in the module.
+
+    Raises:
+        UsageError: settings that make no sense.
+        OutputError: a state is there and ``resume`` was not asked for.
+        CheckpointError: a state cannot be resumed: none is there, it is broken, or of another run.
+        TrainingError: the loss is no longer finite.
+    """
+    from accelerate import Accelerator
+
+    settings.check()
+    accelerator = Accelerator(mixed_precision=settings.mixed_precision)
+    identity = {"task": task.name, **asdict(settings), **(about or {}), "processes": accelerator.num_processes}
+    identity = json.loads(json.dumps(identity))
+    file = run / STATE
+    if file.exists() and not resume:
+        raise OutputError(f"{run} holds a run already", "add --resume to go on with it, or remove the folder")
+    run.mkdir(parents=True, exist_ok=True)
+    named = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        _groups(named, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.99), foreach=True
+    )
+    module, optimizer = accelerator.prepare(task.module, optimizer)
+    # Moved to their device, the parameters are the same objects; the averages are made beside them.
+    ema = {name: p.detach().clone() for name, p in named.items()}
+    losses: list[float] = _load(file, identity, named, ema, optimizer) if resume else []
+    started, first = time.monotonic(), len(losses)
+    for step in range(first, settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        batch = task.batch(generator_of(settings.seed, step, accelerator.process_index), settings.batch_size)
+        module.train()
+        with accelerator.autocast():
+            loss = module(**{name: _to(value, accelerator.device) for name, value in batch.items()})
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(list(named.values()), settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(accelerator.reduce(loss.detach(), "mean")))
+        if not math.isfinite(losses[-1]):
+            raise TrainingError(f"the loss of step {step + 1} is {losses[-1]}", "lower --learning-rate")
+        # Early weights are forgotten fast: the average looks back over a tenth of the way so far.
+        keep = min(settings.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in named.values()], 1 - keep)
+        report(task.name, step + 1, settings.steps)
+        done = step + 1
+        if (done % settings.save_every == 0 or done == settings.steps) and accelerator.is_main_process:
+            _save(file, identity, named, ema, optimizer, losses)
+            write_curve(run / "loss.png", losses, task.name)
+            _preview(task, named, ema, run / "preview.png")
+            rate = settings.batch_size * accelerator.num_processes * (done - first) / (time.monotonic() - started)
+            if log:
+                recent = losses[-settings.save_every :]
+                log(f"{task.name}: step {done} of {settings.steps}, loss {sum(recent) / len(recent):.5f}, {rate:.1f}/s")
+    accelerator.wait_for_everyone()
+    _assign(named, ema)
+    task.module.eval()
+    return ema
+
+
+def _groups(named: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms, biases and single tokens do not."""
+    matrices = [p for p in named.values() if p.ndim >= 2]
+    rest = [p for p in named.values() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _assign(named: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(values[name])
+
+
+def _preview(task: Task, named: Mapping[str, nn.Parameter], ema: Weights, path: Path) -> None:
+    """Draw with the averages in place of the weights."""
+    weights = {name: p.detach().clone() for name, p in named.items()}
+    _assign(named, ema)
+    task.module.eval()
+    with torch.no_grad():
+        task.preview(path)
+    _assign(named, weights)
+
+
+def _save(
+    file: Path,
+    identity: Mapping[str, Any],
+    named: Mapping[str, nn.Parameter],
+    ema: Weights,
+    optimizer: Any,
+    losses: list[float],
+) -> None:
+    """Write the state beside the old one, then take its place."""
+    from safetensors.torch import save_file
+
+    tensors = {f"weights.{name}": p.detach().contiguous().cpu() for name, p in named.items()}
+    tensors |= {f"ema.{name}": value.contiguous().cpu() for name, value in ema.items()}
+    for moment in MOMENTS:
+        tensors |= {f"{moment}.{n}": optimizer.state[p][moment].contiguous().cpu() for n, p in named.items()}
+    # JSON keeps a float to its last bit.
+    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
+    part = file.with_suffix(".part")
+    save_file(tensors, part, {"run": json.dumps(identity)})
+    part.replace(file)
+
+
+def _load(
+    file: Path, identity: Mapping[str, Any], named: Mapping[str, nn.Parameter], ema: Weights, optimizer: Any
+) -> list[float]:
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    if not file.exists():
+        raise CheckpointError(f"{file.parent} holds no run to resume", "leave --resume out to begin one")
+    hint = "remove the folder to begin anew"
+    try:
+        with safe_open(file, "pt") as opened:
+            found = json.loads((opened.metadata() or {}).get("run", "null"))
+        tensors = load_file(file)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error})", hint) from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} is no state of a run", hint)
+    for key in {**found, **identity}:
+        if found.get(key) != identity.get(key):
+            raise CheckpointError(
+                f"{file.parent} cannot be resumed: its {key} is {found.get(key)!r}, not {identity.get(key)!r}",
+                "ask for the same, or begin anew in another folder",
+            )
+    kinds = ("weights", "ema", *MOMENTS)
+    wanted = {f"{kind}.{name}": tuple(p.shape) for kind in kinds for name, p in named.items()}
+    shapes = {name: tuple(value.shape) for name, value in tensors.items() if name != "losses"}
+    if shapes != wanted or "losses" not in tensors:
+        raise CheckpointError(f"{file} does not hold the tensors of this model", hint)
+    losses: list[float] = tensors["losses"].tolist()
+    _assign(named, {name: tensors[f"weights.{name}"] for name in named})
+    for name, parameter in named.items():
+        ema[name].copy_(tensors[f"ema.{name}"])
+        moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS}
+        optimizer.state[parameter] = {"step": torch.tensor(float(len(losses))), **moments}
+    return losses

@@ -1,0 +1,151 @@
+"""Low-rank adapters: trained beside frozen linears, and written in the keys that DiffSynth writes.
+
+A linear W becomes W + B A, A (rank, in) and B (out, rank), with no other factor, so a file needs no alpha ("LoRA",
+Hu et al., 2021, https://arxiv.org/abs/2106.09685).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zimg.engines.errors import UsageError
+from zimg.export.checkpoint import Checkpoint
+from zimg.training import prompts
+from zimg.training.checkpoint import load_component, load_tokenizer
+from zimg.training.dataset import Dataset
+from zimg.training.diffusion import Denoiser, DenoiserTask, dead_ends
+from zimg.training.latents import Latents
+
+TARGETS = {
+    "z-image": "to_q,to_k,to_v,to_out.0,w1,w2,w3",
+    "qwen-image": "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,"
+    "img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1",
+}
+"""Family -> ends of the names of the linears DiffSynth adapts by default."""
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear and its adapter, which begins as zero."""
+
+    def __init__(self, base: nn.Linear, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.base = base
+        down = torch.empty(rank, base.in_features)
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(down.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        delta = x.to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T
+        out: Tensor = self.base(x)
+        return out + delta.to(out.dtype)
+
+
+def add_adapters(transformer: Any, family: str, targets: str, rank: int, seed: int) -> None:
+    """Freeze a network and put an adapter beside each linear whose name has one of these ends, if it is of any use.
+
+    Args:
+        transformer: a network of diffusers.
+        family: ``"z-image"`` or ``"qwen-image"``.
+        targets: ends of names, separated by commas.
+        rank: of the adapters.
+        seed: of what they begin with.
+
+    Raises:
+        UsageError: the rank is not positive, or an end fits no linear.
+    """
+    if rank < 1:
+        raise UsageError(f"--rank is {rank}", "it must be at least 1")
+    transformer.requires_grad_(False)
+    dead = dead_ends(transformer, family)
+    linears = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    generator = torch.Generator().manual_seed(seed)
+    for target in filter(None, (part.strip() for part in targets.split(","))):
+        fitting = [name for name in linears if re.search(rf"(^|\.){re.escape(target)}$", name)]
+        if not fitting:
+            ends = sorted({re.split(r"\.\d+\.", name)[-1] for name in linears})
+            raise UsageError(f"--targets: no linear is called {target}", f"there are {', '.join(ends)}")
+        for name in fitting:
+            parent, _, child = name.rpartition(".")
+            if isinstance(transformer.get_submodule(name), nn.Linear) and not name.startswith(dead):
+                setattr(transformer.get_submodule(parent), child, LoraLinear(linears[name], rank, generator))
+
+
+def lora_task(
+    checkpoint: Checkpoint,
+    dataset: Dataset,
+    latents: Latents,
+    *,
+    targets: str | None,
+    rank: int,
+    seed: int,
+    precision: str,
+) -> tuple[DenoiserTask, Any]:
+    """The task of training adapters: the text model has read all captions before, and is not needed any more.
+
+    Args:
+        checkpoint: whose transformer is adapted.
+        dataset: pictures and captions.
+        latents: of the dataset.
+        targets: ends of names, separated by commas; by default those of the family.
+        rank: of the adapters.
+        seed: of what they begin with.
+        precision: the element type of the frozen weights.
+
+    Returns:
+        The task, and the text model for previews.
+
+    Raises:
+        CheckpointError: a component cannot be loaded.
+        UsageError: see :func:`add_adapters`.
+    """
+    family, tokenizer, dtype = checkpoint.family, load_tokenizer(checkpoint), getattr(torch, precision)
+    transformer = load_component(checkpoint, "transformer", dtype)
+    add_adapters(transformer, family, targets or TARGETS[family], rank, seed)
+    text_encoder = load_component(checkpoint, "text_encoder", dtype).eval().requires_grad_(False)
+    distinct = list(dict.fromkeys(row.prompt for row in dataset.rows))
+    rows = dict(
+        zip(
+            distinct,
+            prompts.encode_all(text_encoder, prompts.tokenize(distinct, tokenizer, family), family),
+            strict=True,
+        )
+    )
+    none = prompts.tokenize(prompts.NO_PROMPT[family], tokenizer, family)
+    task = DenoiserTask(
+        "lora",
+        Denoiser(family, transformer),
+        latents,
+        [rows[row.prompt] for row in dataset.rows],
+        prompts.encode_all(text_encoder, none, family),
+        checkpoint.config("scheduler"),
+    )
+    return task, text_encoder
+
+
+def write_lora(path: Path, weights: Mapping[str, Tensor], precision: str = "bfloat16") -> None:
+    """Write adapters as ``<module>.lora_A.default.weight`` and ``<module>.lora_B.default.weight``.
+
+    Args:
+        path: a safetensors file; it is overwritten.
+        weights: the trained parameters of a :class:`~zimg.training.diffusion.Denoiser`, by name.
+        precision: the element type they are stored in.
+    """
+    from safetensors.torch import save_file
+
+    stored = {
+        f"{name.removeprefix('transformer.')}.default.weight": value.to(getattr(torch, precision)).contiguous().cpu()
+        for name, value in weights.items()
+    }
+    part = path.with_name(f".{path.name}.part")
+    save_file(stored, part, {"format": "pt"})
+    part.replace(path)

@@ -1,0 +1,232 @@
+"""The stages of training, each from a checkpoint and a dataset to what it makes; a run's state lies beside that."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zimg.engines.errors import OutputError, UsageError
+from zimg.export.checkpoint import Checkpoint, open_checkpoint
+from zimg.runtime.progress import Report, silent
+from zimg.training.checkpoint import derive_checkpoint, start_checkpoint
+from zimg.training.configs import DEMO, LEARNED_TOKENS
+from zimg.training.dataset import Dataset, read_dataset
+from zimg.training.diffusion import denoiser_task
+from zimg.training.latents import cache_latents
+from zimg.training.loop import Log, Settings, train
+from zimg.training.lora import lora_task, write_lora
+from zimg.training.preview import drawer
+from zimg.training.tokenizer import train_tokenizer
+from zimg.training.vae import AutoencoderTask, measure, stored_autoencoder
+
+VAE = Settings(steps=5000, batch_size=8, learning_rate=2e-3, ema=0.998)
+DIFFUSION = Settings(steps=9000, batch_size=48, learning_rate=2e-3, ema=0.999, save_every=1000)
+LORA = Settings(steps=600, batch_size=16, learning_rate=1e-3, weight_decay=0.0, ema=0.99, warmup=50, save_every=200)
+"""What each stage takes by default: about two hours for a demo model on two cores, minutes for an adapter."""
+
+
+def run_of(out: Path) -> Path:
+    """Where the state of the run that makes a file or folder lies: beside it."""
+    return out.with_name(f"{out.name}.run")
+
+
+def train_model_tokenizer(
+    data: Path, out: Path, family: str, *, configs: Any = None, seed: int = 0, overwrite: bool = False
+) -> None:
+    """Begin a demo model: learn a tokenizer from a dataset's captions and write an untrained checkpoint around it.
+
+    Args:
+        data: the dataset's folder.
+        out: the checkpoint's folder.
+        family: ``"z-image"`` or ``"qwen-image"``.
+        configs: of the components, by default the demo model's.
+        seed: of the weights.
+        overwrite: replace a checkpoint that is there.
+
+    Raises:
+        DatasetError: the dataset is broken.
+        OutputError: the folder exists or cannot be written.
+    """
+    tokenizer = train_tokenizer((row.prompt for row in read_dataset(data).rows), LEARNED_TOKENS)
+    start_checkpoint(out, family, tokenizer, configs or DEMO[family], seed=seed, overwrite=overwrite)
+
+
+def train_vae(
+    model: Path,
+    data: Path,
+    out: Path,
+    settings: Settings = VAE,
+    *,
+    resume: bool = False,
+    report: Report = silent,
+    log: Log | None = None,
+) -> None:
+    """Train a checkpoint's autoencoder; write the checkpoint with it, and with its latents' mean and deviation.
+
+    Args:
+        model: a checkpoint in the diffusers layout.
+        data: a dataset's folder.
+        out: the new checkpoint's folder.
+        settings: how.
+        resume: go on with a run that was broken off.
+        report: called with (stage, done, total).
+        log: given a line now and then.
+
+    Raises:
+        ZimgError: whatever went wrong, in one line.
+    """
+    _refuse_existing(out)
+    checkpoint, dataset = open_checkpoint(str(model)), read_dataset(data)
+    task = AutoencoderTask(checkpoint, dataset)
+    about = _about(checkpoint, dataset)
+    train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log)
+    statistics = measure(task.module, dataset, checkpoint.family)
+    derive_checkpoint(checkpoint.root, out, {"vae": stored_autoencoder(checkpoint, task.module, statistics)})
+
+
+def train_diffusion(
+    model: Path,
+    data: Path,
+    out: Path,
+    settings: Settings = DIFFUSION,
+    *,
+    resume: bool = False,
+    report: Report = silent,
+    log: Log | None = None,
+) -> None:
+    """Train a checkpoint's transformer and text model together; write the checkpoint with them.
+
+    The arguments and errors are those of :func:`train_vae`.
+    """
+    _refuse_existing(out)
+    checkpoint, dataset = open_checkpoint(str(model)), read_dataset(data)
+    latents = cache_latents(checkpoint, dataset, run_of(out), report)
+    task = denoiser_task(checkpoint, dataset, latents)
+    parts = {"transformer": task.module.transformer, "text_encoder": task.module.text_encoder}
+    task.draw = drawer(checkpoint, dataset, **parts)
+    about = _about(checkpoint, dataset)
+    train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log)
+    derive_checkpoint(checkpoint.root, out, parts)
+
+
+def train_lora(
+    model: str,
+    data: Path,
+    out: Path,
+    settings: Settings = LORA,
+    *,
+    rank: int = 8,
+    targets: str | None = None,
+    precision: str = "float32",
+    resume: bool = False,
+    report: Report = silent,
+    log: Log | None = None,
+) -> None:
+    """Train adapters of a checkpoint's transformer; write them to a safetensors file.
+
+    Args:
+        model: a folder in the diffusers layout, a hub id or a short name.
+        data: a dataset's folder.
+        out: the file.
+        settings: how.
+        rank: of the adapters.
+        targets: ends of names of linears, separated by commas; by default those DiffSynth adapts.
+        precision: the element type of the frozen weights, ``"float32"`` or ``"bfloat16"``.
+        resume: go on with a run that was broken off.
+        report: called with (stage, done, total).
+        log: given a line now and then.
+
+    Raises:
+        ZimgError: whatever went wrong, in one line.
+    """
+    if out.suffix != ".safetensors":
+        raise UsageError(f"{out} is to be a safetensors file", "let its name end in .safetensors")
+    _refuse_existing(out)
+    checkpoint, dataset = open_checkpoint(model), read_dataset(data)
+    latents = cache_latents(checkpoint, dataset, run_of(out), report)
+    task, text_encoder = lora_task(
+        checkpoint, dataset, latents, targets=targets, rank=rank, seed=settings.seed, precision=precision
+    )
+    task.draw = drawer(checkpoint, dataset, task.module.transformer, text_encoder)
+    about = _about(checkpoint, dataset) | {"rank": rank, "targets": targets, "precision": precision}
+    write_lora(out, train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log))
+
+
+def train_demo(
+    family: str,
+    out: Path,
+    *,
+    make_data: Callable[[Path], None],
+    configs: Any = None,
+    vae: Settings = VAE,
+    diffusion: Settings = DIFFUSION,
+    seed: int = 0,
+    resume: bool = False,
+    report: Report = silent,
+    log: Log | None = None,
+) -> None:
+    """Make a demo model from nothing: pictures, tokenizer, autoencoder, then transformer and text model.
+
+    Everything but the finished checkpoint lies in ``<out>.run``: ``data``, ``begun``, ``with-vae`` and their runs.
+
+    Args:
+        family: ``"z-image"`` or ``"qwen-image"``.
+        out: the checkpoint's folder.
+        make_data: writes the dataset into a folder.
+        configs: of the components, by default the demo model's.
+        vae: how its autoencoder is trained.
+        diffusion: how its transformer and text model are.
+        seed: of everything.
+        resume: go on where a call before this one stopped.
+        report: called with (stage, done, total).
+        log: given a line now and then.
+
+    Raises:
+        ZimgError: whatever went wrong, in one line.
+    """
+    _refuse_existing(out)
+    run = run_of(out)
+    if run.exists() and not resume:
+        raise OutputError(f"{run} holds a run already", "add --resume to go on with it, or remove the folder")
+    data, begun, with_vae = run / "data", run / "begun", run / "with-vae"
+    if not data.exists():
+        part = run / "data.part"
+        shutil.rmtree(part, ignore_errors=True)
+        make_data(part)
+        part.rename(data)
+    if not begun.exists():
+        train_model_tokenizer(data, begun, family, configs=configs, seed=seed)
+    if not with_vae.exists():
+        train_vae(
+            begun, data, with_vae, replace(vae, seed=seed), resume=run_of(with_vae).exists(), report=report, log=log
+        )
+    finished = run / "finished"
+    if not finished.exists():
+        goes_on = (run_of(finished) / "state.safetensors").exists()
+        train_diffusion(with_vae, data, finished, replace(diffusion, seed=seed), resume=goes_on, report=report, log=log)
+    derive_checkpoint(finished, out, {})
+
+
+def _refuse_existing(out: Path) -> None:
+    """Better said before the first step than after the last."""
+    if out.exists():
+        raise OutputError(f"{out} exists already", "name another, or remove it")
+
+
+def _about(checkpoint: Checkpoint, dataset: Dataset) -> dict[str, Any]:
+    """What a run was of, so that it goes on with the same."""
+    rows = hashlib.sha256("\n".join(f"{row.image.name} {row.size} {row.prompt}" for row in dataset.rows).encode())
+    configs = {name: checkpoint.config(name) for name in ("transformer", "text_encoder", "vae", "scheduler")}
+    model = hashlib.sha256(repr(configs).encode())
+    return {
+        "family": checkpoint.family,
+        "dataset": rows.hexdigest()[:16],
+        "model": model.hexdigest()[:16],
+        "torch": torch.__version__.partition("+")[0],
+    }

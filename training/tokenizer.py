@@ -1,0 +1,79 @@
+"""A small tokenizer of Qwen's kind: byte-level BPE learned from captions, around the real special tokens and template.
+
+Qwen-Image's pipeline drops the first 34 tokens, which is how many its template's head has in the real vocabulary: one
+for each word, mark and line break. Here every word of that head is made a token too, so the number is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from zimg.export.demo import CHAT_TEMPLATE, ROLES, SPECIAL_TOKENS
+from zimg.runtime.families import qwen_image, z_image
+
+REPEATS = 1000
+"""How often the templates stand in what is learned from: often enough that none of their words is left in pieces."""
+
+
+def train_tokenizer(captions: Iterable[str], vocabulary: int) -> Any:
+    """Learn a tokenizer.
+
+    Chinese characters are learned one by one: a merge of two would make tokens of frequent phrases, and a combination
+    that never occurred would then be spelled differently from those that did.
+
+    Args:
+        captions: what prompts look like.
+        vocabulary: the most entries before the special tokens; the first 256 are bytes.
+
+    Returns:
+        A ``Qwen2Tokenizer`` of transformers, with the special tokens and the chat template.
+    """
+    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+    from tokenizers.models import BPE
+    from tokenizers.trainers import BpeTrainer
+    from transformers import Qwen2Tokenizer
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    learner = Tokenizer(BPE())
+    learner.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            split(Regex(r"\p{Han}"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = BpeTrainer(vocab_size=vocabulary, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
+    text = [part for family in (z_image, qwen_image) for part in (family.TEXT.prefix, family.TEXT.suffix)]
+    for token in SPECIAL_TOKENS:
+        text = [piece for part in text for piece in part.split(token)]
+    learner.train_from_iterator([*(part for part in text if part for _ in range(REPEATS)), *captions], trainer)
+    entries = learner.get_vocab()
+    tokenizer: Any = Qwen2Tokenizer(
+        vocab=entries,
+        merges=_merges(learner),
+        **ROLES,
+        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _merges(learner: Any) -> list[tuple[str, str]]:
+    import json
+
+    return [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+
+
+def templated(prompt: str, tokenizer: Any, family: str) -> str:
+    """A prompt in its template, as the family's pipeline puts it before tokenizing."""
+    if family == "z-image":
+        turn = [{"role": "user", "content": prompt}]
+        return str(
+            tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+        )
+    return qwen_image.TEXT.prefix + prompt + qwen_image.TEXT.suffix

@@ -1,0 +1,156 @@
+"""Training of both autoencoders, in the form zimg exports: two-dimensional, whatever the checkpoint stores.
+
+The loss is the mean absolute difference of pixels, the same of their gradients, which keeps edges sharp, and a little
+of the divergence from a normal distribution, which keeps latents smooth (Kingma and Welling, 2013,
+https://arxiv.org/abs/1312.6114).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zimg.export.checkpoint import Checkpoint
+from zimg.export.models.autoencoder_kl import AutoencoderKLDecoder, AutoencoderKLEncoder
+from zimg.export.models.qwen_image_vae import QwenImageVAEDecoder, QwenImageVAEEncoder
+from zimg.training.checkpoint import load_component
+from zimg.training.dataset import Dataset, draw_batch, load_pictures
+
+NETWORKS = {
+    "z-image": (AutoencoderKLEncoder, AutoencoderKLDecoder),
+    "qwen-image": (QwenImageVAEEncoder, QwenImageVAEDecoder),
+}
+EDGES = 0.5
+"""Weight of the gradients' differences."""
+DIVERGENCE = 1e-4
+"""Weight of the divergence, a mean over latents."""
+MEASURED = 512
+"""Of how many pictures the mean and standard deviation of the latents are taken."""
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder of one still image; returns the loss of a batch."""
+
+    def __init__(self, family: str, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        encoder, decoder = NETWORKS[family]
+        self.encoder, self.decoder = encoder(config), decoder(config)
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, 3, height, width) -> mean and logarithm of the variance, each (batch, channels, h, w)."""
+        mean, log_variance = self.encoder(pixels).chunk(2, dim=1)
+        return mean, log_variance.clamp(-30, 20)
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Pixels (batch, 3, height, width), noise (batch, channels, height / 8, width / 8) -> the loss."""
+        mean, log_variance = self.encode(pixels)
+        difference = self.decoder(mean + noise * torch.exp(log_variance / 2)) - pixels
+        edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+        divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
+        loss: Tensor = difference.abs().mean() + EDGES * edges + DIVERGENCE * divergence
+        return loss
+
+
+class AutoencoderTask:
+    """What the loop needs to train an autoencoder."""
+
+    name = "vae"
+
+    def __init__(self, checkpoint: Checkpoint, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.buckets = dataset.buckets()
+        self.channels = latent_channels(checkpoint.config("vae"))
+        self.module = load_autoencoder(checkpoint)
+
+    def batch(self, generator: torch.Generator, batch_size: int) -> dict[str, Tensor]:
+        """Pictures, and the noise of their latents."""
+        (height, width), rows = draw_batch(self.buckets, batch_size, generator)
+        pixels = load_pictures([self.dataset.rows[int(row)].image for row in rows])
+        noise = torch.randn((batch_size, self.channels, height // 8, width // 8), generator=generator)
+        return {"pixels": pixels, "noise": noise}
+
+    def preview(self, path: Path) -> None:
+        """Eight pictures, and what becomes of them, below."""
+        rows = next(iter(self.buckets.values()))
+        pixels = load_pictures([self.dataset.rows[int(row)].image for row in rows[:8]])
+        pixels = pixels.to(next(self.module.parameters()).device)
+        decoded = self.module.decoder(self.module.encode(pixels)[0])
+        write_grid(path, torch.cat([pixels, decoded]), columns=len(pixels))
+
+
+def latent_channels(config: Mapping[str, Any]) -> int:
+    """Channels of the latents, by either family's ``vae/config.json``."""
+    return int(config["latent_channels"] if "latent_channels" in config else config["z_dim"])
+
+
+def load_autoencoder(checkpoint: Checkpoint) -> Autoencoder:
+    """A checkpoint's autoencoder in float32, as the networks that a still image needs."""
+    module = Autoencoder(checkpoint.family, checkpoint.config("vae"))
+    stored = load_component(checkpoint, "vae").state_dict()
+    for half in (module.encoder, module.decoder):
+        wanted = half.state_dict()
+        half.load_state_dict({name: _still(stored[name], value) for name, value in wanted.items()})
+    return module
+
+
+def _still(stored: Tensor, like: Tensor) -> Tensor:
+    """The part of a stored tensor that acts on a still image: the last slice in time, where there is time."""
+    if stored.ndim == like.ndim:
+        return stored
+    return stored[:, :, -1] if stored.ndim == 5 else stored[..., 0]
+
+
+def stored_autoencoder(checkpoint: Checkpoint, module: Autoencoder, statistics: Mapping[str, Any]) -> Any:
+    """The reference's model with the trained weights; the rest of a video autoencoder is zeros.
+
+    Args:
+        checkpoint: whose autoencoder was trained.
+        module: the trained networks.
+        statistics: what :func:`measure` gave; goes to the config.
+    """
+    model = load_component(checkpoint, "vae")
+    trained = {**module.encoder.state_dict(), **module.decoder.state_dict()}
+    stored = {}
+    for name, old in model.state_dict().items():
+        value = torch.zeros_like(old)
+        if name in trained:
+            _still(value, trained[name]).copy_(trained[name])
+        stored[name] = value
+    model.load_state_dict(stored)
+    model.register_to_config(**statistics)
+    return model
+
+
+def measure(module: Autoencoder, dataset: Dataset, family: str) -> dict[str, Any]:
+    """Mean and standard deviation of latents, as the transformer is trained on, in the words of the family's config."""
+    sums: list[Tensor] = []
+    device = next(module.parameters()).device
+    with torch.no_grad():
+        for rows in dataset.buckets().values():
+            count = max(1, MEASURED * len(rows) // len(dataset.rows))
+            evenly = torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()
+            for part in rows[evenly].split(32):
+                pixels = load_pictures([dataset.rows[int(row)].image for row in part]).to(device)
+                mean, _ = module.encode(pixels)
+                moments = torch.stack([torch.ones_like(mean), mean, mean.square()])
+                sums.append(moments.double().sum(dim=(1, 3, 4)).cpu())
+    count, first, second = torch.stack(sums).sum(dim=0)
+    if family == "qwen-image":
+        mean = first / count
+        return {"latents_mean": mean.tolist(), "latents_std": (second / count - mean.square()).sqrt().tolist()}
+    mean = first.sum() / count.sum()
+    std = (second.sum() / count.sum() - mean.square()).sqrt()
+    return {"scaling_factor": float(1 / std), "shift_factor": float(mean)}
+
+
+def write_grid(path: Path, pixels: Tensor, columns: int) -> None:
+    """Pictures of one size, (n, 3, height, width), -1 to 1, as one PNG, row by row."""
+    from PIL import Image
+
+    rows = [torch.cat(list(part), dim=2) for part in pixels.split(columns)]
+    grid = torch.cat(rows, dim=1).clamp(-1, 1).permute(1, 2, 0)
+    Image.fromarray(((grid + 1) * 127.5).round().byte().cpu().numpy()).save(path)

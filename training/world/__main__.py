@@ -1,0 +1,54 @@
+"""``python -m zimg.training.world FOLDER --count N``: a dataset of the world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from zimg.runtime import console
+
+_SIDE = click.IntRange(128, 2048)
+
+
+@click.command("zimg.training.world")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--count", required=True, type=click.IntRange(1, 1 << 32), help="How many pictures.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the scenes.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "test"]),
+    default="train",
+    show_default=True,
+    help="train never shows the combinations that test shows.",
+)
+@click.option("--size", type=(_SIDE, _SIDE), help="Width and height of all pictures in pixels. [default: they vary]")
+@click.option("--overwrite", is_flag=True, help="Replace a dataset that is there.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def cli(
+    folder: Path, count: int, seed: int, split: str, size: tuple[int, int] | None, overwrite: bool, quiet: bool
+) -> None:
+    """Draw pictures of shapes with captions in English and Chinese into FOLDER, with a metadata.csv."""
+    from zimg.runtime.progress import bar
+    from zimg.training.world.render import write_dataset
+
+    with bar(enabled=not quiet) as report:
+        write_dataset(
+            folder,
+            count,
+            seed=seed,
+            split="test" if split == "test" else "train",
+            size=size,
+            overwrite=overwrite,
+            report=report,
+        )
+    click.echo(f"{folder}  {count} pictures")
+
+
+def main() -> None:
+    """The command."""
+    console.run(cli)
+
+
+if __name__ == "__main__":
+    main()

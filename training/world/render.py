@@ -1,0 +1,51 @@
+"""A dataset folder of the world: pictures and ``metadata.csv``."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from zimg.engines.bundle import atomic_folder
+from zimg.runtime.progress import Report, silent
+from zimg.training.world.captions import caption
+from zimg.training.world.drawing import draw
+from zimg.training.world.sampling import Size, Split, sample
+
+METADATA = "metadata.csv"
+
+
+def write_dataset(
+    folder: Path,
+    count: int,
+    *,
+    seed: int = 0,
+    split: Split = "train",
+    size: Size | None = None,
+    overwrite: bool = False,
+    report: Report = silent,
+) -> None:
+    """Write pictures as PNG and their captions; the folder is whole or absent.
+
+    Args:
+        folder: where; its ``metadata.csv`` has a row ``image,prompt`` for each picture, images as paths in the folder.
+        count: how many pictures.
+        seed: from 0; no two seeds share a scene's seed, and the first pictures do not depend on ``count``.
+        split: ``"train"`` or ``"test"``; see :func:`zimg.training.world.sampling.sample`.
+        size: (width, height) in pixels of all pictures; sizes vary if None.
+        overwrite: replace a dataset that is there.
+        report: called with (stage, done, total).
+
+    Raises:
+        OutputError: the folder exists or cannot be written, or the disk is full.
+    """
+    with atomic_folder(folder.expanduser().absolute(), overwrite=overwrite, mark=METADATA) as work:
+        (work / "images").mkdir()
+        with (work / METADATA).open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(("image", "prompt"))
+            for index in range(count):
+                scene = sample((seed << 32) + index, split, size=size)
+                name = f"images/{index:06}.png"
+                draw(scene).save(work / name, compress_level=1)
+                table.writerow((name, caption(scene)))
+                report("drawing", index + 1, count)

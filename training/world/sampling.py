@@ -1,0 +1,165 @@
+"""Seed -> scene, in two splits: what the test split shows was never trained on."""
+
+from __future__ import annotations
+
+import random
+from itertools import combinations
+from typing import Literal
+from zlib import crc32
+
+from zimg.engines.errors import UsageError
+from zimg.training.world.scene import Background, Scene, Thing, Writing
+from zimg.training.world.words import COLOURS, GROUNDS, PLACES, SHAPES, TEXTURES, WRITINGS
+
+Split = Literal["train", "test"]
+Size = tuple[int, int]
+
+SIZES: tuple[Size, ...] = ((128, 128), (160, 128), (128, 160), (192, 128), (128, 192))
+"""(width, height) in pixels, multiples of 16."""
+_SIZE_WEIGHTS = (6, 1, 1, 1, 1)
+_COUNT_WEIGHTS = (9, 8, 3)  # Of one, two and three things.
+_HELD_OUT = 8  # One combination in so many.
+
+# Radii as shares of the shorter side, by size and number of things.
+_RADII: dict[str | None, tuple[tuple[float, float], ...]] = {
+    "small": ((0.12, 0.145), (0.12, 0.14), (0.12, 0.14)),
+    None: ((0.20, 0.25), (0.16, 0.19), (0.12, 0.14)),
+    "large": ((0.30, 0.34), (0.205, 0.225), (0.12, 0.14)),
+}
+_MARGIN = 3.0  # Of each thing, in pixels.
+_JITTER = 0.05
+# What a dark background would swallow.
+_DARK = {"black", "blue", "purple", "brown"}
+
+
+def sample(seed: int, split: Split = "train", *, count: int | None = None, size: Size | None = None) -> Scene:
+    """One scene; the same for the same arguments.
+
+    Args:
+        seed: any integer.
+        split: ``"train"`` never shows what :func:`held_out` keeps back; ``"test"`` always does.
+        count: how many things, 1 to 3; random if None.
+        size: (width, height) in pixels, multiples of 16 from 128; one of :data:`SIZES` if None.
+
+    Raises:
+        UsageError: a count or size beyond that.
+    """
+    if count not in {None, 1, 2, 3}:
+        raise UsageError(f"{count} things do not fit a picture", "ask for one, two or three")
+    if size and any(side < 128 or side % 16 for side in size):
+        raise UsageError(f"no picture of the world is {size[0]}x{size[1]}", "take multiples of 16 from 128")
+    rng = random.Random(f"{split} {seed}")  # noqa: S311
+    chosen = count or rng.choices((1, 2, 3), _COUNT_WEIGHTS)[0]
+    width, height = size or rng.choices(SIZES, _SIZE_WEIGHTS)[0]
+    while True:
+        scene = _scene(rng, chosen, width, height)
+        if held_out(scene) == (split == "test"):
+            return scene
+
+
+def held_out(scene: Scene) -> bool:
+    """Whether a scene shows a combination that is kept out of training.
+
+    Kept back are one in eight of the combinations of shape and colour, on diagonals of their table so that training
+    lacks no shape and no colour; and one in eight of the pairs of things by how they lie, by a hash. Right of and below
+    are left of and above seen from the other thing.
+    """
+    diagonals = (SHAPES.index(thing.shape) - COLOURS.index(thing.colour) for thing in scene.things)
+    names = [f"{thing.colour} {thing.shape}" for thing in scene.things]
+    pairs = (f"{first} {scene.arrangement} {second}" for first, second in combinations(names, 2))
+    return any(d % _HELD_OUT == 1 for d in diagonals) or any(crc32(pair.encode()) % _HELD_OUT == 1 for pair in pairs)
+
+
+def _scene(rng: random.Random, count: int, width: int, height: int) -> Scene:
+    background = _background(rng)
+    names = _names(rng, count, background)
+    place = writing = None
+    if count == 1 and rng.random() < 0.12:
+        writing = Writing(rng.choice(WRITINGS), below=rng.random() < 0.7)
+    elif count == 1 and rng.random() < 0.5:
+        place = rng.choice(PLACES)
+    arrangement = None if count == 1 else rng.choice(("row", "column"))
+    cells = _cells(width, height, count, arrangement, place, writing)
+    room = (count, 1) if arrangement == "row" else (1, count)
+    if place not in {None, "centre"} or writing:
+        room = (1, 2)  # As large as one of two.
+    sizes = [rng.choice(("small", "large")) if count < 3 and rng.random() < 0.35 else None for _ in names]
+    things = tuple(
+        _thing(rng, name, cell, room, (width, height), size)
+        for name, cell, size in zip(names, cells, sizes, strict=True)
+    )
+    return Scene(
+        width,
+        height,
+        things,
+        arrangement,
+        arrangement_told=arrangement is not None and rng.random() < 0.9,
+        place=place,
+        background=background,
+        writing=writing,
+        language="zh" if rng.random() < 0.4 else "en",
+        phrasing=rng.getrandbits(32),
+    )
+
+
+def _names(rng: random.Random, count: int, background: Background) -> list[tuple[str, str]]:
+    """Shapes and colours that differ and show on the background."""
+    colours = [c for c in COLOURS if not (background.ground.startswith("dark") and c in _DARK)]
+    names: list[tuple[str, str]] = []
+    while len(names) < count:
+        name = rng.choice(SHAPES), rng.choice(colours)
+        if name not in names:
+            names.append(name)
+    return names
+
+
+def _background(rng: random.Random) -> Background:
+    if rng.random() < 0.5:
+        return Background()
+    texture = rng.choices(TEXTURES, (4, 2, 1, 1, 1))[0]
+    vertical = rng.random() < 0.5
+    if texture == "gradient":
+        ground, other = rng.sample(GROUNDS[:-1], 2)  # Light ones: between light and dark lie the colours of things.
+        return Background(texture, ground, other, vertical, told=True)
+    return Background(texture, rng.choice(GROUNDS), None, vertical, told=True)
+
+
+def _cells(
+    width: int, height: int, count: int, arrangement: str | None, place: str | None, writing: Writing | None
+) -> list[tuple[float, float]]:
+    """Where the middles of things are, before they are moved a little."""
+    if count > 1:
+        steps = [(index + 0.5) / count for index in range(count)]
+        if arrangement == "row":
+            return [(width * step, height / 2) for step in steps]
+        return [(width / 2, height * step) for step in steps]
+    if writing:
+        return [(width / 2, height * (0.37 if writing.below else 0.63))]
+    words = (place or "").split()
+    x = 0.28 if "left" in words else 0.72 if "right" in words else 0.5
+    y = 0.28 if "top" in words else 0.72 if "bottom" in words else 0.5
+    return [(width * x, height * y)]
+
+
+def _thing(
+    rng: random.Random, name: tuple[str, str], cell: tuple[float, float], room: Size, picture: Size, size: str | None
+) -> Thing:
+    """Put a thing near the middle of its cell.
+
+    Args:
+        rng: what chooses.
+        name: its shape and colour.
+        cell: the middle.
+        room: how many cells lie side by side and one above the other.
+        picture: (width, height).
+        size: what the caption tells.
+    """
+    low, high = _RADII[size][max(room) - 1]
+    radius = rng.uniform(low, high) * min(picture)
+
+    def moved(middle: float, side: int, cells: int) -> float:
+        free = min(middle, side - middle, side / cells / 2) - radius - _MARGIN
+        return middle + rng.uniform(-1, 1) * max(0, min(_JITTER * side, free))
+
+    x, y = (moved(*axis) for axis in zip(cell, picture, room, strict=True))
+    return Thing(*name, x=x, y=y, radius=radius, size=size)
