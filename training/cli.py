@@ -79,9 +79,11 @@ def vae(model: Path, data: Path, out: Path, **options: Any) -> None:
 def diffusion(model: Path, data: Path, out: Path, **options: Any) -> None:
     """Train the transformer and the text model of MODEL on DATA; write the checkpoint OUT."""
     _need_train()
+    from zimg.export.checkpoint import open_checkpoint
     from zimg.training import stages
 
-    _stage(stages.train_diffusion, stages.DIFFUSION, options, model, data, out)
+    defaults = stages.DIFFUSION[open_checkpoint(str(model)).family]
+    _stage(stages.train_diffusion, defaults, options, model, data, out)
 
 
 @cli.command()
@@ -93,13 +95,28 @@ def diffusion(model: Path, data: Path, out: Path, **options: Any) -> None:
 @click.option(
     "--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Of the frozen weights."
 )
+@click.option("--gradient-checkpointing", is_flag=True, help="Slower, in less memory.")
 @settings
-def lora(model: str, data: Path, out: Path, rank: int, targets: str | None, precision: str, **options: Any) -> None:
+def lora(
+    model: str,
+    data: Path,
+    out: Path,
+    rank: int,
+    targets: str | None,
+    precision: str,
+    gradient_checkpointing: bool,
+    **options: Any,
+) -> None:
     """Train adapters of MODEL, any checkpoint zimg serves, on DATA; write the safetensors file OUT."""
     _need_train()
     from zimg.training import stages
 
-    own = {"rank": rank, "targets": targets, "precision": precision}
+    own = {
+        "rank": rank,
+        "targets": targets,
+        "precision": precision,
+        "gradient_checkpointing": gradient_checkpointing,
+    }
     _stage(stages.train_lora, stages.LORA, options, model, data, out, **own)
 
 
@@ -141,7 +158,7 @@ def demo(
             out,
             make_data=make_data,
             vae=replace(stages.VAE, **_given({"steps": vae_steps})),
-            diffusion=replace(stages.DIFFUSION, **_given({"steps": steps})),
+            diffusion=replace(stages.DIFFUSION[family], **_given({"steps": steps})),
             seed=seed,
             resume=resume,
             **ways,

@@ -13,7 +13,7 @@ LEARNED_TOKENS = 1024
 """The most entries of the vocabulary, bytes and merges, before the special tokens."""
 
 Z_IMAGE: dict[str, dict[str, Any]] = {
-    "scheduler": {"num_train_timesteps": 1000, "shift": 6.0, "use_dynamic_shifting": False},
+    "scheduler": {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": False},
     "transformer": {
         "all_patch_size": [2],
         "all_f_patch_size": [1],
@@ -50,7 +50,7 @@ Z_IMAGE: dict[str, dict[str, Any]] = {
         "out_channels": 3,
         "down_block_types": ["DownEncoderBlock2D"] * 4,
         "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [16, 24, 40, 48],
+        "block_out_channels": [16, 16, 40, 48],
         "layers_per_block": 1,
         "latent_channels": 16,
         "norm_num_groups": 8,

@@ -8,7 +8,7 @@ sigma and predicts the velocity; Z-Image is given 1 - sigma and predicts the neg
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from zimg.training import prompts
 from zimg.training.checkpoint import load_component, load_tokenizer
 from zimg.training.dataset import Dataset, draw_batch
 from zimg.training.latents import Latents
+from zimg.training.preview import drawer
 
 DROPOUT = 0.1
 """The share of captions that are left out, so that guidance has something to compare with."""
@@ -142,7 +143,7 @@ class DenoiserTask:
         """
         self.name, self.module, self.latents = name, module, latents
         self.texts, self.no_prompts, self.scheduler = texts, no_prompts, scheduler
-        self.draw: Any = None
+        self.draw: Callable[[Path], None] = lambda path: None
         """Draws a preview into a file; set by who has the rest of the pipeline."""
 
     def batch(self, generator: torch.Generator, batch_size: int) -> dict[str, Tensor]:
@@ -166,8 +167,7 @@ class DenoiserTask:
 
     def preview(self, path: Path) -> None:
         """A few of the dataset's captions, drawn."""
-        if self.draw:
-            self.draw(path)
+        self.draw(path)
 
 
 def denoiser_task(checkpoint: Checkpoint, dataset: Dataset, latents: Latents) -> DenoiserTask:
@@ -188,7 +188,7 @@ def denoiser_task(checkpoint: Checkpoint, dataset: Dataset, latents: Latents) ->
     transformer = load_component(checkpoint, "transformer")
     for name in dead_ends(transformer, family):
         transformer.get_submodule(name).requires_grad_(False)
-    return DenoiserTask(
+    task = DenoiserTask(
         "diffusion",
         Denoiser(family, transformer, text_encoder),
         latents,
@@ -196,3 +196,10 @@ def denoiser_task(checkpoint: Checkpoint, dataset: Dataset, latents: Latents) ->
         prompts.tokenize(prompts.NO_PROMPT[family], tokenizer, family),
         checkpoint.config("scheduler"),
     )
+    task.draw = drawer(
+        checkpoint,
+        dataset,
+        transformer,
+        lambda texts: prompts.encode_all(text_encoder, prompts.tokenize(texts, tokenizer, family), family),
+    )
+    return task

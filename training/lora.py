@@ -22,6 +22,7 @@ from zimg.training.checkpoint import load_component, load_tokenizer
 from zimg.training.dataset import Dataset
 from zimg.training.diffusion import Denoiser, DenoiserTask, dead_ends
 from zimg.training.latents import Latents
+from zimg.training.preview import drawer
 
 TARGETS = {
     "z-image": "to_q,to_k,to_v,to_out.0,w1,w2,w3",
@@ -89,7 +90,8 @@ def lora_task(
     rank: int,
     seed: int,
     precision: str,
-) -> tuple[DenoiserTask, Any]:
+    gradient_checkpointing: bool = False,
+) -> DenoiserTask:
     """The task of training adapters: the text model has read all captions before, and is not needed any more.
 
     Args:
@@ -100,9 +102,7 @@ def lora_task(
         rank: of the adapters.
         seed: of what they begin with.
         precision: the element type of the frozen weights.
-
-    Returns:
-        The task, and the text model for previews.
+        gradient_checkpointing: compute activations twice rather than keep them, for models that leave little memory.
 
     Raises:
         CheckpointError: a component cannot be loaded.
@@ -110,26 +110,24 @@ def lora_task(
     """
     family, tokenizer, dtype = checkpoint.family, load_tokenizer(checkpoint), getattr(torch, precision)
     transformer = load_component(checkpoint, "transformer", dtype)
+    if gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
     add_adapters(transformer, family, targets or TARGETS[family], rank, seed)
     text_encoder = load_component(checkpoint, "text_encoder", dtype).eval().requires_grad_(False)
-    distinct = list(dict.fromkeys(row.prompt for row in dataset.rows))
-    rows = dict(
-        zip(
-            distinct,
-            prompts.encode_all(text_encoder, prompts.tokenize(distinct, tokenizer, family), family),
-            strict=True,
-        )
-    )
-    none = prompts.tokenize(prompts.NO_PROMPT[family], tokenizer, family)
+    none = prompts.NO_PROMPT[family]
+    captions = list(dict.fromkeys([*(row.prompt for row in dataset.rows), *none]))
+    ids = prompts.tokenize(captions, tokenizer, family)
+    rows = dict(zip(captions, prompts.encode_all(text_encoder, ids, family), strict=True))
     task = DenoiserTask(
         "lora",
         Denoiser(family, transformer),
         latents,
         [rows[row.prompt] for row in dataset.rows],
-        prompts.encode_all(text_encoder, none, family),
+        [rows[prompt] for prompt in none],
         checkpoint.config("scheduler"),
     )
-    return task, text_encoder
+    task.draw = drawer(checkpoint, dataset, transformer, lambda texts: [rows[text] for text in texts])
+    return task
 
 
 def write_lora(path: Path, weights: Mapping[str, Tensor], precision: str = "bfloat16") -> None:

@@ -2,60 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from zimg.export.checkpoint import Checkpoint
-from zimg.training.checkpoint import load_component, load_tokenizer
+from zimg.runtime.families import family as host
+from zimg.training.checkpoint import load_component
 from zimg.training.dataset import Dataset
+from zimg.training.prompts import NO_PROMPT, pad
 from zimg.training.vae import write_grid
 
 PICTURES = 8
 STEPS = 20
-SCALE = 4.0
-"""Of guidance, as each family's pipeline counts it."""
+CFG_SCALE = 3.0
+"""Of guidance, in DiffSynth's form."""
+
+Encode = Callable[[Sequence[str]], list[Tensor]]
+"""Prompts to what the transformer is conditioned on, (tokens, hidden) each."""
 
 
-def drawer(checkpoint: Checkpoint, dataset: Dataset, transformer: Any, text_encoder: Any) -> Callable[[Path], None]:
+def drawer(checkpoint: Checkpoint, dataset: Dataset, transformer: Any, encode: Encode) -> Callable[[Path], None]:
     """Make a function that draws captions of a dataset with the weights that the networks have then.
 
     Args:
-        checkpoint: of which tokenizer, autoencoder and scheduler are taken.
+        checkpoint: of which autoencoder and scheduler are taken.
         dataset: whose captions are drawn, at the commonest size.
         transformer: of diffusers.
-        text_encoder: of transformers.
+        encode: reads the captions, and those that stand for no prompt.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, ZImagePipeline
 
-    kind = ZImagePipeline if checkpoint.family == "z-image" else QwenImagePipeline
-    pipeline: Any = kind(
-        FlowMatchEulerDiscreteScheduler.from_config(checkpoint.config("scheduler")),
-        load_component(checkpoint, "vae").eval(),
-        text_encoder,
-        load_tokenizer(checkpoint),
-        transformer,
+    family = checkpoint.family
+    pipeline: Any = (ZImagePipeline if family == "z-image" else QwenImagePipeline)(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(checkpoint.config("scheduler")),
+        vae=load_component(checkpoint, "vae").eval(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
     )
     pipeline.set_progress_bar_config(disable=True)
     (height, width), rows = max(dataset.buckets().items(), key=lambda bucket: len(bucket[1]))
     chosen = [dataset.rows[int(rows[place])].prompt for place in torch.linspace(0, len(rows) - 1, PICTURES).long()]
-    guided: dict[str, Any] = {"guidance_scale": SCALE}
-    if checkpoint.family == "qwen-image":
-        guided = {"true_cfg_scale": SCALE, "negative_prompt": [" "] * len(chosen)}
+    scale = host(family).guidance_scale(CFG_SCALE)
 
     def draw(path: Path) -> None:
-        device = next(transformer.parameters()).device
-        pipeline.vae.to(device)
+        parameter = next(transformer.parameters())
+        pipeline.vae.to(parameter.device)
+        positive, negative = (
+            [row.to(parameter) for row in encode(texts)] for texts in (chosen, NO_PROMPT[family][:1] * PICTURES)
+        )
+        conditions: dict[str, Any] = {
+            "prompt_embeds": positive,
+            "negative_prompt_embeds": negative,
+            "guidance_scale": scale,
+        }
+        if family == "qwen-image":
+            conditions = {"true_cfg_scale": scale}
+            for name, texts in (("prompt_embeds", positive), ("negative_prompt_embeds", negative)):
+                conditions[name], mask = pad(texts)
+                conditions[f"{name}_mask"] = mask.to(parameter.device)
         images = pipeline(
-            list(chosen),
             height=height,
             width=width,
             num_inference_steps=STEPS,
             generator=torch.Generator("cpu").manual_seed(0),
             output_type="pt",
-            **guided,
+            **conditions,
         ).images
         write_grid(path, 2 * images.float() - 1, columns=PICTURES // 2)
         path.with_suffix(".txt").write_text("".join(f"{prompt}\n" for prompt in chosen), encoding="utf-8")

@@ -21,12 +21,14 @@ from zimg.training.diffusion import denoiser_task
 from zimg.training.latents import cache_latents
 from zimg.training.loop import Log, Settings, train
 from zimg.training.lora import lora_task, write_lora
-from zimg.training.preview import drawer
 from zimg.training.tokenizer import train_tokenizer
 from zimg.training.vae import AutoencoderTask, measure, stored_autoencoder
 
-VAE = Settings(steps=5000, batch_size=8, learning_rate=2e-3, ema=0.998)
-DIFFUSION = Settings(steps=9000, batch_size=48, learning_rate=2e-3, ema=0.999, save_every=1000)
+VAE = Settings(steps=9000, batch_size=4, learning_rate=2e-3, ema=0.998)
+DIFFUSION = {
+    "z-image": Settings(steps=6000, batch_size=48, learning_rate=2e-3),
+    "qwen-image": Settings(steps=11000, batch_size=48, learning_rate=2e-3),
+}
 LORA = Settings(steps=600, batch_size=16, learning_rate=1e-3, weight_decay=0.0, ema=0.99, warmup=50, save_every=200)
 """What each stage takes by default: about two hours for a demo model on two cores, minutes for an adapter."""
 
@@ -94,7 +96,7 @@ def train_diffusion(
     model: Path,
     data: Path,
     out: Path,
-    settings: Settings = DIFFUSION,
+    settings: Settings | None = None,
     *,
     resume: bool = False,
     report: Report = silent,
@@ -102,14 +104,14 @@ def train_diffusion(
 ) -> None:
     """Train a checkpoint's transformer and text model together; write the checkpoint with them.
 
-    The arguments and errors are those of :func:`train_vae`.
+    The arguments and errors are those of :func:`train_vae`; the settings are by default those of the family.
     """
     _refuse_existing(out)
     checkpoint, dataset = open_checkpoint(str(model)), read_dataset(data)
+    settings = settings or DIFFUSION[checkpoint.family]
     latents = cache_latents(checkpoint, dataset, run_of(out), report)
     task = denoiser_task(checkpoint, dataset, latents)
     parts = {"transformer": task.module.transformer, "text_encoder": task.module.text_encoder}
-    task.draw = drawer(checkpoint, dataset, **parts)
     about = _about(checkpoint, dataset)
     train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log)
     derive_checkpoint(checkpoint.root, out, parts)
@@ -124,6 +126,7 @@ def train_lora(
     rank: int = 8,
     targets: str | None = None,
     precision: str = "float32",
+    gradient_checkpointing: bool = False,
     resume: bool = False,
     report: Report = silent,
     log: Log | None = None,
@@ -138,6 +141,7 @@ def train_lora(
         rank: of the adapters.
         targets: ends of names of linears, separated by commas; by default those DiffSynth adapts.
         precision: the element type of the frozen weights, ``"float32"`` or ``"bfloat16"``.
+        gradient_checkpointing: compute activations twice rather than keep them.
         resume: go on with a run that was broken off.
         report: called with (stage, done, total).
         log: given a line now and then.
@@ -150,10 +154,16 @@ def train_lora(
     _refuse_existing(out)
     checkpoint, dataset = open_checkpoint(model), read_dataset(data)
     latents = cache_latents(checkpoint, dataset, run_of(out), report)
-    task, text_encoder = lora_task(
-        checkpoint, dataset, latents, targets=targets, rank=rank, seed=settings.seed, precision=precision
+    task = lora_task(
+        checkpoint,
+        dataset,
+        latents,
+        targets=targets,
+        rank=rank,
+        seed=settings.seed,
+        precision=precision,
+        gradient_checkpointing=gradient_checkpointing,
     )
-    task.draw = drawer(checkpoint, dataset, task.module.transformer, text_encoder)
     about = _about(checkpoint, dataset) | {"rank": rank, "targets": targets, "precision": precision}
     write_lora(out, train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log))
 
@@ -165,7 +175,7 @@ def train_demo(
     make_data: Callable[[Path], None],
     configs: Any = None,
     vae: Settings = VAE,
-    diffusion: Settings = DIFFUSION,
+    diffusion: Settings | None = None,
     seed: int = 0,
     resume: bool = False,
     report: Report = silent,
@@ -209,7 +219,15 @@ def train_demo(
     finished = run / "finished"
     if not finished.exists():
         goes_on = (run_of(finished) / "state.safetensors").exists()
-        train_diffusion(with_vae, data, finished, replace(diffusion, seed=seed), resume=goes_on, report=report, log=log)
+        train_diffusion(
+            with_vae,
+            data,
+            finished,
+            replace(diffusion or DIFFUSION[family], seed=seed),
+            resume=goes_on,
+            report=report,
+            log=log,
+        )
     derive_checkpoint(finished, out, {})
 
 

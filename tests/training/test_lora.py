@@ -59,7 +59,7 @@ def test_it_resumes(begun: tuple[str, Path], tmp_path: Path) -> None:
     _, folder = begun
     first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     arguments = (str(folder / "model"), folder / "data")
-    train_lora(*arguments, first, SETTINGS, rank=2)
+    train_lora(*arguments, first, SETTINGS, rank=2, gradient_checkpointing=True)
     lines: list[str] = []
 
     def stop(line: str) -> None:

@@ -25,7 +25,7 @@ from zimg.training.stages import DIFFUSION, VAE, run_of, train_demo, train_diffu
 FAMILIES = list(toy.CONFIGS)
 QUICK: dict[str, Settings] = {
     "vae": replace(VAE, steps=4, batch_size=2, warmup=1, save_every=2),
-    "diffusion": replace(DIFFUSION, steps=4, batch_size=2, warmup=1, save_every=2),
+    "diffusion": replace(DIFFUSION["z-image"], steps=4, batch_size=2, warmup=1, save_every=2),
 }
 
 
@@ -68,7 +68,7 @@ def test_one_picture_is_learned_by_heart(family: str, tmp_path: Path) -> None:
     dataset, checkpoint = read_dataset(data), open_checkpoint(str(begun))
     task = denoiser_task(checkpoint, dataset, cache_latents(checkpoint, dataset, tmp_path / "cache"))
     lines: list[str] = []
-    settings = replace(DIFFUSION, steps=150, batch_size=8, learning_rate=5e-3, warmup=10, save_every=50)
+    settings = replace(DIFFUSION["z-image"], steps=150, batch_size=8, learning_rate=5e-3, warmup=10, save_every=50)
     train(task, tmp_path / "run", settings, log=lines.append)
     first, last = (float(lines[index].split("loss ")[1].split(",")[0]) for index in (0, -1))
     assert last < 0.5 * first
