@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ MULTIPLE = 16
 
 Size = tuple[int, int]
 """Height and width of a picture, in pixels."""
+Bucket = TypeVar("Bucket")
+"""What the rows that may share a batch have in common."""
 
 
 class DatasetError(ZimgError):
@@ -143,9 +146,9 @@ def load_pictures(images: Sequence[Path]) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def draw_batch(buckets: dict[Size, Tensor], batch_size: int, generator: torch.Generator) -> tuple[Size, Tensor]:
-    """A size, as often as there are rows of it, and so many rows of that size, drawn with replacement."""
+def draw_batch(buckets: Mapping[Bucket, Tensor], batch_size: int, generator: torch.Generator) -> tuple[Bucket, Tensor]:
+    """A bucket, as often as there are rows in it, and so many of its rows, drawn with replacement."""
     counts = torch.tensor([float(len(rows)) for rows in buckets.values()])
-    size = list(buckets)[int(torch.multinomial(counts, 1, generator=generator))]
-    rows = buckets[size]
-    return size, rows[torch.randint(len(rows), (batch_size,), generator=generator)]
+    key = list(buckets)[int(torch.multinomial(counts, 1, generator=generator))]
+    rows = buckets[key]
+    return key, rows[torch.randint(len(rows), (batch_size,), generator=generator)]

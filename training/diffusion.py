@@ -19,12 +19,14 @@ from zimg.export.checkpoint import Checkpoint
 from zimg.runtime.schedule import calculate_mu
 from zimg.training import prompts
 from zimg.training.checkpoint import load_component, load_tokenizer
-from zimg.training.dataset import Dataset, draw_batch
+from zimg.training.dataset import Dataset, Size, draw_batch
 from zimg.training.latents import Latents
 from zimg.training.preview import drawer
 
 DROPOUT = 0.1
 """The share of captions that are left out, so that guidance has something to compare with."""
+LENGTHS = 32
+"""Texts of a batch lie between two multiples of so many tokens: Z-Image pads them to the next one."""
 
 
 def velocity(
@@ -143,12 +145,13 @@ class DenoiserTask:
         """
         self.name, self.module, self.latents = name, module, latents
         self.texts, self.no_prompts, self.scheduler = texts, no_prompts, scheduler
+        self.groups = _groups(latents.buckets, texts)
         self.draw: Callable[[Path], None] = lambda path: None
         """Draws a preview into a file; set by who has the rest of the pipeline."""
 
     def batch(self, generator: torch.Generator, batch_size: int) -> dict[str, Tensor]:
         """Latents, noise, noise levels and texts, some of which are left out."""
-        (height, width), rows = draw_batch(self.latents.buckets, batch_size, generator)
+        ((height, width), _), rows = draw_batch(self.groups, batch_size, generator)
         latents = self.latents.load((height, width), rows)
         dropped = torch.rand(batch_size, generator=generator) < DROPOUT
         instead = torch.randint(len(self.no_prompts), (batch_size,), generator=generator)
@@ -168,6 +171,16 @@ class DenoiserTask:
     def preview(self, path: Path) -> None:
         """A few of the dataset's captions, drawn."""
         self.draw(path)
+
+
+def _groups(buckets: Mapping[Size, Tensor], texts: Sequence[Tensor]) -> dict[tuple[Size, int], Tensor]:
+    """(size, length class) -> rows of pictures of one size whose texts are about as long."""
+    groups = {}
+    for size, rows in buckets.items():
+        lengths = torch.tensor([-(-len(texts[int(row)]) // LENGTHS) for row in rows])
+        for length in lengths.unique().tolist():
+            groups[size, int(length)] = rows[lengths == length]
+    return groups
 
 
 def denoiser_task(checkpoint: Checkpoint, dataset: Dataset, latents: Latents) -> DenoiserTask:

@@ -44,8 +44,10 @@ class Settings:
     batch_size: int
     """Of each process."""
     learning_rate: float
-    """At the top: after the warmup, before a cosine down to a fiftieth of it."""
+    """Between the warmup and the decay."""
     warmup: int = 200
+    decay: float = 0.3
+    """The share of the steps, the last ones, over which the rate falls to a fiftieth."""
     weight_decay: float = 0.01
     clip: float = 1.0
     """The largest norm of the gradient."""
@@ -65,8 +67,9 @@ class Settings:
         for name in ("steps", "batch_size", "learning_rate", "clip", "save_every"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}", "it must be more than 0")
-        if not 0 <= self.ema < 1:
-            raise UsageError(f"ema is {self.ema}", "it must be at least 0 and less than 1")
+        for name in ("ema", "decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}", "it must be at least 0 and less than 1")
 
 
 class Task(Protocol):
@@ -86,11 +89,21 @@ class Task(Protocol):
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """The rate of a step, counted from 0: a linear warmup, then half a cosine down to a fiftieth."""
+    """The rate of a step, counted from 0: a linear warmup, a constant, a linear decay.
+
+    Until the decay begins it does not depend on how many steps there will be ("Scaling Laws and Compute-Optimal
+    Training Beyond Fixed Training Durations", Hägele et al., 2024, https://arxiv.org/abs/2405.18392).
+    """
     if step < settings.warmup:
         return settings.learning_rate * (step + 1) / settings.warmup
-    progress = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
-    return settings.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    left = (settings.steps - step) / max(settings.decay * settings.steps, 1)
+    return settings.learning_rate * (0.02 + 0.98 * min(left, 1))
+
+
+def _decay_begins(run: Mapping[str, Any]) -> float:
+    """The first step of the decay, by a run's settings."""
+    steps, decay = run.get("steps"), run.get("decay")
+    return steps * (1 - decay) if isinstance(steps, int) and isinstance(decay, float) else -1
 
 
 def generator_of(*numbers: int) -> torch.Generator:
@@ -115,7 +128,8 @@ def train(
         run: a folder for the state (``state.safetensors``), the curve (``loss.png``) and the preview (``preview.png``).
         settings: how.
         about: what else must be the same for a run to go on: the data, the model.
-        resume: go on from the state in the folder; a finished run is only read.
+        resume: go on from the state in the folder; a finished run is only read. The number of steps may be another
+            one as long as the decay has not begun, so that a run that does well may go on for longer.
         report: called with (stage, done, total).
         log: given a line now and then.
 
@@ -247,7 +261,10 @@ def _load(
         raise CheckpointError(f"{file} cannot be read ({error})", hint) from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{file} is no state of a run", hint)
+    done = len(tensors.get("losses", ()))
     for key in {**found, **identity}:
+        if key == "steps" and all(done <= _decay_begins(run) for run in (found, identity)):
+            continue  # So far it makes no difference how many there will be.
         if found.get(key) != identity.get(key):
             raise CheckpointError(
                 f"{file.parent} cannot be resumed: its {key} is {found.get(key)!r}, not {identity.get(key)!r}",

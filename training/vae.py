@@ -28,6 +28,8 @@ EDGES = 0.5
 """Weight of the gradients' differences."""
 DIVERGENCE = 1e-4
 """Weight of the divergence, a mean over latents."""
+CROP = 64
+"""Sides of the pieces of pictures it is trained on, in pixels: the networks see little further, and steps are short."""
 MEASURED = 512
 """Of how many pictures the mean and standard deviation of the latents are taken."""
 
@@ -67,11 +69,17 @@ class AutoencoderTask:
         self.module = load_autoencoder(checkpoint)
 
     def batch(self, generator: torch.Generator, batch_size: int) -> dict[str, Tensor]:
-        """Pictures, and the noise of their latents."""
+        """Pieces of pictures, and the noise of their latents."""
         (height, width), rows = draw_batch(self.buckets, batch_size, generator)
         pixels = load_pictures([self.dataset.rows[int(row)].image for row in rows])
-        noise = torch.randn((batch_size, self.channels, height // 8, width // 8), generator=generator)
-        return {"pixels": pixels, "noise": noise}
+        tall, wide = min(height, CROP), min(width, CROP)
+        tops = torch.randint(height - tall + 1, (batch_size,), generator=generator).tolist()
+        lefts = torch.randint(width - wide + 1, (batch_size,), generator=generator).tolist()
+        pieces = [
+            one[:, top : top + tall, left : left + wide] for one, top, left in zip(pixels, tops, lefts, strict=True)
+        ]
+        noise = torch.randn((batch_size, self.channels, tall // 8, wide // 8), generator=generator)
+        return {"pixels": torch.stack(pieces), "noise": noise}
 
     def preview(self, path: Path) -> None:
         """Eight pictures, and what becomes of them, below."""

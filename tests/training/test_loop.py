@@ -106,7 +106,8 @@ def test_the_rate_rises_and_falls() -> None:
     rates = [learning_rate(settings, step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[10] == 1
-    assert rates[55] == pytest.approx(0.51)
+    assert rates[70] == 1
+    assert rates[85] == pytest.approx(0.51)
     assert rates[100] == pytest.approx(0.02)
 
 
@@ -122,6 +123,19 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     train(Task(), tmp_path, SETTINGS)
     with pytest.raises(OutputError, match="holds a run already; add --resume"):
         train(Task(), tmp_path, SETTINGS)
+
+
+def test_a_run_goes_on_for_longer_until_its_rate_falls(tmp_path: Path) -> None:
+    """As if the longer one had been asked for at first."""
+    longer = replace(SETTINGS, steps=40, save_every=1)
+    whole = train(Task(), tmp_path / "whole", longer)
+    for stop in (10, 18):
+        with pytest.raises(KeyboardInterrupt):
+            train(Task(stop=stop), tmp_path / str(stop), replace(longer, steps=20))
+    resumed = train(Task(), tmp_path / "10", longer, resume=True)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    with pytest.raises(CheckpointError, match="its steps is 20, not 40"):
+        train(Task(), tmp_path / "18", longer, resume=True)
 
 
 def test_what_cannot_be_resumed(tmp_path: Path) -> None:
