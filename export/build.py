@@ -161,7 +161,7 @@ def wanted_by(checkpoint: Checkpoint, part: Part) -> dict[str, Wanted]:
 
 def _component(name: str, part: Part, tensors: Mapping[str, TensorInfo], precision: str, folder: Path) -> Component:
     """Write a component's graphs, one that computes in the weights' own type and one in float32 for CPUs."""
-    weights = tuple(sorted({info.file.name for info in tensors.values()}))
+    weights = tuple(sorted({info.file.relative_to(folder).as_posix() for info in tensors.values()}))
     parameters = sum(math.prod(info.shape) for info in tensors.values())
     size = sum(info.nbytes for info in tensors.values())
     if part.network is None:
@@ -170,7 +170,7 @@ def _component(name: str, part: Part, tensors: Mapping[str, TensorInfo], precisi
     graphs, spec = {}, None
     for compute in dict.fromkeys((precision, "float32")):
         network = part.build(getattr(torch, compute))
-        model, spec = assemble(network, part.inputs, part.output, part.sizes, tensors)
+        model, spec = assemble(network, part.inputs, part.output, part.sizes, tensors, folder)
         graphs[compute] = f"{name}.onnx" if compute == precision else f"{name}.{compute}.onnx"
         ir.save(model, folder / graphs[compute])
     inputs = {entry.name: TensorSpec(str(entry.dtype).removeprefix("torch."), entry.shape) for entry in part.inputs}

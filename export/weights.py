@@ -5,8 +5,8 @@ Weights never pass through PyTorch, and no more than a piece of one tensor is in
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -95,7 +95,8 @@ def export_weights(
 def _link_unchanged(wanted: Mapping[str, Mapping[str, Wanted]], precision: str, folder: Path) -> dict[Path, Path]:
     """Hard-link the files of which every wanted tensor stays as it is; map them to their links.
 
-    A link needs no space, and stays whole when the checkpoint is deleted.
+    A link needs no space, and stays whole when the checkpoint is deleted. It has the checkpoint's own path, so that a
+    bundle and its checkpoint can share a folder.
     """
     users: dict[Path, list[tuple[str, Wanted]]] = defaultdict(list)
     for component, wants in wanted.items():
@@ -104,18 +105,16 @@ def _link_unchanged(wanted: Mapping[str, Mapping[str, Wanted]], precision: str, 
     linked = {}
     for file, uses in users.items():
         if all(want.is_kept(precision) for _, want in uses):
-            target = folder / _linked_name(file)
+            target = folder / file.parent.name / file.name
             try:
+                target.parent.mkdir(exist_ok=True)
                 os.link(file.resolve(), target)
             except OSError:
+                with contextlib.suppress(OSError):
+                    target.parent.rmdir()  # Where it is empty.
                 continue  # On another disk, or not ours to link: its tensors are copied.
             linked[file] = target
     return linked
-
-
-def _linked_name(file: Path) -> str:
-    shard = re.search(r"-\d+-of-\d+(?=\.safetensors$)", file.name)
-    return f"{file.parent.name}{shard[0] if shard else ''}.linked.safetensors"
 
 
 def written_bytes(want: Wanted, precision: str) -> int:

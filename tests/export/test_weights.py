@@ -41,7 +41,7 @@ def wanted(folder: Path, *names: str) -> dict[str, Wanted]:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    return {name: value for file in folder.rglob("*.safetensors") for name, value in load_file(file).items()}
 
 
 def test_unchanged_files_are_linked_and_the_rest_is_cast(shards, tmp_path):
@@ -49,7 +49,7 @@ def test_unchanged_files_are_linked_and_the_rest_is_cast(shards, tmp_path):
     out.mkdir()
     progress = []
     placed = export_weights({"net": wanted(shards)}, "bfloat16", out, lambda *done: progress.append(done))["net"]
-    linked = out / "transformer-00001-of-00002.linked.safetensors"
+    linked = out / "transformer" / "m-00001-of-00002.safetensors"
     assert linked.samefile(shards / "m-00001-of-00002.safetensors")
     assert {info.file.name for info in placed.values()} == {linked.name, "net.safetensors"}
     source, result = tensors(shards), tensors(out)
@@ -64,7 +64,7 @@ def test_widening_to_float32_writes_everything(shards, tmp_path):
     out.mkdir()
     export_weights({"net": wanted(shards)}, "float32", out)
     result = tensors(out)
-    assert [file.name for file in out.iterdir()] == ["net.safetensors"]
+    assert [file.name for file in out.rglob("*.safetensors")] == ["net.safetensors"]
     for name, value in tensors(shards).items():
         assert torch.equal(result[name], value.float()), name
 
@@ -87,7 +87,7 @@ def test_two_components_share_one_linked_file(shards, tmp_path):
     out.mkdir()
     placed = export_weights({"x": wanted(shards, "a"), "y": wanted(shards, "b")}, "bfloat16", out)
     assert placed["x"]["net.a"].file == placed["y"]["net.b"].file
-    assert len(list(out.iterdir())) == 1
+    assert len(list(out.rglob("*.safetensors"))) == 1
 
 
 def test_transforms_see_float32_of_the_stored_shape(shards, tmp_path):
