@@ -15,6 +15,8 @@ from zimg.engines.errors import CheckpointError
 from zimg.export.checkpoint import Checkpoint
 
 MARK = "model_index.json"
+LOG_VARIANCE = -6.0
+"""Of an autoencoder's latents, at first."""
 
 
 def start_checkpoint(
@@ -44,6 +46,7 @@ def start_checkpoint(
         pipeline = (_z_image if family == "z-image" else _qwen_image)(tokenizer, configs)
         for part in (pipeline.transformer, pipeline.text_encoder):
             _initialize(part)
+        _initialize_autoencoder(pipeline.vae)
     with atomic_folder(folder.expanduser().absolute(), overwrite=overwrite, mark=MARK) as work:
         pipeline.save_pretrained(work)
 
@@ -101,6 +104,22 @@ def _initialize(network: nn.Module) -> None:
     for name, parameter in network.named_parameters():
         if name.endswith("pad_token") or "embed_tokens" in name:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+
+
+def _initialize_autoencoder(vae: nn.Module) -> None:
+    """Convolutions by their fan-in on a still image, no biases, and latents with little noise.
+
+    So colours get through, which are learned last: most of what pictures differ in is how light they are.
+    """
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            _, channels, *kernel = module.weight.shape
+            nn.init.normal_(module.weight, std=(channels * kernel[-2] * kernel[-1]) ** -0.5)
+            if module.bias is None:
+                continue
+            nn.init.zeros_(module.bias)
+            if name == "quant_conv" or (name == "encoder.conv_out" and getattr(vae, "quant_conv", None) is None):
+                module.bias.data[len(module.bias) // 2 :] = LOG_VARIANCE
 
 
 def derive_checkpoint(

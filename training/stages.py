@@ -24,7 +24,7 @@ from zimg.training.lora import lora_task, write_lora
 from zimg.training.tokenizer import train_tokenizer
 from zimg.training.vae import AutoencoderTask, measure, stored_autoencoder
 
-VAE = Settings(steps=5000, batch_size=8, learning_rate=2e-3, ema=0.998)
+VAE = Settings(steps=3000, batch_size=8, learning_rate=3e-3, ema=0.995, warmup=50)
 DIFFUSION = {
     "z-image": Settings(steps=6000, batch_size=48, learning_rate=2e-3),
     "qwen-image": Settings(steps=11000, batch_size=48, learning_rate=2e-3),
