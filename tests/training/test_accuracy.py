@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from zimg.runtime import demo
+from zimg.training.accuracy import Case, accuracy, held_out_scenes, share
+from zimg.training.judge import Present, Related, judge
+from zimg.training.world.claims import claims
+from zimg.training.world.drawing import draw
+from zimg.training.world.sampling import held_out
+
+
+@pytest.mark.parametrize("things", [1, 2])
+def test_scenes_were_held_out_and_the_judge_finds_all_in_true_pictures(things: int) -> None:
+    scenes = held_out_scenes(40, things)
+    assert len({repr(scene) for scene in scenes}) == 40
+    for scene in scenes:
+        assert held_out(scene)
+        told = [claim for claim in claims(scene) if isinstance(claim, Present | Related)]
+        assert len(told) == things + things // 2
+        assert judge(draw(scene), told).right
+
+
+def test_shares() -> None:
+    cases = [
+        Case("", things, right, "", 0) for things, right in [(1, True), (1, False), (2, True), (2, True), (1, True)]
+    ]
+    assert share(cases, 1) == pytest.approx(2 / 3)
+    assert share(cases, 2) == 1
+    assert share(cases, 3) == 0
+
+
+@pytest.mark.parametrize("name", demo.NAMES)
+def test_the_carried_models_draw_what_they_are_asked_for(name: str) -> None:
+    """A sample of what `python -m zimg.training judge` counts in full."""
+    cases = accuracy(name, captions=24)
+    assert share(cases, 1) >= 10 / 12, cases
+    assert share(cases, 2) >= 8 / 12, cases
+
+
+def test_the_command_says_what_went_wrong() -> None:
+    command = [sys.executable, "-m", "zimg.training", "judge", "zimg-tiny-z", "--captions", "2"]
+    done = subprocess.run(
+        [*command, "--num-inference-steps", "1", "--json"], capture_output=True, text=True, check=True
+    )
+    result = json.loads(done.stdout)
+    assert [case["things"] for case in result["cases"]] == [1, 2]
+    assert set(result["shares"]) == {"one", "two"}
+    refused = subprocess.run([*command, "--captions", "0"], capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
