@@ -67,9 +67,11 @@ def tokenizer(family: str, data: Path, out: Path, seed: int) -> None:
 def vae(model: Path, data: Path, out: Path, **options: Any) -> None:
     """Train the autoencoder of MODEL on the pictures of DATA; write the checkpoint OUT."""
     _need_train()
+    from zimg.export.checkpoint import open_checkpoint
     from zimg.training import stages
 
-    _stage(stages.train_vae, stages.VAE, options, model, data, out)
+    defaults = stages.VAE[open_checkpoint(str(model)).family]
+    _stage(stages.train_vae, defaults, options, model, data, out)
 
 
 @cli.command()
@@ -158,7 +160,7 @@ def demo(
             family,
             out,
             make_data=make_data,
-            vae=replace(stages.VAE, **_given({"steps": vae_steps})),
+            vae=replace(stages.VAE[family], **_given({"steps": vae_steps})),
             diffusion=replace(stages.DIFFUSION[family], **_given({"steps": steps})),
             seed=seed,
             resume=resume,

@@ -27,8 +27,11 @@ NETWORKS = {
 }
 SQUARES, HUE, SHARPNESS, DIVERGENCE = 4.0, 4.0, 0.25, 1e-4
 """Weights of squares, of hue among them, of absolute differences, and of the divergence, a mean over latents."""
-CROPS, SHARES = (32, 64, 128), (0.6, 0.33, 0.07)
-"""Sides of the pieces of pictures it is trained on, in pixels, and how often: small ones make many short steps."""
+CROPS = {"z-image": {64: 0.7, 128: 0.3}, "qwen-image": {32: 0.6, 64: 0.33, 128: 0.07}}
+"""Family -> sides of the pieces of pictures it is trained on, in pixels, and how often.
+
+Small ones make many short steps; but Z-Image's norms are over all pixels, and learn most from whole pictures.
+"""
 MEASURED = 512
 """Of how many pictures the mean and standard deviation of the latents are taken."""
 
@@ -66,6 +69,7 @@ class AutoencoderTask:
     def __init__(self, checkpoint: Checkpoint, dataset: Dataset) -> None:
         self.dataset = dataset
         self.buckets = dataset.buckets()
+        self.crops = CROPS[checkpoint.family]
         self.channels = latent_channels(checkpoint.config("vae"))
         self.module = load_autoencoder(checkpoint)
 
@@ -73,7 +77,7 @@ class AutoencoderTask:
         """Pieces of pictures, and the noise of their latents."""
         (height, width), rows = draw_batch(self.buckets, batch_size, generator)
         pixels = load_pictures([self.dataset.rows[int(row)].image for row in rows])
-        side = CROPS[int(torch.multinomial(torch.tensor(SHARES), 1, generator=generator))]
+        side = list(self.crops)[int(torch.multinomial(torch.tensor([*self.crops.values()]), 1, generator=generator))]
         tall, wide = min(height, side), min(width, side)
         tops = torch.randint(height - tall + 1, (batch_size,), generator=generator).tolist()
         lefts = torch.randint(width - wide + 1, (batch_size,), generator=generator).tolist()
