@@ -65,6 +65,7 @@ class AutoencoderTask:
     """What the loop needs to train an autoencoder."""
 
     name = "vae"
+    hidden = ()
 
     def __init__(self, checkpoint: Checkpoint, dataset: Dataset) -> None:
         self.dataset = dataset
