@@ -46,7 +46,7 @@ class Settings:
     """Of each process."""
     learning_rate: float
     """Between the warmup and the decay."""
-    muon_learning_rate: float = 5e-3
+    muon_learning_rate: float = 6e-3
     """The same for what Muon trains."""
     warmup: int = 200
     decay: float = 0.3
