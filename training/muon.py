@@ -24,7 +24,10 @@ et al., 2025, https://arxiv.org/abs/2502.16982), so both may have one learning r
 
 
 class Muon(torch.optim.Optimizer):
-    """For the matrices of hidden layers; what is no matrix, and what is first and last, wants another optimizer."""
+    """For the matrices of hidden layers, kernels of convolutions among them as (out, in times taps).
+
+    What is no matrix, and what is first and last, wants another optimizer.
+    """
 
     def __init__(
         self, matrices: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
@@ -41,9 +44,10 @@ class Muon(torch.optim.Optimizer):
                     by_shape[tuple(parameter.shape), parameter.device].append(parameter)
             for (shape, _), parameters in by_shape.items():
                 lookahead = [self._momentum(parameter, group["momentum"]) for parameter in parameters]
-                steps = orthogonalize(torch.stack(lookahead))
+                matrices = torch.stack(lookahead).flatten(2)
+                steps = orthogonalize(matrices).reshape(-1, *shape)
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, list(steps), alpha=-group["lr"] * MATCH * math.sqrt(max(shape)))
+                torch._foreach_add_(parameters, list(steps), alpha=-group["lr"] * MATCH * math.sqrt(max(matrices.shape[1:])))
 
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
         """Bring a parameter's momentum up to date; where it will be after the next such gradient (Nesterov)."""

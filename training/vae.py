@@ -32,6 +32,8 @@ CROPS = {"z-image": {64: 0.7, 128: 0.3}, "qwen-image": {32: 0.6, 64: 0.33, 128: 
 
 Small ones make many short steps; but Z-Image's norms are over all pixels, and learn most from whole pictures.
 """
+EDGES = ("conv_in.weight", "conv_out.weight", "quant_conv.weight")
+"""Ends of the names of kernels that are no hidden layer's."""
 MEASURED = 512
 """Of how many pictures the mean and standard deviation of the latents are taken."""
 
@@ -65,7 +67,6 @@ class AutoencoderTask:
     """What the loop needs to train an autoencoder."""
 
     name = "vae"
-    hidden = ()
 
     def __init__(self, checkpoint: Checkpoint, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -73,6 +74,11 @@ class AutoencoderTask:
         self.crops = CROPS[checkpoint.family]
         self.channels = latent_channels(checkpoint.config("vae"))
         self.module = load_autoencoder(checkpoint)
+        self.hidden = frozenset(
+            name
+            for name, parameter in self.module.named_parameters()
+            if parameter.ndim >= 2 and not name.endswith(EDGES)
+        )
 
     def batch(self, generator: torch.Generator, batch_size: int) -> dict[str, Tensor]:
         """Pieces of pictures, and the noise of their latents."""
