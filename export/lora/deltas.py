@@ -182,13 +182,19 @@ class Addend:
             for start, base in pieces():
                 squares += np.square(base + rows(start, start + len(base)), dtype=np.float64).sum(axis=0)
             ratio = (magnitude / np.sqrt(squares)).astype(np.float32)
-            return lambda start, base: scale * ((base + rows(start, start + len(base))) * ratio - base)
+
+            def by_columns(start: int, base: Matrix) -> Matrix:
+                difference: Matrix = scale * ((base + rows(start, start + len(base))) * ratio - base)
+                return difference
+
+            return by_columns
 
         def by_rows(start: int, base: Matrix) -> Matrix:
             changed = base + rows(start, start + len(base))
             norms = np.sqrt(np.square(changed, dtype=np.float64).sum(axis=1))
             ratio = (magnitude[start : start + len(base)] / norms).astype(np.float32)
-            return scale * (changed * ratio[:, None] - base)
+            difference: Matrix = scale * (changed * ratio[:, None] - base)
+            return difference
 
         return by_rows
 

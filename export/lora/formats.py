@@ -187,9 +187,7 @@ def _format(infos: Mapping[str, TensorInfo]) -> str:
 
 def _scalar(info: TensorInfo) -> float:
     if math.prod(info.shape) != 1:
-        raise LoraError(
-            f"{info.file}: {info.name} has shape {info.shape} instead of one number", "fetch the file again"
-        )
+        raise LoraError(f"{info.file}: {info.name} has shape {info.shape} and should be one number", "check the file")
     return float(to_float32(view(info), info.dtype).reshape(()))
 
 

@@ -266,10 +266,10 @@ class _Swap:
         for name, change in self._changes.items():
             for compute, graph in self._graphs[name].items():
                 _point_to(graph, change.moved)
-                file = folder / graph_name(name, compute, precision, self._mark)
-                file.write_bytes(graph.SerializeToString(deterministic=True))
-                _flush(file)
-                change.files[compute] = file.name
+                path = folder / graph_name(name, compute, precision, self._mark)
+                path.write_bytes(graph.SerializeToString(deterministic=True))
+                _flush(path)
+                change.files[compute] = path.name
 
     def _plan(self, name: str, merged: Merge) -> _Change | None:
         """What has to be written for a component; None where nothing changes."""
