@@ -10,6 +10,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 PIECE = 16 << 20
 """Elements read at a time: 64 MiB of float32."""
-MERGED_PIECE = 1 << 19
+MERGED_PIECE = 1 << 18
 """Elements of rows merged at a time, so many that they stay in a processor's cache."""
 
 
@@ -174,31 +175,44 @@ def pieces(want: Wanted, precision: str) -> Iterator[NDArray[Any]]:
         yield _cast(np.ascontiguousarray(values).reshape(-1), "float32", precision)
         return
     if want.addends:
-        for rows in merged(partial(_read_rows, info), want.addends):
-            yield _cast(rows.reshape(-1), "float32", precision)
+        yield from _merged_pieces(want, precision)
         return
     for piece in read_pieces(info):
         yield _cast(piece, info.dtype, precision)
 
 
-def _read_rows(info: TensorInfo) -> Iterator[tuple[int, Matrix]]:
-    """A matrix as (first row, rows) in float32."""
-    width = info.shape[1]
-    start = 0
-    for piece in read_pieces(info, width * max(1, MERGED_PIECE // width)):
-        rows = to_float32(piece, info.dtype).reshape(-1, width)
-        yield start, rows
-        start += len(rows)
+def _merged_pieces(want: Wanted, precision: str) -> Iterator[NDArray[Any]]:
+    """The same of a matrix that LoRAs change, on all cores."""
+    rows, width = want.shape
+    step = max(1, MERGED_PIECE // width)
+    bounds = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    values = merged(partial(_read_rows, want.source), bounds, want.addends)
+
+    def piece(ends: tuple[int, int]) -> NDArray[Any]:
+        return _cast(values(*ends).reshape(-1), "float32", precision)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(piece, bounds)
 
 
-def read_pieces(info: TensorInfo, size: int | None = None) -> Iterator[NDArray[Any]]:
-    """A tensor in flat pieces of so many elements. Read, not mapped, so that what was read does not stay resident."""
+def _read_rows(info: TensorInfo, start: int, stop: int) -> Matrix:
+    """Some rows of a matrix in float32."""
+    storage, width = BY_NAME[info.dtype].storage, info.shape[1]
+    offset = info.offset + start * width * storage.itemsize
+    piece = np.fromfile(info.file, storage, (stop - start) * width, offset=offset)
+    if piece.size < (stop - start) * width:
+        raise OSError(f"{info.file} ended early")
+    return to_float32(piece, info.dtype).reshape(-1, width)
+
+
+def read_pieces(info: TensorInfo) -> Iterator[NDArray[Any]]:
+    """A tensor in flat pieces. Read, not mapped, so that what was read does not stay resident."""
     storage = BY_NAME[info.dtype].storage
     with info.file.open("rb") as file:
         file.seek(info.offset)
         remaining = info.nbytes // storage.itemsize
         while remaining:
-            piece = np.fromfile(file, storage, min(size or PIECE, remaining))
+            piece = np.fromfile(file, storage, min(PIECE, remaining))
             if not piece.size:
                 raise OSError(f"{info.file} ended early")
             remaining -= piece.size

@@ -14,7 +14,7 @@ With W (out, in), every change is a matrix of W's shape, times a factor (alpha /
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,14 +75,14 @@ class LowRank:
     """factor · up · down."""
 
     def __init__(self, up: TensorInfo, down: TensorInfo, factor: float) -> None:
-        self._product = Factor(up, down)
+        self._up, self._down = up, down
         self._factor = np.float32(factor)
-        self.shape = self._product.shape
+        self.shape = Factor(up, down).shape
 
     def open(self) -> Rows:
         """Read the matrices."""
-        rows = self._product.open()
-        return lambda start, stop: self._factor * rows(start, stop)
+        up, down = self._factor * _values(self._up), _values(self._down)
+        return lambda start, stop: up[start:stop] @ down
 
 
 class Hadamard:
@@ -167,55 +167,58 @@ class Addend:
     scale: float
     magnitude: Magnitude | None = None
 
-    def open(self, pieces: Callable[[], Iterable[tuple[int, Matrix]]]) -> Callable[[int, Matrix], Matrix]:
+    def open(self, read: Rows, bounds: Sequence[tuple[int, int]]) -> Callable[[int, Matrix], Matrix]:
         """Read its matrices; the result gives from (first row, rows of W) what is added to them.
 
         Args:
-            pieces: W from its first row on, read afresh by every call.
+            read: gives rows of W.
+            bounds: of the rows to read at a time, where all of W is needed first.
         """
         rows, scale = self.change.open(), np.float32(self.scale)
+
+        def changed(start: int, base: Matrix) -> Matrix:
+            whole: Matrix = rows(start, start + len(base)) + base
+            return whole
+
         if self.magnitude is None:
             return lambda start, base: scale * rows(start, start + len(base))
         magnitude = self.magnitude.values()
         if self.magnitude.of_columns:
             squares = np.zeros(self.change.shape[1])
-            for start, base in pieces():
-                squares += np.square(base + rows(start, start + len(base)), dtype=np.float64).sum(axis=0)
+            for start, stop in bounds:
+                squares += np.square(changed(start, read(start, stop)), dtype=np.float64).sum(axis=0)
             ratio = (magnitude / np.sqrt(squares)).astype(np.float32)
-
-            def by_columns(start: int, base: Matrix) -> Matrix:
-                difference: Matrix = scale * ((base + rows(start, start + len(base))) * ratio - base)
-                return difference
-
-            return by_columns
+            return lambda start, base: scale * (changed(start, base) * ratio - base)
 
         def by_rows(start: int, base: Matrix) -> Matrix:
-            changed = base + rows(start, start + len(base))
-            norms = np.sqrt(np.square(changed, dtype=np.float64).sum(axis=1))
+            whole = changed(start, base)
+            norms = np.sqrt(np.square(whole, dtype=np.float64).sum(axis=1))
             ratio = (magnitude[start : start + len(base)] / norms).astype(np.float32)
-            difference: Matrix = scale * (changed * ratio[:, None] - base)
+            difference: Matrix = scale * (whole * ratio[:, None] - base)
             return difference
 
         return by_rows
 
 
-def merged(pieces: Callable[[], Iterable[tuple[int, Matrix]]], addends: Sequence[Addend]) -> Iterator[Matrix]:
-    """W with everything added, in the order of the addends, piece by piece.
+def merged(read: Rows, bounds: Sequence[tuple[int, int]], addends: Sequence[Addend]) -> Rows:
+    """W with everything added, in the order of the addends, as rows that are computed when they are asked for.
 
     Args:
-        pieces: gives (first row, rows of W) from the first to the last; called once, and once more per DoRA over
-            columns.
-        addends: what is added.
-
-    Yields:
-        The rows of each piece, changed, float32.
+        read: gives rows of W, float32.
+        bounds: of the rows to read at a time, where all of W is needed first.
+        addends: what is added; one or more.
     """
-    opened = [addend.open(pieces) for addend in addends]
-    for start, base in pieces():
-        total = base
-        for add in opened:
-            total = total + add(start, base)
-        yield total
+    first, *others = [addend.open(read, bounds) for addend in addends]
+
+    def rows(start: int, stop: int) -> Matrix:
+        base = read(start, stop)
+        total = first(start, base)
+        for add in others:
+            total += add(start, base)
+        total += base
+        return total
+
+    return rows
 
 
 def _shape(info: TensorInfo) -> tuple[int, int]:
