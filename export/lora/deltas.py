@@ -81,7 +81,8 @@ class LowRank:
 
     def open(self) -> Rows:
         """Read the matrices."""
-        up, down = self._factor * _values(self._up), _values(self._down)
+        up: Matrix = np.multiply(_values(self._up), self._factor, dtype=np.float32)
+        down = _values(self._down)
         return lambda start, stop: up[start:stop] @ down
 
 

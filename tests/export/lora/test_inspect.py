@@ -13,9 +13,16 @@ from tests.export.lora import lora_files
 from zimg.export.cli import main
 
 WEIGHTS = {
-    "z-image": {f"layers.{i}.attention.to_q": torch.empty(48, 32) for i in range(3)} | {"layers.0.feed_forward.w1": torch.empty(64, 48)},
-    "qwen-image": {"transformer_blocks.0.attn.to_q": torch.empty(48, 48), "transformer_blocks.1.img_mod.1": torch.empty(96, 48)},
-}  # fmt: skip
+    "z-image": {
+        "layers.0.attention.to_q": torch.empty(48, 32),
+        "layers.1.attention.to_q": torch.empty(48, 32),
+        "layers.0.feed_forward.w1": torch.empty(64, 48),
+    },
+    "qwen-image": {
+        "transformer_blocks.0.attn.to_q": torch.empty(48, 48),
+        "transformer_blocks.1.img_mod.1": torch.empty(96, 48),
+    },
+}
 NAMES = {
     "diffusers": "diffusers (transformer.…)",
     "DiffSynth": "DiffSynth (….lora_A.default.weight)",
