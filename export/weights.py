@@ -1,7 +1,7 @@
 """Checkpoint tensors to bundle tensors: linked where nothing changes, else streamed piece by piece.
 
-Weights never pass through PyTorch, and no more than a piece of one tensor is in memory at a time. What LoRAs touch is
-merged in float32 while it streams, and lies in a file of its own.
+Weights never pass through PyTorch, and no more than a piece of one tensor is in memory at a time; of what LoRAs touch,
+which is merged on its way and lies in a file of its own, no more than one tensor.
 """
 
 from __future__ import annotations

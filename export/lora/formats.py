@@ -192,12 +192,12 @@ def _scalar(info: TensorInfo) -> float:
 
 
 def _config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Peft's config: beside the weights, or as diffusers writes it into their header, with prefixes."""
+    """Peft's config: beside the weights, or as diffusers writes it into their header, with a prefix."""
     beside = path.parent / CONFIG
     try:
         if DIFFUSERS_CONFIG in metadata:
             found = json.loads(metadata[DIFFUSERS_CONFIG])
-            return {key.removeprefix("transformer.").removeprefix("text_encoder."): v for key, v in found.items()}
+            return {key.removeprefix("transformer."): value for key, value in found.items()}
         if path.name == "adapter_model.safetensors" and beside.is_file():
             return dict(json.loads(beside.read_bytes()))
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:

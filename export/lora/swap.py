@@ -24,14 +24,15 @@ import onnx
 
 from zimg.engines.bundle import Bundle, Component, FileRecord, Manifest, atomic_folder, sha256, write_manifest
 from zimg.engines.dtypes import BY_ONNX
-from zimg.engines.errors import BundleError, CheckpointError, OutputError, UsageError, ZimgError
+from zimg.engines.errors import BundleError, OutputError, UsageError
 from zimg.engines.safetensors import TensorInfo, read_header
-from zimg.export.checkpoint import Checkpoint, canonical, is_dead_text, open_checkpoint
+from zimg.export.checkpoint import canonical, is_dead_text
 from zimg.export.layout import LINKED, base_name, graph_name, lora_name
 from zimg.export.locks import only_writer_of
 from zimg.export.lora import known
 from zimg.export.lora.merge import NOTHING, Merge, merge, read_loras
 from zimg.export.lora.names import Names
+from zimg.export.lora.origin import Origin
 from zimg.export.weights import Progress, Wanted, write_wanted, written_bytes
 from zimg.runtime.progress import Report, silent
 
@@ -103,7 +104,7 @@ def swap(
         bundle = Bundle.open(path)
         if bundle.manifest.precision not in ("float32", "bfloat16"):
             raise BundleError(f"{path} is in {bundle.manifest.precision}", "build it again with --lora")
-        job = _Swap(bundle, _Origin(bundle, model, revision, source), keep_base, report)
+        job = _Swap(bundle, Origin(bundle, model, revision, source), keep_base, report)
         read = read_loras(loras, source)
         merged = merge(read, job.names, bundle.manifest.family, allow_unmatched=allow_unmatched) if read else NOTHING
         settings = _settings(bundle.manifest, merged, num_inference_steps, guidance_scale)
@@ -156,43 +157,6 @@ def _clear_strays(bundle: Bundle) -> None:
             path.unlink(missing_ok=True)
 
 
-class _Origin:
-    """The checkpoint a bundle was built from, opened when something of it is needed."""
-
-    def __init__(self, bundle: Bundle, model: str | None, revision: str | None, hub: str) -> None:
-        self._manifest, self._root = bundle.manifest, bundle.root
-        self._model = model or bundle.manifest.source.model
-        self._revision = revision if model else bundle.manifest.source.revision
-        self._hub = hub
-
-    @cached_property
-    def _checkpoint(self) -> Checkpoint:
-        hint = "name it with --model; bundles that keep their base weights (--keep-base) need none"
-        try:
-            revision = None if os.path.lexists(self._model) else self._revision
-            checkpoint = open_checkpoint(self._model, revision=revision, source=self._hub)
-        except ZimgError as error:
-            raise CheckpointError(
-                f"{self._root} has not all base weights, and its checkpoint cannot be opened ({error.message})", hint
-            ) from None
-        if checkpoint.source.files != self._manifest.source.files:
-            raise CheckpointError(f"{self._model} is not the checkpoint that {self._root} was built from", hint)
-        return checkpoint
-
-    def tensor(self, component: str, name: str, shape: tuple[int, ...]) -> TensorInfo:
-        """Where a tensor lies, by its name in the bundle.
-
-        Raises:
-            CheckpointError: the checkpoint is not there, or another one.
-        """
-        info = self._checkpoint.tensors(component).get(canonical(component, name))
-        if info is None or info.shape != shape:
-            raise CheckpointError(
-                f"{self._model} has no {name!r} of shape {shape}, as {self._root} has", "name its own checkpoint"
-            )
-        return info
-
-
 @dataclass
 class _Change:
     """What becomes of one component."""
@@ -210,7 +174,7 @@ class _Change:
 class _Swap:
     """One swap."""
 
-    def __init__(self, bundle: Bundle, origin: _Origin, keep_base: bool, report: Report) -> None:
+    def __init__(self, bundle: Bundle, origin: Origin, keep_base: bool, report: Report) -> None:
         self._bundle, self._origin, self._keep_base, self._report = bundle, origin, keep_base, report
         self._mark = f"-{secrets.token_hex(4)}"
         self._parts = {name: c for name, c in bundle.manifest.components.items() if name in SOURCES}

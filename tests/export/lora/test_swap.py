@@ -404,6 +404,21 @@ def test_inspect_shows_the_loras(built, loras_of):
     assert f"LoRA      {first} at 0.7" in invoke(run, "inspect", bundle).out
 
 
+def test_pictures_say_what_was_merged(built, bundle_of, tmp_path):
+    from zimg.runtime.cli import main as run
+
+    call = ("--prompt", "a circle", "--height", 32, "--width", 32, "--num-inference-steps", 1, "--quiet", "--json")
+    picture = tmp_path / "picture.png"
+    made = invoke(run, "generate", "--bundle", built("qwen-image"), "--output", picture, *call)
+    found = json.loads(made.out)["parameters"]["loras"]
+    assert "0.safetensors:0.7 (" in found
+    again = ("--from-image", picture, "--quiet", "--output", tmp_path / "again.png")
+    assert invoke(run, "generate", "--bundle", built("qwen-image"), *again).err == ""
+    plain = invoke(run, "generate", "--bundle", bundle_of("qwen-image"), *again)
+    assert plain.code == 0
+    assert f"was made with {found}, and this bundle has no LoRA" in plain.err
+
+
 def test_verify_needs_the_loras(built, bundle_of, loras_of, checkpoint_of, copy_of, tmp_path):
     lora = shutil.copy(loras_of("z-image")[1], tmp_path / "lora.safetensors")
     bundle = copy_of(bundle_of("z-image", "fp32"))
