@@ -14,7 +14,7 @@ from zimg.engines.bundle import MergedLora
 from zimg.engines.errors import LoraError
 from zimg.export.lora.deltas import Addend, Change, Magnitude, Slice
 from zimg.export.lora.formats import Lora, Module, read_lora
-from zimg.export.lora.names import Meaning, Names, Target, families
+from zimg.export.lora.names import TEXT_ENCODER, Meaning, Names, Target, families
 from zimg.export.lora.source import find_lora
 
 Addends = Mapping[str, Mapping[str, tuple[Addend, ...]]]
@@ -90,14 +90,16 @@ def _unmatched(
 ) -> list[str]:
     """The modules and keys of a LoRA that mean nothing here."""
     unmatched = [name for name, meaning in meanings.items() if meaning is None]
-    if len(unmatched) == len(meanings):
-        likely = [name for name in families(meanings) if name != family]
-        if likely and family not in families(meanings):
-            raise LoraError(
-                f"{lora.file.path} is no LoRA for {family}: its modules are called as those of {' or '.join(likely)}",
-                "name one that was trained for this family",
-            )
-    elif allow_unmatched or not (unmatched or lora.unknown):
+    meant = {target.component for meaning in meanings.values() if meaning for target in meaning.targets}
+    likely = [name for name in families(unmatched) if name != TEXT_ENCODER]
+    # Text encoders are alike: what a LoRA has for its own may fit this one's.
+    if "transformer" not in meant and likely and family not in likely:
+        raise LoraError(
+            f"{lora.file.path} is no LoRA for {family}: its modules are called as those of {' or '.join(likely)}",
+            "name one that was trained for this family",
+        )
+    matches = len(unmatched) < len(meanings)
+    if (allow_unmatched and matches) or not (unmatched or lora.unknown):
         return [f"{lora.file.path.name}: {name}" for name in (*unmatched, *lora.unknown)]
     if not unmatched:
         raise LoraError(
@@ -107,7 +109,7 @@ def _unmatched(
     nearest = names.nearest(unmatched[0])
     like = f"; the nearest are {', '.join(nearest)}" if nearest else ""
     hint = "check which model it was trained for"
-    if len(unmatched) < len(meanings):
+    if matches:
         hint += "; --allow-unmatched leaves such modules out"
     raise LoraError(
         f"{lora.file.path}: {unmatched[0]!r} means no tensor of this {family} checkpoint{_others(unmatched)}{like}",

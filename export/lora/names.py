@@ -33,10 +33,11 @@ ALIASES = (
 )
 """Other names of modules: those of Z-Image's original files, where q, k and v are one linear."""
 
+TEXT_ENCODER = "text encoder"
 SIGNS = (
     ("qwen-image", r"transformer_blocks_\d+_(attn_|img_m|txt_m)(?!.*attn\d)|txt_norm|txt_in"),
     ("z-image", r"(layers|noise_refiner|context_refiner)_\d+_(attention|feed_forward|adaLN)|cap_embedder|final_layer"),
-    ("text encoder", r"layers_\d+_(self_attn|mlp)_"),
+    (TEXT_ENCODER, r"layers_\d+_(self_attn|mlp)_"),
     ("FLUX", r"double_blocks|single_blocks|single_transformer_blocks"),
     ("Wan", r"blocks_\d+_(cross_attn|self_attn|ffn)"),
     ("Stable Diffusion", r"(down|up|input|output|mid|middle)_blocks?_.*attn|joint_blocks"),

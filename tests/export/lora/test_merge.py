@@ -357,7 +357,8 @@ class TestSource:
     def test_hub(self, tmp_path, monkeypatch):
         from zimg.export.lora import source
 
-        file = tmp_path / "lora.safetensors"
+        file = tmp_path / "sub" / "lora.safetensors"
+        file.parent.mkdir()
         save_file({"a": torch.zeros(1)}, file)
         asked = []
 
@@ -366,15 +367,11 @@ class TestSource:
             return tmp_path
 
         monkeypatch.setattr(source.hub, "fetch", fetch)
-        for name in (
-            "some/one/my:lora.safetensors",
-            "some/one:my:lora.safetensors:0.5",
-            "some/one/my:lora.safetensors:2",
-        ):
-            found = find_lora(name, "modelscope")
-            assert found.path == file
-            assert asked.pop() == ("some/one", "modelscope", [file.name])
-        assert find_lora("some/one:lora.safetensors:0.5").source == "some/one:lora.safetensors"
+        for name, scale in (("some/one/", ""), ("some/one:", ":0.5"), ("some/one/", ":2")):
+            found = find_lora(f"{name}sub/lora.safetensors{scale}", "modelscope")
+            assert (found.path, found.source) == (file, f"{name}sub/lora.safetensors")
+            assert found.scale == float(scale[1:] or 1)
+            assert asked.pop() == ("some/one", "modelscope", ["sub/lora.safetensors"])
         with pytest.raises(LoraError, match="has no file"):
             find_lora("some/one/other.safetensors")
 
