@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -27,12 +28,16 @@ from zimg.engines.errors import OutputError, UsageError
 from zimg.engines.safetensors import TensorInfo
 from zimg.export import catalog
 from zimg.export.assemble import assemble
-from zimg.export.checkpoint import Checkpoint, check_tensors, open_checkpoint
+from zimg.export.checkpoint import Checkpoint, check_tensors, is_dead_text, open_checkpoint
+from zimg.export.layout import base_name, graph_name, lora_name
 from zimg.export.locks import only_writer_of
+from zimg.export.lora import known
+from zimg.export.lora.merge import NOTHING, Addends, Merge, merge, read_loras
+from zimg.export.lora.names import Names
 from zimg.export.models import autoencoder_kl, qwen_image, qwen_image_vae, text_encoder, z_image
 from zimg.export.parts import Part
 from zimg.export.tokenizer import export_tokenizer
-from zimg.export.weights import Wanted, export_weights, written_bytes
+from zimg.export.weights import Wanted, export_weights, linkable, written_bytes
 from zimg.runtime import families
 from zimg.runtime.latents import vae_normalization
 from zimg.runtime.progress import Report, silent
@@ -58,6 +63,11 @@ def build(
     revision: str | None = None,
     source: str = "huggingface",
     overwrite: bool = False,
+    loras: Sequence[str] = (),
+    keep_base: bool = False,
+    allow_unmatched: bool = False,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     report: Report = silent,
 ) -> Bundle:
     """Build a bundle.
@@ -69,6 +79,11 @@ def build(
         revision: branch, tag or commit on the hub.
         source: ``"huggingface"`` or ``"modelscope"``.
         overwrite: replace a bundle that is there.
+        loras: LoRAs to merge, as :func:`zimg.export.lora.source.find_lora` takes them.
+        keep_base: keep what they touch without them as well, so that another set needs no checkpoint.
+        allow_unmatched: go on where a LoRA has modules that the checkpoint has not.
+        num_inference_steps: another default than the checkpoint's or the LoRAs'.
+        guidance_scale: likewise, as diffusers counts it.
         report: called with (stage, done, total) as the work goes on.
 
     Raises:
@@ -78,13 +93,28 @@ def build(
         raise UsageError(f"no precision is called {precision!r}", f"choose one of {', '.join(PRECISIONS)}")
     out = out.expanduser().absolute()
     with only_writer_of(out), atomic_folder(out, overwrite=overwrite) as folder:
-        export(open_checkpoint(model, revision=revision, source=source), folder, PRECISIONS[precision], report)
+        read = read_loras(loras, source)
+        checkpoint = open_checkpoint(model, revision=revision, source=source)
+        found = (
+            merge(read, names_of(checkpoint), checkpoint.family, allow_unmatched=allow_unmatched) if read else NOTHING
+        )
+        chosen = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        export(checkpoint, folder, PRECISIONS[precision], report, merged=found, keep_base=keep_base, chosen=chosen)
     bundle = Bundle.open(out, verify=False)
     bundle.trust()
     return bundle
 
 
-def export(checkpoint: Checkpoint, folder: Path, precision: str, report: Report = silent) -> None:
+def export(
+    checkpoint: Checkpoint,
+    folder: Path,
+    precision: str,
+    report: Report = silent,
+    *,
+    merged: Merge = NOTHING,
+    keep_base: bool = False,
+    chosen: Mapping[str, Any] | None = None,
+) -> None:
     """Write a whole bundle into an empty folder.
 
     Args:
@@ -92,6 +122,9 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, report: Report 
         folder: where to write.
         precision: the element type of the weights, ``"float32"`` or ``"bfloat16"``.
         report: called with (stage, done, total).
+        merged: what LoRAs do to it.
+        keep_base: keep what they touch without them as well.
+        chosen: the user's own defaults, see :func:`zimg.export.lora.known.settings_for`.
 
     Raises:
         CheckpointError: the checkpoint is not what its configs say, or not one zimg serves.
@@ -102,6 +135,8 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, report: Report 
     scheduler = checkpoint.config("scheduler")
     check_scheduler(scheduler)
     vae_normalization(config["vae"])
+    base = known.Settings(catalog.defaults_for(checkpoint.root, checkpoint.family, scheduler), scheduler)
+    settings = known.settings_for(merged.loras, checkpoint.family, base, **(chosen or {}))
     parts = parts_of(checkpoint)
     text = export_tokenizer(
         checkpoint.root / "tokenizer",
@@ -109,9 +144,11 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, report: Report 
         family.TEXT,
         chat_template=family.USES_CHAT_TEMPLATE,
     )
-    wanted = {name: wanted_by(checkpoint, part) for name, part in parts.items()}
-    _check_space(wanted, precision, folder)
-    placed = export_weights(wanted, precision, folder, lambda done, total: report("weights", done, total))
+    wanted = {name: wanted_by(checkpoint, part, merged.addends) for name, part in parts.items()}
+    _check_space(wanted, precision, folder, keep_base=keep_base)
+    placed = export_weights(
+        wanted, precision, folder, lambda done, total: report("weights", done, total), keep_base=keep_base
+    )
     components = {}
     for index, (name, part) in enumerate(parts.items()):
         report("graphs", index, len(parts))
@@ -125,12 +162,15 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, report: Report 
         precision=precision,
         source=checkpoint.source,
         text=text,
-        defaults=catalog.defaults_for(checkpoint.root, checkpoint.family, scheduler),
-        scheduler=scheduler,
+        defaults=settings.defaults,
+        scheduler=dict(settings.scheduler),
         config=config | {"text_encoder": text_encoder.text_part(config["text_encoder"])},
         components=components,
         files=record_files(folder),
         tools={name: metadata.version(name) for name in TOOLS},
+        loras=merged.loras,
+        base_defaults=base.defaults if settings != base else None,
+        base_scheduler=scheduler if settings != base else None,
     )
     write_manifest(folder, manifest)
 
@@ -153,41 +193,65 @@ def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
     return parts
 
 
-def wanted_by(checkpoint: Checkpoint, part: Part) -> dict[str, Wanted]:
-    """What each of a part's parameters comes from."""
-    infos = checkpoint.tensors(part.source)
-    return {name: Wanted(infos[name], shape, part.transforms.get(name)) for name, shape in part.parameters().items()}
+def names_of(checkpoint: Checkpoint) -> Names:
+    """The modules that LoRAs can change."""
+    text = text_encoder.text_part(checkpoint.config("text_encoder"))
+
+    def is_dead(component: str, name: str) -> bool:
+        return component == "text_encoder" and is_dead_text(text, name)
+
+    shapes = {
+        component: {
+            name: info.shape for name, info in checkpoint.tensors(component).items() if not is_dead(component, name)
+        }
+        for component in ("transformer", "text_encoder")
+    }
+    return Names(shapes, is_dead)
+
+
+def wanted_by(checkpoint: Checkpoint, part: Part, addends: Addends | None = None) -> dict[str, Wanted]:
+    """What each of a part's parameters comes from, and what LoRAs add to it."""
+    infos, own = checkpoint.tensors(part.source), (addends or {}).get(part.source, {})
+    return {
+        name: Wanted(infos[name], shape, part.transforms.get(name), own.get(name, ()))
+        for name, shape in part.parameters().items()
+    }
 
 
 def _component(name: str, part: Part, tensors: Mapping[str, TensorInfo], precision: str, folder: Path) -> Component:
     """Write a component's graphs, one that computes in the weights' own type and one in float32 for CPUs."""
-    weights = tuple(sorted({info.file.relative_to(folder).as_posix() for info in tensors.values()}))
+    files = {info.file.relative_to(folder).as_posix() for info in tensors.values()}
+    lora = lora_name(name) if lora_name(name) in files else None
+    weights = (*sorted(files - {lora}), *filter(None, [lora]))
+    base = base_name(name) if (folder / base_name(name)).exists() else None
     parameters = sum(math.prod(info.shape) for info in tensors.values())
     size = sum(info.nbytes for info in tensors.values())
     if part.network is None:
         names = tuple(info.name for info in tensors.values())
-        return Component(weights, tensors=names, parameters=parameters, weight_bytes=size)
+        return Component(weights, tensors=names, parameters=parameters, weight_bytes=size, lora=lora, base=base)
     graphs, spec = {}, None
     for compute in dict.fromkeys((precision, "float32")):
         network = part.build(getattr(torch, compute))
         model, spec = assemble(network, part.inputs, part.output, part.sizes, tensors, folder)
-        graphs[compute] = f"{name}.onnx" if compute == precision else f"{name}.{compute}.onnx"
+        graphs[compute] = graph_name(name, compute, precision)
         ir.save(model, folder / graphs[compute])
     inputs = {entry.name: TensorSpec(str(entry.dtype).removeprefix("torch."), entry.shape) for entry in part.inputs}
     outputs = {part.output: spec} if spec else {}
-    return Component(weights, graphs, inputs, outputs, parameters=parameters, weight_bytes=size)
+    return Component(weights, graphs, inputs, outputs, parameters=parameters, weight_bytes=size, lora=lora, base=base)
 
 
-def _check_space(wanted: Mapping[str, Mapping[str, Wanted]], precision: str, folder: Path) -> None:
+def _check_space(wanted: Mapping[str, Mapping[str, Wanted]], precision: str, folder: Path, *, keep_base: bool) -> None:
     """Fail before the first gigabyte is written rather than after the last."""
-    files = {want.source.file for wants in wanted.values() for want in wants.values()}
-    linkable = {file for file in files if file.resolve().stat().st_dev == folder.stat().st_dev}
-    needed = sum(
-        written_bytes(want, precision)
-        for wants in wanted.values()
-        for want in wants.values()
-        if not (want.is_kept(precision) and want.source.file in linkable)
-    )
+    here = folder.stat().st_dev
+    linked = {
+        file
+        for file, may in linkable(wanted, precision, keep_base=keep_base).items()
+        if may and file.resolve().stat().st_dev == here
+    }
+    wants = [want for part in wanted.values() for want in part.values()]
+    needed = sum(written_bytes(want, precision) for want in wants if want.addends or want.source.file not in linked)
+    if keep_base:
+        needed += sum(want.source.nbytes for want in wants if want.addends and want.source.file not in linked)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(

@@ -47,7 +47,9 @@ class Muon(torch.optim.Optimizer):
                 matrices = torch.stack(lookahead).flatten(2)
                 steps = orthogonalize(matrices).reshape(-1, *shape)
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, list(steps), alpha=-group["lr"] * MATCH * math.sqrt(max(matrices.shape[1:])))
+                torch._foreach_add_(
+                    parameters, list(steps), alpha=-group["lr"] * MATCH * math.sqrt(max(matrices.shape[1:]))
+                )
 
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
         """Bring a parameter's momentum up to date; where it will be after the next such gradient (Nesterov)."""
