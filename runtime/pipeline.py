@@ -16,7 +16,6 @@ from zimg.engines.base import Feeds
 from zimg.engines.bundle import Bundle
 from zimg.engines.dtypes import round_to
 from zimg.engines.errors import UsageError
-from zimg.runtime import demo
 from zimg.runtime import image as images
 from zimg.runtime import request as requests
 from zimg.runtime.engine_pool import EnginePool
@@ -84,7 +83,7 @@ class Pipeline:
     @classmethod
     def open(
         cls,
-        bundle: str | os.PathLike[str] = demo.DEFAULT,
+        bundle: str | os.PathLike[str],
         *,
         backend: str = "onnxruntime",
         device: str | None = None,
@@ -96,7 +95,7 @@ class Pipeline:
         """Open a bundle.
 
         Args:
-            bundle: its folder, or the name of one that zimg carries: ``"zimg-tiny-z"`` or ``"zimg-tiny-qwen"``.
+            bundle: its folder.
             backend: ``"onnxruntime"``, ``"torch"``, ``"tensorrt"`` or ``"tensorrt-rtx"``.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; by default the best one the backend finds.
             memory_budget: bytes of engines that may stay open between their parts of a call and between calls. With 0
@@ -110,7 +109,7 @@ class Pipeline:
             UsageError: no such backend.
         """
         return cls(
-            Bundle.open(demo.locate(bundle), verify=verify),
+            Bundle.open(bundle, verify=verify),
             backend=backend,
             device=device,
             memory_budget=memory_budget,

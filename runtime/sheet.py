@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zimg.engines.errors import UsageError
-from zimg.runtime import demo
 from zimg.runtime import image as images
 from zimg.runtime.pipeline import Pipeline
 from zimg.runtime.progress import Report, silent
@@ -61,7 +60,7 @@ def sheet(
         prompts: one for each cell.
         output: the file.
         call: parameters of :meth:`Pipeline.__call__` by name, None where one was not given.
-        bundles: folders, or names of bundles that zimg carries.
+        bundles: their folders.
         columns: cells side by side.
         backend: as for :meth:`Pipeline.open`.
         device: as for :meth:`Pipeline.open`.
@@ -82,7 +81,7 @@ def sheet(
     made = []
     for bundle in bundles:
         started = time.perf_counter()
-        with Pipeline.open(demo.locate(bundle), backend=backend, device=device, warn=warn) as pipeline:
+        with Pipeline.open(bundle, backend=backend, device=device, warn=warn) as pipeline:
             manifest = pipeline.bundle.manifest
             wanted = {"negative_prompt": manifest.defaults.negative_prompt} | given
             row = []

@@ -25,8 +25,8 @@ from zimg.training.tokenizer import train_tokenizer
 from zimg.training.vae import AutoencoderTask, measure, stored_autoencoder
 
 VAE = {
-    "z-image": Settings(steps=4000, batch_size=4, learning_rate=3e-3, ema=0.995, warmup=50),
-    "qwen-image": Settings(steps=4500, batch_size=8, learning_rate=3e-3, ema=0.995, warmup=50),
+    "z-image": Settings(steps=2000, batch_size=4, learning_rate=3e-3, ema=0.995, warmup=50),
+    "qwen-image": Settings(steps=2000, batch_size=8, learning_rate=3e-3, ema=0.995, warmup=50),
 }
 DIFFUSION = {
     "z-image": Settings(steps=24000, batch_size=24, learning_rate=1.5e-3, warmup=300),
