@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -141,6 +142,14 @@ def derive_checkpoint(
         shutil.copytree(source, work, dirs_exist_ok=True, ignore=lambda _, names: set(names) & set(components))
         for name, model in components.items():
             model.to(getattr(torch, precision)).save_pretrained(work / name)
+            _forget_path(work / name / "config.json")
+
+
+def _forget_path(config: Path) -> None:
+    """Take out of a config where its model was loaded from: a place on this machine."""
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def load_component(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -107,5 +107,5 @@ def test_the_command(bundle_of: Callable[..., Path], tmp_path: Path) -> None:
     done = invoke(main, "sheet", prompts, *own, *size)
     assert (done.code, done.out) == (0, f"{page}\n")
     assert Image.open(page).width == 64 + 2 * MARGIN
-    invoke(main, "sheet", tmp_path / "none.txt", *own).assert_refused("none.txt cannot be read", 1)
+    invoke(main, "sheet", tmp_path / "none.txt", *own).assert_refused("none.txt cannot be read", 2)
     invoke(main, "sheet", prompts, *own, "--columns", 0).assert_refused("columns is 0", 2)
