@@ -4,19 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints-dev.txt
-FAMILIES := z-image qwen-image
-PROMPT := a red circle left of a blue square
 TENSORRT_TESTS := tests/export/tensorrt $(wildcard tests/*/test_tensorrt*.py tests/*/test_compile*.py)
-PICTURE := --height 256 --width 256 --num-inference-steps 8 --seed 0
 
 .PHONY: demo test test-tensorrt check clean
 
-demo: $(VENV)/.export
-	@set -e; for family in $(FAMILIES); do \
-	  $(BIN)/zimg-export demo-checkpoint demo/checkpoints/$$family --family $$family --overwrite; \
-	  $(BIN)/zimg-export build --model demo/checkpoints/$$family --out demo/bundles/$$family --precision fp32 --overwrite; \
-	  $(BIN)/zimg-run generate --bundle demo/bundles/$$family --prompt "$(PROMPT)" $(PICTURE) --output demo/$$family.png; \
-	done
+# A dozen prompts by the two models that zimg carries, side by side. Needs no PyTorch.
+demo: $(VENV)/.run
+	mkdir -p demo
+	$(BIN)/zimg-run sheet docs/demo-prompts.txt --bundle zimg-tiny-z --bundle zimg-tiny-qwen --output demo/sheet.png
 
 test: check $(VENV)/.tensorrt
 	PYTHONPATH=$(VENV)/tensorrt $(BIN)/python -m pytest
@@ -39,9 +34,13 @@ $(VENV)/.tensorrt: $(VENV)/.dev tests/tensorrt_compiler.py
 clean:
 	rm -rf demo $(VENV)
 
-# torch is named first and by its exact version, so that an index or a folder of wheels can offer its CPU build.
-$(VENV)/.export: pyproject.toml constraints-dev.txt
+$(VENV)/.run: pyproject.toml constraints-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+# torch is named first and by its exact version, so that an index or a folder of wheels can offer its CPU build.
+$(VENV)/.export: $(VENV)/.run
 	$(PIP) torch==2.13.0
 	$(PIP) --editable '.[export]'
 	touch $@

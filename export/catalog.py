@@ -16,6 +16,7 @@ from typing import Any
 
 from zimg.engines.bundle import Defaults
 from zimg.engines.errors import CheckpointError
+from zimg.runtime import demo
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Entry:
     """A checkpoint that zimg serves. Its short name is the last part of its hub id."""
 
     hub_id: str
-    """The same on Hugging Face and on ModelScope."""
+    """The same on Hugging Face and on ModelScope; a name alone for what comes with zimg."""
     family: str
     defaults: Defaults
 
@@ -41,6 +42,12 @@ SERVED = (
     Entry("Qwen/Qwen-Image-2512", "qwen-image", Defaults(50, 4.0, 1328, 1328, " ")),
 )
 """In each family the base checkpoint's name is the family's own, and its defaults are the family's."""
+
+CARRIED = (
+    Entry(demo.NAMES[0], "z-image", Defaults(20, 2.0, 128, 128)),
+    Entry(demo.NAMES[1], "qwen-image", Defaults(20, 3.0, 128, 128, " ")),
+)
+"""The small models that come with zimg; they are on no hub."""
 
 PLANNED = (
     "Qwen/Qwen-Image-Edit",
@@ -115,7 +122,7 @@ def defaults_for(folder: str | os.PathLike[str], family: str, scheduler_config: 
             ``shift`` of 3.0 counts as a Turbo (the base has 6.0).
     """
     name = short_name(folder)
-    family_entries = {entry.name: entry for entry in SERVED if entry.family == family}
+    family_entries = {entry.name: entry for entry in (*SERVED, *CARRIED) if entry.family == family}
     if name not in family_entries:
         base = {"z-image": "Z-Image", "qwen-image": "Qwen-Image"}[family]
         name = "Z-Image-Turbo" if family == "z-image" and scheduler_config.get("shift") == 3.0 else base

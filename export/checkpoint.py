@@ -20,6 +20,7 @@ from zimg.engines.bundle import Source
 from zimg.engines.errors import CheckpointError, UsageError
 from zimg.engines.safetensors import SafetensorsError, TensorInfo, read_header
 from zimg.export import catalog, hub
+from zimg.runtime import demo
 
 FAMILIES = {
     "ZImagePipeline": "z-image",
@@ -104,7 +105,8 @@ def open_checkpoint(model: str, *, revision: str | None = None, source: str = "h
     """Find a checkpoint, fetch what of it is not on this machine, and open it.
 
     Args:
-        model: a folder, a hub id (``owner/name``) or a short name. What exists as a path is a path.
+        model: a folder, a hub id (``owner/name``), a short name, or the name of a model that comes with zimg. What
+            exists as a path is a path.
         revision: for a hub: branch, tag or commit.
         source: the hub, ``"huggingface"`` or ``"modelscope"``.
 
@@ -135,7 +137,7 @@ def open_configs(model: str, *, revision: str | None = None, source: str = "hugg
 
 def _find(model: str, revision: str | None, source: str, wanted: tuple[str, ...]) -> Path:
     """The folder of a checkpoint, after fetching the wanted files of it if it is on a hub."""
-    path = Path(model).expanduser() if model.startswith("~/") else Path(model)
+    path = Path(model).expanduser() if model.startswith("~/") else demo.locate(model)
     if model and os.path.lexists(path):
         if revision is not None:
             raise UsageError(f"{model} is a local folder, which has no revisions", "leave --revision out")

@@ -9,7 +9,7 @@ import click
 
 import zimg
 from zimg.engines.base import BACKENDS
-from zimg.runtime import console
+from zimg.runtime import console, demo
 
 BACKEND_NAMES = click.Choice(list(BACKENDS))
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -22,7 +22,13 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--bundle", required=True, type=click.Path(path_type=Path), help="The bundle's folder.")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    default=demo.DEFAULT,
+    show_default=True,
+    help=f"A bundle's folder, or one of zimg's own: {', '.join(demo.NAMES)}.",
+)
 @click.option("--prompt", help="What to draw.")
 @click.option("--negative-prompt", help="What to guide away from. [default: the checkpoint's recommendation]")
 @click.option("--height", type=int, help="In pixels, a multiple of 16. [default: the checkpoint's]")
@@ -85,9 +91,10 @@ def generate(
     "--bundle",
     "bundles",
     multiple=True,
-    required=True,
     type=click.Path(path_type=Path),
-    help="The bundle's folder. May be given several times: their pictures stand side by side.",
+    default=[demo.DEFAULT],
+    show_default=True,
+    help="May be given several times: their pictures stand side by side.",
 )
 @click.option("--columns", type=int, default=4, show_default=True, help="Prompts side by side.")
 @click.option("--negative-prompt", help="What to guide away from. [default: each checkpoint's recommendation]")

@@ -46,7 +46,7 @@ def generate(
     """Generate pictures and save them.
 
     Args:
-        bundle: the bundle's folder.
+        bundle: the bundle's folder, or the name of one that zimg carries.
         output: the file; several pictures get numbers before its ending.
         call: the command's options by name, None where one was not given: ``num_images`` and parameters of
             :meth:`Pipeline.__call__`.

@@ -9,15 +9,19 @@ from typing import Any
 import msgspec
 
 from zimg.engines.bundle import Bundle
+from zimg.runtime import demo
 
 
 def summary(path: Path) -> dict[str, Any]:
     """Describe a bundle, after checking its files.
 
+    Args:
+        path: its folder, or the name of one that zimg carries.
+
     Raises:
         BundleError: it is no bundle, or a file is not what the manifest says.
     """
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(demo.locate(path))
     manifest = bundle.manifest
     components = {}
     for name, component in manifest.components.items():

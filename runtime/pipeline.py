@@ -16,6 +16,7 @@ from zimg.engines.base import Feeds
 from zimg.engines.bundle import Bundle
 from zimg.engines.dtypes import round_to
 from zimg.engines.errors import UsageError
+from zimg.runtime import demo
 from zimg.runtime import image as images
 from zimg.runtime import request as requests
 from zimg.runtime.engine_pool import EnginePool
@@ -83,7 +84,7 @@ class Pipeline:
     @classmethod
     def open(
         cls,
-        bundle: str | os.PathLike[str],
+        bundle: str | os.PathLike[str] = demo.DEFAULT,
         *,
         backend: str = "onnxruntime",
         device: str | None = None,
@@ -95,7 +96,7 @@ class Pipeline:
         """Open a bundle.
 
         Args:
-            bundle: its folder.
+            bundle: its folder, or the name of one that zimg carries: ``"zimg-tiny-z"`` or ``"zimg-tiny-qwen"``.
             backend: ``"onnxruntime"``, ``"torch"``, ``"tensorrt"`` or ``"tensorrt-rtx"``.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; by default the best one the backend finds.
             memory_budget: bytes of engines that may stay open between their parts of a call and between calls. With 0
@@ -109,7 +110,7 @@ class Pipeline:
             UsageError: no such backend.
         """
         return cls(
-            Bundle.open(bundle, verify=verify),
+            Bundle.open(demo.locate(bundle), verify=verify),
             backend=backend,
             device=device,
             memory_budget=memory_budget,

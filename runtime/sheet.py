@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zimg.engines.errors import UsageError
+from zimg.runtime import demo
 from zimg.runtime import image as images
 from zimg.runtime.pipeline import Pipeline
 from zimg.runtime.progress import Report, silent
@@ -60,7 +61,7 @@ def sheet(
         prompts: one for each cell.
         output: the file.
         call: parameters of :meth:`Pipeline.__call__` by name, None where one was not given.
-        bundles: their folders.
+        bundles: folders, or names of bundles that zimg carries.
         columns: cells side by side.
         backend: as for :meth:`Pipeline.open`.
         device: as for :meth:`Pipeline.open`.
@@ -81,7 +82,7 @@ def sheet(
     made = []
     for bundle in bundles:
         started = time.perf_counter()
-        with Pipeline.open(bundle, backend=backend, device=device, warn=warn) as pipeline:
+        with Pipeline.open(demo.locate(bundle), backend=backend, device=device, warn=warn) as pipeline:
             manifest = pipeline.bundle.manifest
             wanted = {"negative_prompt": manifest.defaults.negative_prompt} | given
             row = []

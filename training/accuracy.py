@@ -62,7 +62,7 @@ def accuracy(
     """Draw held-out captions and judge them.
 
     Args:
-        bundle: its folder.
+        bundle: a folder, or the name of a bundle that zimg carries.
         captions: how many; every other one tells of one thing, the rest of two.
         backend: as for :meth:`zimg.runtime.Pipeline.open`.
         device: as for :meth:`zimg.runtime.Pipeline.open`.

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -72,40 +71,38 @@ def test_prompts_that_cannot_be_read(tmp_path: Path) -> None:
         read_prompts(tmp_path / "many.txt")
 
 
-def test_a_sheet_of_two_bundles(bundle_of: Callable[..., Path], tmp_path: Path) -> None:
-    call = {"seed": 3, "num_inference_steps": 1, "cfg_scale": 1.0, "height": 64, "width": 48}
-    folders = [bundle_of("z-image"), bundle_of("qwen-image")]
-    made = sheet(["a red circle", "a star"], tmp_path / "sheet.png", call, bundles=folders, columns=1)
+def test_a_sheet_of_both_models(tmp_path: Path) -> None:
+    call = {"seed": 3, "num_inference_steps": 2, "cfg_scale": None}
+    names = [Path("zimg-tiny-z"), Path("zimg-tiny-qwen")]
+    made = sheet(["a red circle", "a blue star"], tmp_path / "sheet.png", call, bundles=names, columns=1)
     page = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert [bundle["name"] for bundle in made["bundles"]] == ["zimg-tiny-z", "zimg-tiny-qwen"]
     assert (made["height"], made["width"]) == page.shape[:2]
-    for index, (folder, named) in enumerate(zip(folders, made["bundles"], strict=True)):
-        with Pipeline.open(folder) as pipeline:
-            assert named["name"] == pipeline.bundle.manifest.name
+    for index, name in enumerate(names):
+        with Pipeline.open(name) as pipeline:
             negative = pipeline.bundle.manifest.defaults.negative_prompt
-            drawn = pipeline("a red circle", **call, negative_prompt=negative).images[0]
-        x = MARGIN + index * (48 + GAP)
-        assert np.array_equal(page[MARGIN : MARGIN + 64, x : x + 48], np.asarray(drawn))
+            drawn = pipeline("a red circle", seed=3, num_inference_steps=2, negative_prompt=negative).images[0]
+        x = MARGIN + index * (128 + GAP)
+        assert np.array_equal(page[MARGIN : MARGIN + 128, x : x + 128], np.asarray(drawn))
 
 
 def test_what_cannot_be_drawn(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="columns is 0"):
-        sheet(["a"], tmp_path / "s.png", {}, bundles=[tmp_path], columns=0)
+        sheet(["a"], tmp_path / "s.png", {}, bundles=[Path("zimg-tiny-z")], columns=0)
     with pytest.raises(UsageError, match="names no format"):
-        sheet(["a"], tmp_path / "s.bmp", {}, bundles=[tmp_path])
+        sheet(["a"], tmp_path / "s.bmp", {}, bundles=[Path("zimg-tiny-z")])
     with pytest.raises(OutputError, match="does not exist"):
-        sheet(["a"], tmp_path / "none" / "s.png", {}, bundles=[tmp_path])
+        sheet(["a"], tmp_path / "none" / "s.png", {}, bundles=[Path("zimg-tiny-z")])
     with pytest.raises(BundleError, match="is not a bundle"):
         sheet(["a"], tmp_path / "s.png", {}, bundles=[tmp_path])
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command(bundle_of: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path) -> None:
     prompts, page = tmp_path / "prompts.txt", tmp_path / "s.webp"
     prompts.write_text("a red circle\n")
-    own = ("--bundle", bundle_of("z-image"), "--output", page)
-    size = ("--height", 64, "--width", 64, "--num-inference-steps", 1)
-    done = invoke(main, "sheet", prompts, *own, *size)
+    done = invoke(main, "sheet", prompts, "--num-inference-steps", 1, "--output", page)
     assert (done.code, done.out) == (0, f"{page}\n")
-    assert Image.open(page).width == 64 + 2 * MARGIN
-    invoke(main, "sheet", tmp_path / "none.txt", *own).assert_refused("none.txt cannot be read", 2)
-    invoke(main, "sheet", prompts, *own, "--columns", 0).assert_refused("columns is 0", 2)
+    assert Image.open(page).width == 128 + 2 * MARGIN
+    invoke(main, "sheet", tmp_path / "none.txt").assert_refused("none.txt cannot be read", 2)
+    invoke(main, "sheet", prompts, "--columns", 0).assert_refused("columns is 0", 2)

@@ -103,7 +103,7 @@ def contents(bundle):
             for tensor in model.graph.initializer:
                 if entry := {item.key: item.value for item in tensor.external_data}:
                     info = tensors[tensor.name]
-                    place = (info.file.relative_to(opened.root).as_posix(), str(info.offset), str(info.nbytes))
+                    place = (info.file.name, str(info.offset), str(info.nbytes))
                     assert (entry["location"], entry["offset"], entry["length"]) == place, tensor.name
                     found[name, tensor.name] = view(info).tobytes()
         found |= {(name, key): view(tensors[key]).tobytes() for key in component.tensors}

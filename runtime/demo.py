@@ -1,0 +1,26 @@
+"""The two small models that zimg carries, so that it draws with no download: what they are called, and where they lie.
+
+Each folder is a checkpoint in the diffusers layout and a bundle made from it at once; they share their weights.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+NAMES = ("zimg-tiny-z", "zimg-tiny-qwen")
+"""One of each family: Z-Image, Qwen-Image."""
+DEFAULT = NAMES[0]
+FOLDER = Path(__file__).resolve().parent / "models"
+
+
+def locate(model: str | os.PathLike[str]) -> Path:
+    """The folder of a model by its path or, where nothing has that path, by the name of one that zimg carries.
+
+    >>> locate("zimg-tiny-z").name
+    'zimg-tiny-z'
+    >>> locate("there-is-no-such-folder")
+    PosixPath('there-is-no-such-folder')
+    """
+    name = os.fspath(model)
+    return FOLDER / name if name in NAMES and not os.path.lexists(name) else Path(name)

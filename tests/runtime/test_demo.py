@@ -1,0 +1,115 @@
+"""The models that zimg carries, as who has just installed it meets them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from zimg.engines.bundle import Bundle
+from zimg.engines.errors import BundleError
+from zimg.runtime import Pipeline, demo
+from zimg.training.accuracy import accuracy
+from zimg.training.judge import Present, Related, judge
+
+PROMPT = "a red circle left of a blue square"
+CLAIMS = [
+    Present(("circle", "red")),
+    Present(("square", "blue")),
+    Related(("circle", "red"), "left of", ("square", "blue")),
+]
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "transformers", "diffusers", "onnx", "huggingface_hub"):
+    sys.modules[name] = None
+from zimg.runtime.cli import main
+main()
+"""
+
+
+def test_a_name_is_a_model_where_no_path_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in demo.NAMES:
+        assert Bundle.open(demo.locate(name)).manifest.name == name
+    assert demo.locate("some/bundle") == Path("some/bundle")
+    (tmp_path / "zimg-tiny-z").mkdir()
+    assert demo.locate("zimg-tiny-z") == Path("zimg-tiny-z")
+    with pytest.raises(BundleError, match="is not a bundle"):
+        Pipeline.open("zimg-tiny-z")
+
+
+@pytest.mark.parametrize("bundle", [(), ("--bundle", "zimg-tiny-qwen")])
+def test_it_draws_what_it_is_asked_for_without_torch(bundle: tuple[str, ...], tmp_path: Path) -> None:
+    command = ["generate", *bundle, "--prompt", PROMPT, "--seed", "0", "--json"]
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *command], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["parameters"]["model"] == (bundle[1] if bundle else "zimg-tiny-z")
+    verdict = judge(Image.open(tmp_path / "out.png"), CLAIMS)
+    assert verdict.right, verdict
+    assert seconds < 30  # Under 5 on an idle machine; tests share theirs.
+
+
+@pytest.mark.parametrize("name", demo.NAMES)
+@pytest.mark.parametrize("size", [(128, 192), (192, 128), (160, 128)])
+def test_other_aspect_ratios(name: str, size: tuple[int, int]) -> None:
+    with Pipeline.open(name) as pipeline:
+        negative = pipeline.bundle.manifest.defaults.negative_prompt
+        picture = pipeline("a green star", height=size[0], width=size[1], seed=1, negative_prompt=negative).images[0]
+    assert picture.size == size[::-1]
+    assert judge(picture, [Present(("star", "green"))]).right
+
+
+@pytest.mark.parametrize("name", demo.NAMES)
+def test_a_negative_prompt_drives_away_what_it_names(name: str) -> None:
+    """Where a prompt leaves the place open, a negative prompt that names one moves the thing to the other side."""
+    middles = {}
+    with Pipeline.open(name) as pipeline:
+        for side in ("left", "right"):
+            negative = f"a red circle at the {side}"
+            pictures = pipeline("a red circle", seed=0, negative_prompt=negative, num_images_per_prompt=6).images
+            seen = [judge(picture, []).seen for picture in pictures]
+            middles[side] = np.mean([things[0].x for things in seen if things])
+    assert middles["left"] > middles["right"] + 0.1
+
+
+@pytest.mark.parametrize("name", demo.NAMES)
+def test_guidance_makes_pictures_obey(name: str) -> None:
+    """Of the same captions and seeds, no fewer are drawn as they say than without guidance."""
+    plain, guided = (
+        sum(case.right for case in accuracy(name, captions=16, num_inference_steps=12, **call))
+        for call in ({"cfg_scale": 1.0}, {})
+    )
+    assert guided >= plain
+    assert guided >= 12
+
+
+@pytest.mark.parametrize("name", demo.NAMES)
+def test_it_is_a_checkpoint_too(name: str) -> None:
+    """The reference's own pipelines load the same folder, and draw the same picture."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    reference = DiffusionPipeline.from_pretrained(demo.locate(name), torch_dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    with Pipeline.open(name) as pipeline:
+        scale = pipeline.bundle.manifest.defaults.guidance_scale
+        key = "guidance_scale" if name == "zimg-tiny-z" else "true_cfg_scale"
+        call = {"num_inference_steps": 6, "height": 128, "width": 128, key: scale, "negative_prompt": " "}
+        own = pipeline(PROMPT, seed=0, output_type="np", **call).images
+    theirs = reference(PROMPT, generator=torch.Generator().manual_seed(0), output_type="np", **call).images
+    assert np.abs(own - theirs).max() < 1e-3
+
+
+def test_they_are_small() -> None:
+    weights = [file for name in demo.NAMES for file in demo.locate(name).rglob("*.safetensors")]
+    assert sum(file.stat().st_size for file in weights) <= 12e6
