@@ -11,7 +11,7 @@ import click
 import zimg
 from zimg.engines.errors import UsageError, ZimgError
 from zimg.export import compile_cli
-from zimg.runtime import console
+from zimg.runtime import console, demo
 
 SOURCES = click.Choice(["huggingface", "modelscope"])
 SOURCE = click.option("--source", type=SOURCES, default="huggingface", show_default=True, help="The hub of a hub id.")
@@ -30,6 +30,8 @@ KEEP_BASE = click.option("--keep-base", is_flag=True, help="Keep base weights to
 ALLOW_UNMATCHED = click.option("--allow-unmatched", is_flag=True, help="Leave out what of a LoRA the model has not.")
 STEPS = click.option("--num-inference-steps", type=int, help="Another default than the checkpoint's or the LoRA's.")
 GUIDANCE = click.option("--guidance-scale", type=float, help="Likewise, as diffusers counts it.")
+BUNDLE = click.argument("bundle", type=click.Path(path_type=Path), callback=lambda _, __, value: demo.locate(value))
+"""A bundle to read: a folder, or the name of one that zimg carries."""
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
@@ -154,7 +156,7 @@ def compile_engines(bundle: Path, backend: str, detailed: bool, quiet: bool, as_
 
 
 @cli.command("swap-lora")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@BUNDLE
 @LORA
 @click.option("--out", type=click.Path(path_type=Path), help="A new bundle, which shares all other files.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is at --out.")
@@ -178,6 +180,8 @@ def swap_lora(bundle: Path, quiet: bool, as_json: bool, **options: Any) -> None:
     from zimg.export.lora.swap import swap
     from zimg.runtime.progress import bar
 
+    if options["out"] is None and demo.is_carried(bundle):
+        raise UsageError(f"{bundle.name} comes with zimg and stays as it is", "write a new bundle with --out")
     with bar(enabled=not quiet) as report:
         swapped = swap(bundle, report=report, **options)
     root, stale = swapped.bundle.root, list(swapped.stale)
@@ -221,7 +225,7 @@ def inspect(model: str, revision: str | None, source: str, as_json: bool) -> Non
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@BUNDLE
 @click.option("--model", required=True, help="The checkpoint it was built from.")
 @REVISION
 @SOURCE
