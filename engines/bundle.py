@@ -132,6 +132,21 @@ class Defaults(msgspec.Struct, frozen=True):
     negative_prompt: str | None = None
 
 
+class Quantization(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a bundle's linears were quantized."""
+
+    precision: str
+    """``"fp8"``, ``"int8"``, ``"int8-weights"`` or ``"int4-weights"``."""
+    kept: dict[str, dict[str, str]] = {}
+    """Component -> the weights of linears that are stored in the bundle's precision -> why."""
+    range: str = ""
+    """Which range of a linear's inputs is represented: ``"max"``, ``"percentile"`` or ``"mse"``."""
+    smooth: float = 0.0
+    """SmoothQuant's alpha."""
+    calibration: dict[str, Any] = {}
+    """What the inputs' ranges were measured on."""
+
+
 class Manifest(msgspec.Struct, frozen=True):
     """``bundle.json``."""
 
@@ -141,7 +156,7 @@ class Manifest(msgspec.Struct, frozen=True):
     name: str
     """The checkpoint's short name, for people."""
     precision: str
-    """The element type the weights are stored in."""
+    """The element type of the weights, of those that are not quantized."""
     source: Source
     text: TextConfig
     defaults: Defaults
@@ -155,6 +170,7 @@ class Manifest(msgspec.Struct, frozen=True):
     """Versions of what built it."""
     engines: tuple[CompiledEngine, ...] = ()
     """What was compiled from it."""
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ def open_engine(bundle: Bundle, component: str, device: str | None = None) -> To
         program = compile_graph(load(bundle, graph), partial(read_constant, bundle, graph), place)
     if program.inputs.keys() != entry.inputs.keys() or program.outputs.keys() != entry.outputs.keys():
         raise BundleError(f"{bundle.file(graph)} is not what the manifest describes", "build the bundle again")
-    return TorchEngine(component, entry, program, place)
+    return TorchEngine(component, entry, program, place, graph)
 
 
 def _device(name: str | None) -> torch.device:
@@ -68,9 +68,11 @@ def _device(name: str | None) -> torch.device:
 class TorchEngine:
     """One compiled graph on one device; see :class:`zimg.engines.base.Engine`."""
 
-    def __init__(self, name: str, component: Component, program: Program, device: torch.device) -> None:
+    def __init__(self, name: str, component: Component, program: Program, device: torch.device, graph: str) -> None:
         self.inputs: Mapping[str, TensorSpec] = component.inputs
         self.outputs: Mapping[str, TensorSpec] = component.outputs
+        self.graph = graph
+        """The file of the bundle that it runs."""
         self._name = name
         self._program: Program | None = program
         self._device = device
@@ -100,6 +102,21 @@ class TorchEngine:
                 for name, tensor in found.items()
             }
 
+    def watch(self, watchers: Mapping[str, Callable[[torch.Tensor], None]]) -> None:
+        """Show the first input of some nodes to functions, in every run from now on.
+
+        Args:
+            watchers: by operator and node, such as ``MatMul 'layers.0/linear_4'``.
+
+        Raises:
+            KeyError: the graph has no such node.
+        """
+        program = self._open()
+        places = {step.label: index for index, step in enumerate(program.steps)}
+        for label, watcher in watchers.items():
+            step = program.steps[places[label]]
+            program.steps[places[label]] = step._replace(call=partial(_watched, watcher, step.call))
+
     def close(self) -> None:
         """Drop the weights. A closed engine cannot run again."""
         self._program = None
@@ -118,6 +135,11 @@ class TorchEngine:
             return feed
         writable = torch.from_numpy(np.require(feed, requirements=["C", "W"]))
         return writable.to(self._device, program.dtypes.get(name), copy=copy)
+
+
+def _watched(watcher: Callable[[torch.Tensor], None], call: Callable[..., Any], *inputs: torch.Tensor) -> Any:
+    watcher(inputs[0])
+    return call(*inputs)
 
 
 @contextmanager

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 import torch
@@ -18,6 +20,7 @@ from zimg.engines.bundle import (
     Bundle,
     Component,
     Manifest,
+    Quantization,
     TensorSpec,
     atomic_folder,
     record_files,
@@ -27,16 +30,41 @@ from zimg.engines.errors import OutputError, UsageError
 from zimg.engines.safetensors import TensorInfo
 from zimg.export import catalog
 from zimg.export.assemble import assemble
+from zimg.export.calibrate import Plan, beside, calibrate, default_prompts, finished
 from zimg.export.checkpoint import Checkpoint, check_tensors, open_checkpoint
+from zimg.export.formats import SCHEMES, Scheme
 from zimg.export.locks import only_writer_of
 from zimg.export.models import autoencoder_kl, qwen_image, qwen_image_vae, text_encoder, z_image
 from zimg.export.parts import Part
+from zimg.export.passes.quantize import Quantize
+from zimg.export.quantize import COMPONENTS, Quantized, Settings, linears, quantize
+from zimg.export.recipe import Recipe, family_recipe
+from zimg.export.statistics import Statistics
 from zimg.export.tokenizer import export_tokenizer
 from zimg.export.weights import Wanted, export_weights, written_bytes
 from zimg.runtime import families
 from zimg.runtime.latents import vae_normalization
 from zimg.runtime.progress import Report, silent
 from zimg.runtime.schedule import check_scheduler
+
+
+@dataclass(frozen=True)
+class Quantizing:
+    """How a quantized bundle is built."""
+
+    recipe: Recipe | None = None
+    """Which linears stay as they are; the family's own recipe where None."""
+    calibration: Plan | Statistics = field(default_factory=lambda: Plan(default_prompts()))
+    """What inputs are measured on where they are quantized, or what was measured."""
+    from_bundle: Path | None = None
+    """A float bundle of the same checkpoint to calibrate on; one is built for it where None."""
+    range: str = "max"
+    """Which range of inputs is represented: ``"max"``, ``"percentile"`` or ``"mse"``."""
+    smooth: float | None = None
+    """SmoothQuant's alpha; the precision's own where None."""
+    device: str | None = None
+    """What a calibration runs on, as torch names devices."""
+
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 """Name on the command line -> element type of the weights."""
@@ -55,6 +83,7 @@ def build(
     out: Path,
     *,
     precision: str = "bf16",
+    quantization: Quantizing | None = None,
     revision: str | None = None,
     source: str = "huggingface",
     overwrite: bool = False,
@@ -65,7 +94,9 @@ def build(
     Args:
         model: a folder in the diffusers layout, a hub id or a short name.
         out: the bundle's folder; it must not exist unless ``overwrite``.
-        precision: ``"fp32"`` or ``"bf16"``.
+        precision: ``"fp32"``, ``"bf16"``, or one of :data:`zimg.export.formats.SCHEMES`.
+        quantization: how it is quantized, in those; by the family's recipe and, where it needs a calibration, with
+            the default prompts when None.
         revision: branch, tag or commit on the hub.
         source: ``"huggingface"`` or ``"modelscope"``.
         overwrite: replace a bundle that is there.
@@ -74,17 +105,56 @@ def build(
     Raises:
         ZimgError: whatever went wrong, in one line. Nothing is left behind then.
     """
-    if precision not in PRECISIONS:
-        raise UsageError(f"no precision is called {precision!r}", f"choose one of {', '.join(PRECISIONS)}")
+    if precision not in (*PRECISIONS, *SCHEMES):
+        raise UsageError(f"no precision is called {precision!r}", f"choose one of {', '.join((*PRECISIONS, *SCHEMES))}")
     out = out.expanduser().absolute()
     with only_writer_of(out), atomic_folder(out, overwrite=overwrite) as folder:
-        export(open_checkpoint(model, revision=revision, source=source), folder, PRECISIONS[precision], report)
+        checkpoint = open_checkpoint(model, revision=revision, source=source)
+        settings = None
+        if precision in SCHEMES:
+            settings = _settings(checkpoint, precision, quantization or Quantizing(), out, report)
+        export(checkpoint, folder, PRECISIONS.get(precision, "bfloat16"), report, settings)
     bundle = Bundle.open(out, verify=False)
     bundle.trust()
     return bundle
 
 
-def export(checkpoint: Checkpoint, folder: Path, precision: str, report: Report = silent) -> None:
+def _settings(checkpoint: Checkpoint, precision: str, given: Quantizing, out: Path, report: Report) -> Settings:
+    """How a checkpoint's linears are quantized, after a calibration where that is needed and not there yet."""
+    recipe = given.recipe or family_recipe(checkpoint.family)
+    settings = Settings(precision, recipe, range=given.range, smooth=given.smooth)
+    settings.check()
+    parts = parts_of(checkpoint)
+    for name in COMPONENTS:
+        recipe.kept(precision, name, linears(parts[name]))  # What is wrong is better said before hours of work.
+    if settings.scheme.activations is None:
+        return settings
+    if isinstance(given.calibration, Statistics):
+        return replace(settings, statistics=given.calibration)
+    if given.from_bundle is not None:
+        float_bundle = Bundle.open(given.from_bundle)
+        if float_bundle.manifest.family != checkpoint.family:
+            found = f"{given.from_bundle} is of family {float_bundle.manifest.family}"
+            raise UsageError(f"{found}, and the checkpoint of {checkpoint.family}", "name a bundle of this checkpoint")
+        found_at = beside(float_bundle.root)
+        statistics = calibrate(float_bundle, given.calibration, found_at, device=given.device, report=report)
+        return replace(settings, statistics=statistics)
+    known = finished(beside(out), checkpoint.source, given.calibration)
+    if known is None:
+        with TemporaryDirectory(prefix=f".{out.name}.", suffix=".float", dir=out.parent) as folder:
+            export(checkpoint, Path(folder), "bfloat16", report)
+            float_bundle = Bundle.open(folder, verify=False)
+            known = calibrate(float_bundle, given.calibration, beside(out), device=given.device, report=report)
+    return replace(settings, statistics=known)
+
+
+def export(
+    checkpoint: Checkpoint,
+    folder: Path,
+    precision: str,
+    report: Report = silent,
+    settings: Settings | None = None,
+) -> None:
     """Write a whole bundle into an empty folder.
 
     Args:
@@ -92,8 +162,10 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, report: Report 
         folder: where to write.
         precision: the element type of the weights, ``"float32"`` or ``"bfloat16"``.
         report: called with (stage, done, total).
+        settings: how linears are quantized, where they are.
 
     Raises:
+        UsageError: the settings do not fit each other or the checkpoint.
         CheckpointError: the checkpoint is not what its configs say, or not one zimg serves.
         OSError: the disk is full.
     """
@@ -103,19 +175,29 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, report: Report 
     check_scheduler(scheduler)
     vae_normalization(config["vae"])
     parts = parts_of(checkpoint)
+    wanted = {name: wanted_by(checkpoint, part) for name, part in parts.items()}
+    quantized: dict[str, Quantized] = {}
+    if settings is not None:
+        settings.check()
+        for index, name in enumerate(COMPONENTS):
+            report("quantize", index, len(COMPONENTS))
+            quantized[name] = quantize(name, parts[name], wanted[name], settings)
+            wanted[name] = quantized[name].wanted
     text = export_tokenizer(
         checkpoint.root / "tokenizer",
         folder / "tokenizer",
         family.TEXT,
         chat_template=family.USES_CHAT_TEMPLATE,
     )
-    wanted = {name: wanted_by(checkpoint, part) for name, part in parts.items()}
     _check_space(wanted, precision, folder)
     placed = export_weights(wanted, precision, folder, lambda done, total: report("weights", done, total))
     components = {}
     for index, (name, part) in enumerate(parts.items()):
         report("graphs", index, len(parts))
-        components[name] = _component(name, part, placed[name], precision, folder)
+        rewrite = None
+        if settings is not None and name in quantized:
+            rewrite = partial(_quantize_graph, settings.scheme, quantized[name].quantized, placed[name])
+        components[name] = _component(name, part, placed[name], precision, folder, rewrite)
     report("graphs", len(parts), len(parts))
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
@@ -131,6 +213,7 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str, report: Report 
         components=components,
         files=record_files(folder),
         tools={name: metadata.version(name) for name in TOOLS},
+        quantization=_record(settings, quantized) if settings is not None else None,
     )
     write_manifest(folder, manifest)
 
@@ -159,23 +242,50 @@ def wanted_by(checkpoint: Checkpoint, part: Part) -> dict[str, Wanted]:
     return {name: Wanted(infos[name], shape, part.transforms.get(name)) for name, shape in part.parameters().items()}
 
 
-def _component(name: str, part: Part, tensors: Mapping[str, TensorInfo], precision: str, folder: Path) -> Component:
+def _component(
+    name: str,
+    part: Part,
+    tensors: Mapping[str, TensorInfo],
+    precision: str,
+    folder: Path,
+    rewrite: Callable[[ir.Model, str], object] | None = None,
+) -> Component:
     """Write a component's graphs, one that computes in the weights' own type and one in float32 for CPUs."""
     weights = tuple(sorted({info.file.name for info in tensors.values()}))
-    parameters = sum(math.prod(info.shape) for info in tensors.values())
+    shapes = part.parameters()
+    parameters = sum(math.prod(shape) for shape in shapes.values())
     size = sum(info.nbytes for info in tensors.values())
     if part.network is None:
         names = tuple(info.name for info in tensors.values())
         return Component(weights, tensors=names, parameters=parameters, weight_bytes=size)
     graphs, spec = {}, None
+    # Blocks are traced with weights as they are before they are quantized.
+    plain = {key: replace(tensors[key], dtype=precision, shape=shape) for key, shape in shapes.items()}
     for compute in dict.fromkeys((precision, "float32")):
         network = part.build(getattr(torch, compute))
-        model, spec = assemble(network, part.inputs, part.output, part.sizes, tensors)
+        model, spec = assemble(network, part.inputs, part.output, part.sizes, plain)
+        if rewrite is not None:
+            rewrite(model, compute)
         graphs[compute] = f"{name}.onnx" if compute == precision else f"{name}.{compute}.onnx"
         ir.save(model, folder / graphs[compute])
     inputs = {entry.name: TensorSpec(str(entry.dtype).removeprefix("torch."), entry.shape) for entry in part.inputs}
     outputs = {part.output: spec} if spec else {}
     return Component(weights, graphs, inputs, outputs, parameters=parameters, weight_bytes=size)
+
+
+def _quantize_graph(
+    scheme: Scheme, weights: Sequence[str], tensors: Mapping[str, TensorInfo], model: ir.Model, compute: str
+) -> None:
+    by_name = {info.name: info for info in tensors.values()}
+    Quantize(scheme, by_name, [tensors[name].name for name in weights], compute)(model)
+
+
+def _record(settings: Settings, quantized: Mapping[str, Quantized]) -> Quantization:
+    """What the manifest says of how linears were quantized."""
+    kept = {name: dict(entry.kept) for name, entry in quantized.items() if entry.kept}
+    if settings.scheme.activations is None or settings.statistics is None:
+        return Quantization(settings.precision, kept)
+    return Quantization(settings.precision, kept, settings.range, settings.alpha, dict(settings.statistics.made))
 
 
 def _check_space(wanted: Mapping[str, Mapping[str, Wanted]], precision: str, folder: Path) -> None:

@@ -10,7 +10,7 @@ import click
 
 import zimg
 from zimg.engines.errors import UsageError, ZimgError
-from zimg.export import compile_cli
+from zimg.export import compile_cli, quantization_cli
 from zimg.runtime import console
 
 SOURCES = click.Choice(["huggingface", "modelscope"])
@@ -32,8 +32,13 @@ def cli() -> None:
 @click.option("--model", required=True, help="A folder in the diffusers layout, a hub id, or a short name.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle's folder.")
 @click.option(
-    "--precision", type=click.Choice(["fp32", "bf16"]), default="bf16", show_default=True, help="Of the weights."
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp8", "int8", "int8-weights", "int4-weights"]),
+    default="bf16",
+    show_default=True,
+    help="Of the weights; fp8 and int8 also of what is multiplied with them, which needs a calibration.",
 )
+@quantization_cli.options
 @REVISION
 @SOURCE
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
@@ -58,7 +63,7 @@ def build(
     detailed: bool,
     quiet: bool,
     as_json: bool,
-    **compilation: Any,
+    **options: Any,
 ) -> None:
     """Build a bundle from a checkpoint, and engines for it where asked."""
     _need_export()
@@ -67,7 +72,8 @@ def build(
     from zimg.runtime.progress import bar
 
     compiled = None
-    settings = compile_cli.settings(**compilation)
+    quantizing = quantization_cli.take(precision, options)
+    settings = compile_cli.settings(**options)
     if backend in COMPILED:
         from zimg.export.compile import check_ready, compile_bundle
 
@@ -76,7 +82,14 @@ def build(
         raise UsageError(f"{given} is for engines", "add --backend tensorrt")
     with bar(enabled=not quiet) as report:
         bundle = work(
-            model, out, precision=precision, revision=revision, source=source, overwrite=overwrite, report=report
+            model,
+            out,
+            precision=precision,
+            quantization=quantizing,
+            revision=revision,
+            source=source,
+            overwrite=overwrite,
+            report=report,
         )
         if backend in COMPILED:
             try:
@@ -91,6 +104,28 @@ def build(
     click.echo(as_text(result))
     if compiled:
         click.echo(compile_cli.as_text(compile_cli.as_data(bundle.root, compiled, detailed=detailed)))
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@quantization_cli.plan_options
+@QUIET
+def calibrate(bundle: Path, quiet: bool, **options: Any) -> None:
+    """Measure what goes into the linears of a float bundle, for build --calibration of fp8 and int8.
+
+    An interrupted calibration goes on where it was when it is started again.
+    """
+    _need_export()
+    from zimg.engines.bundle import Bundle
+    from zimg.export.calibrate import beside
+    from zimg.export.calibrate import calibrate as work
+    from zimg.runtime.progress import bar
+
+    plan, device = quantization_cli.plan(**options)
+    opened = Bundle.open(bundle)
+    with bar(enabled=not quiet) as report:
+        work(opened, plan, beside(opened.root), device=device, report=report)
+    click.echo(beside(opened.root))
 
 
 @cli.command(name="compile")

@@ -23,19 +23,45 @@ from zimg.export.parts import Transform
 PIECE = 16 << 20
 """Elements read at a time: 64 MiB of float32."""
 
+Rows = Iterator[NDArray[np.float32]]
+"""A matrix (out, in), some rows at a time."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a matrix becomes a tensor of another element type than the bundle's."""
+
+    dtype: str
+    """As safetensors have it."""
+    make: Callable[[Rows], Iterator[NDArray[Any]]]
+    """From the rows in float32 to the arrays that are stored one after the other. It need not read them."""
+
 
 @dataclass(frozen=True)
 class Wanted:
-    """One parameter of the bundle: the tensor it comes from, its shape, and what is done to its values."""
+    """One tensor of the bundle: the tensor it comes from, its shape, and what is done to its values."""
 
     source: TensorInfo
     shape: tuple[int, ...]
+    """As it is stored."""
     transform: Transform | None = None
+    encoding: Encoding | None = None
+    suffix: str = ""
+    """What its name has more than that of its source."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the bundle's weight files."""
+        return self.source.name + self.suffix
+
+    def dtype(self, precision: str) -> str:
+        """The element type it is stored in, in a bundle of this precision."""
+        return self.encoding.dtype if self.encoding else precision
 
     def is_kept(self, precision: str) -> bool:
         """Whether the tensor can stay as it is, where it is."""
         aligned = self.source.offset % BY_NAME[precision].storage.itemsize == 0
-        return self.transform is None and self.source.dtype == precision and aligned
+        return self.transform is None and self.encoding is None and self.source.dtype == precision and aligned
 
 
 def export_weights(
@@ -53,7 +79,8 @@ def export_weights(
         report: called with bytes written so far, and bytes to write.
 
     Returns:
-        component -> parameter -> where it lies in the bundle. ``TensorInfo.name`` is the name in the checkpoint.
+        component -> parameter -> where it lies in the bundle. ``TensorInfo.name`` is the name in the checkpoint, with
+        its suffix where it has one.
 
     Raises:
         OSError: the disk is full or a file cannot be written.
@@ -84,11 +111,11 @@ def export_weights(
         if own := streamed[component]:
             written = write(
                 folder / f"{component}.safetensors",
-                {want.source.name: (precision, want.shape) for want in own.values()},
-                {want.source.name: count(pieces(want, precision)) for want in own.values()},
+                {want.name: (want.dtype(precision), want.shape) for want in own.values()},
+                {want.name: count(pieces(want, precision)) for want in own.values()},
                 {"format": "pt"},
             )
-            placed[component] = kept | {name: written[want.source.name] for name, want in own.items()}
+            placed[component] = kept | {name: written[want.name] for name, want in own.items()}
     return placed
 
 
@@ -120,12 +147,15 @@ def _linked_name(file: Path) -> str:
 
 def written_bytes(want: Wanted, precision: str) -> int:
     """How many bytes a streamed parameter takes."""
-    return int(np.prod(want.shape, dtype=np.int64)) * BY_NAME[precision].storage.itemsize
+    return int(np.prod(want.shape, dtype=np.int64)) * BY_NAME[want.dtype(precision)].storage.itemsize
 
 
 def pieces(want: Wanted, precision: str) -> Iterator[NDArray[Any]]:
     """The bytes of one parameter, in order."""
     info = want.source
+    if want.encoding is not None:
+        yield from want.encoding.make(read_rows(info))
+        return
     if want.transform is not None:
         stored = np.concatenate([*read_pieces(info)]).reshape(info.shape)
         values = want.transform(to_float32(stored, info.dtype))
@@ -135,14 +165,24 @@ def pieces(want: Wanted, precision: str) -> Iterator[NDArray[Any]]:
         yield _cast(piece, info.dtype, precision)
 
 
-def read_pieces(info: TensorInfo) -> Iterator[NDArray[Any]]:
-    """A tensor in flat pieces. Read, not mapped, so that what was read does not stay resident."""
+def read_rows(info: TensorInfo) -> Rows:
+    """A matrix in float32, as many whole rows at a time as make a piece."""
+    width = info.shape[-1]
+    for piece in read_pieces(info, max(1, PIECE // width) * width):
+        yield to_float32(piece, info.dtype).reshape(-1, width)
+
+
+def read_pieces(info: TensorInfo, size: int | None = None) -> Iterator[NDArray[Any]]:
+    """A tensor in flat pieces of so many elements, by default :data:`PIECE`.
+
+    Read, not mapped, so that what was read does not stay resident.
+    """
     storage = BY_NAME[info.dtype].storage
     with info.file.open("rb") as file:
         file.seek(info.offset)
         remaining = info.nbytes // storage.itemsize
         while remaining:
-            piece = np.fromfile(file, storage, min(PIECE, remaining))
+            piece = np.fromfile(file, storage, min(size or PIECE, remaining))
             if not piece.size:
                 raise OSError(f"{info.file} ended early")
             remaining -= piece.size

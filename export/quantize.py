@@ -1,0 +1,198 @@
+"""Which tensors of a bundle are quantized, and how each of them and its scales is made from the checkpoint's."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from zimg.engines.dtypes import float32_to_bfloat16
+from zimg.engines.errors import CheckpointError, UsageError
+from zimg.export.formats import SCALE, SCHEMES, Array, Format, Scheme, block_of, encode, stored_scales, weight_scales
+from zimg.export.parts import Part
+from zimg.export.recipe import Recipe
+from zimg.export.statistics import RANGES, Statistics, scale_for, smoothing
+from zimg.export.weights import Encoding, Rows, Wanted, read_rows
+
+COMPONENTS = ("text_encoder", "denoiser")
+"""What is quantized: it has nearly all the weights that stay in memory, and nearly all the work."""
+WEIGHT_SCALE, INPUT_SCALE, SMOOTH = ".scale", ".input_scale", ".smooth"
+"""What the names of scales have more than that of the weight; those of an input follow the first weight it meets."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a bundle is quantized."""
+
+    precision: str
+    """A key of :data:`zimg.export.formats.SCHEMES`."""
+    recipe: Recipe
+    statistics: Statistics | None = None
+    """Of a calibration, where inputs are quantized."""
+    range: str = "max"
+    """Which range of its inputs is represented: ``"max"``, ``"percentile"`` or ``"mse"``."""
+    smooth: float | None = None
+    """SmoothQuant's alpha; the precision's own where None."""
+
+    @property
+    def scheme(self) -> Scheme:
+        """What the precision does."""
+        return SCHEMES[self.precision]
+
+    @property
+    def alpha(self) -> float:
+        """SmoothQuant's alpha."""
+        return self.scheme.smooth if self.smooth is None else self.smooth
+
+    def check(self) -> None:
+        """Check that the settings fit each other.
+
+        Raises:
+            UsageError: they do not.
+        """
+        if self.precision not in SCHEMES:
+            raise UsageError(f"no precision is called {self.precision!r}", f"choose one of {', '.join(SCHEMES)}")
+        if self.range not in RANGES:
+            raise UsageError(f"no range is called {self.range!r}", f"choose one of {', '.join(RANGES)}")
+        if not 0 <= self.alpha <= 1:
+            raise UsageError(f"SmoothQuant's alpha is {self.alpha:g}", "give a number from 0 to 1")
+        if self.scheme.activations is None and self.smooth:
+            raise UsageError(f"{self.precision} leaves inputs as they are, so nothing is smoothed", "leave it out")
+        if self.alpha and self.range != "max":
+            message = f"the range {self.range!r} needs the distribution of inputs before they are smoothed"
+            raise UsageError(message, "add --smooth 0, or use the range max")
+        self.recipe.check_components(COMPONENTS)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A component's part of a quantized bundle."""
+
+    wanted: dict[str, Wanted]
+    """Parameter or scale -> what it comes from; what is not quantized is as it was."""
+    quantized: tuple[str, ...]
+    """The parameters that are."""
+    kept: dict[str, str]
+    """The linears' weights, by the checkpoint's names, that are not, and why."""
+
+
+def linears(part: Part) -> list[str]:
+    """The names of the weights of all linears of a part."""
+    modules = part.build(torch.float32).named_modules()
+    return [f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)]
+
+
+def quantize(component: str, part: Part, wanted: Mapping[str, Wanted], settings: Settings) -> Quantized:
+    """Turn what a component takes from a checkpoint into what it takes in a quantized bundle.
+
+    Args:
+        component: its name.
+        part: what it is.
+        wanted: parameter -> what it comes from.
+        settings: how.
+
+    Raises:
+        UsageError: the recipe names a linear that is not there, or the calibration is of another model.
+        CheckpointError: a weight has NaN or Inf.
+    """
+    names = linears(part)
+    kept = settings.recipe.kept(settings.precision, component, names)
+    if settings.scheme.weights.blocks:
+        reason = "its rows have no blocks that divide them"
+        kept |= {name: reason for name in names if name not in kept and block_of(wanted[name].shape[1]) is None}
+    chosen = tuple(name for name in names if name not in kept)
+    result = dict(wanted)
+    factors: dict[str, Array] = {}
+    if settings.scheme.activations is not None:
+        factors = _inputs(component, {name: wanted[name] for name in chosen}, settings, result)
+    for name in chosen:
+        result |= weight_wanted(name, wanted[name], settings.scheme.weights, factors.get(name))
+    return Quantized(result, chosen, {wanted[name].source.name: reason for name, reason in kept.items()})
+
+
+def weight_wanted(name: str, want: Wanted, number_format: Format, factors: Array | None = None) -> dict[str, Wanted]:
+    """A quantized weight and its scales.
+
+    Args:
+        name: of the parameter.
+        want: what it comes from, (out, in).
+        number_format: what its values are rounded to.
+        factors: (in,), what its columns are multiplied by first.
+    """
+    out, width = want.shape
+    tensor = want.source.name
+
+    def scaled(rows: Rows) -> Iterator[tuple[Array, Array]]:
+        for piece in rows:
+            values = piece if factors is None else piece * factors
+            scales = weight_scales(values, number_format)
+            if not np.isfinite(scales).all():
+                raise CheckpointError(f"{want.source.file}: {tensor} has NaN or Inf", "fetch the checkpoint again")
+            yield values, scales
+
+    def stored(rows: Rows) -> Iterator[NDArray[Any]]:
+        for values, scales in scaled(rows):
+            yield encode(values, scales, number_format)
+
+    def scales_alone(rows: Rows) -> Iterator[NDArray[Any]]:
+        for _, scales in scaled(rows):
+            yield stored_scales(scales)
+
+    packed = width // 2 if number_format.blocks else width
+    scale_shape = (out, width // (block_of(width) or 1)) if number_format.blocks else (out,)
+    return {
+        name: replace(want, shape=(out, packed), encoding=Encoding(number_format.stored, stored)),
+        name + WEIGHT_SCALE: replace(
+            want, shape=scale_shape, encoding=Encoding(SCALE, scales_alone), suffix=WEIGHT_SCALE
+        ),
+    }
+
+
+def _inputs(
+    component: str, chosen: Mapping[str, Wanted], settings: Settings, result: dict[str, Wanted]
+) -> dict[str, Array]:
+    """Add the scales of the inputs of linears to what is wanted; give the factors of each linear's columns."""
+    statistics, number_format = settings.statistics, settings.scheme.activations
+    if statistics is None or number_format is None:
+        raise UsageError(f"{settings.precision} needs a calibration", "name prompts with --calibration")
+    readers: dict[str, list[str]] = defaultdict(list)
+    by_tensor = {want.source.name: want for want in chosen.values()}
+    for name, want in chosen.items():
+        readers[statistics.input_of(component, want.source.name)[0]].append(name)
+    factors: dict[str, Array] = {}
+    for leader, names in readers.items():
+        entry = statistics.inputs[component][leader]
+        wants = [chosen[name] for name in names]
+        if len(entry.channels) != wants[0].shape[1]:
+            message = f"the calibration has {len(entry.channels)} channels before {leader}, not {wants[0].shape[1]}"
+            raise UsageError(message, "it is of another model: calibrate this one")
+        largest = entry.range(settings.range, number_format)
+        # The name of the input's scales follows its first reader, whether that one is quantized or not.
+        owner = by_tensor.get(leader) or replace(wants[0], source=replace(wants[0].source, name=leader))
+        if settings.alpha:
+            columns = np.max([_columns(want) for want in wants], axis=0)
+            shared = smoothing(entry.channels, columns, settings.alpha)
+            largest = float((entry.channels / shared).max())
+            factors |= dict.fromkeys(names, shared)
+            result[leader + SMOOTH] = _constant(owner, np.reciprocal(shared), SMOOTH)
+        scale = np.array(scale_for(largest, number_format), np.float32)
+        result[leader + INPUT_SCALE] = _constant(owner, scale, INPUT_SCALE)
+    return factors
+
+
+def _columns(want: Wanted) -> Array:
+    """The largest magnitude of each column of a weight."""
+    found: Array = np.max([np.abs(rows).max(axis=0) for rows in read_rows(want.source)], axis=0)
+    return found
+
+
+def _constant(owner: Wanted, values: Array, suffix: str) -> Wanted:
+    """Numbers that go into the bundle as they are, under the name of a tensor and a suffix."""
+    stored = float32_to_bfloat16(values)
+    return replace(owner, shape=values.shape, encoding=Encoding(SCALE, lambda _: iter([stored])), suffix=suffix)
