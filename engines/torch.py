@@ -106,16 +106,13 @@ class TorchEngine:
         """Show the first input of some nodes to functions, in every run from now on.
 
         Args:
-            watchers: by operator and node, such as ``MatMul 'layers.0/linear_4'``.
-
-        Raises:
-            KeyError: the graph has no such node.
+            watchers: by operator and node, such as ``MatMul 'layers.0/linear_4'``. A node that no output depends on
+                never runs, and is not shown.
         """
         program = self._open()
-        places = {step.label: index for index, step in enumerate(program.steps)}
-        for label, watcher in watchers.items():
-            step = program.steps[places[label]]
-            program.steps[places[label]] = step._replace(call=partial(_watched, watcher, step.call))
+        for index, step in enumerate(program.steps):
+            if watcher := watchers.get(step.label):
+                program.steps[index] = step._replace(call=partial(_watched, watcher, step.call))
 
     def close(self) -> None:
         """Drop the weights. A closed engine cannot run again."""

@@ -103,7 +103,7 @@ def round_up(values: Array) -> Array:
 
 def scale_of(absmax: Array, number_format: Format) -> Array:
     """The scales by which the largest magnitudes just fit; 1 where all is zero."""
-    return round_up(np.where(absmax > 0, np.maximum(absmax / number_format.largest, np.float32(1e-30)), 1))
+    return round_up(np.where(absmax == 0, 1, np.maximum(absmax / number_format.largest, np.float32(1e-30))))
 
 
 def block_of(width: int) -> int | None:

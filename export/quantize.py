@@ -106,11 +106,13 @@ def quantize(component: str, part: Part, wanted: Mapping[str, Wanted], settings:
     if settings.scheme.weights.blocks:
         reason = "its rows have no blocks that divide them"
         kept |= {name: reason for name in names if name not in kept and block_of(wanted[name].shape[1]) is None}
+    if settings.scheme.activations is not None:
+        reason = "nothing reads its result"
+        leaders = {name: _statistics(settings).leader(component, wanted[name].source.name) for name in names}
+        kept |= {name: reason for name in names if name not in kept and leaders[name] is None}
     chosen = tuple(name for name in names if name not in kept)
     result = dict(wanted)
-    factors: dict[str, Array] = {}
-    if settings.scheme.activations is not None:
-        factors = _inputs(component, {name: wanted[name] for name in chosen}, settings, result)
+    factors = _inputs(component, {name: wanted[name] for name in chosen}, settings, result)
     for name in chosen:
         result |= weight_wanted(name, wanted[name], settings.scheme.weights, factors.get(name))
     return Quantized(result, chosen, {wanted[name].source.name: reason for name, reason in kept.items()})
@@ -154,17 +156,24 @@ def weight_wanted(name: str, want: Wanted, number_format: Format, factors: Array
     }
 
 
+def _statistics(settings: Settings) -> Statistics:
+    if settings.statistics is None:
+        raise UsageError(f"{settings.precision} needs a calibration", "name prompts or statistics with --calibration")
+    return settings.statistics
+
+
 def _inputs(
     component: str, chosen: Mapping[str, Wanted], settings: Settings, result: dict[str, Wanted]
 ) -> dict[str, Array]:
     """Add the scales of the inputs of linears to what is wanted; give the factors of each linear's columns."""
-    statistics, number_format = settings.statistics, settings.scheme.activations
-    if statistics is None or number_format is None:
-        raise UsageError(f"{settings.precision} needs a calibration", "name prompts with --calibration")
+    number_format = settings.scheme.activations
+    if number_format is None:
+        return {}
+    statistics = _statistics(settings)
     readers: dict[str, list[str]] = defaultdict(list)
     by_tensor = {want.source.name: want for want in chosen.values()}
     for name, want in chosen.items():
-        readers[statistics.input_of(component, want.source.name)[0]].append(name)
+        readers[statistics.leader(component, want.source.name) or ""].append(name)
     factors: dict[str, Array] = {}
     for leader, names in readers.items():
         entry = statistics.inputs[component][leader]

@@ -70,17 +70,18 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
         kept: dict[str, str] = {}
         blocks = _blocks(linears)
+        depth = max(blocks.values(), default=0)
         for rule in self.keep:
-            if rule.component != component:
+            if rule.component != component or (rule.deeper_than and depth <= rule.deeper_than):
                 continue
             for pattern in rule.tensors:
                 exact = _from_the_end(pattern, blocks)
                 found = [name for name in linears if fnmatchcase(name, exact)]
-                if not found and max(blocks.values(), default=0) > rule.deeper_than:
+                if not found:
                     near = get_close_matches(exact, linears, 3, 0) or list(linears[:3])
                     message = f"the recipe keeps {pattern!r} of {component}, which has no such linear"
                     raise UsageError(message, f"the nearest are {', '.join(near)}")
-                if precision in rule.precisions and max(blocks.values(), default=0) > rule.deeper_than:
+                if precision in rule.precisions:
                     kept |= dict.fromkeys(found, rule.reason)
         return kept
 

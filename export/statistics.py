@@ -95,18 +95,17 @@ class Statistics:
     made: dict[str, Any] = field(default_factory=dict)
     """What they were made from and with."""
 
-    def input_of(self, component: str, weight: str) -> tuple[str, Input]:
-        """The input of a linear, and the name it goes by.
+    def leader(self, component: str, weight: str) -> str | None:
+        """The first linear that reads the input of this one, by its weight's name; None where neither ever ran.
 
         Raises:
-            UsageError: the linear was not calibrated.
+            UsageError: the linear is none of those that were calibrated.
         """
-        leader = self.readers.get(component, {}).get(weight, "")
-        found = self.inputs.get(component, {}).get(leader)
-        if found is None or not found.histogram.sum():
+        leader = self.readers.get(component, {}).get(weight)
+        if leader is None:
             message = f"the calibration has nothing of {weight} of {component}: it is of another model"
             raise UsageError(message, "calibrate this one: zimg-export calibrate")
-        return leader, found
+        return leader if leader in self.inputs.get(component, {}) else None
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file, beside it first."""

@@ -107,13 +107,14 @@ class Quantize(ir.passes.InPlacePass):
         key = (function.identifier(), frozenset(inputs.index(linear.weight) for linear in found), smoothed)
         if key not in self._variants:
             count = sum(known[0] == function.identifier() for known in self._variants)
-            variant = self._make(function, f"{function.name}_quantized{count or ''}", key[1], smoothed)
+            widths = {inputs.index(linear.weight): _width(given[linear.weight]) for linear in found}
+            variant = self._make(function, f"{function.name}_quantized{count or ''}", widths, smoothed)
             model.functions[variant.function.identifier()] = variant.function
             self._variants[key] = variant
         return self._variants[key]
 
-    def _make(self, original: ir.Function, name: str, weights: Collection[int], smoothed: Collection[int]) -> _Variant:
-        """A copy of a function with some of its weights quantized."""
+    def _make(self, original: ir.Function, name: str, widths: Mapping[int, int], smoothed: Collection[int]) -> _Variant:
+        """A copy of a function with some of its weights quantized: those at these places, of rows of these widths."""
         function = original.clone()
         function.name = name
         parameters = list(function.inputs)
@@ -130,7 +131,8 @@ class Quantize(ir.passes.InPlacePass):
 
         inputs: dict[ir.Value, ir.Value] = {}
         for linear in linears(function):
-            if parameters.index(linear.weight) not in weights:
+            place = parameters.index(linear.weight)
+            if place not in widths:
                 continue
             node, source = linear.node, linear.input
             if self._scheme.activations is not None:
@@ -138,7 +140,7 @@ class Quantize(ir.passes.InPlacePass):
                     smooth = parameters.index(linear.leader) in smoothed
                     inputs[source] = self._input(function, linear, scale, smooth=smooth)
                 node.replace_input_with(0, inputs[source])
-            self._weight(function, linear, scale)
+            self._weight(function, linear, scale, widths[place])
         return _Variant(function, tuple(scales))
 
     def _input(self, function: ir.Function, linear: Linear, scale: Any, *, smooth: bool) -> ir.Value:
@@ -153,16 +155,12 @@ class Quantize(ir.passes.InPlacePass):
         quantized = _add(function, node, "QuantizeLinear", [value, step, point])
         return _add(function, node, "DequantizeLinear", [quantized, step, point])
 
-    def _weight(self, function: ir.Function, linear: Linear, scale: Any) -> None:
+    def _weight(self, function: ir.Function, linear: Linear, scale: Any, width: int) -> None:
         """A weight, dequantized, in the place of the weight itself or of its cast."""
         weight, number_format = linear.weight, self._scheme.weights
         first = linear.cast or _first_user(function, weight)
         attributes: dict[str, Any] = {"axis": 0}
         if number_format.blocks:
-            shape = weight.shape
-            width = shape[1] if shape is not None else None
-            if not isinstance(width, int):
-                raise RuntimeError(f"{weight.name} has no width")
             attributes = {"axis": 1, "block_size": block_of(width)}
         step = scale(weight, WEIGHT_SCALE, first)
         users = [(use.node, use.idx) for use in (linear.cast.outputs[0] if linear.cast else weight).uses()]
@@ -186,6 +184,13 @@ def _add(
 def _first_user(function: ir.Function, value: ir.Value) -> ir.Node:
     users = {use.node for use in value.uses()}
     return next(node for node in function if node in users)
+
+
+def _width(weight: ir.Value) -> int:
+    """How long the rows of an initializer (out, in) are."""
+    if weight.shape is None:
+        raise RuntimeError(f"{weight.name} has no shape")
+    return int(weight.shape.numpy()[1])
 
 
 def _present(value: ir.Value | None) -> ir.Value:

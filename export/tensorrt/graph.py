@@ -18,6 +18,8 @@ DECOMPOSABLE = "TRT_decomposable"
 """The attribute by which a node allows TensorRT to compute attention in parts where it has no fused kernel for it: in
 float32, or for wide heads such as a VAE's. Without it such a graph is refused; with it fused kernels still go first."""
 
+QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -64,6 +66,7 @@ def read_graph(bundle: Bundle, component: str, profiles: Sequence[Mapping[str, R
                 side.dim_value = length
     holding = {(function.domain, function.name) for function in model.functions if _allow_parts(function)}
     calls = [node for node in model.graph.node if (node.domain, node.op_type) in holding]
+    _name_apart(model)
     return Graph(component, model.SerializeToString(), weights, tuple(call.name for call in calls))
 
 
@@ -78,3 +81,22 @@ def _allow_parts(function: onnx.FunctionProto) -> bool:
     for node in found:
         node.attribute.append(helper.make_attribute(DECOMPOSABLE, 1))
     return bool(found)
+
+
+def _name_apart(model: onnx.ModelProto) -> None:
+    """Give each call of a function that quantizes a function of its own, with names of its own.
+
+    TensorRT's parser makes the names of all other layers unique itself, and refuses a second of these.
+    """
+    functions = {(function.domain, function.name): function for function in model.functions}
+    for call in model.graph.node:
+        function = functions.get((call.domain, call.op_type))
+        if function is None or not any(node.op_type in QUANTIZING for node in function.node):
+            continue
+        own = model.functions.add()
+        own.CopyFrom(function)
+        own.name = f"{function.name} of {call.name}"
+        for node in own.node:
+            if node.op_type in QUANTIZING:
+                node.name = f"{call.name}/{node.name}"
+        call.op_type = own.name
