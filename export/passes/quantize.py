@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from zimg.engines.dtypes import BY_NAME
 from zimg.engines.safetensors import TensorInfo
@@ -107,14 +108,16 @@ class Quantize(ir.passes.InPlacePass):
         key = (function.identifier(), frozenset(inputs.index(linear.weight) for linear in found), smoothed)
         if key not in self._variants:
             count = sum(known[0] == function.identifier() for known in self._variants)
-            widths = {inputs.index(linear.weight): _width(given[linear.weight]) for linear in found}
-            variant = self._make(function, f"{function.name}_quantized{count or ''}", widths, smoothed)
+            shapes = {inputs.index(linear.weight): _shape(given[linear.weight]) for linear in found}
+            variant = self._make(function, f"{function.name}_quantized{count or ''}", shapes, smoothed)
             model.functions[variant.function.identifier()] = variant.function
             self._variants[key] = variant
         return self._variants[key]
 
-    def _make(self, original: ir.Function, name: str, widths: Mapping[int, int], smoothed: Collection[int]) -> _Variant:
-        """A copy of a function with some of its weights quantized: those at these places, of rows of these widths."""
+    def _make(
+        self, original: ir.Function, name: str, shapes: Mapping[int, tuple[int, int]], smoothed: Collection[int]
+    ) -> _Variant:
+        """A copy of a function with some of its weights quantized: those at these places, of these shapes."""
         function = original.clone()
         function.name = name
         parameters = list(function.inputs)
@@ -132,7 +135,7 @@ class Quantize(ir.passes.InPlacePass):
         inputs: dict[ir.Value, ir.Value] = {}
         for linear in linears(function):
             place = parameters.index(linear.weight)
-            if place not in widths:
+            if place not in shapes:
                 continue
             node, source = linear.node, linear.input
             if self._scheme.activations is not None:
@@ -140,7 +143,7 @@ class Quantize(ir.passes.InPlacePass):
                     smooth = parameters.index(linear.leader) in smoothed
                     inputs[source] = self._input(function, linear, scale, smooth=smooth)
                 node.replace_input_with(0, inputs[source])
-            self._weight(function, linear, scale, widths[place])
+            self._weight(function, linear, scale, shapes[place])
         return _Variant(function, tuple(scales))
 
     def _input(self, function: ir.Function, linear: Linear, scale: Any, *, smooth: bool) -> ir.Value:
@@ -149,22 +152,28 @@ class Quantize(ir.passes.InPlacePass):
         if smooth:
             value = _add(function, node, "Mul", [value, scale(linear.leader, SMOOTH, node)])
         step = scale(linear.leader, INPUT_SCALE, node)
-        dtype = ir.DataType(number_format.onnx if number_format else 0)
-        zero = ir.tensor(np.zeros((), dtype.numpy()), dtype=dtype)
-        point = _add(function, node, "Constant", [], {"value": zero})
+        dtype, zero = ir.DataType(number_format.onnx if number_format else 0), 0
+        if self._compute == ir.DataType.FLOAT and dtype == ir.DataType.INT8:
+            # The same numbers, unsigned: ONNX Runtime fuses no signed input that several linears read.
+            dtype, zero = ir.DataType.UINT8, 128
+        point = _constant(function, node, np.full((), zero, dtype.numpy()))
         quantized = _add(function, node, "QuantizeLinear", [value, step, point])
         return _add(function, node, "DequantizeLinear", [quantized, step, point])
 
-    def _weight(self, function: ir.Function, linear: Linear, scale: Any, width: int) -> None:
+    def _weight(self, function: ir.Function, linear: Linear, scale: Any, shape: tuple[int, int]) -> None:
         """A weight, dequantized, in the place of the weight itself or of its cast."""
         weight, number_format = linear.weight, self._scheme.weights
         first = linear.cast or _first_user(function, weight)
         attributes: dict[str, Any] = {"axis": 0}
         if number_format.blocks:
-            attributes = {"axis": 1, "block_size": block_of(width)}
-        step = scale(weight, WEIGHT_SCALE, first)
+            attributes = {"axis": 1, "block_size": block_of(shape[1])}
+        inputs = [weight, scale(weight, WEIGHT_SCALE, first)]
+        if self._compute == ir.DataType.FLOAT and number_format.onnx == ir.DataType.INT8:
+            # ONNX Runtime's change from signed to unsigned numbers gives a scale of many values one zero point, unless
+            # there are as many already.
+            inputs.append(_constant(function, first, np.zeros(shape[:1], np.int8)))
         users = [(use.node, use.idx) for use in (linear.cast.outputs[0] if linear.cast else weight).uses()]
-        dequantized = _add(function, first, "DequantizeLinear", [weight, step], attributes)
+        dequantized = _add(function, first, "DequantizeLinear", inputs, attributes)
         for user, index in users:
             user.replace_input_with(index, dequantized)
         if linear.cast is not None:
@@ -186,11 +195,17 @@ def _first_user(function: ir.Function, value: ir.Value) -> ir.Node:
     return next(node for node in function if node in users)
 
 
-def _width(weight: ir.Value) -> int:
-    """How long the rows of an initializer (out, in) are."""
+def _constant(function: ir.Function, before: ir.Node, values: NDArray[Any]) -> ir.Value:
+    """Insert a constant."""
+    return _add(function, before, "Constant", [], {"value": ir.tensor(values)})
+
+
+def _shape(weight: ir.Value) -> tuple[int, int]:
+    """(out, in) of an initializer."""
     if weight.shape is None:
         raise RuntimeError(f"{weight.name} has no shape")
-    return int(weight.shape.numpy()[1])
+    out, width = weight.shape.numpy()
+    return int(out), int(width)
 
 
 def _present(value: ir.Value | None) -> ir.Value:
