@@ -83,6 +83,8 @@ class CompiledEngine(msgspec.Struct, frozen=True, omit_defaults=True):
     """Whether the plan has no weights, and takes the bundle's when it is loaded."""
     attention: tuple[int, int] = (0, 0)
     """How many attentions became one fused kernel each, and how many did not."""
+    products: tuple[int, int] = (0, 0)
+    """How many multiplications of quantized numbers are computed in 8 bits, and how many are not."""
     data: str | None = None
     """A second file, which ``file`` points into."""
 

@@ -34,6 +34,7 @@ def summary(path: Path) -> dict[str, Any]:
         "name": manifest.name,
         "family": manifest.family,
         "precision": manifest.precision,
+        "quantization": None if manifest.quantization is None else msgspec.to_builtins(manifest.quantization),
         "schema_version": manifest.schema_version,
         "zimg_version": manifest.zimg_version,
         "source": msgspec.to_builtins(manifest.source),
@@ -57,8 +58,10 @@ def as_text(summary: dict[str, Any]) -> str:
     """The summary for people."""
     defaults, source = summary["defaults"], summary["source"]
     revision = f" at {source['revision']}" if source.get("revision") else ""
+    quantization = summary["quantization"]
+    precision = quantization["precision"] if quantization else summary["precision"]
     lines = [
-        f"{summary['name']}  ({summary['family']}, {summary['precision']}, {_size(summary['bytes'])})",
+        f"{summary['name']}  ({summary['family']}, {precision}, {_size(summary['bytes'])})",
         f"  path      {summary['path']}",
         f"  source    {source['model']}{revision}",
         "  built by  "
@@ -66,6 +69,7 @@ def as_text(summary: dict[str, Any]) -> str:
         f"  defaults  {defaults['width']}x{defaults['height']}, {defaults['num_inference_steps']} steps, "
         f"guidance scale {defaults['guidance_scale']:g}, negative prompt {defaults['negative_prompt']!r}",
     ]
+    lines.extend(_quantization_lines(quantization, summary["precision"]) if quantization else ())
     for name, component in summary["components"].items():
         lines.append(f"  {name}")
         lines.append(f"    weights  {component['parameters']:,} parameters, {_size(component['weight_bytes'])}")
@@ -83,7 +87,23 @@ def as_text(summary: dict[str, Any]) -> str:
         fused, parts = engine.get("attention", (0, 0))
         if fused + parts:
             lines.append(f"    fused    {fused} of {fused + parts} attentions")
+        narrow, wide = engine.get("products", (0, 0))
+        if narrow + wide:
+            lines.append(f"    8 bits   {narrow} of {narrow + wide} products of quantized numbers")
     return "\n".join(lines)
+
+
+def _quantization_lines(quantization: dict[str, Any], precision: str) -> list[str]:
+    """What was quantized, how, and what was kept."""
+    how = [f"ranges by {quantization['range']}"] if quantization.get("range") else []
+    if quantization.get("smooth"):
+        how.append(f"SmoothQuant {quantization['smooth']:g}")
+    if plan := quantization.get("calibration", {}).get("plan"):
+        how.append(f"calibrated on {len(plan['prompts'])} prompts")
+    lines = [f"  quantized {', '.join((quantization['precision'], *how))}"]
+    for component, kept in quantization.get("kept", {}).items():
+        lines.append(f"    kept     {len(kept)} linears of {component} in {precision}")
+    return lines
 
 
 def range_text(ends: Sequence[int]) -> str:
