@@ -63,6 +63,39 @@ def bundle_of(shared_folder: Path, checkpoint_of: Callable[..., Path]) -> Callab
     return make
 
 
+@pytest.fixture(scope="session")
+def quantized_of(
+    shared_folder: Path, checkpoint_of: Callable[..., Path], bundle_of: Callable[..., Path]
+) -> Callable[[str, str], Path]:
+    """``quantized_of(family, precision)``: a quantized bundle of that checkpoint; all precisions are built together.
+
+    Every linear that a rule for deep networks does not keep is quantized; the calibration lies beside.
+    """
+
+    def make(family: str, precision: str) -> Path:
+        from tests import quantized
+        from zimg.export import build
+        from zimg.export.calibrate import calibrate
+        from zimg.engines.bundle import Bundle
+
+        folder = shared_folder / f"quantized-{family}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                part = shared_folder / f"quantized-{family}.part"
+                store = part / "statistics.calibration.safetensors"
+                part.mkdir()
+                statistics = calibrate(Bundle.open(bundle_of(family, "bf16")), quantized.PLAN, store, device="cpu")
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(build, "assemble", quantized.assemble_once())
+                    for name in quantized.PRECISIONS:
+                        quantizing = build.Quantizing(calibration=statistics)
+                        build.build(str(checkpoint_of(family)), part / name, precision=name, quantization=quantizing)
+                part.rename(folder)
+        return folder / precision
+
+    return make
+
+
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A real TensorRT compiler, which needs no GPU; the one that is used, where there is another as well."""
