@@ -141,6 +141,8 @@ class Quantization(msgspec.Struct, frozen=True, omit_defaults=True):
     """``"fp8"``, ``"int8"``, ``"int8-weights"`` or ``"int4-weights"``."""
     kept: dict[str, dict[str, str]] = {}
     """Component -> the weights of linears that are stored in the bundle's precision -> why."""
+    inputs: dict[str, dict[str, str]] = {}
+    """Component -> a quantized weight -> the weight after which the scales of its input are named, where there are any."""
     range: str = ""
     """Which range of a linear's inputs is represented: ``"max"``, ``"percentile"`` or ``"mse"``."""
     smooth: float = 0.0

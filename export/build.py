@@ -285,7 +285,9 @@ def _record(settings: Settings, quantized: Mapping[str, Quantized]) -> Quantizat
     kept = {name: dict(entry.kept) for name, entry in quantized.items() if entry.kept}
     if settings.scheme.activations is None or settings.statistics is None:
         return Quantization(settings.precision, kept)
-    return Quantization(settings.precision, kept, settings.range, settings.alpha, dict(settings.statistics.made))
+    inputs = {name: dict(entry.inputs) for name, entry in quantized.items()}
+    made = dict(settings.statistics.made)
+    return Quantization(settings.precision, kept, inputs, settings.range, settings.alpha, made)
 
 
 def _check_space(wanted: Mapping[str, Mapping[str, Wanted]], precision: str, folder: Path) -> None:

@@ -12,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from zimg.engines.dtypes import float32_to_bfloat16
+from zimg.engines.bundle import Bundle
+from zimg.engines.dtypes import float32_to_bfloat16, to_float32
 from zimg.engines.errors import CheckpointError, UsageError
+from zimg.engines.safetensors import view
 from zimg.export.formats import SCALE, SCHEMES, Array, Format, Scheme, block_of, encode, stored_scales, weight_scales
 from zimg.export.parts import Part
 from zimg.export.recipe import Recipe
@@ -80,6 +82,8 @@ class Quantized:
     """The parameters that are."""
     kept: dict[str, str]
     """The linears' weights, by the checkpoint's names, that are not, and why."""
+    inputs: dict[str, str]
+    """The quantized weights, by the checkpoint's names, and those whose names the scales of their inputs bear."""
 
 
 def linears(part: Part) -> list[str]:
@@ -103,6 +107,7 @@ def quantize(component: str, part: Part, wanted: Mapping[str, Wanted], settings:
     """
     names = linears(part)
     kept = settings.recipe.kept(settings.precision, component, names)
+    leaders: dict[str, str | None] = {}
     if settings.scheme.weights.blocks:
         reason = "its rows have no blocks that divide them"
         kept |= {name: reason for name in names if name not in kept and block_of(wanted[name].shape[1]) is None}
@@ -115,7 +120,37 @@ def quantize(component: str, part: Part, wanted: Mapping[str, Wanted], settings:
     factors = _inputs(component, {name: wanted[name] for name in chosen}, settings, result)
     for name in chosen:
         result |= weight_wanted(name, wanted[name], settings.scheme.weights, factors.get(name))
-    return Quantized(result, chosen, {wanted[name].source.name: reason for name, reason in kept.items()})
+    return Quantized(
+        result,
+        chosen,
+        {wanted[name].source.name: reason for name, reason in kept.items()},
+        {wanted[name].source.name: leader for name in chosen if (leader := leaders.get(name))},
+    )
+
+
+def as_stored(bundle: Bundle, component: str, part: Part, wanted: Mapping[str, Wanted]) -> dict[str, Wanted]:
+    """Turn what a component takes from a checkpoint into the weights and their scales as a quantized bundle has them.
+
+    What was measured is taken from the bundle: the factors that smooth inputs.
+
+    Args:
+        bundle: an open bundle.
+        component: its name.
+        part: what it is.
+        wanted: parameter -> what it comes from.
+    """
+    quantization, tensors = bundle.manifest.quantization, bundle.tensors(component)
+    if quantization is None:
+        return dict(wanted)
+    result = dict(wanted)
+    number_format, inputs = SCHEMES[quantization.precision].weights, quantization.inputs.get(component, {})
+    for name in linears(part):
+        tensor = wanted[name].source.name
+        if tensor + WEIGHT_SCALE in tensors:
+            smooth = tensors.get(inputs.get(tensor, tensor) + SMOOTH)
+            factors = None if smooth is None else np.reciprocal(to_float32(np.array(view(smooth)), smooth.dtype))
+            result |= weight_wanted(name, wanted[name], number_format, factors)
+    return result
 
 
 def weight_wanted(name: str, want: Wanted, number_format: Format, factors: Array | None = None) -> dict[str, Wanted]:

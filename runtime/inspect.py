@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from zimg.engines.bundle import Bundle
+from zimg.engines.bundle import Bundle, Quantization
 
 
 def summary(path: Path) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def summary(path: Path) -> dict[str, Any]:
         "name": manifest.name,
         "family": manifest.family,
         "precision": manifest.precision,
-        "quantization": None if manifest.quantization is None else msgspec.to_builtins(manifest.quantization),
+        "quantization": _quantization(manifest.quantization),
         "schema_version": manifest.schema_version,
         "zimg_version": manifest.zimg_version,
         "source": msgspec.to_builtins(manifest.source),
@@ -91,6 +91,13 @@ def as_text(summary: dict[str, Any]) -> str:
         if narrow + wide:
             lines.append(f"    8 bits   {narrow} of {narrow + wide} products of quantized numbers")
     return "\n".join(lines)
+
+
+def _quantization(quantization: Quantization | None) -> dict[str, Any] | None:
+    """How it is quantized, without the list of all weights."""
+    if quantization is None:
+        return None
+    return {key: value for key, value in msgspec.to_builtins(quantization).items() if key != "inputs"}
 
 
 def _quantization_lines(quantization: dict[str, Any], precision: str) -> list[str]:

@@ -74,9 +74,9 @@ def quantized_of(
 
     def make(family: str, precision: str) -> Path:
         from tests import quantized
+        from zimg.engines.bundle import Bundle
         from zimg.export import build
         from zimg.export.calibrate import calibrate
-        from zimg.engines.bundle import Bundle
 
         folder = shared_folder / f"quantized-{family}"
         with FileLock(f"{folder}.lock"):

@@ -1,4 +1,4 @@
-"""Quantized bundles of the tiny checkpoints, and what the float32 bundle's engines are given on the way to a picture."""
+"""Quantized bundles of the tiny checkpoints, and what an engine is given on the way to a picture."""
 
 from __future__ import annotations
 

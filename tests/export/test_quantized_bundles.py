@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import onnx
@@ -133,6 +134,22 @@ def test_inspect(family, quantized_of):
     assert "quantized int8, ranges by max, SmoothQuant 0.5, calibrated on 4 prompts" in text
     assert "linears of denoiser in bfloat16" in text
     assert "quantized int8-weights\n" in invoke(run, "inspect", quantized_of(family, "int8-weights")).out
+
+
+@pytest.mark.parametrize("precision", quantized.PRECISIONS)
+def test_verify(family, precision, quantized_of, checkpoint_of):
+    """Every weight and scale is made from the checkpoint again, and of another checkpoint none is."""
+    folder = quantized_of(family, precision)
+    result = invoke(main, "verify", folder, "--model", checkpoint_of(family), "--quiet", "--json")
+    assert result.code == 0, result
+    entry = json.loads(result.out)["components"]["denoiser"]
+    assert entry["different"] == 0 and "pictures" in entry["not_run"]
+    scales = [name for name in Bundle.open(folder).tensors("denoiser") if name.endswith(".weight.scale")]
+    assert entry["tensors"] > len(scales)
+    if precision == "int8":
+        other = invoke(main, "verify", folder, "--model", checkpoint_of(family, 1), "--quiet", "--json")
+        assert other.code == 1
+        assert json.loads(other.out)["components"]["denoiser"]["different"] > len(scales)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every quantized graph through a real TensorRT compiler: it compiles, and what is quantized is multiplied in 8 bits."""
+"""Every quantized graph through a real TensorRT compiler: it compiles, and 8 bits are multiplied in 8 bits."""
 
 from __future__ import annotations
 
