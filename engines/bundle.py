@@ -142,7 +142,7 @@ class Quantization(msgspec.Struct, frozen=True, omit_defaults=True):
     kept: dict[str, dict[str, str]] = {}
     """Component -> the weights of linears that are stored in the bundle's precision -> why."""
     inputs: dict[str, dict[str, str]] = {}
-    """Component -> a quantized weight -> the weight after which the scales of its input are named, where there are any."""
+    """Component -> a quantized weight -> the one after which the scales of its input are named, where it has any."""
     range: str = ""
     """Which range of a linear's inputs is represented: ``"max"``, ``"percentile"`` or ``"mse"``."""
     smooth: float = 0.0

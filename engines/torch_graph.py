@@ -107,13 +107,13 @@ def read_constant(bundle: Bundle, graph: str, tensor: ir.TensorProtocol) -> torc
         message = f"the torch backend does not cover the element type {tensor.dtype.name} of {tensor.name!r}"
         raise BackendError(message, "run it with --backend onnxruntime") from None
     shape = tensor.shape.numpy()
-    if packed:
-        shape = (*shape[:-1], shape[-1] // 2)
-    nbytes = math.prod(shape) * dtype.itemsize
+    stored_shape = (-(-math.prod(shape) // 2),) if packed else shape
+    nbytes = math.prod(stored_shape) * dtype.itemsize
     if not nbytes:
         return torch.empty(shape, dtype=dtype)
     if not isinstance(tensor, ir.ExternalTensor):
-        return _unpacked(torch.frombuffer(bytearray(tensor.tobytes()), dtype=dtype).reshape(shape), packed)
+        stored = torch.frombuffer(bytearray(tensor.tobytes()), dtype=dtype).reshape(stored_shape)
+        return _unpacked(stored, shape) if packed else stored
     path = bundle.file((PurePosixPath(graph).parent / tensor.location).as_posix())
     offset = tensor.offset or 0
     if tensor.length not in (None, nbytes) or not 0 <= offset <= path.stat().st_size - nbytes:
@@ -121,15 +121,14 @@ def read_constant(bundle: Bundle, graph: str, tensor: ir.TensorProtocol) -> torc
     raw = np.memmap(path, np.uint8, "r", offset, (nbytes,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # That it is read-only is what we want.
-        return _unpacked(torch.frombuffer(raw, dtype=dtype).reshape(shape), packed)
+        stored = torch.frombuffer(raw, dtype=dtype).reshape(stored_shape)
+    return _unpacked(stored, shape) if packed else stored
 
 
-def _unpacked(stored: torch.Tensor, packed: bool) -> torch.Tensor:
+def _unpacked(stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Numbers of four bits, two to a byte, the first in the low half, as int8; torch has no such type."""
-    if not packed:
-        return stored
     signed = stored.view(torch.int8)
-    return torch.stack([(signed << 4) >> 4, signed >> 4], dim=-1).flatten(-2)
+    return torch.stack([(signed << 4) >> 4, signed >> 4], dim=-1).flatten()[: math.prod(shape)].reshape(shape)
 
 
 def compile_graph(model: ir.Model, read: Callable[[ir.TensorProtocol], torch.Tensor], device: torch.device) -> Program:
