@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -125,7 +125,7 @@ def read_constant(bundle: Bundle, graph: str, tensor: ir.TensorProtocol) -> torc
     return _unpacked(stored, shape) if packed else stored
 
 
-def _unpacked(stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def _unpacked(stored: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Numbers of four bits, two to a byte, the first in the low half, as int8; torch has no such type."""
     signed = stored.view(torch.int8)
     return torch.stack([(signed << 4) >> 4, signed >> 4], dim=-1).flatten()[: math.prod(shape)].reshape(shape)

@@ -125,8 +125,9 @@ def _settings(checkpoint: Checkpoint, precision: str, given: Quantizing, out: Pa
     settings = Settings(precision, recipe, range=given.range, smooth=given.smooth)
     settings.check()
     parts = parts_of(checkpoint)
-    for name in COMPONENTS:
-        recipe.kept(precision, name, linears(parts[name]))  # What is wrong is better said before hours of work.
+    for name, part in parts.items():
+        if name in COMPONENTS:
+            recipe.kept(precision, name, linears(part))  # What is wrong is better said before hours of work.
     if settings.scheme.activations is None:
         return settings
     if isinstance(given.calibration, Statistics):
@@ -179,10 +180,12 @@ def export(
     quantized: dict[str, Quantized] = {}
     if settings is not None:
         settings.check()
-        for index, name in enumerate(COMPONENTS):
-            report("quantize", index, len(COMPONENTS))
+        present = [name for name in COMPONENTS if name in parts]
+        for index, name in enumerate(present):
+            report("quantize", index, len(present))
             quantized[name] = quantize(name, parts[name], wanted[name], settings)
             wanted[name] = quantized[name].wanted
+        report("quantize", len(present), len(present))
     text = export_tokenizer(
         checkpoint.root / "tokenizer",
         folder / "tokenizer",

@@ -16,14 +16,27 @@ from zimg.engines.bundle import Bundle
 from zimg.engines.dtypes import float32_to_bfloat16, to_float32
 from zimg.engines.errors import CheckpointError, UsageError
 from zimg.engines.safetensors import view
-from zimg.export.formats import SCALE, SCHEMES, Array, Format, Scheme, block_of, encode, stored_scales, weight_scales
+from zimg.export.formats import (
+    INT8,
+    SCALE,
+    SCHEMES,
+    Array,
+    Format,
+    Scheme,
+    block_of,
+    encode,
+    stored_scales,
+    weight_scales,
+)
 from zimg.export.parts import Part
 from zimg.export.recipe import Recipe
 from zimg.export.statistics import RANGES, Statistics, scale_for, smoothing
 from zimg.export.weights import Encoding, Rows, Wanted, read_rows
 
-COMPONENTS = ("text_encoder", "denoiser")
-"""What is quantized: it has nearly all the weights that stay in memory, and nearly all the work."""
+COMPONENTS = ("text_encoder", "modulation", "denoiser")
+"""What is quantized, where a bundle has it: nearly all the weights, and nearly all the work."""
+ON_THE_HOST = Scheme(INT8)
+"""What is done to the linears of a component without a graph, in every precision: numpy multiplies them."""
 WEIGHT_SCALE, INPUT_SCALE, SMOOTH = ".scale", ".input_scale", ".smooth"
 """What the names of scales have more than that of the weight; those of an input follow the first weight it meets."""
 
@@ -88,6 +101,8 @@ class Quantized:
 
 def linears(part: Part) -> list[str]:
     """The names of the weights of all linears of a part."""
+    if part.network is None:
+        return [name for name, shape in part.shapes.items() if len(shape) == 2]
     modules = part.build(torch.float32).named_modules()
     return [f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)]
 
@@ -106,26 +121,33 @@ def quantize(component: str, part: Part, wanted: Mapping[str, Wanted], settings:
         CheckpointError: a weight has NaN or Inf.
     """
     names = linears(part)
+    scheme = _scheme(part, settings.precision)
     kept = settings.recipe.kept(settings.precision, component, names)
     leaders: dict[str, str | None] = {}
-    if settings.scheme.weights.blocks:
+    if scheme.weights.blocks:
         reason = "its rows have no blocks that divide them"
         kept |= {name: reason for name in names if name not in kept and block_of(wanted[name].shape[1]) is None}
-    if settings.scheme.activations is not None:
+    if scheme.activations is not None:
         reason = "nothing reads its result"
         leaders = {name: _statistics(settings).leader(component, wanted[name].source.name) for name in names}
         kept |= {name: reason for name in names if name not in kept and leaders[name] is None}
     chosen = tuple(name for name in names if name not in kept)
     result = dict(wanted)
-    factors = _inputs(component, {name: wanted[name] for name in chosen}, settings, result)
+    factors: dict[str, Array] = {}
+    if scheme.activations is not None:
+        factors = _inputs(component, {name: wanted[name] for name in chosen}, settings, scheme.activations, result)
     for name in chosen:
-        result |= weight_wanted(name, wanted[name], settings.scheme.weights, factors.get(name))
+        result |= weight_wanted(name, wanted[name], scheme.weights, factors.get(name))
     return Quantized(
         result,
         chosen,
         {wanted[name].source.name: reason for name, reason in kept.items()},
         {wanted[name].source.name: leader for name in chosen if (leader := leaders.get(name))},
     )
+
+
+def _scheme(part: Part, precision: str) -> Scheme:
+    return ON_THE_HOST if part.network is None else SCHEMES[precision]
 
 
 def as_stored(bundle: Bundle, component: str, part: Part, wanted: Mapping[str, Wanted]) -> dict[str, Wanted]:
@@ -143,7 +165,8 @@ def as_stored(bundle: Bundle, component: str, part: Part, wanted: Mapping[str, W
     if quantization is None:
         return dict(wanted)
     result = dict(wanted)
-    number_format, inputs = SCHEMES[quantization.precision].weights, quantization.inputs.get(component, {})
+    number_format = _scheme(part, quantization.precision).weights
+    inputs = quantization.inputs.get(component, {})
     for name in linears(part):
         tensor = wanted[name].source.name
         if tensor + WEIGHT_SCALE in tensors:
@@ -198,12 +221,13 @@ def _statistics(settings: Settings) -> Statistics:
 
 
 def _inputs(
-    component: str, chosen: Mapping[str, Wanted], settings: Settings, result: dict[str, Wanted]
+    component: str,
+    chosen: Mapping[str, Wanted],
+    settings: Settings,
+    number_format: Format,
+    result: dict[str, Wanted],
 ) -> dict[str, Array]:
     """Add the scales of the inputs of linears to what is wanted; give the factors of each linear's columns."""
-    number_format = settings.scheme.activations
-    if number_format is None:
-        return {}
     statistics = _statistics(settings)
     readers: dict[str, list[str]] = defaultdict(list)
     by_tensor = {want.source.name: want for want in chosen.values()}

@@ -145,6 +145,15 @@ def test_an_inputs_scales_follow_its_first_reader_even_where_that_is_kept(wanted
     assert found["model.q.weight"].dtype == torch.bfloat16 and "model.q.weight.scale" not in found
 
 
+@pytest.mark.parametrize("precision", SCHEMES)
+def test_what_the_host_multiplies_is_int8_in_every_precision(precision, wanted):
+    part = Part("transformer", shapes={name: want.shape for name, want in wanted.items()})
+    quantized = quantize("modulation", part, wanted, Settings(precision, Recipe()))
+    assert set(quantized.quantized) == {"q.weight", "k.weight", "out.weight"}
+    assert {quantized.wanted[name].dtype("bfloat16") for name in quantized.quantized} == {"int8"}
+    assert not any(name.endswith((".input_scale", ".smooth")) for name in quantized.wanted)
+
+
 def test_what_is_kept_and_why(wanted):
     quantized = quantize("denoiser", PART, wanted, settings("int8-weights", "k.*"))
     assert quantized.quantized == ("q.weight", "out.weight")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
@@ -12,9 +13,10 @@ from tests import quantized
 from tests.commands import invoke
 from zimg.engines.bundle import Bundle
 from zimg.export.cli import main
-from zimg.export.quantize import COMPONENTS
 from zimg.runtime.cli import main as run
+from zimg.runtime.modulation import modulation_table
 
+COMPONENTS = ("text_encoder", "denoiser")
 FAMILIES = ("z-image", "qwen-image")
 TYPES = {"fp8": "float8_e4m3fn", "int8": "int8", "int8-weights": "int8", "int4-weights": "uint8"}
 COSINE = {"fp8": 0.99, "int8": 0.99, "int8-weights": 0.9995, "int4-weights": 0.95}
@@ -71,7 +73,7 @@ def test_the_files(family, precision, quantized_of, bundle_of):
         assert bundle.component(component).parameters == original.component(component).parameters
         assert bundle.component(component).inputs == original.component(component).inputs
         assert bundle.source_hash(component) != original.source_hash(component)
-    for component in original.manifest.components.keys() - set(COMPONENTS):
+    for component in original.manifest.components.keys() - {*COMPONENTS, "modulation"}:
         assert bundle.content_hash(component) == original.content_hash(component)
 
 
@@ -94,6 +96,18 @@ def test_the_graphs(family, precision, quantized_of):
             assert path.stat().st_size < 200_000, compute
 
 
+@pytest.mark.parametrize("precision", quantized.PRECISIONS)
+def test_the_modulation_table(family, precision, quantized_of, bundle_of):
+    if family == "z-image":
+        pytest.skip("it has none")
+    bundles = [Bundle.open(folder) for folder in (quantized_of(family, precision), bundle_of(family))]
+    assert {info.dtype for info in bundles[0].tensors("modulation").values()} == {"int8", "bfloat16"}
+    sigmas = np.array([1.0, 0.7, 0.2], np.float32)
+    found, expected = (modulation_table(bundle, sigmas) for bundle in bundles)
+    for step in range(3):
+        assert quantized.relative(found[step], expected[step]) < 0.02
+
+
 def test_int8_is_multiplied_as_integers_on_the_cpu(family, quantized_of, tmp_path):
     import onnxruntime as ort
 
@@ -113,7 +127,6 @@ def test_int8_is_multiplied_as_integers_on_the_cpu(family, quantized_of, tmp_pat
 
 
 def test_the_same_picture_on_both_backends(family, quantized_of, tmp_path):
-    import numpy as np
     from PIL import Image
 
     pictures = []

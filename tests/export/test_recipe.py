@@ -28,6 +28,7 @@ SHARE = {
     ("qwen-image", "denoiser", "int8-weights"): 0.99,
     ("qwen-image", "denoiser", "int4-weights"): 0.9,
     ("qwen-image", "text_encoder", "int8"): 1.0,
+    ("qwen-image", "modulation", "fp8"): 0.99,
 }
 
 
@@ -104,7 +105,7 @@ def test_a_name_that_is_not_there(pattern):
 
 
 def test_a_component_that_is_not_quantized():
-    with pytest.raises(UsageError, match="names the component 'vae'; it can be text_encoder, denoiser"):
+    with pytest.raises(UsageError, match="names the component 'vae'; it can be text_encoder, modulation, "):
         Recipe((Keep("vae", ("*",), "why"),)).check_components(COMPONENTS)
 
 
