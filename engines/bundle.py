@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ class Component(msgspec.Struct, frozen=True, omit_defaults=True):
     """One part of the model: its graphs, its weights, what goes in and what comes out."""
 
     weights: tuple[str, ...]
-    """Safetensors files of the bundle that hold its tensors."""
+    """Safetensors files of the bundle that hold its tensors; where several have a name, the last one counts."""
     graphs: dict[str, str] = {}
     """Element type the graph computes in -> ONNX file. All of them point into the same weights."""
     inputs: dict[str, TensorSpec] = {}
@@ -50,6 +51,10 @@ class Component(msgspec.Struct, frozen=True, omit_defaults=True):
     """How many numbers it has."""
     weight_bytes: int = 0
     """How many bytes of the files are its own; linked files may hold other components' tensors too."""
+    lora: str | None = None
+    """The last of ``weights``, where LoRAs were merged: the tensors they touch. The other files hold none of that."""
+    base: str | None = None
+    """A file beside ``weights``: tensors that LoRAs touch, as the checkpoint has them, for the next set of LoRAs."""
 
 
 Range = tuple[int, int, int]
@@ -151,6 +156,20 @@ class Quantization(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the inputs' ranges were measured on."""
 
 
+class MergedLora(msgspec.Struct, frozen=True):
+    """A LoRA that was merged into the weights."""
+
+    source: str
+    """The file, or how its hub calls it."""
+    sha256: str
+    scale: float
+
+    @property
+    def file(self) -> str:
+        """Its file's name."""
+        return re.split(r"[/:]", self.source)[-1]
+
+
 class Manifest(msgspec.Struct, frozen=True):
     """``bundle.json``."""
 
@@ -174,6 +193,12 @@ class Manifest(msgspec.Struct, frozen=True):
     """Versions of what built it."""
     engines: tuple[CompiledEngine, ...] = ()
     """What was compiled from it."""
+    loras: tuple[MergedLora, ...] = ()
+    """What was merged into its weights."""
+    base_defaults: Defaults | None = None
+    """The defaults without LoRAs, where those or the user replaced them."""
+    base_scheduler: dict[str, Any] | None = None
+    """Likewise the scheduler."""
     quantization: Quantization | None = None
 
 

@@ -5,7 +5,8 @@
     ZimgError                 one line: what was wrong, where, and what to do
     |-- UsageError            an argument is missing or out of its range          (exit code 2)
     |-- CheckpointError       a checkpoint is missing, broken or of another family
-    |   `-- DownloadError     a hub cannot be reached, or has no such model
+    |   |-- DownloadError     a hub cannot be reached, or has no such model
+    |   `-- LoraError         a LoRA is missing, broken, of another family, or changes no weight of the model
     |-- BundleError           a bundle is missing, changed, unfinished or too new
     |-- SafetensorsError      a file is not the safetensors file it should be (in ``safetensors.py``)
     |-- BackendError          a backend is not installed or cannot run this
@@ -46,6 +47,10 @@ class CheckpointError(ZimgError):
 
 class DownloadError(CheckpointError):
     """A hub cannot be reached, or has no such model."""
+
+
+class LoraError(CheckpointError):
+    """A LoRA is missing, broken, of another family, or changes no weight of the model."""
 
 
 class BundleError(ZimgError):

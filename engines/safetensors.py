@@ -48,6 +48,34 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         SafetensorsError: the file is missing, truncated, or no safetensors file.
     """
+    header, length, size = _read_json(path)
+    infos = [_entry(path, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
+    infos.sort(key=lambda info: (info.offset, info.nbytes))
+    end = 8 + length
+    for info in infos:
+        # The format allows neither gaps nor overlaps.
+        if info.offset != end:
+            message = f"{path}: tensor {info.name!r} does not begin where the one before it ends"
+            raise SafetensorsError(message, "fetch the file again")
+        end += info.nbytes
+    if end != size:
+        state = "is cut short" if end > size else "goes on after its last tensor"
+        raise SafetensorsError(f"{path} {state}: {size:,} of {end:,} bytes", "fetch the file again")
+    return {info.name: info for info in infos}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings in a safetensors file's ``__metadata__``; what is no string is left out.
+
+    Raises:
+        SafetensorsError: the file is missing, truncated, or no safetensors file.
+    """
+    metadata = _read_json(path)[0].get("__metadata__")
+    return {key: text for key, text in metadata.items() if isinstance(text, str)} if isinstance(metadata, dict) else {}
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header, its length, and the file's size."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -62,19 +90,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise SafetensorsError(f"{path} has no readable safetensors header ({error})", "fetch the file again") from None
     if not isinstance(header, dict):
         raise SafetensorsError(f"{path} has no readable safetensors header (not an object)", "fetch the file again")
-    infos = [_entry(path, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
-    infos.sort(key=lambda info: (info.offset, info.nbytes))
-    end = 8 + length
-    for info in infos:
-        # The format allows neither gaps nor overlaps.
-        if info.offset != end:
-            message = f"{path}: tensor {info.name!r} does not begin where the one before it ends"
-            raise SafetensorsError(message, "fetch the file again")
-        end += info.nbytes
-    if end != size:
-        state = "is cut short" if end > size else "goes on after its last tensor"
-        raise SafetensorsError(f"{path} {state}: {size:,} of {end:,} bytes", "fetch the file again")
-    return {info.name: info for info in infos}
+    return header, length, size
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

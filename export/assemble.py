@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import getitem
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -51,6 +52,7 @@ def assemble(
     output: str,
     sizes: tuple[Mapping[str, int], Mapping[str, int]],
     tensors: Mapping[str, TensorInfo],
+    folder: Path | None = None,
 ) -> tuple[ir.Model, TensorSpec]:
     """Build a network's ONNX model; no weight is read.
 
@@ -59,8 +61,8 @@ def assemble(
         inputs: the network's inputs, in order.
         output: a name for its one output.
         sizes: two values for each free side. The first is traced, so it should be none the code treats specially.
-        tensors: by the network's parameter names, where the data lies; ``TensorInfo.name`` names the initializer, and
-            the last part of ``TensorInfo.file`` is where the graph points.
+        tensors: by the network's parameter names, where the data lies; ``TensorInfo.name`` names the initializer.
+        folder: where the graph will lie, to which its references to files are relative; by default beside each of them.
 
     Returns:
         The model and the specification of its output.
@@ -70,7 +72,7 @@ def assemble(
     with torch.no_grad():
         for run, size in zip(runs, sizes, strict=True):
             run.run(*(entry.example(size) for entry in inputs))
-    graph = _Assembly(network, runs, tensors)
+    graph = _Assembly(network, runs, tensors, folder)
     graph.trace([node for node in plan.graph.nodes if node.op == "call_module"])
     names = iter(inputs)
     result: ir.Value | None = None
@@ -108,10 +110,13 @@ def _name(dtype: torch.dtype) -> str:
 class _Assembly:
     """The graph while it grows: nodes, initializers, and one function per kind of child."""
 
-    def __init__(self, network: nn.Module, runs: Sequence[_Recorder], tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(
+        self, network: nn.Module, runs: Sequence[_Recorder], tensors: Mapping[str, TensorInfo], folder: Path | None
+    ) -> None:
         self.network = network
         self.runs = runs
         self.tensors = tensors
+        self.folder = folder
         self.known: dict[fx.Node, Any] = {}
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
@@ -123,8 +128,10 @@ class _Assembly:
             info = self.tensors[parameter]
             dtype = ir.DataType(BY_NAME[info.dtype].onnx)
             shape = ir.Shape(info.shape)
+            folder = self.folder or info.file.parent
+            location = info.file.relative_to(folder).as_posix()
             data = ir.ExternalTensor(
-                info.file.name, info.offset, info.nbytes, dtype, shape=shape, name=info.name, base_dir=info.file.parent
+                location, info.offset, info.nbytes, dtype, shape=shape, name=info.name, base_dir=folder
             )
             value = ir.Value(name=info.name, shape=shape, type=ir.TensorType(dtype), const_value=data)
             self.initializers[parameter] = value

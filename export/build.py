@@ -10,6 +10,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -31,9 +32,13 @@ from zimg.engines.safetensors import TensorInfo
 from zimg.export import catalog
 from zimg.export.assemble import assemble
 from zimg.export.calibrate import Plan, beside, calibrate, default_prompts, finished
-from zimg.export.checkpoint import Checkpoint, check_tensors, open_checkpoint
+from zimg.export.checkpoint import Checkpoint, check_tensors, is_dead_text, open_checkpoint
 from zimg.export.formats import SCHEMES, Scheme
+from zimg.export.layout import base_name, graph_name, lora_name
 from zimg.export.locks import only_writer_of
+from zimg.export.lora import known
+from zimg.export.lora.merge import NOTHING, Addends, Merge, merge, read_loras
+from zimg.export.lora.names import Names
 from zimg.export.models import autoencoder_kl, qwen_image, qwen_image_vae, text_encoder, z_image
 from zimg.export.parts import Part
 from zimg.export.passes.quantize import Quantize
@@ -41,7 +46,7 @@ from zimg.export.quantize import COMPONENTS, Quantized, Settings, linears, quant
 from zimg.export.recipe import Recipe, family_recipe
 from zimg.export.statistics import Statistics
 from zimg.export.tokenizer import export_tokenizer
-from zimg.export.weights import Wanted, export_weights, written_bytes
+from zimg.export.weights import Wanted, export_weights, linkable, written_bytes
 from zimg.runtime import families
 from zimg.runtime.latents import vae_normalization
 from zimg.runtime.progress import Report, silent
@@ -87,6 +92,11 @@ def build(
     revision: str | None = None,
     source: str = "huggingface",
     overwrite: bool = False,
+    loras: Sequence[str] = (),
+    keep_base: bool = False,
+    allow_unmatched: bool = False,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     report: Report = silent,
 ) -> Bundle:
     """Build a bundle.
@@ -100,6 +110,11 @@ def build(
         revision: branch, tag or commit on the hub.
         source: ``"huggingface"`` or ``"modelscope"``.
         overwrite: replace a bundle that is there.
+        loras: LoRAs to merge, as :func:`zimg.export.lora.source.find_lora` takes them.
+        keep_base: keep what they touch without them as well, so that another set needs no checkpoint.
+        allow_unmatched: go on where a LoRA has modules that the checkpoint has not.
+        num_inference_steps: another default than the checkpoint's or the LoRAs'.
+        guidance_scale: likewise, as diffusers counts it.
         report: called with (stage, done, total) as the work goes on.
 
     Raises:
@@ -109,17 +124,33 @@ def build(
         raise UsageError(f"no precision is called {precision!r}", f"choose one of {', '.join((*PRECISIONS, *SCHEMES))}")
     out = out.expanduser().absolute()
     with only_writer_of(out), atomic_folder(out, overwrite=overwrite) as folder:
+        read = read_loras(loras, source)
         checkpoint = open_checkpoint(model, revision=revision, source=source)
-        settings = None
+        found = (
+            merge(read, names_of(checkpoint), checkpoint.family, allow_unmatched=allow_unmatched) if read else NOTHING
+        )
+        scheme = None
         if precision in SCHEMES:
-            settings = _settings(checkpoint, precision, quantization or Quantizing(), out, report)
-        export(checkpoint, folder, PRECISIONS.get(precision, "bfloat16"), report, settings)
+            scheme = _settings(checkpoint, found, precision, quantization or Quantizing(), out, report)
+        chosen = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        export(
+            checkpoint,
+            folder,
+            PRECISIONS.get(precision, "bfloat16"),
+            report,
+            quantization=scheme,
+            merged=found,
+            keep_base=keep_base,
+            chosen=chosen,
+        )
     bundle = Bundle.open(out, verify=False)
     bundle.trust()
     return bundle
 
 
-def _settings(checkpoint: Checkpoint, precision: str, given: Quantizing, out: Path, report: Report) -> Settings:
+def _settings(
+    checkpoint: Checkpoint, merged: Merge, precision: str, given: Quantizing, out: Path, report: Report
+) -> Settings:
     """How a checkpoint's linears are quantized, after a calibration where that is needed and not there yet."""
     recipe = given.recipe or family_recipe(checkpoint.family)
     settings = Settings(precision, recipe, range=given.range, smooth=given.smooth)
@@ -140,13 +171,15 @@ def _settings(checkpoint: Checkpoint, precision: str, given: Quantizing, out: Pa
         found_at = beside(float_bundle.root)
         statistics = calibrate(float_bundle, given.calibration, found_at, device=given.device, report=report)
         return replace(settings, statistics=statistics)
-    known = finished(beside(out), checkpoint.source, given.calibration)
-    if known is None:
+    known_statistics = finished(beside(out), checkpoint.source, merged.loras, given.calibration)
+    if known_statistics is None:
         with TemporaryDirectory(prefix=f".{out.name}.", suffix=".float", dir=out.parent) as folder:
-            export(checkpoint, Path(folder), "bfloat16", report)
+            export(checkpoint, Path(folder), "bfloat16", report, merged=merged)
             float_bundle = Bundle.open(folder, verify=False)
-            known = calibrate(float_bundle, given.calibration, beside(out), device=given.device, report=report)
-    return replace(settings, statistics=known)
+            known_statistics = calibrate(
+                float_bundle, given.calibration, beside(out), device=given.device, report=report
+            )
+    return replace(settings, statistics=known_statistics)
 
 
 def export(
@@ -154,7 +187,11 @@ def export(
     folder: Path,
     precision: str,
     report: Report = silent,
-    settings: Settings | None = None,
+    *,
+    quantization: Settings | None = None,
+    merged: Merge = NOTHING,
+    keep_base: bool = False,
+    chosen: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a whole bundle into an empty folder.
 
@@ -163,7 +200,10 @@ def export(
         folder: where to write.
         precision: the element type of the weights, ``"float32"`` or ``"bfloat16"``.
         report: called with (stage, done, total).
-        settings: how linears are quantized, where they are.
+        quantization: how linears are quantized, where they are.
+        merged: what LoRAs do to it.
+        keep_base: keep what they touch without them as well.
+        chosen: the user's own defaults, see :func:`zimg.export.lora.known.settings_for`.
 
     Raises:
         UsageError: the settings do not fit each other or the checkpoint.
@@ -175,15 +215,17 @@ def export(
     scheduler = checkpoint.config("scheduler")
     check_scheduler(scheduler)
     vae_normalization(config["vae"])
+    base = known.Settings(catalog.defaults_for(checkpoint.root, checkpoint.family, scheduler), scheduler)
+    settings = known.settings_for(merged.loras, checkpoint.family, base, **(chosen or {}))
     parts = parts_of(checkpoint)
-    wanted = {name: wanted_by(checkpoint, part) for name, part in parts.items()}
+    wanted = {name: wanted_by(checkpoint, part, merged.addends) for name, part in parts.items()}
     quantized: dict[str, Quantized] = {}
-    if settings is not None:
-        settings.check()
+    if quantization is not None:
+        quantization.check()
         present = [name for name in COMPONENTS if name in parts]
         for index, name in enumerate(present):
             report("quantize", index, len(present))
-            quantized[name] = quantize(name, parts[name], wanted[name], settings)
+            quantized[name] = quantize(name, parts[name], wanted[name], quantization)
             wanted[name] = quantized[name].wanted
         report("quantize", len(present), len(present))
     text = export_tokenizer(
@@ -192,14 +234,16 @@ def export(
         family.TEXT,
         chat_template=family.USES_CHAT_TEMPLATE,
     )
-    _check_space(wanted, precision, folder)
-    placed = export_weights(wanted, precision, folder, lambda done, total: report("weights", done, total))
+    _check_space(wanted, precision, folder, keep_base=keep_base)
+    placed = export_weights(
+        wanted, precision, folder, lambda done, total: report("weights", done, total), keep_base=keep_base
+    )
     components = {}
     for index, (name, part) in enumerate(parts.items()):
         report("graphs", index, len(parts))
         rewrite = None
-        if settings is not None and name in quantized:
-            rewrite = partial(_quantize_graph, settings.scheme, quantized[name].quantized, placed[name])
+        if quantization is not None and name in quantized:
+            rewrite = partial(_quantize_graph, quantization.scheme, quantized[name].quantized, placed[name], folder)
         components[name] = _component(name, part, placed[name], precision, folder, rewrite)
     report("graphs", len(parts), len(parts))
     manifest = Manifest(
@@ -210,13 +254,16 @@ def export(
         precision=precision,
         source=checkpoint.source,
         text=text,
-        defaults=catalog.defaults_for(checkpoint.root, checkpoint.family, scheduler),
-        scheduler=scheduler,
+        defaults=settings.defaults,
+        scheduler=dict(settings.scheduler),
         config=config | {"text_encoder": text_encoder.text_part(config["text_encoder"])},
         components=components,
         files=record_files(folder),
         tools={name: metadata.version(name) for name in TOOLS},
-        quantization=_record(settings, quantized) if settings is not None else None,
+        quantization=_record(quantization, quantized) if quantization is not None else None,
+        loras=merged.loras,
+        base_defaults=base.defaults if settings != base else None,
+        base_scheduler=scheduler if settings != base else None,
     )
     write_manifest(folder, manifest)
 
@@ -239,10 +286,29 @@ def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
     return parts
 
 
-def wanted_by(checkpoint: Checkpoint, part: Part) -> dict[str, Wanted]:
-    """What each of a part's parameters comes from."""
-    infos = checkpoint.tensors(part.source)
-    return {name: Wanted(infos[name], shape, part.transforms.get(name)) for name, shape in part.parameters().items()}
+def names_of(checkpoint: Checkpoint) -> Names:
+    """The modules that LoRAs can change."""
+    text = text_encoder.text_part(checkpoint.config("text_encoder"))
+
+    def is_dead(component: str, name: str) -> bool:
+        return component == "text_encoder" and is_dead_text(text, name)
+
+    shapes = {
+        component: {
+            name: info.shape for name, info in checkpoint.tensors(component).items() if not is_dead(component, name)
+        }
+        for component in ("transformer", "text_encoder")
+    }
+    return Names(shapes, is_dead)
+
+
+def wanted_by(checkpoint: Checkpoint, part: Part, addends: Addends | None = None) -> dict[str, Wanted]:
+    """What each of a part's parameters comes from, and what LoRAs add to it."""
+    infos, own = checkpoint.tensors(part.source), (addends or {}).get(part.source, {})
+    return {
+        name: Wanted(infos[name], shape, part.transforms.get(name), own.get(name, ()))
+        for name, shape in part.parameters().items()
+    }
 
 
 def _component(
@@ -254,33 +320,41 @@ def _component(
     rewrite: Callable[[ir.Model, str], object] | None = None,
 ) -> Component:
     """Write a component's graphs, one that computes in the weights' own type and one in float32 for CPUs."""
-    weights = tuple(sorted({info.file.name for info in tensors.values()}))
+    files = {info.file.relative_to(folder).as_posix() for info in tensors.values()}
+    lora = lora_name(name) if lora_name(name) in files else None
+    weights = (*sorted(files - {lora}), *filter(None, [lora]))
+    base = base_name(name) if (folder / base_name(name)).exists() else None
     shapes = part.parameters()
     parameters = sum(math.prod(shape) for shape in shapes.values())
     size = sum(info.nbytes for info in tensors.values())
     if part.network is None:
         names = tuple(info.name for info in tensors.values())
-        return Component(weights, tensors=names, parameters=parameters, weight_bytes=size)
+        return Component(weights, tensors=names, parameters=parameters, weight_bytes=size, lora=lora, base=base)
     graphs, spec = {}, None
     # Blocks are traced with weights as they are before they are quantized.
     plain = {key: replace(tensors[key], dtype=precision, shape=shape) for key, shape in shapes.items()}
     for compute in dict.fromkeys((precision, "float32")):
         network = part.build(getattr(torch, compute))
-        model, spec = assemble(network, part.inputs, part.output, part.sizes, plain)
+        model, spec = assemble(network, part.inputs, part.output, part.sizes, plain, folder)
         if rewrite is not None:
             rewrite(model, compute)
-        graphs[compute] = f"{name}.onnx" if compute == precision else f"{name}.{compute}.onnx"
+        graphs[compute] = graph_name(name, compute, precision)
         ir.save(model, folder / graphs[compute])
     inputs = {entry.name: TensorSpec(str(entry.dtype).removeprefix("torch."), entry.shape) for entry in part.inputs}
     outputs = {part.output: spec} if spec else {}
-    return Component(weights, graphs, inputs, outputs, parameters=parameters, weight_bytes=size)
+    return Component(weights, graphs, inputs, outputs, parameters=parameters, weight_bytes=size, lora=lora, base=base)
 
 
 def _quantize_graph(
-    scheme: Scheme, weights: Sequence[str], tensors: Mapping[str, TensorInfo], model: ir.Model, compute: str
+    scheme: Scheme,
+    weights: Sequence[str],
+    tensors: Mapping[str, TensorInfo],
+    folder: Path,
+    model: ir.Model,
+    compute: str,
 ) -> None:
     by_name = {info.name: info for info in tensors.values()}
-    Quantize(scheme, by_name, [tensors[name].name for name in weights], compute)(model)
+    Quantize(scheme, by_name, [tensors[name].name for name in weights], compute, folder)(model)
 
 
 def _record(settings: Settings, quantized: Mapping[str, Quantized]) -> Quantization:
@@ -293,16 +367,18 @@ def _record(settings: Settings, quantized: Mapping[str, Quantized]) -> Quantizat
     return Quantization(settings.precision, kept, inputs, settings.range, settings.alpha, made)
 
 
-def _check_space(wanted: Mapping[str, Mapping[str, Wanted]], precision: str, folder: Path) -> None:
+def _check_space(wanted: Mapping[str, Mapping[str, Wanted]], precision: str, folder: Path, *, keep_base: bool) -> None:
     """Fail before the first gigabyte is written rather than after the last."""
-    files = {want.source.file for wants in wanted.values() for want in wants.values()}
-    linkable = {file for file in files if file.resolve().stat().st_dev == folder.stat().st_dev}
-    needed = sum(
-        written_bytes(want, precision)
-        for wants in wanted.values()
-        for want in wants.values()
-        if not (want.is_kept(precision) and want.source.file in linkable)
-    )
+    here = folder.stat().st_dev
+    linked = {
+        file
+        for file, may in linkable(wanted, precision, keep_base=keep_base).items()
+        if may and file.resolve().stat().st_dev == here
+    }
+    wants = [want for part in wanted.values() for want in part.values()]
+    needed = sum(written_bytes(want, precision) for want in wants if want.addends or want.source.file not in linked)
+    if keep_base:
+        needed += sum(want.source.nbytes for want in wants if want.addends and want.source.file not in linked)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(

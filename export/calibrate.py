@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zimg.engines.bundle import Bundle
+from zimg.engines.bundle import Bundle, MergedLora
 from zimg.engines.errors import OutputError, UsageError, ZimgError
 from zimg.engines.safetensors import SafetensorsError
 from zimg.engines.torch import TorchEngine, open_engine
@@ -72,9 +72,9 @@ def beside(bundle: Path) -> Path:
     return bundle.with_name(f"{bundle.name}.calibration.safetensors")
 
 
-def finished(store: Path, source: Any, plan: Plan) -> Statistics | None:
-    """Statistics that are there already, if they are whole and of this checkpoint and plan."""
-    found = _load(store, source, plan)
+def finished(store: Path, source: Any, loras: Sequence[MergedLora], plan: Plan) -> Statistics | None:
+    """Statistics that are there already, if they are whole and of this checkpoint with these LoRAs and this plan."""
+    found = _load(store, (source, loras), plan)
     return found if found and found.made["done"] == len(plan.prompts) else None
 
 
@@ -99,7 +99,7 @@ def calibrate(
         raise UsageError(f"{bundle.root} is quantized", "calibrate a bundle of --precision bf16 or fp32")
     if len(plan.prompts) < FEWEST_PROMPTS:
         raise UsageError(f"a calibration needs {FEWEST_PROMPTS} prompts, not {len(plan.prompts)}")
-    source = bundle.manifest.source
+    source = (bundle.manifest.source, bundle.manifest.loras)
     statistics = _load(store, source, plan) or Statistics(made=_made(source, plan, 0))
     opener = partial(_open_watched, statistics)
     with Pipeline(bundle, backend="torch", device=device, warn=lambda _: None, opener=opener) as pipeline:
@@ -123,12 +123,15 @@ def calibrate(
     return statistics
 
 
-def _made(source: Any, plan: Plan, done: int) -> dict[str, Any]:
-    return {"source": msgspec.to_builtins(source), "plan": msgspec.to_builtins(plan), "done": done}
+def _made(of: tuple[Any, Sequence[MergedLora]], plan: Plan, done: int) -> dict[str, Any]:
+    source, loras = of
+    made = {"source": msgspec.to_builtins(source), "plan": msgspec.to_builtins(plan), "done": done}
+    # By content: the same file may lie elsewhere.
+    return made | ({"loras": [[lora.sha256, lora.scale] for lora in loras]} if loras else {})
 
 
-def _load(store: Path, source: Any, plan: Plan) -> Statistics | None:
-    """What is there of this checkpoint and plan."""
+def _load(store: Path, source: tuple[Any, Sequence[MergedLora]], plan: Plan) -> Statistics | None:
+    """What is there of this checkpoint, these LoRAs and this plan."""
     if not store.exists():
         return None
     try:

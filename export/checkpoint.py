@@ -205,6 +205,19 @@ def check_tensors(
         )
 
 
+def is_dead_text(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a tensor of the text encoder, by its canonical name, is one that no picture needs.
+
+    Args:
+        config: its ``config.json``, or the part of it that describes the language model.
+        name: of the tensor, or a part of it that ends with a dot.
+    """
+    if name.startswith(("visual.", "lm_head.")):
+        return True
+    last = config.get("num_hidden_layers", 0) - 1
+    return config.get("model_type") == "qwen3" and name.startswith(("norm.", f"layers.{last}."))
+
+
 def _others(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
@@ -284,7 +297,7 @@ def _read_tensors(root: Path, component: str) -> dict[str, TensorInfo]:
         for stored in header if promised is None else promised:
             if stored not in header:
                 raise CheckpointError(f"{file} has no tensor {stored!r}, which its index names", "fetch the file again")
-            name = _canonical(component, stored)
+            name = canonical(component, stored)
             if name in found:
                 both = f"{stored!r} and {found[name].name!r}"
                 raise CheckpointError(f"{file}: {both} are both the {component}'s {name!r}", "keep one of them")
@@ -292,7 +305,8 @@ def _read_tensors(root: Path, component: str) -> dict[str, TensorInfo]:
     return found
 
 
-def _canonical(component: str, stored: str) -> str:
+def canonical(component: str, stored: str) -> str:
+    """The canonical name of a component's tensor, see :meth:`Checkpoint.tensors`, from the one it is stored under."""
     for prefix in PREFIXES.get(component, ()):
         stored = stored.removeprefix(prefix)
     return stored

@@ -19,6 +19,17 @@ REVISION = click.option("--revision", help="Branch, tag or commit on the hub.")
 QUIET = click.option("--quiet", is_flag=True, help="No progress bar.")
 COMPILED = ["tensorrt", "tensorrt-rtx"]
 """Backends that engines are compiled for."""
+LORA = click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="LORA[:SCALE]",
+    help="A file, a folder or a hub's file (owner/name/file.safetensors) to merge; may be given several times.",
+)
+KEEP_BASE = click.option("--keep-base", is_flag=True, help="Keep base weights too: the next swap needs no checkpoint.")
+ALLOW_UNMATCHED = click.option("--allow-unmatched", is_flag=True, help="Leave out what of a LoRA the model has not.")
+STEPS = click.option("--num-inference-steps", type=int, help="Another default than the checkpoint's or the LoRA's.")
+GUIDANCE = click.option("--guidance-scale", type=float, help="Likewise, as diffusers counts it.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
@@ -42,6 +53,11 @@ def cli() -> None:
 @REVISION
 @SOURCE
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@LORA
+@KEEP_BASE
+@ALLOW_UNMATCHED
+@STEPS
+@GUIDANCE
 @click.option(
     "--backend",
     type=click.Choice(["onnxruntime", *COMPILED]),
@@ -59,13 +75,18 @@ def build(
     revision: str | None,
     source: str,
     overwrite: bool,
+    loras: tuple[str, ...],
+    keep_base: bool,
+    allow_unmatched: bool,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
     backend: str,
     detailed: bool,
     quiet: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Build a bundle from a checkpoint, and engines for it where asked."""
+    """Build a bundle from a checkpoint, with LoRAs merged and engines compiled for it where asked."""
     _need_export()
     from zimg.export.build import build as work
     from zimg.runtime.inspect import as_text, summary
@@ -89,6 +110,11 @@ def build(
             revision=revision,
             source=source,
             overwrite=overwrite,
+            loras=loras,
+            keep_base=keep_base,
+            allow_unmatched=allow_unmatched,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
             report=report,
         )
         if backend in COMPILED:
@@ -156,13 +182,66 @@ def compile_engines(bundle: Path, backend: str, detailed: bool, quiet: bool, as_
     console.print_json(result) if as_json else click.echo(compile_cli.as_text(result))
 
 
+@cli.command("swap-lora")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@LORA
+@click.option("--out", type=click.Path(path_type=Path), help="A new bundle, which shares all other files.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is at --out.")
+@KEEP_BASE
+@click.option("--model", help="The checkpoint it was built from, where that has moved.")
+@REVISION
+@SOURCE
+@ALLOW_UNMATCHED
+@STEPS
+@GUIDANCE
+@QUIET
+@AS_JSON
+def swap_lora(bundle: Path, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Give a bundle another set of LoRAs, or none; nothing is traced, and only what they touch is written.
+
+    \b
+      zimg-export swap-lora BUNDLE --lora style.safetensors:0.8
+      zimg-export swap-lora BUNDLE                                  # without LoRAs again
+    """  # noqa: D301
+    _need("swapping LoRAs", ("onnx", "filelock"), "export")
+    from zimg.export.lora.swap import swap
+    from zimg.runtime.progress import bar
+
+    with bar(enabled=not quiet) as report:
+        swapped = swap(bundle, report=report, **options)
+    root, stale = swapped.bundle.root, list(swapped.stale)
+    if stale:
+        console.warn(
+            f"the engines of {', '.join(stale)} were compiled from other weights; "
+            f"zimg-export compile {root} compiles them again"
+        )
+    result = {
+        "path": str(root),
+        "loras": [{"source": lora.source, "scale": lora.scale} for lora in swapped.bundle.manifest.loras],
+        "written_bytes": swapped.written,
+        "stale_engines": stale,
+        "ignored": list(swapped.ignored),
+    }
+    if as_json:
+        console.print_json(result)
+        return
+    names = ", ".join(f"{lora.file} at {lora.scale:g}" for lora in swapped.bundle.manifest.loras)
+    click.echo(f"{root} has {names or 'no LoRA'} now; {swapped.written / 1e6:,.1f} MB of weights were written")
+
+
 @cli.command()
 @click.argument("model")
 @REVISION
 @SOURCE
 @AS_JSON
 def inspect(model: str, revision: str | None, source: str, as_json: bool) -> None:
-    """Show what a checkpoint is and what it would become; no weights are fetched."""
+    """Show what a checkpoint is and what it would become, without fetching weights; or what a LoRA is."""
+    from zimg.export.lora import inspect as of_lora
+
+    if of_lora.is_lora(model):
+        found = of_lora.summary(model, source)
+        console.print_json(found) if as_json else click.echo(of_lora.as_text(found))
+        return
     _need_export()
     from zimg.export import inspect as work
 

@@ -256,11 +256,11 @@ def _inputs(
 
 def _columns(want: Wanted) -> Array:
     """The largest magnitude of each column of a weight."""
-    found: Array = np.max([np.abs(rows).max(axis=0) for rows in read_rows(want.source)], axis=0)
+    found: Array = np.max([np.abs(rows).max(axis=0) for rows in read_rows(want)], axis=0)
     return found
 
 
 def _constant(owner: Wanted, values: Array, suffix: str) -> Wanted:
     """Numbers that go into the bundle as they are, under the name of a tensor and a suffix."""
     stored = float32_to_bfloat16(values)
-    return replace(owner, shape=values.shape, encoding=Encoding(SCALE, lambda _: iter([stored])), suffix=suffix)
+    return Wanted(owner.source, values.shape, encoding=Encoding(SCALE, lambda _: iter([stored])), suffix=suffix)

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from zimg.engines.base import open_engine
 from zimg.engines.bundle import Bundle
-from zimg.engines.dtypes import to_float32
 from zimg.engines.errors import BundleError
-from zimg.engines.safetensors import view
-from zimg.export.build import parts_of, wanted_by
-from zimg.export.checkpoint import open_checkpoint
+from zimg.export.build import names_of, parts_of, wanted_by
+from zimg.export.checkpoint import Checkpoint, open_checkpoint
+from zimg.export.lora.merge import NOTHING, Addends, merge, read_loras
 from zimg.export.parts import Part
 from zimg.export.quantize import COMPONENTS, as_stored
 from zimg.export.weights import Wanted, pieces
@@ -56,7 +55,7 @@ def verify(
 
     Raises:
         BundleError: the bundle is broken.
-        CheckpointError: the checkpoint is, or is of another family than the bundle.
+        CheckpointError: the checkpoint is, or is of another family than the bundle; or a LoRA's file is gone.
     """
     bundle = Bundle.open(path, verify=False)
     bundle.verify(afresh=True)
@@ -67,11 +66,12 @@ def verify(
             f"{path} is of family {bundle.manifest.family}, and {model} of {checkpoint.family}",
             "name its own checkpoint",
         )
+    addends = _addends(bundle, checkpoint, source)
     components: dict[str, Any] = {}
     parts = parts_of(checkpoint)
     for index, (name, part) in enumerate(parts.items()):
         report("verify", index, len(parts))
-        wanted = wanted_by(checkpoint, part)
+        wanted = wanted_by(checkpoint, part, addends)
         if name in COMPONENTS:
             wanted = as_stored(bundle, name, part, wanted)
         result: dict[str, Any] = {"tensors": len(wanted), "different": _different(bundle, name, wanted)}
@@ -90,6 +90,17 @@ def verify(
         "bound": bound,
         "passed": passed,
     }
+
+
+def _addends(bundle: Bundle, checkpoint: Checkpoint, hub: str) -> Addends:
+    """What the bundle's LoRAs add, from their files."""
+    if not bundle.manifest.loras:
+        return NOTHING.addends
+    loras = read_loras([f"{lora.source}:{lora.scale!r}" for lora in bundle.manifest.loras], hub)
+    for lora, entry in zip(loras, bundle.manifest.loras, strict=True):
+        if lora.sha256 != entry.sha256:
+            raise BundleError(f"{entry.source} is not the LoRA that {bundle.root} has", "put the file back")
+    return merge(loras, names_of(checkpoint), checkpoint.family, allow_unmatched=True).addends
 
 
 def as_text(result: Mapping[str, Any]) -> str:
@@ -157,9 +168,7 @@ def _compare(bundle: Bundle, name: str, part: Part, wanted: Mapping[str, Wanted]
 
 
 def _values(want: Wanted) -> NDArray[np.float32]:
-    stored = to_float32(view(want.source), want.source.dtype)
-    values = stored if want.transform is None else want.transform(stored)
-    return np.array(values, np.float32).reshape(want.shape)
+    return np.concatenate([*pieces(want, "float32")]).reshape(want.shape)
 
 
 def _random_inputs(part: Part, seed: int) -> dict[str, NDArray[Any]]:

@@ -1,27 +1,36 @@
 """Checkpoint tensors to bundle tensors: linked where nothing changes, else streamed piece by piece.
 
-Weights never pass through PyTorch, and no more than a piece of one tensor is in memory at a time.
+Weights never pass through PyTorch, and no more than a piece of one tensor is in memory at a time; of what LoRAs touch,
+which is merged on its way and lies in a file of its own, no more than one tensor.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zimg.engines.dtypes import BY_NAME, float32_to_bfloat16, to_float32
 from zimg.engines.safetensors import TensorInfo, write
-from zimg.export.parts import Transform
+from zimg.export.layout import base_name, lora_name, weights_name
+from zimg.export.lora.deltas import Addend, Matrix, merged
+
+if TYPE_CHECKING:
+    from zimg.export.parts import Transform
 
 PIECE = 16 << 20
 """Elements read at a time: 64 MiB of float32."""
+MERGED_PIECE = 1 << 18
+"""Elements of rows merged at a time, so many that they stay in a processor's cache."""
 
 Rows = Iterator[NDArray[np.float32]]
 """A matrix (out, in), some rows at a time."""
@@ -45,6 +54,8 @@ class Wanted:
     shape: tuple[int, ...]
     """As it is stored."""
     transform: Transform | None = None
+    addends: tuple[Addend, ...] = ()
+    """What LoRAs add to it."""
     encoding: Encoding | None = None
     suffix: str = ""
     """What its name has more than that of its source."""
@@ -61,7 +72,8 @@ class Wanted:
     def is_kept(self, precision: str) -> bool:
         """Whether the tensor can stay as it is, where it is."""
         aligned = self.source.offset % BY_NAME[precision].storage.itemsize == 0
-        return self.transform is None and self.encoding is None and self.source.dtype == precision and aligned
+        plain = self.transform is None and self.encoding is None and not self.addends
+        return plain and self.source.dtype == precision and aligned
 
 
 def export_weights(
@@ -69,6 +81,8 @@ def export_weights(
     precision: str,
     folder: Path,
     report: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    keep_base: bool = False,
 ) -> dict[str, dict[str, TensorInfo]]:
     """Bring all parameters of a bundle into its folder.
 
@@ -77,6 +91,7 @@ def export_weights(
         precision: the element type of the bundle's weights.
         folder: the bundle's folder.
         report: called with bytes written so far, and bytes to write.
+        keep_base: bring what LoRAs touch without them as well, as the checkpoint has it.
 
     Returns:
         component -> parameter -> where it lies in the bundle. ``TensorInfo.name`` is the name in the checkpoint, with
@@ -85,64 +100,94 @@ def export_weights(
     Raises:
         OSError: the disk is full or a file cannot be written.
     """
-    linked = _link_unchanged(wanted, precision, folder)
-    streamed = {
-        component: {name: want for name, want in wants.items() if want.source.file not in linked}
-        for component, wants in wanted.items()
-    }
-    total = sum(written_bytes(want, precision) for wants in streamed.values() for want in wants.values())
-    done = 0
-
-    def count(pieces: Iterator[NDArray[Any]]) -> Iterator[NDArray[Any]]:
-        nonlocal done
-        for piece in pieces:
-            yield piece
-            done += piece.nbytes
-            report(done, total)
-
+    linked = _link_unchanged(wanted, precision, folder, keep_base=keep_base)
     placed: dict[str, dict[str, TensorInfo]] = {}
+    files: dict[str, dict[str, Wanted]] = defaultdict(dict)
     for component, wants in wanted.items():
-        kept = {
-            name: replace(want.source, file=linked[want.source.file])
-            for name, want in wants.items()
-            if want.source.file in linked
+        placed[component] = {}
+        for name, want in wants.items():
+            is_linked = want.source.file in linked
+            if want.addends:
+                files[lora_name(component)][name] = want
+                if keep_base and not is_linked and not want.suffix:
+                    files[base_name(component)][name] = Wanted(want.source, want.source.shape)
+            elif is_linked:
+                placed[component][name] = replace(want.source, file=linked[want.source.file])
+            else:
+                files[weights_name(component)][name] = want
+    bases = {base_name(component) for component in wanted}
+    jobs = {
+        file: {
+            name: (want, want.source.dtype if file in bases else want.dtype(precision)) for name, want in wants.items()
         }
-        placed[component] = kept
-        if own := streamed[component]:
-            written = write(
-                folder / f"{component}.safetensors",
-                {want.name: (want.dtype(precision), want.shape) for want in own.values()},
-                {want.name: count(pieces(want, precision)) for want in own.values()},
-                {"format": "pt"},
-            )
-            placed[component] = kept | {name: written[want.name] for name, want in own.items()}
+        for file, wants in files.items()
+    }
+    total = sum(written_bytes(want, dtype) for job in jobs.values() for want, dtype in job.values())
+    progress = Progress(total, report)
+    for file, job in jobs.items():
+        written = write_wanted(folder / file, job, progress)
+        if file not in bases:
+            placed[file.partition(".")[0]] |= {name: written[want.name] for name, (want, _) in job.items()}
     return placed
 
 
-def _link_unchanged(wanted: Mapping[str, Mapping[str, Wanted]], precision: str, folder: Path) -> dict[Path, Path]:
+class Progress:
+    """Counts bytes on their way."""
+
+    def __init__(self, total: int, report: Callable[[int, int], None]) -> None:
+        self._done, self._total, self._report = 0, total, report
+
+    def count(self, pieces: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+        """Hand pieces on, and report each."""
+        for piece in pieces:
+            yield piece
+            self._done += piece.nbytes
+            self._report(self._done, self._total)
+
+
+def write_wanted(path: Path, wants: Mapping[str, tuple[Wanted, str]], progress: Progress) -> dict[str, TensorInfo]:
+    """Write parameters, each in its element type, into one file under their names there."""
+    return write(
+        path,
+        {want.name: (dtype, want.shape) for want, dtype in wants.values()},
+        {want.name: progress.count(pieces(want, dtype)) for want, dtype in wants.values()},
+        {"format": "pt"},
+    )
+
+
+def linkable(
+    wanted: Mapping[str, Mapping[str, Wanted]], precision: str, *, keep_base: bool = False
+) -> dict[Path, bool]:
+    """The files that the tensors come from, and whether each can be linked: all that is wanted of it stays as it is."""
+    found: dict[Path, bool] = {}
+    for wants in wanted.values():
+        for want in wants.values():
+            plain = replace(want, addends=()) if keep_base else want
+            found[want.source.file] = found.get(want.source.file, True) and plain.is_kept(precision)
+    return found
+
+
+def _link_unchanged(
+    wanted: Mapping[str, Mapping[str, Wanted]], precision: str, folder: Path, *, keep_base: bool
+) -> dict[Path, Path]:
     """Hard-link the files of which every wanted tensor stays as it is; map them to their links.
 
-    A link needs no space, and stays whole when the checkpoint is deleted.
+    A link needs no space, and stays whole when the checkpoint is deleted. It has the checkpoint's own path, so that a
+    bundle and its checkpoint can share a folder.
     """
-    users: dict[Path, list[tuple[str, Wanted]]] = defaultdict(list)
-    for component, wants in wanted.items():
-        for want in wants.values():
-            users[want.source.file].append((component, want))
     linked = {}
-    for file, uses in users.items():
-        if all(want.is_kept(precision) for _, want in uses):
-            target = folder / _linked_name(file)
+    for file, may in linkable(wanted, precision, keep_base=keep_base).items():
+        if may:
+            target = folder / file.parent.name / file.name
             try:
+                target.parent.mkdir(exist_ok=True)
                 os.link(file.resolve(), target)
             except OSError:
+                with contextlib.suppress(OSError):
+                    target.parent.rmdir()  # Where it is empty.
                 continue  # On another disk, or not ours to link: its tensors are copied.
             linked[file] = target
     return linked
-
-
-def _linked_name(file: Path) -> str:
-    shard = re.search(r"-\d+-of-\d+(?=\.safetensors$)", file.name)
-    return f"{file.parent.name}{shard[0] if shard else ''}.linked.safetensors"
 
 
 def written_bytes(want: Wanted, precision: str) -> int:
@@ -154,22 +199,48 @@ def pieces(want: Wanted, precision: str) -> Iterator[NDArray[Any]]:
     """The bytes of one parameter, in order."""
     info = want.source
     if want.encoding is not None:
-        yield from want.encoding.make(read_rows(info))
+        yield from want.encoding.make(read_rows(want))
         return
     if want.transform is not None:
         stored = np.concatenate([*read_pieces(info)]).reshape(info.shape)
         values = want.transform(to_float32(stored, info.dtype))
         yield _cast(np.ascontiguousarray(values).reshape(-1), "float32", precision)
         return
+    if want.addends:
+        yield from _merged_rows(want, lambda rows: _cast(rows.reshape(-1), "float32", precision))
+        return
     for piece in read_pieces(info):
         yield _cast(piece, info.dtype, precision)
 
 
-def read_rows(info: TensorInfo) -> Rows:
-    """A matrix in float32, as many whole rows at a time as make a piece."""
-    width = info.shape[-1]
-    for piece in read_pieces(info, max(1, PIECE // width) * width):
-        yield to_float32(piece, info.dtype).reshape(-1, width)
+def read_rows(want: Wanted) -> Rows:
+    """What a matrix comes from, LoRAs merged, in float32, as many whole rows at a time as make a piece."""
+    if want.addends:
+        yield from _merged_rows(want, lambda rows: rows)
+        return
+    width = want.source.shape[-1]
+    for piece in read_pieces(want.source, max(1, PIECE // width) * width):
+        yield to_float32(piece, want.source.dtype).reshape(-1, width)
+
+
+def _merged_rows(want: Wanted, finish: Callable[[Matrix], NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    """The rows of a matrix that LoRAs change, some at a time, merged and finished on all cores."""
+    rows, width = want.source.shape
+    step = max(1, MERGED_PIECE // width)
+    bounds = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    values = merged(partial(_read_rows, want.source), bounds, want.addends)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(lambda ends: finish(values(*ends)), bounds)
+
+
+def _read_rows(info: TensorInfo, start: int, stop: int) -> Matrix:
+    """Some rows of a matrix in float32."""
+    storage, width = BY_NAME[info.dtype].storage, info.shape[1]
+    offset = info.offset + start * width * storage.itemsize
+    piece = np.fromfile(info.file, storage, (stop - start) * width, offset=offset)
+    if piece.size < (stop - start) * width:
+        raise OSError(f"{info.file} ended early")
+    return to_float32(piece, info.dtype).reshape(-1, width)
 
 
 def read_pieces(info: TensorInfo, size: int | None = None) -> Iterator[NDArray[Any]]:

@@ -80,6 +80,63 @@ def generate(
 
 
 @cli.command()
+@click.argument("prompts", type=click.Path(path_type=Path))
+@click.option(
+    "--bundle",
+    "bundles",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The bundle's folder. May be given several times: their pictures stand side by side.",
+)
+@click.option("--columns", type=int, default=4, show_default=True, help="Prompts side by side.")
+@click.option("--negative-prompt", help="What to guide away from. [default: each checkpoint's recommendation]")
+@click.option("--height", type=int, help="Of each picture, in pixels. [default: the checkpoint's]")
+@click.option("--width", type=int, help="Of each picture, in pixels. [default: the checkpoint's]")
+@click.option("--num-inference-steps", type=int, help="Denoising steps. [default: the checkpoint's]")
+@click.option("--cfg-scale", type=float, help="Of guidance, as DiffSynth counts it. [default: the checkpoint's]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise, the same for every picture.")
+@click.option("--backend", type=BACKEND_NAMES, default="onnxruntime", show_default=True, help="What runs the networks.")
+@click.option("--device", help="cpu, cuda or cuda:N. [default: the best one present]")
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=Path("sheet.png"), show_default=True, help="The page."
+)
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@AS_JSON
+def sheet(
+    prompts: Path,
+    bundles: tuple[Path, ...],
+    columns: int,
+    output: Path,
+    backend: str,
+    device: str | None,
+    quiet: bool,
+    as_json: bool,
+    **call: Any,
+) -> None:
+    """Draw every prompt of a text file, one a line, and save the pictures on one page."""
+    from zimg.runtime import sheet as work
+    from zimg.runtime.progress import bar
+
+    with bar(enabled=not quiet) as report:
+        result = work.sheet(
+            work.read_prompts(prompts),
+            output,
+            call,
+            bundles=bundles,
+            columns=columns,
+            backend=backend,
+            device=device,
+            report=report,
+            warn=console.warn,
+        )
+    if as_json:
+        console.print_json(result)
+    else:
+        click.echo(result["path"])
+
+
+@cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @AS_JSON
 def inspect(bundle: Path, as_json: bool) -> None:

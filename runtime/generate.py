@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 import zimg
+from zimg.engines.bundle import Manifest
 from zimg.engines.errors import UsageError
 from zimg.runtime import image as images
 from zimg.runtime.parameters import Parameters, read
@@ -80,6 +81,9 @@ def generate(
             given.setdefault("negative_prompt", manifest.defaults.negative_prompt)
         elif template.model not in (None, manifest.name):
             warn(f"{from_image} was made by {template.model}, and this bundle is {manifest.name}")
+        elif template.model and template.loras != _loras(manifest):
+            had, has = template.loras or "no LoRA", _loras(manifest) or "no LoRA"
+            warn(f"{from_image} was made with {had}, and this bundle has {has}")
         index, drawn = (template.image_index, template.num_images) if template and count == 1 else (0, count)
         if index:
             # Its noise was drawn together with that of the pictures before it, which need not be made again.
@@ -123,6 +127,10 @@ def _numbered(output: Path, count: int) -> list[Path]:
     return [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(1, count + 1)]
 
 
+def _loras(manifest: Manifest) -> str | None:
+    return ", ".join(f"{lora.file}:{lora.scale:g} ({lora.sha256[:10]})" for lora in manifest.loras) or None
+
+
 def _parameters(result: Output, pipeline: Pipeline, index: int, drawn: int) -> Parameters:
     request, manifest = result.request, pipeline.bundle.manifest
     return Parameters(
@@ -142,6 +150,7 @@ def _parameters(result: Output, pipeline: Pipeline, index: int, drawn: int) -> P
         model=manifest.name,
         family=manifest.family,
         precision=manifest.precision,
+        loras=_loras(manifest),
         backend=pipeline.backend,
         version=f"zimg {zimg.__version__}",
     )

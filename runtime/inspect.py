@@ -40,6 +40,7 @@ def summary(path: Path) -> dict[str, Any]:
         "source": msgspec.to_builtins(manifest.source),
         "defaults": msgspec.to_builtins(manifest.defaults),
         "scheduler": manifest.scheduler,
+        "loras": [msgspec.to_builtins(lora) for lora in manifest.loras],
         "components": components,
         "engines": [
             msgspec.json.decode(msgspec.json.encode(engine)) | {"bytes": manifest.files[engine.file].size}
@@ -69,6 +70,7 @@ def as_text(summary: dict[str, Any]) -> str:
         f"  defaults  {defaults['width']}x{defaults['height']}, {defaults['num_inference_steps']} steps, "
         f"guidance scale {defaults['guidance_scale']:g}, negative prompt {defaults['negative_prompt']!r}",
     ]
+    lines.extend(f"  LoRA      {lora['source']} at {lora['scale']:g}" for lora in summary["loras"])
     lines.extend(_quantization_lines(quantization, summary["precision"]) if quantization else ())
     for name, component in summary["components"].items():
         lines.append(f"  {name}")

@@ -56,6 +56,7 @@ OWN_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "Image index": ("image_index", int),
     "Family": ("family", str),
     "Precision": ("precision", str),
+    "LoRAs": ("loras", str),
     "Backend": ("backend", str),
 }
 """Key that only zimg writes -> field, and how to read it."""
@@ -86,6 +87,8 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The bundle's name."""
     family: str | None = None
     precision: str | None = None
+    loras: str | None = None
+    """What is merged into the bundle: files, scales and the beginnings of hashes."""
     backend: str | None = None
     version: str | None = None
     """The program and its version, such as ``"zimg 0.1.0"``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from zimg.engines.errors import CheckpointError
 from zimg.export.checkpoint import Checkpoint
 
 MARK = "model_index.json"
+LOG_VARIANCE = -6.0
+"""Of an autoencoder's latents, at first."""
 
 
 def start_checkpoint(
@@ -44,6 +47,7 @@ def start_checkpoint(
         pipeline = (_z_image if family == "z-image" else _qwen_image)(tokenizer, configs)
         for part in (pipeline.transformer, pipeline.text_encoder):
             _initialize(part)
+        _initialize_autoencoder(pipeline.vae)
     with atomic_folder(folder.expanduser().absolute(), overwrite=overwrite, mark=MARK) as work:
         pipeline.save_pretrained(work)
 
@@ -103,6 +107,22 @@ def _initialize(network: nn.Module) -> None:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
 
+def _initialize_autoencoder(vae: nn.Module) -> None:
+    """Convolutions by their fan-in on a still image, no biases, and latents with little noise.
+
+    So colours get through, which are learned last: most of what pictures differ in is how light they are.
+    """
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            _, channels, *kernel = module.weight.shape
+            nn.init.normal_(module.weight, std=(channels * kernel[-2] * kernel[-1]) ** -0.5)
+            if module.bias is None:
+                continue
+            nn.init.zeros_(module.bias)
+            if name == "quant_conv" or (name == "encoder.conv_out" and getattr(vae, "quant_conv", None) is None):
+                module.bias.data[len(module.bias) // 2 :] = LOG_VARIANCE
+
+
 def derive_checkpoint(
     source: Path, target: Path, components: Mapping[str, Any], *, precision: str = "bfloat16", overwrite: bool = False
 ) -> None:
@@ -122,6 +142,14 @@ def derive_checkpoint(
         shutil.copytree(source, work, dirs_exist_ok=True, ignore=lambda _, names: set(names) & set(components))
         for name, model in components.items():
             model.to(getattr(torch, precision)).save_pretrained(work / name)
+            _forget_path(work / name / "config.json")
+
+
+def _forget_path(config: Path) -> None:
+    """Take out of a config where its model was loaded from: a place on this machine."""
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def load_component(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 import zimg
-from zimg.engines.errors import ZimgError
+from zimg.engines.base import BACKENDS
+from zimg.engines.errors import UsageError, ZimgError
 from zimg.runtime import console
 
 FAMILY = click.option(
@@ -66,9 +67,11 @@ def tokenizer(family: str, data: Path, out: Path, seed: int) -> None:
 def vae(model: Path, data: Path, out: Path, **options: Any) -> None:
     """Train the autoencoder of MODEL on the pictures of DATA; write the checkpoint OUT."""
     _need_train()
+    from zimg.export.checkpoint import open_checkpoint
     from zimg.training import stages
 
-    _stage(stages.train_vae, stages.VAE, options, model, data, out)
+    defaults = stages.VAE[open_checkpoint(str(model)).family]
+    _stage(stages.train_vae, defaults, options, model, data, out)
 
 
 @cli.command()
@@ -157,13 +160,58 @@ def demo(
             family,
             out,
             make_data=make_data,
-            vae=replace(stages.VAE, **_given({"steps": vae_steps})),
+            vae=replace(stages.VAE[family], **_given({"steps": vae_steps})),
             diffusion=replace(stages.DIFFUSION[family], **_given({"steps": steps})),
             seed=seed,
             resume=resume,
             **ways,
         )
     click.echo(out)
+
+
+@cli.command()
+@click.argument("checkpoint", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def ship(checkpoint: Path, out: Path, overwrite: bool, quiet: bool) -> None:
+    """Make CHECKPOINT, in bfloat16, a bundle and a checkpoint in one folder OUT, as those that come with zimg are."""
+    _need_train()
+    from zimg.runtime.progress import bar
+    from zimg.training import ship as work
+
+    with bar(enabled=not quiet) as report:
+        work.ship(checkpoint, out, overwrite=overwrite, report=report)
+    click.echo(out)
+
+
+@cli.command()
+@click.argument("bundle")
+@click.option("--captions", type=int, default=200, show_default=True, help="Half of one thing, half of two.")
+@click.option("--num-inference-steps", type=int, help="[default: the bundle's]")
+@click.option("--cfg-scale", type=float, help="[default: the bundle's]")
+@click.option("--backend", type=click.Choice(list(BACKENDS)), default="onnxruntime", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print every case as JSON.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def judge(bundle: str, captions: int, backend: str, as_json: bool, quiet: bool, **call: Any) -> None:
+    """Draw captions that were held out of training with BUNDLE; say how many pictures show what was asked for."""
+    from dataclasses import asdict
+
+    from zimg.runtime.progress import bar
+    from zimg.training.accuracy import accuracy, share
+
+    if captions < 1:
+        raise UsageError(f"captions is {captions}", "give 1 or more")
+    with bar(enabled=not quiet) as report:
+        cases = accuracy(bundle, captions=captions, backend=backend, report=report, **_given(call))
+    shares = {"one": share(cases, 1), "two": share(cases, 2)}
+    if as_json:
+        console.print_json({"shares": shares, "cases": [asdict(case) for case in cases]})
+        return
+    for case in cases:
+        if not case.right:
+            click.echo(f"seed {case.seed}: {case.caption}: shows {case.seen or 'nothing'}", err=True)
+    click.echo(f"one thing: {shares['one']:.1%}; two things and how they lie: {shares['two']:.1%}")
 
 
 def _stage(work: Callable[..., None], defaults: Any, options: dict[str, Any], *paths: Any, **own: Any) -> None:

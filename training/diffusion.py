@@ -25,6 +25,8 @@ from zimg.training.preview import drawer
 
 DROPOUT = 0.1
 """The share of captions that are left out, so that guidance has something to compare with."""
+EDGES = ("embed", "img_in", "proj_out", "norm_out", "final_layer")
+"""Parts of the names of matrices that are no hidden layer's: the first and the last ones."""
 LENGTHS = 32
 """Texts of a batch lie between two multiples of so many tokens: Z-Image pads them to the next one."""
 
@@ -146,6 +148,7 @@ class DenoiserTask:
         self.name, self.module, self.latents = name, module, latents
         self.texts, self.no_prompts, self.scheduler = texts, no_prompts, scheduler
         self.groups = _groups(latents.buckets, texts)
+        self.hidden: frozenset[str] = frozenset()
         self.draw: Callable[[Path], None] = lambda path: None
         """Draws a preview into a file; set by who has the rest of the pipeline."""
 
@@ -208,6 +211,11 @@ def denoiser_task(checkpoint: Checkpoint, dataset: Dataset, latents: Latents) ->
         prompts.tokenize([row.prompt for row in dataset.rows], tokenizer, family),
         prompts.tokenize(prompts.NO_PROMPT[family], tokenizer, family),
         checkpoint.config("scheduler"),
+    )
+    task.hidden = frozenset(
+        name
+        for name, parameter in task.module.named_parameters()
+        if parameter.ndim == 2 and parameter.requires_grad and not any(edge in name for edge in EDGES)
     )
     task.draw = drawer(
         checkpoint,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from zimg.engines.errors import CheckpointError, OutputError, UsageError, ZimgError
 from zimg.runtime.progress import Report, silent
 from zimg.training.curve import write_curve
+from zimg.training.muon import Muon
 
 STATE = "state.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's two running averages, by the optimizer's own names."""
+MOMENTS = {False: ("exp_avg", "exp_avg_sq"), True: ("momentum",)}
+"""Whether Muon trains a parameter, else AdamW -> the running averages, by the optimizer's own names."""
 
 Weights = dict[str, Tensor]
 """Trained parameters by name, float32."""
@@ -45,6 +46,8 @@ class Settings:
     """Of each process."""
     learning_rate: float
     """Between the warmup and the decay."""
+    muon_learning_rate: float = 6e-3
+    """The same for what Muon trains."""
     warmup: int = 200
     decay: float = 0.3
     """The share of the steps, the last ones, over which the rate falls to a fiftieth."""
@@ -64,7 +67,7 @@ class Settings:
         Raises:
             UsageError: naming the first one.
         """
-        for name in ("steps", "batch_size", "learning_rate", "clip", "save_every"):
+        for name in ("steps", "batch_size", "learning_rate", "muon_learning_rate", "clip", "save_every"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}", "it must be more than 0")
         for name in ("ema", "decay"):
@@ -78,6 +81,10 @@ class Task(Protocol):
     name: str
 
     @property
+    def hidden(self) -> Collection[str]:
+        """The names of the matrices that Muon trains; AdamW trains the rest."""
+
+    @property
     def module(self) -> nn.Module:
         """Called with a batch's tensors by name; returns the loss. What of it ``requires_grad`` is trained."""
 
@@ -88,16 +95,16 @@ class Task(Protocol):
         """Draw a picture that shows how far the weights in the module are."""
 
 
-def learning_rate(settings: Settings, step: int) -> float:
-    """The rate of a step, counted from 0: a linear warmup, a constant, a linear decay.
+def rate_factor(settings: Settings, step: int) -> float:
+    """How much of its learning rate a step has, counted from 0: a linear warmup, one, a linear decay.
 
     Until the decay begins it does not depend on how many steps there will be ("Scaling Laws and Compute-Optimal
     Training Beyond Fixed Training Durations", Hägele et al., 2024, https://arxiv.org/abs/2405.18392).
     """
     if step < settings.warmup:
-        return settings.learning_rate * (step + 1) / settings.warmup
+        return (step + 1) / settings.warmup
     left = (settings.steps - step) / max(settings.decay * settings.steps, 1)
-    return settings.learning_rate * (0.02 + 0.98 * min(left, 1))
+    return 0.02 + 0.98 * min(left, 1)
 
 
 def _decay_begins(run: Mapping[str, Any]) -> float:
@@ -153,25 +160,25 @@ def train(
         raise OutputError(f"{run} holds a run already", "add --resume to go on with it, or remove the folder")
     run.mkdir(parents=True, exist_ok=True)
     named = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        _groups(named, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.99), foreach=True
-    )
-    module, optimizer = accelerator.prepare(task.module, optimizer)
+    hidden = frozenset(task.hidden)
+    module, *optimizers = accelerator.prepare(task.module, *_optimizers(named, hidden, settings))
     # Moved to their device, the parameters are the same objects; the averages are made beside them.
     ema = {name: p.detach().clone() for name, p in named.items()}
-    losses: list[float] = _load(file, identity, named, ema, optimizer) if resume else []
+    losses: list[float] = _load(file, identity, named, ema, hidden, optimizers) if resume else []
     started, first = time.monotonic(), len(losses)
     for step in range(first, settings.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate_factor(settings, step)
         batch = task.batch(generator_of(settings.seed, step, accelerator.process_index), settings.batch_size)
         module.train()
         with accelerator.autocast():
             loss = module(**{name: _to(value, accelerator.device) for name, value in batch.items()})
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(list(named.values()), settings.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(float(accelerator.reduce(loss.detach(), "mean")))
         if not math.isfinite(losses[-1]):
             raise TrainingError(f"the loss of step {step + 1} is {losses[-1]}", "lower --learning-rate")
@@ -181,7 +188,7 @@ def train(
         report(task.name, step + 1, settings.steps)
         done = step + 1
         if (done % settings.save_every == 0 or done == settings.steps) and accelerator.is_main_process:
-            _save(file, identity, named, ema, optimizer, losses)
+            _save(file, identity, named, ema, hidden, optimizers, losses)
             write_curve(run / "loss.png", losses, task.name)
             _preview(task, named, ema, run / "preview.png")
             rate = settings.batch_size * accelerator.num_processes * (done - first) / (time.monotonic() - started)
@@ -194,12 +201,35 @@ def train(
     return ema
 
 
-def _groups(named: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def _optimizers(
+    named: Mapping[str, nn.Parameter], hidden: Collection[str], settings: Settings
+) -> list[torch.optim.Optimizer]:
     """Matrices decay; norms, biases and single tokens do not."""
-    matrices = [p for p in named.values() if p.ndim >= 2]
-    rest = [p for p in named.values() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    by_muon = [p for name, p in named.items() if name in hidden]
+    matrices = [p for name, p in named.items() if name not in hidden and p.ndim >= 2]
+    rest = [p for name, p in named.items() if name not in hidden and p.ndim < 2]
+    decay = settings.weight_decay
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    made: list[torch.optim.Optimizer] = []
+    if groups:
+        made.append(torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99), foreach=True))
+    if by_muon:
+        made.append(Muon(by_muon, settings.muon_learning_rate, weight_decay=decay))
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return made
+
+
+def _states(optimizers: Iterable[Any]) -> dict[nn.Parameter, dict[str, Any]]:
+    """What the optimizers keep of each parameter."""
+    return {
+        parameter: optimizer.state[parameter]
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
 
 
 def _to(value: Any, device: torch.device) -> Any:
@@ -227,7 +257,8 @@ def _save(
     identity: Mapping[str, Any],
     named: Mapping[str, nn.Parameter],
     ema: Weights,
-    optimizer: Any,
+    hidden: Collection[str],
+    optimizers: Iterable[Any],
     losses: list[float],
 ) -> None:
     """Write the state beside the old one, then take its place."""
@@ -235,8 +266,9 @@ def _save(
 
     tensors = {f"weights.{name}": p.detach().contiguous().cpu() for name, p in named.items()}
     tensors |= {f"ema.{name}": value.contiguous().cpu() for name, value in ema.items()}
-    for moment in MOMENTS:
-        tensors |= {f"{moment}.{n}": optimizer.state[p][moment].contiguous().cpu() for n, p in named.items()}
+    states = _states(optimizers)
+    for name, p in named.items():
+        tensors |= {f"{kind}.{name}": states[p][kind].contiguous().cpu() for kind in MOMENTS[name in hidden]}
     # JSON keeps a float to its last bit.
     tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
     part = file.with_suffix(".part")
@@ -245,7 +277,12 @@ def _save(
 
 
 def _load(
-    file: Path, identity: Mapping[str, Any], named: Mapping[str, nn.Parameter], ema: Weights, optimizer: Any
+    file: Path,
+    identity: Mapping[str, Any],
+    named: Mapping[str, nn.Parameter],
+    ema: Weights,
+    hidden: Collection[str],
+    optimizers: Iterable[Any],
 ) -> list[float]:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
@@ -270,15 +307,20 @@ def _load(
                 f"{file.parent} cannot be resumed: its {key} is {found.get(key)!r}, not {identity.get(key)!r}",
                 "ask for the same, or begin anew in another folder",
             )
-    kinds = ("weights", "ema", *MOMENTS)
-    wanted = {f"{kind}.{name}": tuple(p.shape) for kind in kinds for name, p in named.items()}
+    wanted = {
+        f"{kind}.{name}": tuple(p.shape)
+        for name, p in named.items()
+        for kind in ("weights", "ema", *MOMENTS[name in hidden])
+    }
     shapes = {name: tuple(value.shape) for name, value in tensors.items() if name != "losses"}
     if shapes != wanted or "losses" not in tensors:
         raise CheckpointError(f"{file} does not hold the tensors of this model", hint)
     losses: list[float] = tensors["losses"].tolist()
     _assign(named, {name: tensors[f"weights.{name}"] for name in named})
+    states = _states(optimizers)
     for name, parameter in named.items():
         ema[name].copy_(tensors[f"ema.{name}"])
-        moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(len(losses))), **moments}
+        states[parameter]["step"] = torch.tensor(float(len(losses)))
+        for kind in MOMENTS[name in hidden]:
+            states[parameter][kind] = tensors[f"{kind}.{name}"].to(parameter.device)
     return losses

@@ -24,10 +24,13 @@ from zimg.training.lora import lora_task, write_lora
 from zimg.training.tokenizer import train_tokenizer
 from zimg.training.vae import AutoencoderTask, measure, stored_autoencoder
 
-VAE = Settings(steps=5000, batch_size=8, learning_rate=2e-3, ema=0.998)
+VAE = {
+    "z-image": Settings(steps=2000, batch_size=4, learning_rate=3e-3, ema=0.995, warmup=50),
+    "qwen-image": Settings(steps=2000, batch_size=8, learning_rate=3e-3, ema=0.995, warmup=50),
+}
 DIFFUSION = {
-    "z-image": Settings(steps=6000, batch_size=48, learning_rate=2e-3),
-    "qwen-image": Settings(steps=11000, batch_size=48, learning_rate=2e-3),
+    "z-image": Settings(steps=24000, batch_size=24, learning_rate=1.5e-3, warmup=300),
+    "qwen-image": Settings(steps=30000, batch_size=24, learning_rate=1.5e-3, warmup=300),
 }
 LORA = Settings(steps=600, batch_size=16, learning_rate=1e-3, weight_decay=0.0, ema=0.99, warmup=50, save_every=200)
 """What each stage takes by default: about two hours for a demo model on two cores, minutes for an adapter."""
@@ -63,7 +66,7 @@ def train_vae(
     model: Path,
     data: Path,
     out: Path,
-    settings: Settings = VAE,
+    settings: Settings | None = None,
     *,
     resume: bool = False,
     report: Report = silent,
@@ -75,7 +78,7 @@ def train_vae(
         model: a checkpoint in the diffusers layout.
         data: a dataset's folder.
         out: the new checkpoint's folder.
-        settings: how.
+        settings: how, by default that of the family.
         resume: go on with a run that was broken off.
         report: called with (stage, done, total).
         log: given a line now and then.
@@ -85,6 +88,7 @@ def train_vae(
     """
     _refuse_existing(out)
     checkpoint, dataset = open_checkpoint(str(model)), read_dataset(data)
+    settings = settings or VAE[checkpoint.family]
     task = AutoencoderTask(checkpoint, dataset)
     about = _about(checkpoint, dataset)
     train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log)
@@ -174,7 +178,7 @@ def train_demo(
     *,
     make_data: Callable[[Path], None],
     configs: Any = None,
-    vae: Settings = VAE,
+    vae: Settings | None = None,
     diffusion: Settings | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -214,7 +218,13 @@ def train_demo(
         train_model_tokenizer(data, begun, family, configs=configs, seed=seed)
     if not with_vae.exists():
         train_vae(
-            begun, data, with_vae, replace(vae, seed=seed), resume=run_of(with_vae).exists(), report=report, log=log
+            begun,
+            data,
+            with_vae,
+            replace(vae or VAE[family], seed=seed),
+            resume=run_of(with_vae).exists(),
+            report=report,
+            log=log,
         )
     finished = run / "finished"
     if not finished.exists():

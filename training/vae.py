@@ -1,7 +1,8 @@
 """Training of both autoencoders, in the form zimg exports: two-dimensional, whatever the checkpoint stores.
 
-The loss is the mean absolute difference of pixels, the same of their gradients, which keeps edges sharp, and a little
-of the divergence from a normal distribution, which keeps latents smooth (Kingma and Welling, 2013,
+The loss is the mean squared difference of pixels, of their hue more than of their lightness; the mean absolute
+difference and that of gradients, which count when the squares have become small and make edges sharp; and a little of
+the divergence from a normal distribution, which keeps latents smooth (Kingma and Welling, 2013,
 https://arxiv.org/abs/1312.6114).
 """
 
@@ -24,12 +25,15 @@ NETWORKS = {
     "z-image": (AutoencoderKLEncoder, AutoencoderKLDecoder),
     "qwen-image": (QwenImageVAEEncoder, QwenImageVAEDecoder),
 }
-EDGES = 0.5
-"""Weight of the gradients' differences."""
-DIVERGENCE = 1e-4
-"""Weight of the divergence, a mean over latents."""
-CROP = 64
-"""Sides of the pieces of pictures it is trained on, in pixels: the networks see little further, and steps are short."""
+SQUARES, HUE, SHARPNESS, DIVERGENCE = 4.0, 4.0, 0.25, 1e-4
+"""Weights of squares, of hue among them, of absolute differences, and of the divergence, a mean over latents."""
+CROPS = {"z-image": {64: 0.7, 128: 0.3}, "qwen-image": {32: 0.6, 64: 0.33, 128: 0.07}}
+"""Family -> sides of the pieces of pictures it is trained on, in pixels, and how often.
+
+Small ones make many short steps; but Z-Image's norms are over all pixels, and learn most from whole pictures.
+"""
+EDGES = ("conv_in.weight", "conv_out.weight", "quant_conv.weight")
+"""Ends of the names of kernels that are no hidden layer's."""
 MEASURED = 512
 """Of how many pictures the mean and standard deviation of the latents are taken."""
 
@@ -51,9 +55,11 @@ class Autoencoder(nn.Module):
         """Pixels (batch, 3, height, width), noise (batch, channels, height / 8, width / 8) -> the loss."""
         mean, log_variance = self.encode(pixels)
         difference = self.decoder(mean + noise * torch.exp(log_variance / 2)) - pixels
+        lightness = difference.mean(dim=1, keepdim=True)
+        squares = lightness.square().mean() + HUE * (difference - lightness).square().mean()
         edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
-        loss: Tensor = difference.abs().mean() + EDGES * edges + DIVERGENCE * divergence
+        loss: Tensor = SQUARES * squares + SHARPNESS * (difference.abs().mean() + edges) + DIVERGENCE * divergence
         return loss
 
 
@@ -65,14 +71,21 @@ class AutoencoderTask:
     def __init__(self, checkpoint: Checkpoint, dataset: Dataset) -> None:
         self.dataset = dataset
         self.buckets = dataset.buckets()
+        self.crops = CROPS[checkpoint.family]
         self.channels = latent_channels(checkpoint.config("vae"))
         self.module = load_autoencoder(checkpoint)
+        self.hidden = frozenset(
+            name
+            for name, parameter in self.module.named_parameters()
+            if parameter.ndim >= 2 and not name.endswith(EDGES)
+        )
 
     def batch(self, generator: torch.Generator, batch_size: int) -> dict[str, Tensor]:
         """Pieces of pictures, and the noise of their latents."""
         (height, width), rows = draw_batch(self.buckets, batch_size, generator)
         pixels = load_pictures([self.dataset.rows[int(row)].image for row in rows])
-        tall, wide = min(height, CROP), min(width, CROP)
+        side = list(self.crops)[int(torch.multinomial(torch.tensor([*self.crops.values()]), 1, generator=generator))]
+        tall, wide = min(height, side), min(width, side)
         tops = torch.randint(height - tall + 1, (batch_size,), generator=generator).tolist()
         lefts = torch.randint(width - wide + 1, (batch_size,), generator=generator).tolist()
         pieces = [

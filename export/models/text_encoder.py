@@ -19,6 +19,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoder
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from zimg.engines.errors import CheckpointError
+from zimg.export.checkpoint import is_dead_text
 from zimg.export.models.layers import Border
 from zimg.export.parts import Input, Part
 
@@ -118,10 +119,7 @@ class TextEncoder(nn.Module):
 
 def is_dead(config: Mapping[str, Any], name: str) -> bool:
     """Whether a tensor of the checkpoint, by its canonical name, is one that no picture needs."""
-    if name.startswith(("visual.", "lm_head.")):
-        return True
-    last = config.get("num_hidden_layers", 0) - 1
-    return config.get("model_type") == "qwen3" and name.startswith(("norm.", f"layers.{last}."))
+    return is_dead_text(config, name)
 
 
 def parts(config: Mapping[str, Any]) -> dict[str, Part]:

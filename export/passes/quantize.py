@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,16 +40,23 @@ class Quantize(ir.passes.InPlacePass):
             of inputs under the name of the first linear that reads them.
         weights: the names of the weights that are quantized.
         compute: the element type that the graph computes in.
+        folder: where the graph will lie, to which its references to files are relative.
     """
 
     def __init__(
-        self, scheme: Scheme, tensors: Mapping[str, TensorInfo], weights: Collection[str], compute: str
+        self,
+        scheme: Scheme,
+        tensors: Mapping[str, TensorInfo],
+        weights: Collection[str],
+        compute: str,
+        folder: Path,
     ) -> None:
         super().__init__()
         self._scheme = scheme
         self._tensors = tensors
         self._weights = frozenset(weights)
         self._compute = ir.DataType(BY_NAME[compute].onnx)
+        self._folder = folder
         self._variants: dict[tuple[Any, ...], _Variant] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -93,8 +101,9 @@ class Quantize(ir.passes.InPlacePass):
         """Make an initializer of what lies in a weight file; one of packed numbers has the shape they unpack to."""
         dtype = ir.DataType(number_format.onnx if number_format else BY_NAME[info.dtype].onnx)
         shape = value.shape if number_format and value.shape is not None else ir.Shape(info.shape)
+        location = info.file.relative_to(self._folder).as_posix()
         value.const_value = ir.ExternalTensor(
-            info.file.name, info.offset, info.nbytes, dtype, shape=shape, name=info.name, base_dir=info.file.parent
+            location, info.offset, info.nbytes, dtype, shape=shape, name=info.name, base_dir=self._folder
         )
         value.shape, value.type = shape, ir.TensorType(dtype)
 

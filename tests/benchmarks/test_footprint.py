@@ -18,7 +18,7 @@ def test_starts():
 def test_generation_counts_the_weights(bundle_of):
     bundle = bundle_of("z-image")
     found = footprint.generation(bundle, 64, 2)
-    arrays = [array for file in bundle.glob("*.safetensors") for array in load_file(file).values()]
+    arrays = [array for file in bundle.rglob("*.safetensors") for array in load_file(file).values()]
     assert all(array.dtype == np.float32 for array in arrays)
     # Linked files hold what no picture needs as well.
     assert 0 < found["weight_bytes"] <= sum(array.nbytes for array in arrays)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from zimg.engines.safetensors import read_header
 from zimg.export import weights
+from zimg.export.lora.deltas import Addend, LowRank
 from zimg.export.weights import Wanted, export_weights
 
 
@@ -41,7 +43,7 @@ def wanted(folder: Path, *names: str) -> dict[str, Wanted]:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    return {name: value for file in folder.rglob("*.safetensors") for name, value in load_file(file).items()}
 
 
 def test_unchanged_files_are_linked_and_the_rest_is_cast(shards, tmp_path):
@@ -49,7 +51,7 @@ def test_unchanged_files_are_linked_and_the_rest_is_cast(shards, tmp_path):
     out.mkdir()
     progress = []
     placed = export_weights({"net": wanted(shards)}, "bfloat16", out, lambda *done: progress.append(done))["net"]
-    linked = out / "transformer-00001-of-00002.linked.safetensors"
+    linked = out / "transformer" / "m-00001-of-00002.safetensors"
     assert linked.samefile(shards / "m-00001-of-00002.safetensors")
     assert {info.file.name for info in placed.values()} == {linked.name, "net.safetensors"}
     source, result = tensors(shards), tensors(out)
@@ -64,7 +66,7 @@ def test_widening_to_float32_writes_everything(shards, tmp_path):
     out.mkdir()
     export_weights({"net": wanted(shards)}, "float32", out)
     result = tensors(out)
-    assert [file.name for file in out.iterdir()] == ["net.safetensors"]
+    assert [file.name for file in out.rglob("*.safetensors")] == ["net.safetensors"]
     for name, value in tensors(shards).items():
         assert torch.equal(result[name], value.float()), name
 
@@ -87,7 +89,7 @@ def test_two_components_share_one_linked_file(shards, tmp_path):
     out.mkdir()
     placed = export_weights({"x": wanted(shards, "a"), "y": wanted(shards, "b")}, "bfloat16", out)
     assert placed["x"]["net.a"].file == placed["y"]["net.b"].file
-    assert len(list(out.iterdir())) == 1
+    assert len(list(out.rglob("*.safetensors"))) == 1
 
 
 def test_transforms_see_float32_of_the_stored_shape(shards, tmp_path):
@@ -114,6 +116,64 @@ def test_pieces_of_any_size_make_the_same_file(shards, tmp_path, monkeypatch, pi
     for name, value in tensors(shards).items():
         if name in "cde":
             assert torch.equal(tensors(out)[name], value.bfloat16())
+
+
+@pytest.fixture
+def with_lora(shards, tmp_path):
+    """The tensors of both shards; a LoRA adds to one in each."""
+    generator = torch.Generator().manual_seed(1)
+    found = {
+        f"{name}.{side}": torch.randn(shape, generator=generator)
+        for name, (rows, columns) in {"a": (7, 5), "c": (4, 3)}.items()
+        for side, shape in (("up", (rows, 2)), ("down", (2, columns)))
+    }
+    save_file(found, tmp_path / "lora.safetensors")
+    infos = read_header(tmp_path / "lora.safetensors")
+    wants = wanted(shards)
+    for name in "ac":
+        addend = Addend(LowRank(infos[f"{name}.up"], infos[f"{name}.down"], 1.0), 0.5)
+        wants[f"net.{name}"] = replace(wants[f"net.{name}"], addends=(addend,))
+    source = tensors(shards)
+    merged = {n: source[n].float() + 0.5 * found[f"{n}.up"] @ found[f"{n}.down"] for n in "ac"}
+    return wants, {name: value.float() for name, value in source.items()} | merged
+
+
+def test_what_loras_touch_lies_in_a_file_of_its_own(shards, with_lora, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    wants, expected = with_lora
+    placed = export_weights({"net": wants}, "bfloat16", out)["net"]
+    files = {file.name: load_file(file) for file in out.iterdir()}
+    assert {name: set(values) for name, values in files.items()} == {
+        "net.lora.safetensors": {"a", "c"},
+        "net.safetensors": {"b", "d", "e"},
+    }
+    assert all(placed[f"net.{name}"].file.name == file for file, values in files.items() for name in values)
+    for name, value in tensors(out).items():
+        assert torch.equal(value, expected[name].bfloat16()), name
+
+
+def test_keeping_the_base(shards, with_lora, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    wants, expected = with_lora
+    progress = []
+    placed = export_weights({"net": wants}, "bfloat16", out, lambda *done: progress.append(done), keep_base=True)["net"]
+    files = {file.name: load_file(file) for file in out.rglob("*.safetensors")}
+    linked = "m-00001-of-00002.safetensors"
+    assert {name: set(values) for name, values in files.items()} == {
+        linked: {"a", "b"},
+        "net.lora.safetensors": {"a", "c"},
+        "net.base.safetensors": {"c"},
+        "net.safetensors": {"d", "e"},
+    }
+    source = tensors(shards)
+    assert torch.equal(files[linked]["a"], source["a"])
+    assert torch.equal(files["net.base.safetensors"]["c"], source["c"])
+    assert {info.file.name for name, info in placed.items() if name in ("net.a", "net.c")} == {"net.lora.safetensors"}
+    for name in "ac":
+        assert torch.equal(files["net.lora.safetensors"][name], expected[name].bfloat16())
+    assert progress[-1][0] == progress[-1][1] == 2 * (35 + 12 + 12 + 8) + 4 * 12
 
 
 def test_a_file_that_ends_early_is_an_error(shards, tmp_path):

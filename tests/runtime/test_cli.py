@@ -151,7 +151,7 @@ def copy(bundle, tmp_path):
 
 
 def test_a_changed_byte(copy, tmp_path):
-    weights = next(copy.glob("transformer*.safetensors"))
+    weights = next((copy / "transformer").glob("*.safetensors"))
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from zimg.engines.errors import CheckpointError, OutputError, UsageError
-from zimg.training.loop import Settings, TrainingError, generator_of, learning_rate, train
+from zimg.training.loop import Settings, TrainingError, generator_of, rate_factor, train
 
 SETTINGS = Settings(steps=12, batch_size=8, learning_rate=0.05, warmup=2, ema=0.9, save_every=4)
 
@@ -29,6 +29,7 @@ class Line(nn.Module):
 
 class Task:
     name = "line"
+    hidden: tuple[str, ...] = ()
 
     def __init__(self, stop: int = 1000, scale: float = 1.0) -> None:
         self.module = Line()
@@ -102,8 +103,8 @@ def test_the_average_is_that_of_the_weights(tmp_path: Path) -> None:
 
 
 def test_the_rate_rises_and_falls() -> None:
-    settings = replace(SETTINGS, steps=100, warmup=10, learning_rate=1.0)
-    rates = [learning_rate(settings, step) for step in range(101)]
+    settings = replace(SETTINGS, steps=100, warmup=10)
+    rates = [rate_factor(settings, step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[10] == 1
     assert rates[70] == 1

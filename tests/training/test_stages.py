@@ -24,7 +24,7 @@ from zimg.training.stages import DIFFUSION, VAE, run_of, train_demo, train_diffu
 
 FAMILIES = list(toy.CONFIGS)
 QUICK: dict[str, Settings] = {
-    "vae": replace(VAE, steps=4, batch_size=2, warmup=1, save_every=2),
+    "vae": replace(VAE["z-image"], steps=4, batch_size=2, warmup=1, save_every=2),
     "diffusion": replace(DIFFUSION["z-image"], steps=4, batch_size=2, warmup=1, save_every=2),
 }
 

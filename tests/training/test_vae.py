@@ -43,7 +43,7 @@ def reference_mean(model: AutoencoderKL | AutoencoderKLQwenImage, pixels: Tensor
 def test_it_is_trained_measured_and_stored_as_the_reference_has_it(family: str, data: Path, tmp_path: Path) -> None:
     begun, trained = begin(family, data, tmp_path / "begun"), tmp_path / "trained"
     lines: list[str] = []
-    settings = replace(VAE, steps=60, batch_size=4, learning_rate=5e-3, warmup=5, ema=0.9, save_every=30)
+    settings = replace(VAE[family], steps=60, batch_size=4, learning_rate=5e-3, warmup=5, ema=0.9, save_every=30)
     train_vae(begun, data, trained, settings, log=lines.append)
     early, late = (float(line.split("loss ")[1].split(",")[0]) for line in lines)
     assert late < 0.85 * early
@@ -81,7 +81,7 @@ def test_it_is_trained_measured_and_stored_as_the_reference_has_it(family: str, 
 
 def test_stored_kernels_act_in_their_last_slice_only(data: Path, tmp_path: Path) -> None:
     begun, trained = begin("qwen-image", data, tmp_path / "begun"), tmp_path / "trained"
-    train_vae(begun, data, trained, replace(VAE, steps=1, batch_size=1))
+    train_vae(begun, data, trained, replace(VAE["qwen-image"], steps=1, batch_size=1))
     state = AutoencoderKLQwenImage.from_pretrained(trained / "vae").state_dict()
     kernels = {name: value for name, value in state.items() if value.ndim == 5 and value.shape[2] == 3}
     assert any("time_conv" in name for name in kernels)

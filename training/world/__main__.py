@@ -23,10 +23,20 @@ _SIDE = click.IntRange(128, 2048)
     help="train never shows the combinations that test shows.",
 )
 @click.option("--size", type=(_SIDE, _SIDE), help="Width and height of all pictures in pixels. [default: they vary]")
+@click.option("--outlined", is_flag=True, help="Outlines alone: a style for an adapter to learn.")
+@click.option("--concept", is_flag=True, help="With a shape that the models do not know, for an adapter to learn.")
 @click.option("--overwrite", is_flag=True, help="Replace a dataset that is there.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def cli(
-    folder: Path, count: int, seed: int, split: str, size: tuple[int, int] | None, overwrite: bool, quiet: bool
+    folder: Path,
+    count: int,
+    seed: int,
+    split: str,
+    size: tuple[int, int] | None,
+    outlined: bool,
+    concept: bool,
+    overwrite: bool,
+    quiet: bool,
 ) -> None:
     """Draw pictures of shapes with captions in English and Chinese into FOLDER, with a metadata.csv."""
     from zimg.runtime.progress import bar
@@ -39,6 +49,8 @@ def cli(
             seed=seed,
             split="test" if split == "test" else "train",
             size=size,
+            outlined=outlined,
+            concept=concept,
             overwrite=overwrite,
             report=report,
         )

@@ -19,6 +19,7 @@ _CHINESE_SHAPES = {
     "ring": "圆环",
     "crescent": "月牙",
     "arrow": "箭头",
+    "bolt": "闪电",
 }
 _SYNONYMS = {
     "circle": ("circle", "disc"),

@@ -6,7 +6,7 @@ import functools
 import math
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from zimg.training.world.scene import Background, Scene, Thing
 
@@ -38,15 +38,22 @@ PERIOD = 16
 """Of stripes, checks and dots, in pixels."""
 WRITING_HEIGHT = 28
 """Font size of a word in a picture whose shorter side is 128 pixels."""
+LINE = 4
+"""Width of outlines, in pixels."""
 _SUPERSAMPLING = 4
 _TAU = 2 * math.pi
 
 
-def draw(scene: Scene) -> Image.Image:
-    """A scene's picture, RGB; the same for the same scene and the same Pillow."""
+def draw(scene: Scene, *, outlined: bool = False) -> Image.Image:
+    """A scene's picture, RGB; the same for the same scene and the same Pillow.
+
+    Args:
+        scene: what to draw.
+        outlined: draw the outlines of things alone.
+    """
     image = _background(scene.background, scene.width, scene.height).copy()
     for thing in scene.things:
-        mask, left, top = _coverage(thing)
+        mask, left, top = _coverage(thing, outlined=outlined)
         image.paste(COLOURS[thing.colour], (left, top), mask)
     if scene.writing:
         mask = _written(scene.writing.text, WRITING_HEIGHT * min(scene.width, scene.height) // 128)
@@ -113,6 +120,7 @@ _OUTLINES: dict[str, Outline] = {
         "cross": _cross(),
         "ring": _arc(1, 0, _TAU),
         "crescent": _crescent(),
+        "bolt": ((0.2, -1), (-0.55, 0.12), (-0.05, 0.12), (-0.25, 1), (0.55, -0.25), (0.05, -0.25), (0.45, -1)),
         "arrow": ((-1, -0.28), (0, -0.28), (0, -0.8), (1, 0), (0, 0.8), (0, 0.28), (-1, 0.28)),
     }.items()
 }
@@ -120,18 +128,27 @@ _OUTLINES: dict[str, Outline] = {
 _HOLES: dict[str, Outline] = {"ring": _arc(0.55, 0, _TAU)}
 
 
-def _coverage(thing: Thing) -> tuple[Image.Image, int, int]:
+def _coverage(thing: Thing, *, outlined: bool) -> tuple[Image.Image, int, int]:
     """How much of each pixel a thing covers, and where that mask's left top corner is."""
     left, top = math.floor(thing.x - thing.radius) - 1, math.floor(thing.y - thing.radius) - 1
     side = math.ceil(2 * thing.radius) + 4
-    mask = Image.new("L", (side * _SUPERSAMPLING, side * _SUPERSAMPLING))
-    pen = ImageDraw.Draw(mask)
     scale = thing.radius * _SUPERSAMPLING
     # Pillow counts in pixel centres.
     x, y = (thing.x - left) * _SUPERSAMPLING - 0.5, (thing.y - top) * _SUPERSAMPLING - 0.5
-    for outline, fill in ((_OUTLINES[thing.shape], 255), (_HOLES.get(thing.shape), 0)):
-        if outline:
-            pen.polygon([(x + scale * u, y + scale * v) for u, v in outline], fill=fill)
+    outlines = [
+        [(x + scale * u, y + scale * v) for u, v in outline]
+        for outline in (_OUTLINES[thing.shape], _HOLES.get(thing.shape))
+        if outline
+    ]
+    mask = Image.new("L", (side * _SUPERSAMPLING, side * _SUPERSAMPLING))
+    for outline, fill in zip(outlines, (255, 0), strict=False):
+        ImageDraw.Draw(mask).polygon(outline, fill=fill)
+    if outlined:
+        lines = Image.new("L", mask.size)
+        for outline in outlines:
+            # Half of the line lies outside, and is cut off.
+            ImageDraw.Draw(lines).line([*outline, *outline[:2]], 255, 2 * LINE * _SUPERSAMPLING, joint="curve")
+        mask = ImageChops.multiply(mask, lines)
     return mask.reduce(_SUPERSAMPLING), left, top
 
 

@@ -9,7 +9,7 @@ from zimg.engines.bundle import atomic_folder
 from zimg.runtime.progress import Report, silent
 from zimg.training.world.captions import caption
 from zimg.training.world.drawing import draw
-from zimg.training.world.sampling import Size, Split, sample
+from zimg.training.world.sampling import Size, Split, sample, with_concept
 
 METADATA = "metadata.csv"
 
@@ -21,6 +21,8 @@ def write_dataset(
     seed: int = 0,
     split: Split = "train",
     size: Size | None = None,
+    outlined: bool = False,
+    concept: bool = False,
     overwrite: bool = False,
     report: Report = silent,
 ) -> None:
@@ -32,6 +34,8 @@ def write_dataset(
         seed: from 0; no two seeds share a scene's seed, and the first pictures do not depend on ``count``.
         split: ``"train"`` or ``"test"``; see :func:`zimg.training.world.sampling.sample`.
         size: (width, height) in pixels of all pictures; sizes vary if None.
+        outlined: draw the outlines of things alone; captions do not tell it.
+        concept: make one thing of every picture the shape that the models are not taught.
         overwrite: replace a dataset that is there.
         report: called with (stage, done, total).
 
@@ -45,7 +49,9 @@ def write_dataset(
             table.writerow(("image", "prompt"))
             for index in range(count):
                 scene = sample((seed << 32) + index, split, size=size)
+                if concept:
+                    scene = with_concept(scene)
                 name = f"images/{index:06}.png"
-                draw(scene).save(work / name, compress_level=1)
+                draw(scene, outlined=outlined).save(work / name, compress_level=1)
                 table.writerow((name, caption(scene)))
                 report("drawing", index + 1, count)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import combinations
 from typing import Literal
 from zlib import crc32
 
 from zimg.engines.errors import UsageError
 from zimg.training.world.scene import Background, Scene, Thing, Writing
-from zimg.training.world.words import COLOURS, GROUNDS, PLACES, SHAPES, TEXTURES, WRITINGS
+from zimg.training.world.words import COLOURS, CONCEPT, GROUNDS, PLACES, SHAPES, TEXTURES, WRITINGS
 
 Split = Literal["train", "test"]
 Size = tuple[int, int]
@@ -30,6 +31,12 @@ _MARGIN = 3.0  # Of each thing, in pixels.
 _JITTER = 0.05
 # What a dark background would swallow.
 _DARK = {"black", "blue", "purple", "brown"}
+
+
+def with_concept(scene: Scene) -> Scene:
+    """A scene whose first thing is the shape that the models are not taught."""
+    first, *rest = scene.things
+    return replace(scene, things=(replace(first, shape=CONCEPT), *rest))
 
 
 def sample(seed: int, split: Split = "train", *, count: int | None = None, size: Size | None = None) -> Scene:

@@ -17,6 +17,8 @@ SHAPES = (
     "arrow",
 )
 """All upright; an arrow points to the right, a crescent opens to the right, a diamond is taller than wide."""
+CONCEPT = "bolt"
+"""A shape that the models are not taught, for an adapter to teach: a flash of lightning."""
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "brown", "black")
 SIZES = ("small", "large")
 PLACES = ("centre", "left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right")

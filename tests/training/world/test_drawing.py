@@ -125,3 +125,26 @@ def test_the_same_scene_is_the_same_picture() -> None:
         assert image.size == (scene.width, scene.height)
         assert image.mode == "RGB"
         assert image.tobytes() == draw(replace(scene, language="zh", phrasing=1)).tobytes()
+
+
+@pytest.mark.parametrize("shape", words.SHAPES)
+def test_outlines_are_lines_along_the_edge_within_the_shape(shape: str) -> None:
+    scene = Scene(128, 128, (Thing(shape, "black", 64, 64, 40),))
+    filled = coverage(scene) > 0.5
+    lines = (255 - np.asarray(draw(scene, outlined=True), np.float64)[..., 0]) / (255 - COLOURS["black"][0]) > 0.5
+    assert not (lines & ~filled).any()
+    inner = filled.copy()
+    for _ in range(2):  # Two pixels from the edge it is still line; ten from it, no more.
+        inner[1:-1, 1:-1] &= inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
+    assert lines[filled & ~inner].mean() > 0.98
+    for _ in range(8):
+        inner[1:-1, 1:-1] &= inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
+    assert not (lines & inner).any()
+
+
+def test_the_concept_is_a_shape_of_its_own() -> None:
+    thing = Thing(words.CONCEPT, "black", 64, 64, 40)
+    bolt = coverage(Scene(128, 128, (thing,))) > 0.5
+    for shape in words.SHAPES:
+        other = coverage(Scene(128, 128, (replace(thing, shape=shape),))) > 0.5
+        assert (bolt & other).sum() / (bolt | other).sum() < 0.6, shape

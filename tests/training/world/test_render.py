@@ -96,3 +96,18 @@ def test_folders_that_exist(tmp_path: Path) -> None:
 def test_bad_arguments(tmp_path: Path, arguments: list[object], message: str) -> None:
     invoke(main, tmp_path / "w", *arguments).assert_refused(message, 2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_datasets_for_adapters(tmp_path: Path) -> None:
+    """The same scenes, drawn as outlines; and scenes with the concept, which captions name in both languages."""
+    write_dataset(tmp_path / "plain", 20)
+    write_dataset(tmp_path / "outlined", 20, outlined=True)
+    result = invoke(main, tmp_path / "concept", "--count", 20, "--concept")
+    assert result.code == 0
+    plain, outlined, concept = (rows(tmp_path / name) for name in ("plain", "outlined", "concept"))
+    assert [row["prompt"] for row in plain] == [row["prompt"] for row in outlined]
+    assert (tmp_path / "plain" / "images" / "000003.png").read_bytes() != (
+        tmp_path / "outlined" / "images" / "000003.png"
+    ).read_bytes()
+    assert all("bolt" in row["prompt"] or "闪电" in row["prompt"] for row in concept)
+    assert not any("bolt" in row["prompt"] or "闪电" in row["prompt"] for row in plain)

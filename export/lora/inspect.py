@@ -1,0 +1,74 @@
+"""What a LoRA is, from its file alone."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from zimg.export.checkpoint import PICKLES
+from zimg.export.lora.formats import read_lora
+from zimg.export.lora.names import families, squash
+from zimg.export.lora.source import SUFFIX, find_lora
+
+
+def is_lora(argument: str) -> bool:
+    """Whether an argument names a LoRA rather than a checkpoint: a weight file, or a folder with nothing but such."""
+    path = Path(argument).expanduser()
+    if path.is_dir():
+        has_weights = any(file.suffix in (SUFFIX, *PICKLES) for file in path.iterdir())
+        return has_weights and not (path / "model_index.json").exists() and not (path / "transformer").exists()
+    return argument.endswith((SUFFIX, *PICKLES))
+
+
+def summary(argument: str, hub: str = "huggingface") -> dict[str, Any]:
+    """Describe a LoRA.
+
+    Args:
+        argument: see :func:`zimg.export.lora.source.find_lora`.
+        hub: ``"huggingface"`` or ``"modelscope"``.
+
+    Raises:
+        LoraError: it is missing, no LoRA, or broken.
+    """
+    lora = read_lora(find_lora(argument, hub))
+    shapes = [lora.change(module).shape for module in lora.modules]
+    targets = Counter(re.sub(r"\d+", "N", squash(module.name), count=1) for module in lora.modules)
+    alphas = {lora.alpha(module) for module in lora.modules}
+    return {
+        "path": str(lora.file.path),
+        "sha256": lora.sha256,
+        "format": lora.format,
+        "kinds": sorted({module.kind for module in lora.modules}),
+        "dora": any(module.magnitude for module in lora.modules),
+        "families": families(module.name for module in lora.modules),
+        "ranks": sorted({module.rank for module in lora.modules if module.rank}),
+        "alphas": sorted(alpha for alpha in alphas if alpha is not None),
+        "has_alpha": None not in alphas,
+        "modules": len(lora.modules),
+        "widest": max(shapes),
+        "targets": dict(sorted(targets.items())),
+        "unknown_keys": list(lora.unknown),
+    }
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    """The summary for people."""
+    kinds = ", ".join(summary["kinds"]) + (" with DoRA" if summary["dora"] else "")
+    alphas = ", ".join(f"{alpha:g}" for alpha in summary["alphas"])
+    if not summary["has_alpha"]:
+        alphas = f"{alphas}, and none" if alphas else "none: the rank counts"
+    family = " or ".join(summary["families"]) or "a model that zimg does not know"
+    lines = [
+        f"{Path(summary['path']).name}  ({kinds}, for {family})",
+        f"  path      {summary['path']}",
+        f"  sha256    {summary['sha256']}",
+        f"  format    {summary['format']}",
+        f"  rank      {', '.join(map(str, summary['ranks'])) or 'none'}",
+        f"  alpha     {alphas}",
+        f"  targets   {summary['modules']} modules, the largest {'x'.join(map(str, summary['widest']))}",
+    ]
+    lines.extend(f"    {count:>5}  {name}" for name, count in summary["targets"].items())
+    lines.extend(f"  unknown   {key}" for key in summary["unknown_keys"][:5])
+    return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""The checkpoint that a bundle was built from, opened when a base weight of it is needed."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+
+from zimg.engines.bundle import Bundle
+from zimg.engines.errors import CheckpointError, ZimgError
+from zimg.engines.safetensors import TensorInfo
+from zimg.export.checkpoint import Checkpoint, canonical, open_checkpoint
+
+
+class Origin:
+    """The checkpoint of one bundle."""
+
+    def __init__(self, bundle: Bundle, model: str | None, revision: str | None, hub: str) -> None:
+        """Take where it is; nothing is opened.
+
+        Args:
+            bundle: whose manifest says where the checkpoint was.
+            model: where it is now, if not there.
+            revision: of that, on the hub.
+            hub: ``"huggingface"`` or ``"modelscope"``.
+        """
+        self._manifest, self._root = bundle.manifest, bundle.root
+        self._model = model or bundle.manifest.source.model
+        self._revision = revision if model else bundle.manifest.source.revision
+        self._hub = hub
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        hint = "name it with --model; bundles that keep their base weights (--keep-base) need none"
+        try:
+            revision = None if os.path.lexists(self._model) else self._revision
+            checkpoint = open_checkpoint(self._model, revision=revision, source=self._hub)
+        except ZimgError as error:
+            raise CheckpointError(
+                f"{self._root} has not all base weights, and its checkpoint cannot be opened ({error.message})", hint
+            ) from None
+        if checkpoint.source.files != self._manifest.source.files:
+            raise CheckpointError(f"{self._model} is not the checkpoint that {self._root} was built from", hint)
+        return checkpoint
+
+    def tensor(self, component: str, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        """Where a tensor lies, by its name in the bundle.
+
+        Raises:
+            CheckpointError: the checkpoint is not there, or another one.
+        """
+        info = self._checkpoint.tensors(component).get(canonical(component, name))
+        if info is None or info.shape != shape:
+            raise CheckpointError(
+                f"{self._model} has no {name!r} of shape {shape}, as {self._root} has", "name its own checkpoint"
+            )
+        return info

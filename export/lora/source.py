@@ -1,0 +1,99 @@
+"""What ``--lora`` names: a file, a folder or a file on a hub, and a scale."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from zimg.engines.errors import LoraError, UsageError
+from zimg.export import hub
+from zimg.export.checkpoint import PICKLES
+
+SUFFIX = ".safetensors"
+USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""What diffusers and peft call the file in a folder that they save."""
+ON_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)[/:]([\w][^:\\]*)")
+"""``owner/name/path/in/it.safetensors`` or ``owner/name:path/in/it.safetensors``."""
+HINT = "name a file, a folder, or a file on a hub (owner/name/file.safetensors), and a scale after a colon if any"
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA's file on this machine."""
+
+    path: Path
+    source: str
+    """The path, or how its hub calls it."""
+    scale: float = 1.0
+
+
+def find_lora(argument: str, hub_name: str = "huggingface") -> LoraFile:
+    """Find the file that an argument names, and fetch it if it is on a hub.
+
+    Args:
+        argument: ``FILE``, ``FOLDER``, ``owner/name/file.safetensors`` or ``owner/name:file.safetensors``, and
+            ``:SCALE`` after it for another scale than 1. What exists as a path is a path.
+        hub_name: ``"huggingface"`` or ``"modelscope"``.
+
+    Raises:
+        UsageError: the scale is no finite number.
+        LoraError: there is no such file, it is a pickle, or a folder holds several.
+        DownloadError: it cannot be fetched.
+    """
+    name, scale = _split_scale(argument)
+    path = _expanded(name)
+    if path.is_dir():
+        path = _in_folder(path)
+    elif not path.is_file():
+        match = ON_HUB.fullmatch(name)
+        if not match or path.is_absolute():
+            raise LoraError(f"there is no LoRA {name!r}", HINT)
+        _refuse_pickle(name)
+        if not name.endswith(SUFFIX) or ".." in match[2].split("/"):
+            raise LoraError(f"{name!r} does not exist, and on a hub a LoRA is a {SUFFIX} file", HINT)
+        path = hub.fetch(match[1], source=hub_name, allow=[match[2]]) / match[2]
+        if not path.is_file():
+            raise LoraError(f"{match[1]} has no file {match[2]!r}", "check the name of both")
+        return LoraFile(path, name, scale)
+    _refuse_pickle(path.name)
+    return LoraFile(path, str(path.absolute()), scale)
+
+
+def _expanded(name: str) -> Path:
+    return Path(name).expanduser() if name.startswith("~/") else Path(name)
+
+
+def _split_scale(argument: str) -> tuple[str, float]:
+    head, colon, tail = argument.rpartition(":")
+    if not colon or os.path.lexists(_expanded(argument)):
+        return argument, 1.0
+    try:
+        scale = float(tail)
+    except ValueError:
+        if tail.endswith((SUFFIX, *PICKLES)) and not os.path.lexists(_expanded(head)):
+            return argument, 1.0
+        raise UsageError(f"the scale of {head} is {tail!r}, which is no number", f"such as {head}:0.8") from None
+    if not math.isfinite(scale):
+        raise UsageError(f"the scale of {head} is {tail}", "give a finite number")
+    return head, scale
+
+
+def _in_folder(folder: Path) -> Path:
+    files = sorted(path for path in folder.iterdir() if path.suffix == SUFFIX)
+    usual = [path for path in files if path.name in USUAL]
+    if len(files) == 1 or len(usual) == 1:
+        return (usual or files)[0]
+    if files:
+        names = ", ".join(path.name for path in files[:4])
+        raise LoraError(f"{folder} holds {len(files)} safetensors files ({names})", "name one of them")
+    for path in sorted(folder.iterdir()):
+        _refuse_pickle(path.name)
+    raise LoraError(f"{folder} holds no safetensors file", HINT)
+
+
+def _refuse_pickle(name: str) -> None:
+    if name.endswith(PICKLES):
+        raise LoraError(f"{name} is a pickle, which zimg never opens", "convert it to safetensors")

@@ -1,0 +1,395 @@
+"""Another set of LoRAs, or none, for a bundle that is built: only what the old set or the new one touches is written.
+
+What LoRAs touch lies in a file of its own for each component, and the graphs point there. A swap writes new such files
+and copies of the graphs with other byte ranges, and then replaces the manifest in one step: until then the old bundle
+is whole, from then on the new one. The other files are not even read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx
+
+from zimg.engines.bundle import Bundle, Component, FileRecord, Manifest, atomic_folder, sha256, write_manifest
+from zimg.engines.dtypes import BY_ONNX
+from zimg.engines.errors import BundleError, OutputError, UsageError
+from zimg.engines.safetensors import TensorInfo, read_header
+from zimg.export.checkpoint import canonical, is_dead_text
+from zimg.export.layout import base_name, graph_name, lora_name
+from zimg.export.locks import only_writer_of
+from zimg.export.lora import known
+from zimg.export.lora.merge import NOTHING, Merge, merge, read_loras
+from zimg.export.lora.names import Names
+from zimg.export.lora.origin import Origin
+from zimg.export.weights import Progress, Wanted, write_wanted, written_bytes
+from zimg.runtime.progress import Report, silent
+
+SOURCES = {
+    "text_encoder": "text_encoder",
+    "conditioner": "transformer",
+    "denoiser": "transformer",
+    "modulation": "transformer",
+}
+"""Components that LoRAs can change -> the checkpoint's component they come from."""
+OWN = re.compile(
+    rf"({'|'.join(SOURCES)})(\.\w+)?(-[0-9a-f]{{8}})?\.(safetensors|onnx)|\.bundle\.json\.[0-9a-f]{{8}}\.part"
+)
+"""Files that a swap writes, or replaces."""
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """A bundle after a swap."""
+
+    bundle: Bundle
+    stale: tuple[str, ...]
+    """Components whose engines were compiled from other weights than they have now."""
+    written: int
+    """Bytes of weights."""
+    ignored: tuple[str, ...]
+    """What of the LoRAs means nothing here, where that was allowed."""
+
+
+def swap(
+    path: Path,
+    loras: Sequence[str],
+    *,
+    out: Path | None = None,
+    overwrite: bool = False,
+    keep_base: bool = False,
+    model: str | None = None,
+    revision: str | None = None,
+    source: str = "huggingface",
+    allow_unmatched: bool = False,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    report: Report = silent,
+) -> Swapped:
+    """Give a bundle another set of LoRAs.
+
+    Args:
+        path: the bundle's folder.
+        loras: the new set, see :func:`zimg.export.lora.source.find_lora`; none of the old set stays.
+        out: a folder for the result, whose other files are hard links; the bundle itself is changed when None.
+        overwrite: replace a bundle that is at ``out``.
+        keep_base: keep what LoRAs touch without them as well, so that the next set needs no checkpoint.
+        model: the checkpoint it was built from, where that is not where it was.
+        revision: of that, on the hub.
+        source: the hub of the checkpoint and of LoRAs, ``"huggingface"`` or ``"modelscope"``.
+        allow_unmatched: go on where a LoRA has modules that the bundle has not.
+        num_inference_steps: another default than the checkpoint's or the LoRAs'.
+        guidance_scale: likewise, as diffusers counts it.
+        report: called with (stage, done, total).
+
+    Raises:
+        ZimgError: whatever went wrong, in one line. The bundle is as it was then.
+    """
+    path = path.expanduser().absolute()
+    target = path if out is None else out.expanduser().absolute()
+    if out is not None and target.resolve() == path.resolve():
+        raise UsageError(f"{out} is the bundle itself", "leave --out out to change it")
+    with only_writer_of(path), only_writer_of(target) if out is not None else contextlib.nullcontext():
+        bundle = Bundle.open(path)
+        if bundle.manifest.precision not in ("float32", "bfloat16"):
+            raise BundleError(f"{path} is in {bundle.manifest.precision}", "build it again with --lora")
+        job = _Swap(bundle, Origin(bundle, model, revision, source), keep_base, report)
+        read = read_loras(loras, source)
+        merged = merge(read, job.names, bundle.manifest.family, allow_unmatched=allow_unmatched) if read else NOTHING
+        settings = _settings(bundle.manifest, merged, num_inference_steps, guidance_scale)
+        with _place(bundle, out, target, overwrite=overwrite) as folder:
+            job.run(merged, folder)
+            manifest = job.manifest(folder, merged, settings)
+            if out is not None:
+                job.link_others(manifest, folder)
+            write_manifest(folder, manifest)
+        changed = Bundle.open(target, verify=False)
+        changed.trust()
+    return Swapped(changed, job.stale, job.written, merged.ignored)
+
+
+def _settings(manifest: Manifest, merged: Merge, steps: int | None, guidance: float | None) -> known.Settings:
+    base = _base_settings(manifest)
+    return known.settings_for(merged.loras, manifest.family, base, num_inference_steps=steps, guidance_scale=guidance)
+
+
+def _base_settings(manifest: Manifest) -> known.Settings:
+    """What the bundle recommends without LoRAs."""
+    return known.Settings(
+        manifest.base_defaults or manifest.defaults,
+        manifest.scheduler if manifest.base_scheduler is None else manifest.base_scheduler,
+    )
+
+
+@contextlib.contextmanager
+def _place(bundle: Bundle, out: Path | None, target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """The folder to write into: the bundle's own, which loses what was written where that fails, or a new one."""
+    if out is not None:
+        with atomic_folder(target, overwrite=overwrite) as folder:
+            yield folder
+        return
+    _clear_strays(bundle)
+    try:
+        yield bundle.root
+    except OSError as error:
+        message = f"{bundle.root} cannot be written ({error.strerror or error})"
+        raise OutputError(message, "free some space, or check its rights; the bundle is as it was") from None
+    finally:
+        # What was replaced, or where that failed, what was written.
+        _clear_strays(Bundle.open(bundle.root, verify=False))
+
+
+def _clear_strays(bundle: Bundle) -> None:
+    """Remove what the manifest does not name of the files that swaps write or replace: a kill leaves some."""
+    for path in bundle.root.iterdir():
+        if OWN.fullmatch(path.name) and path.name not in bundle.manifest.files:
+            path.unlink(missing_ok=True)
+
+
+@dataclass
+class _Change:
+    """What becomes of one component."""
+
+    lora: dict[str, Wanted]
+    """Its file of merged tensors: name -> what it comes from."""
+    base: dict[str, Wanted]
+    """Its file of base weights, where that is written anew."""
+    moved: dict[str, TensorInfo] = field(default_factory=dict)
+    """Where tensors lie now that lay elsewhere."""
+    files: dict[str, str] = field(default_factory=dict)
+    """``"lora"``, ``"base"`` or an element type a graph computes in -> the new file."""
+
+
+class _Swap:
+    """One swap."""
+
+    def __init__(self, bundle: Bundle, origin: Origin, keep_base: bool, report: Report) -> None:
+        self._bundle, self._origin, self._keep_base, self._report = bundle, origin, keep_base, report
+        self._mark = f"-{secrets.token_hex(4)}"
+        self._parts = {name: c for name, c in bundle.manifest.components.items() if name in SOURCES}
+        self._graphs = {
+            name: {compute: _read_graph(bundle.file(file)) for compute, file in component.graphs.items()}
+            for name, component in self._parts.items()
+        }
+        self._changes: dict[str, _Change] = {}
+        self.stale: tuple[str, ...] = ()
+        self.written = 0
+
+    @cached_property
+    def _shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Component -> the tensors that it consists of, by their stored names."""
+        found = {}
+        for name, component in self._parts.items():
+            tensors, graphs = self._bundle.tensors(name), self._graphs[name]
+            own = _initializers(next(iter(graphs.values()))) if graphs else component.tensors
+            if missing := [tensor for tensor in own if tensor not in tensors]:
+                raise BundleError(f"{self._bundle.root} has no tensor {missing[0]}", "build the bundle again")
+            found[name] = {tensor: tensors[tensor].shape for tensor in own}
+        return found
+
+    @cached_property
+    def names(self) -> Names:
+        """The modules that LoRAs can change."""
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        for name, tensors in self._shapes.items():
+            known_names = shapes.setdefault(SOURCES[name], {})
+            known_names |= {canonical(SOURCES[name], tensor): shape for tensor, shape in tensors.items()}
+        text = self._bundle.manifest.config["text_encoder"]
+        return Names(shapes, lambda component, name: component == "text_encoder" and is_dead_text(text, name))
+
+    def run(self, merged: Merge, folder: Path) -> None:
+        """Write the new files of every component that changes into a folder."""
+        self._changes = {name: change for name in self._parts if (change := self._plan(name, merged))}
+        precision = self._bundle.manifest.precision
+        jobs = []
+        for name, change in self._changes.items():
+            merged_file, base_file = lora_name(name, self._mark), base_name(name, self._mark)
+            jobs.append((change, "lora", merged_file, {key: (want, precision) for key, want in change.lora.items()}))
+            as_stored = {key: (want, want.source.dtype) for key, want in change.base.items()}
+            jobs.append((change, "base", base_file, as_stored))
+        self.written = sum(written_bytes(want, dtype) for *_, wants in jobs for want, dtype in wants.values())
+        self._check_space(folder)
+        progress = Progress(self.written, lambda done, total: self._report("weights", done, total))
+        for change, role, file, wants in jobs:
+            if wants:
+                written = write_wanted(folder / file, wants, progress)
+                _flush(folder / file)
+                change.files[role] = file
+                change.moved |= written if role == "lora" else {}
+        for name, change in self._changes.items():
+            for compute, graph in self._graphs[name].items():
+                _point_to(graph, change.moved, (folder, self._bundle.root))
+                path = folder / graph_name(name, compute, precision, self._mark)
+                path.write_bytes(graph.SerializeToString(deterministic=True))
+                _flush(path)
+                change.files[compute] = path.name
+
+    def _plan(self, name: str, merged: Merge) -> _Change | None:
+        """What has to be written for a component; None where nothing changes."""
+        component, source = self._parts[name], SOURCES[name]
+        shapes = self._shapes[name]
+        addends = merged.addends.get(source, {})
+        touched = {tensor: addends[key] for tensor in shapes if (key := canonical(source, tensor)) in addends}
+        before = self._file(component.lora)
+        if not touched and not before:
+            return None
+        base = {
+            tensor: info
+            for file in component.weights
+            if file != component.lora
+            for tensor, info in self._file(file).items()
+        }
+        # Files of base weights hold none of what was merged when they were written; it goes on lying beside them.
+        homeless = before.keys() - base.keys()
+        needed = sorted(touched.keys() | homeless)
+        exact = {tensor: self._exact(component, base, source, tensor, shapes[tensor]) for tensor in needed}
+        wants = {tensor: Wanted(exact[tensor], shapes[tensor], addends=touched.get(tensor, ())) for tensor in needed}
+        wants = {tensor: _renamed(want, tensor) for tensor, want in wants.items()}
+        kept: dict[str, Wanted] = {}
+        if self._keep_base:
+            kept = {
+                tensor: _renamed(Wanted(exact[tensor], shapes[tensor]), tensor)
+                for tensor in needed
+                if not exact[tensor].file.is_relative_to(self._bundle.root)
+            }
+            old = self._file(component.base)
+            kept |= {tensor: Wanted(info, info.shape) for tensor, info in old.items() if kept and tensor not in kept}
+        moved = {tensor: base[tensor] for tensor in before.keys() - set(needed)}
+        return _Change(wants, kept, moved)
+
+    def _exact(
+        self, component: Component, base: Mapping[str, TensorInfo], source: str, tensor: str, shape: tuple[int, ...]
+    ) -> TensorInfo:
+        """Where a tensor lies without LoRAs as the checkpoint has it, or wider: in the bundle, or in the checkpoint."""
+        info = base.get(tensor)
+        # What is not in the bundle's own folder is the checkpoint's, linked.
+        if info and (info.file.parent != self._bundle.root or info.dtype == "float32"):
+            return info
+        return self._file(component.base).get(tensor) or self._origin.tensor(source, tensor, shape)
+
+    def _file(self, name: str | None) -> dict[str, TensorInfo]:
+        return {} if name is None else read_header(self._bundle.file(name))
+
+    def _check_space(self, folder: Path) -> None:
+        free = shutil.disk_usage(folder).free
+        if self.written > free:
+            raise OutputError(
+                f"{folder.parent} has {free / 1e9:.1f} GB free, and the swap needs {self.written / 1e9:.1f} GB",
+                "free some space",
+            )
+
+    def manifest(self, folder: Path, merged: Merge, settings: known.Settings) -> Manifest:
+        """The new manifest; engines that became stale are left out of a new bundle."""
+        old = self._bundle.manifest
+        components = dict(old.components)
+        gone: set[str] = set()
+        for name, change in self._changes.items():
+            component, files = old.components[name], change.files
+            new = msgspec.structs.replace(
+                component,
+                weights=(*(file for file in component.weights if file != component.lora), *_some(files.get("lora"))),
+                graphs={compute: files[compute] for compute in component.graphs},
+                lora=files.get("lora"),
+                base=files.get("base", component.base),
+            )
+            gone |= set(_files(component)) - set(_files(new))
+            components[name] = new
+        made = [file for change in self._changes.values() for file in change.files.values()]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            digests = pool.map(lambda file: sha256(folder / file), made)
+            records = {f: FileRecord((folder / f).stat().st_size, d) for f, d in zip(made, digests, strict=True)}
+        base = _base_settings(old)
+        new_manifest = msgspec.structs.replace(
+            old,
+            components=components,
+            files={file: record for file, record in old.files.items() if file not in gone} | records,
+            defaults=settings.defaults,
+            scheduler=dict(settings.scheduler),
+            loras=merged.loras,
+            base_defaults=base.defaults if settings != base else None,
+            base_scheduler=dict(base.scheduler) if settings != base else None,
+        )
+        stale = self._stale(Bundle(folder, new_manifest))
+        self.stale = tuple(dict.fromkeys(engine.component for engine in stale))
+        if folder == self._bundle.root:
+            return new_manifest
+        dropped = {file for engine in stale for file in engine.files}
+        return msgspec.structs.replace(
+            new_manifest,
+            engines=tuple(engine for engine in old.engines if engine not in stale),
+            files={file: record for file, record in new_manifest.files.items() if file not in dropped},
+        )
+
+    def _stale(self, bundle: Bundle) -> list[Any]:
+        return [engine for engine in bundle.manifest.engines if engine.source != bundle.source_hash(engine.component)]
+
+    def link_others(self, manifest: Manifest, folder: Path) -> None:
+        """Hard-link what the new bundle shares with the old one; across disks, copy it."""
+        for name in manifest.files:
+            if not (folder / name).exists():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(self._bundle.file(name).resolve(), folder / name)
+                except OSError:
+                    shutil.copyfile(self._bundle.file(name), folder / name)
+
+
+def _files(component: Component) -> Iterator[str]:
+    yield from component.weights
+    yield from component.graphs.values()
+    yield from _some(component.base)
+
+
+def _some(name: str | None) -> tuple[str, ...]:
+    return () if name is None else (name,)
+
+
+def _renamed(want: Wanted, name: str) -> Wanted:
+    """The same under the bundle's name, where the checkpoint at hand stores it under another one."""
+    return replace(want, source=replace(want.source, name=name))
+
+
+def _flush(file: Path) -> None:
+    """Bring a file's bytes to the disk before the manifest says that they are there."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _read_graph(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's own
+        raise BundleError(f"{path} is not an ONNX model ({error})", "build the bundle again") from None
+
+
+def _initializers(graph: onnx.ModelProto) -> list[str]:
+    """The names of the tensors that lie in weight files."""
+    external = onnx.TensorProto.EXTERNAL
+    return [tensor.name for tensor in graph.graph.initializer if tensor.data_location == external]
+
+
+def _point_to(graph: onnx.ModelProto, places: Mapping[str, TensorInfo], folders: Sequence[Path]) -> None:
+    """Change where initializers lie: in one of these folders, which are the bundle's as it is and as it will be."""
+    for tensor in graph.graph.initializer:
+        if (info := places.get(tensor.name)) is None:
+            continue
+        if BY_ONNX[tensor.data_type].name != info.dtype or tuple(tensor.dims) != info.shape:
+            raise BundleError(f"{tensor.name} is {info.dtype} {info.shape}, as the graph has it not", "build it again")
+        folder = next(folder for folder in folders if info.file.is_relative_to(folder))
+        location = info.file.relative_to(folder).as_posix()
+        values = {"location": location, "offset": str(info.offset), "length": str(info.nbytes)}
+        for entry in tensor.external_data:
+            entry.value = values.pop(entry.key, entry.value)
+        for key, value in values.items():
+            tensor.external_data.add(key=key, value=value)

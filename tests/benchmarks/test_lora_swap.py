@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import lora_swap
+import pytest
+
+FOUND = {
+    "build_seconds": 40.0,
+    "swap_seconds": [1.0, 3.0, 1.5],
+    "swap_peak_bytes": 200 << 20,
+    "touched_bytes": 300_000_000,
+    "weight_bytes": 900_000_000,
+}
+
+
+def test_a_tiny_model(tmp_path, capsys):
+    result = lora_swap.compare("z-image", tmp_path, repeats=1, overrides={})
+    assert list(result["targets"]) == list(lora_swap.TARGETS)
+    some, most = result["targets"].values()
+    assert 0 < some["touched_bytes"] < most["touched_bytes"] < most["weight_bytes"]
+    lora_swap.report(result)
+    assert "build / swap" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("build", "code"), [(31.0, 0), (29.0, 1)])
+def test_the_median_counts(build, code, capsys):
+    result = {"family": "z-image", "rank": 32, "targets": {"attention": FOUND | {"build_seconds": build}}}
+    assert lora_swap.report(result) == code
+    assert "300 of 900 MB" in capsys.readouterr().out

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.training import toy
+from zimg.engines.bundle import Bundle
+from zimg.engines.errors import CheckpointError, OutputError
+from zimg.export.checkpoint import open_checkpoint
+from zimg.runtime import Pipeline
+from zimg.training.checkpoint import derive_checkpoint
+from zimg.training.ship import ship
+from zimg.training.stages import train_model_tokenizer
+
+
+@pytest.fixture(scope="module", params=["z-image", "qwen-image"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ship")
+    begun = folder / "begun"
+    train_model_tokenizer(toy.dataset(folder / "data"), begun, request.param, configs=toy.CONFIGS[request.param])
+    opened = open_checkpoint(str(begun))
+    from zimg.training.checkpoint import load_component
+
+    parts = {name: load_component(opened, name) for name in ("transformer", "text_encoder", "vae")}
+    derive_checkpoint(begun, folder / "toy-model", parts)
+    return folder / "toy-model"
+
+
+def test_a_folder_is_checkpoint_and_bundle(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "toy"
+    ship(checkpoint, out)
+    manifest = Bundle.open(out).manifest
+    assert (manifest.name, manifest.precision, manifest.source.model) == ("toy-model", "bfloat16", "toy-model")
+    assert str(checkpoint.parent) not in (out / "bundle.json").read_text()
+    again = open_checkpoint(str(out))
+    for component in ("transformer", "text_encoder", "vae"):
+        assert set(again.tensors(component)) == set(open_checkpoint(str(checkpoint)).tensors(component))
+    weights = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
+    own = sum(file.stat().st_size for file in checkpoint.rglob("*.safetensors"))
+    assert weights < 1.2 * own  # Qwen-Image's folded decoder is the only thing there twice.
+    with Pipeline.open(out) as pipeline:
+        assert pipeline("a red square", height=32, width=32, num_inference_steps=1, seed=0).images[0].size == (32, 32)
+    with pytest.raises(OutputError, match="exists"):
+        ship(checkpoint, out)
+    ship(checkpoint, out, overwrite=True)
+
+
+def test_what_is_not_in_bfloat16_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    derive_checkpoint(checkpoint, wide, {})
+    file = next((wide / "text_encoder").glob("*.safetensors"))
+    save_file({name: value.float() for name, value in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"does not share text_encoder.safetensors .*store it in bf16"):
+        ship(wide, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,43 @@
+"""A trained checkpoint made ready to come with zimg: checkpoint and bundle in one folder, on the same weights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from zimg.engines.bundle import MANIFEST, Source, atomic_folder
+from zimg.engines.errors import CheckpointError
+from zimg.export.build import export
+from zimg.export.checkpoint import open_checkpoint
+from zimg.runtime.progress import Report, silent
+
+
+def ship(checkpoint: Path, out: Path, *, overwrite: bool = False, report: Report = silent) -> None:
+    """Build a checkpoint's bundle in bfloat16, and put what else the checkpoint holds beside it.
+
+    Args:
+        checkpoint: in the diffusers layout, in bfloat16. Its folder's name becomes the bundle's.
+        out: the new folder, on the same disk as the checkpoint.
+        overwrite: replace a bundle that is there.
+        report: called with (stage, done, total).
+
+    Raises:
+        CheckpointError: its weights are not those of the bundle, say because they are not in bfloat16.
+        ZimgError: whatever else went wrong, in one line.
+    """
+    opened = open_checkpoint(os.fspath(checkpoint))
+    # Where the checkpoint lay when it was made is nobody's concern; by its name it is found wherever zimg is.
+    opened = replace(opened, source=Source(opened.name, None, opened.source.files))
+    with atomic_folder(out.expanduser().absolute(), overwrite=overwrite, mark=MANIFEST) as work:
+        export(opened, work, "bfloat16", report)
+        if copied := [file.name for file in work.glob("*.safetensors") if file.stem in {"text_encoder", "denoiser"}]:
+            raise CheckpointError(
+                f"{checkpoint} does not share {', '.join(copied)} with its bundle", "store it in bf16"
+            )
+        for file in sorted(checkpoint.rglob("*")):
+            target = work / file.relative_to(checkpoint)
+            if file.is_file() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, target)
