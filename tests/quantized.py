@@ -27,17 +27,18 @@ def assemble_once() -> Callable[..., Any]:
     original = build.assemble
     made: dict[Any, tuple[bytes, Any]] = {}
 
-    def assemble(network: Any, inputs: Any, output: str, sizes: Any, tensors: Any) -> Any:
+    def assemble(network: Any, inputs: Any, output: str, sizes: Any, tensors: Any, folder: Path) -> Any:
         key = (output, next(iter(network.state_dict().values())).dtype)
         if key not in made:
-            model, spec = original(network, inputs, output, sizes, tensors)
+            model, spec = original(network, inputs, output, sizes, tensors, folder)
             made[key] = ir.to_proto(model).SerializeToString(), spec
         model = ir.from_proto(onnx.ModelProto.FromString(made[key][0]))
         infos = {info.name: info for info in tensors.values()}
         for name, value in model.graph.initializers.items():
             info = infos[name]
+            location = info.file.relative_to(folder).as_posix()
             value.const_value = ir.ExternalTensor(
-                info.file.name, info.offset, info.nbytes, value.dtype, shape=value.shape, name=name, base_dir=""
+                location, info.offset, info.nbytes, value.dtype, shape=value.shape, name=name, base_dir=folder
             )
         return model, made[key][1]
 
