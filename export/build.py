@@ -378,7 +378,8 @@ def _check_space(wanted: Mapping[str, Mapping[str, Wanted]], precision: str, fol
     wants = [want for part in wanted.values() for want in part.values()]
     needed = sum(written_bytes(want, precision) for want in wants if want.addends or want.source.file not in linked)
     if keep_base:
-        needed += sum(want.source.nbytes for want in wants if want.addends and want.source.file not in linked)
+        bases = [want for want in wants if want.addends and not want.suffix and want.source.file not in linked]
+        needed += sum(want.source.nbytes for want in bases)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,9 @@ import zimg
 from zimg.engines.errors import UsageError, ZimgError
 from zimg.export import compile_cli, quantization_cli
 from zimg.runtime import console
+
+if TYPE_CHECKING:
+    from zimg.export.lora.swap import Swapped
 
 SOURCES = click.Choice(["huggingface", "modelscope"])
 SOURCE = click.option("--source", type=SOURCES, default="huggingface", show_default=True, help="The hub of a hub id.")
@@ -215,11 +218,14 @@ def swap_lora(bundle: Path, quiet: bool, as_json: bool, **options: Any) -> None:
             f"the engines of {', '.join(stale)} were compiled from other weights; "
             f"zimg-export compile {root} compiles them again"
         )
+    if swapped.outgrown:
+        console.warn(_outgrown(swapped))
     result = {
         "path": str(root),
         "loras": [{"source": lora.source, "scale": lora.scale} for lora in swapped.bundle.manifest.loras],
         "written_bytes": swapped.written,
         "stale_engines": stale,
+        "outgrown": [{"tensor": name, "times": round(times, 3)} for name, times in swapped.outgrown.items()],
         "ignored": list(swapped.ignored),
     }
     if as_json:
@@ -227,6 +233,17 @@ def swap_lora(bundle: Path, quiet: bool, as_json: bool, **options: Any) -> None:
         return
     names = ", ".join(f"{lora.file} at {lora.scale:g}" for lora in swapped.bundle.manifest.loras)
     click.echo(f"{root} has {names or 'no LoRA'} now; {swapped.written / 1e6:,.1f} MB of weights were written")
+
+
+def _outgrown(swapped: Swapped) -> str:
+    """What the user should know of weights that LoRAs made larger than their quantization allows for."""
+    worst, times = next(iter(swapped.outgrown.items()))
+    others = f" and {len(swapped.outgrown) - 1} more" if len(swapped.outgrown) > 1 else ""
+    quantization = swapped.bundle.manifest.quantization
+    cost = "it is rounded as much more coarsely; try a smaller scale"
+    if quantization and quantization.inputs:
+        cost = "inputs were calibrated without that; try a smaller scale, or build with --lora, which calibrates anew"
+    return f"with these LoRAs {worst}{others} has rows {times:.1f} times as large as without: {cost}"
 
 
 @cli.command()

@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from zimg.engines.bundle import Bundle
-from zimg.engines.dtypes import float32_to_bfloat16, to_float32
-from zimg.engines.errors import CheckpointError, UsageError
-from zimg.engines.safetensors import view
-from zimg.export.formats import (
-    INT8,
-    SCALE,
-    SCHEMES,
-    Array,
-    Format,
-    Scheme,
-    block_of,
-    encode,
-    stored_scales,
-    weight_scales,
-)
+from zimg.engines.dtypes import float32_to_bfloat16
+from zimg.engines.errors import UsageError
+from zimg.export.formats import SCALE, SCHEMES, Array, Format, Scheme, block_of
 from zimg.export.parts import Part
+from zimg.export.quantized_weights import INPUT_SCALE, SMOOTH, scheme_of, weight_wanted
 from zimg.export.recipe import Recipe
 from zimg.export.statistics import RANGES, Statistics, scale_for, smoothing
-from zimg.export.weights import Encoding, Rows, Wanted, read_rows
+from zimg.export.weights import Encoding, Wanted, read_rows
 
 COMPONENTS = ("text_encoder", "modulation", "denoiser")
 """What is quantized, where a bundle has it: nearly all the weights, and nearly all the work."""
-ON_THE_HOST = Scheme(INT8)
-"""What is done to the linears of a component without a graph, in every precision: numpy multiplies them."""
-WEIGHT_SCALE, INPUT_SCALE, SMOOTH = ".scale", ".input_scale", ".smooth"
-"""What the names of scales have more than that of the weight; those of an input follow the first weight it meets."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +103,7 @@ def quantize(component: str, part: Part, wanted: Mapping[str, Wanted], settings:
         CheckpointError: a weight has NaN or Inf.
     """
     names = linears(part)
-    scheme = _scheme(part, settings.precision)
+    scheme = scheme_of(settings.precision, on_the_host=part.network is None)
     kept = settings.recipe.kept(settings.precision, component, names)
     leaders: dict[str, str | None] = {}
     if scheme.weights.blocks:
@@ -144,74 +126,6 @@ def quantize(component: str, part: Part, wanted: Mapping[str, Wanted], settings:
         {wanted[name].source.name: reason for name, reason in kept.items()},
         {wanted[name].source.name: leader for name in chosen if (leader := leaders.get(name))},
     )
-
-
-def _scheme(part: Part, precision: str) -> Scheme:
-    return ON_THE_HOST if part.network is None else SCHEMES[precision]
-
-
-def as_stored(bundle: Bundle, component: str, part: Part, wanted: Mapping[str, Wanted]) -> dict[str, Wanted]:
-    """Turn what a component takes from a checkpoint into the weights and their scales as a quantized bundle has them.
-
-    What was measured is taken from the bundle: the factors that smooth inputs.
-
-    Args:
-        bundle: an open bundle.
-        component: its name.
-        part: what it is.
-        wanted: parameter -> what it comes from.
-    """
-    quantization, tensors = bundle.manifest.quantization, bundle.tensors(component)
-    if quantization is None:
-        return dict(wanted)
-    result = dict(wanted)
-    number_format = _scheme(part, quantization.precision).weights
-    inputs = quantization.inputs.get(component, {})
-    for name in linears(part):
-        tensor = wanted[name].source.name
-        if tensor + WEIGHT_SCALE in tensors:
-            smooth = tensors.get(inputs.get(tensor, tensor) + SMOOTH)
-            factors = None if smooth is None else np.reciprocal(to_float32(np.array(view(smooth)), smooth.dtype))
-            result |= weight_wanted(name, wanted[name], number_format, factors)
-    return result
-
-
-def weight_wanted(name: str, want: Wanted, number_format: Format, factors: Array | None = None) -> dict[str, Wanted]:
-    """A quantized weight and its scales.
-
-    Args:
-        name: of the parameter.
-        want: what it comes from, (out, in).
-        number_format: what its values are rounded to.
-        factors: (in,), what its columns are multiplied by first.
-    """
-    out, width = want.shape
-    tensor = want.source.name
-
-    def scaled(rows: Rows) -> Iterator[tuple[Array, Array]]:
-        for piece in rows:
-            values = piece if factors is None else piece * factors
-            scales = weight_scales(values, number_format)
-            if not np.isfinite(scales).all():
-                raise CheckpointError(f"{want.source.file}: {tensor} has NaN or Inf", "fetch the checkpoint again")
-            yield values, scales
-
-    def stored(rows: Rows) -> Iterator[NDArray[Any]]:
-        for values, scales in scaled(rows):
-            yield encode(values, scales, number_format)
-
-    def scales_alone(rows: Rows) -> Iterator[NDArray[Any]]:
-        for _, scales in scaled(rows):
-            yield stored_scales(scales)
-
-    packed = width // 2 if number_format.blocks else width
-    scale_shape = (out, width // (block_of(width) or 1)) if number_format.blocks else (out,)
-    return {
-        name: replace(want, shape=(out, packed), encoding=Encoding(number_format.stored, stored)),
-        name + WEIGHT_SCALE: replace(
-            want, shape=scale_shape, encoding=Encoding(SCALE, scales_alone), suffix=WEIGHT_SCALE
-        ),
-    }
 
 
 def _statistics(settings: Settings) -> Statistics:

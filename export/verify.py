@@ -18,7 +18,8 @@ from zimg.export.build import names_of, parts_of, wanted_by
 from zimg.export.checkpoint import Checkpoint, open_checkpoint
 from zimg.export.lora.merge import NOTHING, Addends, merge, read_loras
 from zimg.export.parts import Part
-from zimg.export.quantize import COMPONENTS, as_stored
+from zimg.export.quantize import COMPONENTS
+from zimg.export.quantized_weights import as_stored
 from zimg.export.weights import Wanted, pieces
 from zimg.runtime.progress import Report, silent
 
@@ -73,7 +74,7 @@ def verify(
         report("verify", index, len(parts))
         wanted = wanted_by(checkpoint, part, addends)
         if name in COMPONENTS:
-            wanted = as_stored(bundle, name, part, wanted)
+            wanted = as_stored(bundle, name, wanted)
         result: dict[str, Any] = {"tensors": len(wanted), "different": _different(bundle, name, wanted)}
         if part.network is not None and name in COMPONENTS and bundle.manifest.quantization is not None:
             result["not_run"] = "what its quantization costs shows in pictures, not on random inputs"

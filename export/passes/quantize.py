@@ -21,7 +21,7 @@ from zimg.engines.dtypes import BY_NAME
 from zimg.engines.safetensors import TensorInfo
 from zimg.export.formats import Format, Scheme, block_of
 from zimg.export.linears import Linear, calls, linears
-from zimg.export.quantize import INPUT_SCALE, SMOOTH, WEIGHT_SCALE
+from zimg.export.quantized_weights import INPUT_SCALE, SMOOTH, WEIGHT_SCALE
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ from pathlib import Path
 import msgspec
 import pytest
 from filelock import FileLock
-from safetensors.torch import load_file
 
 from tests.commands import invoke
-from tests.export.lora import lora_files
+from tests.export.lora.swapping import contents, states, swap
 from zimg.engines.base import open_engine
 from zimg.engines.bundle import MANIFEST, Bundle, CompiledEngine, FileRecord, sha256, write_manifest
 from zimg.engines.safetensors import view
@@ -29,34 +28,6 @@ from zimg.export.verify import verify
 
 FAMILIES = ["z-image", "qwen-image"]
 PRECISIONS = {"z-image": "bf16", "qwen-image": "fp32"}
-TEXT = "text_encoder.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture(scope="session")
-def loras_of(shared_folder, checkpoint_of):
-    """``loras_of(family)``: three LoRAs, the first for the transformer and the text encoder."""
-
-    def make(family: str) -> list[Path]:
-        folder = shared_folder / f"loras-{family}"
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                (file,) = (checkpoint_of(family) / "transformer").glob("*.safetensors")
-                state, ends = load_file(file), lora_files.TARGETS[family]
-                folder.mkdir()
-                for seed, own in enumerate((ends, ends[1:4], ends[2:])):
-                    found = lora_files.pairs(lora_files.modules(state, own), seed=seed)
-                    stored = lora_files.letters("transformer.")(found)
-                    if not seed:
-                        stored |= lora_files.letters("")(lora_files.pairs({TEXT: state_of(checkpoint_of(family))}))
-                    lora_files.write(folder / f"{seed}.safetensors", stored)
-        return sorted(folder.glob("*.safetensors"))
-
-    return make
-
-
-def state_of(checkpoint):
-    (file,) = (checkpoint / "text_encoder").glob("*.safetensors")
-    return next(value for name, value in load_file(file).items() if name.endswith("0.self_attn.q_proj.weight"))
 
 
 @pytest.fixture(scope="session")
@@ -77,45 +48,6 @@ def built(shared_folder, checkpoint_of, loras_of):
         return folder
 
     return make
-
-
-@pytest.fixture
-def copy_of(tmp_path):
-    def copy(bundle: Path, name: str = "bundle") -> Path:
-        return Path(shutil.copytree(bundle, tmp_path / name, copy_function=os.link))
-
-    return copy
-
-
-def swap(bundle, *loras, **options):
-    return swaps.swap(bundle, [str(lora) for lora in loras], **options)
-
-
-def contents(bundle):
-    """Every weight of a bundle as its graphs and its host take it."""
-    opened = Bundle.open(bundle)
-    opened.verify(afresh=True)
-    found = {}
-    for name, component in opened.manifest.components.items():
-        tensors = opened.tensors(name)
-        for graph in component.graphs.values():
-            model = swaps._read_graph(opened.file(graph))
-            for tensor in model.graph.initializer:
-                if entry := {item.key: item.value for item in tensor.external_data}:
-                    info = tensors[tensor.name]
-                    place = (info.file.relative_to(opened.root).as_posix(), str(info.offset), str(info.nbytes))
-                    assert (entry["location"], entry["offset"], entry["length"]) == place, tensor.name
-                    found[name, tensor.name] = view(info).tobytes()
-        found |= {(name, key): view(tensors[key]).tobytes() for key in component.tensors}
-    assert {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file()} == {
-        MANIFEST, *opened.manifest.files,
-    }  # fmt: skip
-    return found
-
-
-def states(bundle):
-    """What each file is, so that a change of it shows."""
-    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in bundle.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
