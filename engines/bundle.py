@@ -61,6 +61,15 @@ Range = tuple[int, int, int]
 """Of a free side: the least, the likeliest and the most it may be."""
 
 
+class Refit(msgspec.Struct, frozen=True):
+    """What an engine's weights are exchanged for whenever it is loaded."""
+
+    source: str
+    """:meth:`Bundle.source_hash` of the graph and weights that it has then."""
+    tensors: tuple[str, ...]
+    """Those that may differ from what it was compiled from."""
+
+
 class CompiledEngine(msgspec.Struct, frozen=True, omit_defaults=True):
     """One component, compiled ahead for one kind of device by one version of one compiler."""
 
@@ -76,7 +85,7 @@ class CompiledEngine(msgspec.Struct, frozen=True, omit_defaults=True):
     device: str
     """The architecture it runs on, such as ``"sm90"``, or ``"any"``."""
     source: str
-    """:meth:`Bundle.source_hash` of what it was compiled from. Where it differs now, the engine is stale."""
+    """:meth:`Bundle.source_hash` of what it was compiled from."""
     profiles: tuple[dict[str, Range], ...]
     """Each a set of ranges it serves, by free side; sides without a range take any length."""
     memory_bytes: int = 0
@@ -84,6 +93,8 @@ class CompiledEngine(msgspec.Struct, frozen=True, omit_defaults=True):
     weight_streaming_budget: int | None = None
     """Bytes of weights kept on the device, the rest being streamed to it; all are kept when None."""
     refittable: bool = False
+    """Whether it can take other weights than it was compiled from."""
+    refit: Refit | None = None
     stripped: bool = False
     """Whether the plan has no weights, and takes the bundle's when it is loaded."""
     attention: tuple[int, int] = (0, 0)
@@ -97,6 +108,11 @@ class CompiledEngine(msgspec.Struct, frozen=True, omit_defaults=True):
     def files(self) -> tuple[str, ...]:
         """Its files in the bundle."""
         return (self.file,) if self.data is None else (self.file, self.data)
+
+    @property
+    def serves(self) -> str:
+        """:meth:`Bundle.source_hash` of the weights it runs with. Where the bundle's differs now, it is stale."""
+        return self.refit.source if self.refit else self.source
 
 
 class FileRecord(msgspec.Struct, frozen=True):

@@ -212,12 +212,11 @@ def swap_lora(bundle: Path, quiet: bool, as_json: bool, **options: Any) -> None:
 
     with bar(enabled=not quiet) as report:
         swapped = swap(bundle, report=report, **options)
-    root, stale = swapped.bundle.root, list(swapped.stale)
+    root, stale = swapped.bundle.root, list(dict.fromkeys(engine.component for engine in swapped.stale))
     if stale:
-        console.warn(
-            f"the engines of {', '.join(stale)} were compiled from other weights; "
-            f"zimg-export compile {root} compiles them again"
-        )
+        backends = dict.fromkeys("" if e.backend == COMPILED[0] else f" --backend {e.backend}" for e in swapped.stale)
+        again = " and ".join(f"zimg-export compile {root}{backend}" for backend in backends)
+        console.warn(f"the engines of {', '.join(stale)} were compiled from other weights; {again} compiles them again")
     if swapped.outgrown:
         console.warn(_outgrown(swapped))
     result = {
@@ -225,6 +224,7 @@ def swap_lora(bundle: Path, quiet: bool, as_json: bool, **options: Any) -> None:
         "loras": [{"source": lora.source, "scale": lora.scale} for lora in swapped.bundle.manifest.loras],
         "written_bytes": swapped.written,
         "stale_engines": stale,
+        "refitted_engines": list(swapped.refitted),
         "outgrown": [{"tensor": name, "times": round(times, 3)} for name, times in swapped.outgrown.items()],
         "ignored": list(swapped.ignored),
     }
@@ -233,6 +233,8 @@ def swap_lora(bundle: Path, quiet: bool, as_json: bool, **options: Any) -> None:
         return
     names = ", ".join(f"{lora.file} at {lora.scale:g}" for lora in swapped.bundle.manifest.loras)
     click.echo(f"{root} has {names or 'no LoRA'} now; {swapped.written / 1e6:,.1f} MB of weights were written")
+    if swapped.refitted:
+        click.echo(f"the engines of {', '.join(swapped.refitted)} take them whenever they are loaded")
 
 
 def _outgrown(swapped: Swapped) -> str:

@@ -176,7 +176,7 @@ def _compile_contexts(
         found = [
             engine
             for engine in bundle.engines(name, tensorrt_rtx.BACKEND)
-            if (engine.version, engine.device, engine.source, engine.profiles) == current and not force
+            if (engine.version, engine.device, engine.serves, engine.profiles) == current and not force
         ]
         is_new = not found
         if is_new:
@@ -242,7 +242,7 @@ def enter(bundle: Bundle, engines: Sequence[CompiledEngine]) -> None:
 
 
 def _purpose(engine: CompiledEngine) -> CompiledEngine:
-    return msgspec.structs.replace(engine, **DECIDED_AFTERWARDS)
+    return msgspec.structs.replace(engine, source=engine.serves, refit=None, **DECIDED_AFTERWARDS)
 
 
 def _place(engine: CompiledEngine) -> tuple[str, ...]:

@@ -86,6 +86,8 @@ def as_text(summary: dict[str, Any]) -> str:
         lines.append(f"    in       {engine['file']}")
         for profile in engine["profiles"]:
             lines.append("    serves   " + ", ".join(f"{side} {range_text(ends)}" for side, ends in profile.items()))
+        if refit := engine.get("refit"):
+            lines.append(f"    refitted with {len(refit['tensors'])} weights when it is loaded")
         fused, parts = engine.get("attention", (0, 0))
         if fused + parts:
             lines.append(f"    fused    {fused} of {fused + parts} attentions")

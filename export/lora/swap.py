@@ -20,13 +20,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import onnx
 
-from zimg.engines.bundle import Bundle, Component, FileRecord, Manifest, atomic_folder, sha256, write_manifest
+from zimg.engines.bundle import (
+    Bundle,
+    CompiledEngine,
+    Component,
+    FileRecord,
+    Manifest,
+    Refit,
+    atomic_folder,
+    sha256,
+    write_manifest,
+)
 from zimg.engines.dtypes import BY_ONNX, to_float32
 from zimg.engines.errors import BundleError, OutputError, UsageError
 from zimg.engines.safetensors import TensorInfo, read_header
@@ -66,8 +75,10 @@ class Swapped:
     """A bundle after a swap."""
 
     bundle: Bundle
-    stale: tuple[str, ...]
-    """Components whose engines were compiled from other weights than they have now."""
+    stale: tuple[CompiledEngine, ...]
+    """Engines that were compiled from other weights than the bundle has now."""
+    refitted: tuple[str, ...]
+    """Components whose engines take the weights they have now whenever they are loaded."""
     written: int
     """Bytes of weights."""
     ignored: tuple[str, ...]
@@ -129,7 +140,7 @@ def swap(
             write_manifest(folder, manifest)
         changed = Bundle.open(target, verify=False)
         changed.trust()
-    return Swapped(changed, job.stale, job.written, merged.ignored, job.outgrown)
+    return Swapped(changed, job.stale, job.refitted, job.written, merged.ignored, job.outgrown)
 
 
 def _settings(manifest: Manifest, merged: Merge, steps: int | None, guidance: float | None) -> known.Settings:
@@ -196,7 +207,8 @@ class _Swap:
             for name, component in self._parts.items()
         }
         self._changes: dict[str, _Change] = {}
-        self.stale: tuple[str, ...] = ()
+        self.stale: tuple[CompiledEngine, ...] = ()
+        self.refitted: tuple[str, ...] = ()
         self.written = 0
         self.outgrown: dict[str, float] = {}
 
@@ -355,19 +367,31 @@ class _Swap:
             base_defaults=base.defaults if settings != base else None,
             base_scheduler=dict(base.scheduler) if settings != base else None,
         )
-        stale = self._stale(Bundle(folder, new_manifest))
-        self.stale = tuple(dict.fromkeys(engine.component for engine in stale))
-        if folder == self._bundle.root:
-            return new_manifest
-        dropped = {file for engine in stale for file in engine.files}
+        now = {name: Bundle(folder, new_manifest).source_hash(name) for name in {e.component for e in old.engines}}
+        engines = [self._engine(engine, now[engine.component]) for engine in old.engines]
+        stale = [engine for engine in engines if engine.serves != now[engine.component]]
+        self.stale = tuple(stale)
+        self.refitted = tuple(dict.fromkeys(e.component for e in engines if e.refit and e not in stale))
+        if folder != self._bundle.root:
+            engines = [engine for engine in engines if engine not in stale]
+        dropped = {file for engine in old.engines for file in engine.files} - {f for e in engines for f in e.files}
         return msgspec.structs.replace(
             new_manifest,
-            engines=tuple(engine for engine in old.engines if engine not in stale),
+            engines=tuple(engines),
             files={file: record for file, record in new_manifest.files.items() if file not in dropped},
         )
 
-    def _stale(self, bundle: Bundle) -> list[Any]:
-        return [engine for engine in bundle.manifest.engines if engine.source != bundle.source_hash(engine.component)]
+    def _engine(self, engine: CompiledEngine, now: str) -> CompiledEngine:
+        """The entry of an engine for the new weights; where it does not serve them it stays as it is."""
+        if engine.source == now:
+            return msgspec.structs.replace(engine, refit=None)
+        change = self._changes.get(engine.component)
+        if change is None or not engine.refittable or engine.serves != self._bundle.source_hash(engine.component):
+            return engine
+        if any(tensor.endswith(WEIGHT_SCALE) for tensor in change.moved):
+            return engine  # Nobody has seen TensorRT exchange quantized weights and their scales.
+        tensors = change.moved.keys() | (engine.refit.tensors if engine.refit else ())
+        return msgspec.structs.replace(engine, refit=Refit(now, tuple(sorted(tensors))))
 
     def link_others(self, manifest: Manifest, folder: Path) -> None:
         """Hard-link what the new bundle shares with the old one; across disks, copy it."""

@@ -171,6 +171,8 @@ def _config(
         "WEIGHT_STREAMING": options.weight_streaming,
         "REFIT": options.refittable,
         "STRIP_PLAN": options.stripped,
+        # The weights that it was compiled from, and no others: what TensorRT made of their values stays.
+        "REFIT_IDENTICAL": options.stripped and not options.refittable,
     }.items():
         if wanted:
             config.set_flag(getattr(module.BuilderFlag, flag))

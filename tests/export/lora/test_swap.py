@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from filelock import FileLock
 
@@ -216,6 +217,75 @@ def test_engines_of_what_changed_are_stale(with_engines, loras_of, tmp_path):
     result = invoke(main, "swap-lora", with_engines, "--quiet", "--json")
     assert (json.loads(result.out)["stale_engines"], result.err) == ([], "")
     assert plan.source == Bundle.open(with_engines).source_hash("denoiser")
+
+
+@pytest.fixture
+def refittable(with_engines, bundle_of, tmp_path, monkeypatch):
+    """The same, where the denoiser's engine is an imitated plan that can be refitted; it opens what it is told to."""
+    from tests import fake_tensorrt
+
+    fake_tensorrt.install(monkeypatch)
+    bundle = Bundle.open(with_engines)
+    source = Bundle.open(shutil.copytree(bundle_of("z-image", "fp32"), tmp_path / "compiled from"))
+    component = bundle.component("denoiser")
+    names = list(contents_of(source, "denoiser"))
+    # As if q and k were multiplied at once.
+    joined = [[f"layers.0.attention.to_{letter}.weight" for letter in "qk"]]
+    plan, changes = bundle.manifest.engines[0], {"refit": names, "joined": joined}
+    graph = source.file(component.graphs["float32"])
+    fake_tensorrt.write_plan(bundle.root / plan.file, graph, component.inputs, component.outputs, (), False, changes)
+    entry = msgspec.structs.replace(plan, version=fake_tensorrt.VERSION, refittable=True)
+    engines = (entry, *bundle.manifest.engines[1:])
+    record = FileRecord((bundle.root / plan.file).stat().st_size, sha256(bundle.root / plan.file))
+    files = bundle.manifest.files | {plan.file: record}
+    write_manifest(bundle.root, msgspec.structs.replace(bundle.manifest, engines=engines, files=files))
+    return bundle.root
+
+
+def contents_of(bundle, component):
+    """The tensors of one component's graph."""
+    return swaps._initializers(swaps._read_graph(bundle.file(bundle.component(component).graphs["float32"])))
+
+
+def test_a_refittable_engine_takes_what_changed(refittable, loras_of, checkpoint_of, tmp_path):
+    from zimg.export.compile import _purpose
+    from zimg.export.verify import _random_inputs
+
+    part = parts_of(open_checkpoint(str(checkpoint_of("z-image"))))["denoiser"]
+    feeds = _random_inputs(part, 0)
+
+    def check(root, *names):
+        bundle = Bundle.open(root)
+        engine = open_engine(bundle, "denoiser", "tensorrt")
+        expected = open_engine(bundle, "denoiser").run(feeds)["velocity"]
+        np.testing.assert_allclose(engine.run(feeds)["velocity"], expected, rtol=1e-5, atol=1e-6)
+        exchanged = engine._plan._engine.exchanged
+        assert {name.split(".")[-2] for name in exchanged} == set(names)
+        return exchanged
+
+    _, second, third = loras_of("z-image")
+    check(refittable)
+    compiled = Bundle.open(refittable).engines("denoiser", "tensorrt")[0]
+    result = invoke(main, "swap-lora", refittable, "--lora", second, "--quiet", "--json")
+    found = json.loads(result.out)
+    assert (found["stale_engines"], found["refitted_engines"], result.err) == ([], ["denoiser"], "")
+    # Of what is multiplied at once, all is exchanged.
+    exchanged = check(refittable, "to_q", "to_k", "to_v", "0")
+    assert [name for name in exchanged if name.endswith("to_q.weight")] == ["layers.0.attention.to_q.weight"]
+    # A compilation takes it for up to date.
+    entry = Bundle.open(refittable).engines("denoiser", "tensorrt")[0]
+    wanted = msgspec.structs.replace(compiled, source=Bundle.open(refittable).source_hash("denoiser"))
+    assert _purpose(entry) == _purpose(wanted) != _purpose(compiled)
+    # Another set on top: what either touched. A new bundle takes the engine along.
+    out = tmp_path / "out"
+    result = invoke(main, "swap-lora", refittable, "--lora", third, "--out", out, "--quiet")
+    assert "the engines of denoiser take them whenever they are loaded" in result.out
+    check(out, "to_q", "to_k", "to_v", "0", "w1", "w2", "w3")
+    # And none, as it was compiled.
+    found = json.loads(invoke(main, "swap-lora", refittable, "--quiet", "--json").out)
+    assert (found["stale_engines"], found["refitted_engines"]) == ([], [])
+    check(refittable)
+    assert Bundle.open(refittable).engines("denoiser", "tensorrt") == [compiled]
 
 
 def killed_at(number, bundle, arguments, options):

@@ -91,7 +91,7 @@ def test_a_swap_gives_what_a_build_gives(family, precision, quantized_of, build_
 def test_from_a_build_with_loras(quantized_of, build_with, loras_of, copy_of):
     """Its files hold no base weight of what LoRAs touch but those that were kept, and no checkpoint is needed then."""
     plain = quantized_of("z-image", "int4-weights")
-    first, second, third = loras_of("z-image")
+    first, second, _ = loras_of("z-image")
     bundle = build_with("z-image", "int4-weights", f"{first}:0.7", keep_base=True)
     manifest = Bundle.open(bundle).manifest
     gone = msgspec.structs.replace(manifest.source, model="/gone")
