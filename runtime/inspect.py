@@ -43,7 +43,11 @@ def summary(path: Path) -> dict[str, Any]:
         "loras": [msgspec.to_builtins(lora) for lora in manifest.loras],
         "components": components,
         "engines": [
-            msgspec.json.decode(msgspec.json.encode(engine)) | {"bytes": manifest.files[engine.file].size}
+            msgspec.json.decode(msgspec.json.encode(engine))
+            | {
+                "bytes": manifest.files[engine.file].size,
+                "stale": engine.serves != bundle.source_hash(engine.component),
+            }
             for engine in manifest.engines
         ],
         "bytes": sum(record.size for record in manifest.files.values()),
@@ -86,8 +90,11 @@ def as_text(summary: dict[str, Any]) -> str:
         lines.append(f"    in       {engine['file']}")
         for profile in engine["profiles"]:
             lines.append("    serves   " + ", ".join(f"{side} {range_text(ends)}" for side, ends in profile.items()))
-        if refit := engine.get("refit"):
-            lines.append(f"    refitted with {len(refit['tensors'])} weights when it is loaded")
+        if engine["stale"]:
+            again = f"zimg-export compile {summary['path']} --backend {engine['backend']}"
+            lines.append(f"    stale    compiled from other weights; {again} compiles it again")
+        elif refit := engine.get("refit"):
+            lines.append(f"    takes    {len(refit['tensors'])} other weights whenever it is loaded")
         fused, parts = engine.get("attention", (0, 0))
         if fused + parts:
             lines.append(f"    fused    {fused} of {fused + parts} attentions")

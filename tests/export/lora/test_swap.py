@@ -26,6 +26,7 @@ from zimg.export.checkpoint import open_checkpoint
 from zimg.export.cli import main
 from zimg.export.lora import swap as swaps
 from zimg.export.verify import verify
+from zimg.runtime.cli import main as run
 
 FAMILIES = ["z-image", "qwen-image"]
 PRECISIONS = {"z-image": "bf16", "qwen-image": "fp32"}
@@ -214,6 +215,10 @@ def test_engines_of_what_changed_are_stale(with_engines, loras_of, tmp_path):
     bundle = Bundle.open(with_engines)
     (plan,) = bundle.engines("denoiser", "tensorrt")
     assert plan.source != bundle.source_hash("denoiser")
+    found = json.loads(invoke(run, "inspect", with_engines, "--json").out)["engines"]
+    assert [engine["stale"] for engine in found] == [True, False]
+    again = f"stale    compiled from other weights; zimg-export compile {with_engines} --backend tensorrt compiles"
+    assert invoke(run, "inspect", with_engines).out.count(again) == 1
     # Back again, it is fresh again.
     result = invoke(main, "swap-lora", with_engines, "--quiet", "--json")
     assert (json.loads(result.out)["stale_engines"], result.err) == ([], "")
@@ -270,6 +275,9 @@ def test_a_refittable_engine_takes_what_changed(refittable, loras_of, checkpoint
     result = invoke(main, "swap-lora", refittable, "--lora", second, "--quiet", "--json")
     found = json.loads(result.out)
     assert (found["stale_engines"], found["refitted_engines"], result.err) == ([], ["denoiser"], "")
+    tensors = Bundle.open(refittable).engines("denoiser", "tensorrt")[0].refit.tensors
+    assert {name.split(".")[-2] for name in tensors} == {"to_k", "to_v", "0"}
+    assert f"takes    {len(tensors)} other weights whenever it is loaded" in invoke(run, "inspect", refittable).out
     # Of what is multiplied at once, all is exchanged.
     exchanged = check(refittable, "to_q", "to_k", "to_v", "0")
     assert [name for name in exchanged if name.endswith("to_q.weight")] == ["layers.0.attention.to_q.weight"]
@@ -401,8 +409,6 @@ def test_known_loras_bring_their_settings(bundle_of, loras_of, copy_of, tmp_path
 
 
 def test_inspect_shows_the_loras(built, loras_of):
-    from zimg.runtime.cli import main as run
-
     bundle = built("z-image")
     first, second, _ = loras_of("z-image")
     found = json.loads(invoke(run, "inspect", bundle, "--json").out)["loras"]
@@ -413,8 +419,6 @@ def test_inspect_shows_the_loras(built, loras_of):
 
 
 def test_pictures_say_what_was_merged(built, bundle_of, tmp_path):
-    from zimg.runtime.cli import main as run
-
     call = ("--prompt", "a circle", "--height", 32, "--width", 32, "--num-inference-steps", 1, "--quiet", "--json")
     picture = tmp_path / "picture.png"
     made = invoke(run, "generate", "--bundle", built("qwen-image"), "--output", picture, *call)
