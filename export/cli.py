@@ -242,10 +242,10 @@ def _outgrown(swapped: Swapped) -> str:
     worst, times = next(iter(swapped.outgrown.items()))
     others = f" and {len(swapped.outgrown) - 1} more" if len(swapped.outgrown) > 1 else ""
     quantization = swapped.bundle.manifest.quantization
-    cost = "it is rounded as much more coarsely; try a smaller scale"
+    cost = "they are rounded as much more coarsely; try a smaller scale"
     if quantization and quantization.inputs:
         cost = "inputs were calibrated without that; try a smaller scale, or build with --lora, which calibrates anew"
-    return f"with these LoRAs {worst}{others} has rows {times:.1f} times as large as without: {cost}"
+    return f"rows of {worst}{others} are up to {times:.1f} times as large as without these LoRAs: {cost}"
 
 
 @cli.command()
