@@ -319,6 +319,7 @@ class _Swap:
             loras=merged.loras,
             base_defaults=base.defaults if settings != base else None,
             base_scheduler=dict(base.scheduler) if settings != base else None,
+            cost=None,  # It was that of other weights.
         )
         stale = self._stale(Bundle(folder, new_manifest))
         self.stale = tuple(dict.fromkeys(engine.component for engine in stale))
