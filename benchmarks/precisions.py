@@ -54,7 +54,7 @@ def compare(
     from zimg.engines.bundle import Bundle
     from zimg.export.build import Quantizing, build
     from zimg.export.calibrate import Plan, calibrate, default_prompts
-    from zimg.export.cost import References, Trial, measure
+    from zimg.export.cost import References, Trial, baseline, measure
 
     names = tuple(dict.fromkeys(("fp32", "bf16", *precisions)))
     with patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder / "cache")}):
@@ -65,7 +65,7 @@ def compare(
             settings = Quantizing(calibration=found)
             bundles[name] = build(str(checkpoint), folder / name, precision=name, quantization=settings)
         trial = Trial(tuple(prompts), size, size, steps) if prompts else Trial(width=size, height=size, steps=steps)
-        references = References(bundles["fp32"], bundles["bf16"])
+        against = baseline(References(bundles["fp32"], bundles["bf16"]), trial)
         seconds = time_steps(bundles, trial, repeats)
         results = {}
         for name, bundle in bundles.items():
@@ -77,19 +77,17 @@ def compare(
                 "step_seconds": seconds[name],
             }
             if name != "fp32":
-                cost = measure(opened, references, trial)
-                results[name] |= {"cost": msgspec.to_builtins(cost.difference)}
-                floor = msgspec.to_builtins(cost.floor)
+                results[name]["cost"] = msgspec.to_builtins(measure(opened, against).difference)
             print(f"  {name}: done", flush=True)
     manifest = bundles["fp32"].manifest
     parameters = sum(component.parameters for component in manifest.components.values())
-    settings = {"size": size, "steps": trial.filled(manifest.defaults).steps, "prompts": len(trial.prompts)}
+    settings = {"size": size, "steps": against.trial.steps, "prompts": len(trial.prompts)}
     return {
         "name": manifest.name,
         "family": manifest.family,
         "parameters": parameters,
         **settings,
-        "floor": floor,
+        "floor": msgspec.to_builtins(against.floor),
         "precisions": results,
     }
 

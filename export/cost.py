@@ -43,17 +43,25 @@ def default_prompts() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Trial:
-    """The pictures that are compared. What is None is the checkpoint's own default."""
+    """The pictures that are compared. What is None is the bundle's own default."""
 
     prompts: tuple[str, ...] = field(default_factory=default_prompts)
     width: int | None = None
     height: int | None = None
     steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
 
     def filled(self, defaults: Defaults) -> Trial:
-        """With the defaults filled in."""
-        steps = self.steps or defaults.num_inference_steps
-        return replace(self, width=self.width or defaults.width, height=self.height or defaults.height, steps=steps)
+        """With a bundle's defaults filled in."""
+        return replace(
+            self,
+            width=self.width or defaults.width,
+            height=self.height or defaults.height,
+            steps=self.steps or defaults.num_inference_steps,
+            guidance_scale=defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale,
+            negative_prompt=defaults.negative_prompt if self.negative_prompt is None else self.negative_prompt,
+        )
 
 
 @dataclass(frozen=True)
@@ -78,39 +86,61 @@ class Run:
     """(height, width, 3) from 0 to 1."""
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """What bundles of a checkpoint are held against."""
+
+    trial: Trial
+    expected: list[Run]
+    """In float32."""
+    floor: Difference
+    """In bfloat16."""
+
+
+def baseline(references: References, trial: Trial, *, device: str | None = None, report: Report = silent) -> Baseline:
+    """Draw pictures in PyTorch, in float32 and in bfloat16 arithmetic.
+
+    Args:
+        references: what draws them.
+        trial: the pictures; what it leaves open are the float32 bundle's defaults.
+        device: as torch names devices.
+        report: called with (stage, done, total).
+
+    Raises:
+        UsageError: the prompts, the size or the steps are none the model takes.
+        BackendError: PyTorch cannot run this.
+    """
+    trial = trial.filled(references.float32.manifest.defaults)
+    with drawing(references.float32, partial(open_torch_in, "float32"), device=device) as draw:
+        expected = draw(trial, report=report)
+    with drawing(references.bfloat16, partial(open_torch_in, "bfloat16"), device=device) as draw:
+        return Baseline(trial, expected, _compared(draw, trial, expected, report))
+
+
 def measure(
     bundle: Bundle,
-    references: References,
-    trial: Trial,
+    against: Baseline,
     *,
     backend: str = "onnxruntime",
     device: str | None = None,
     report: Report = silent,
 ) -> Cost:
-    """Draw the same pictures with a bundle, with its checkpoint in float32, and in bfloat16, and compare them.
-
-    The references run in PyTorch, in float32 and bfloat16 arithmetic.
+    """Draw the same pictures with a bundle, and compare them.
 
     Args:
         bundle: what is measured.
-        references: what it is held against.
-        trial: the pictures.
+        against: what it is held against.
         backend: what runs the bundle.
-        device: for all of them, as the backends name devices.
+        device: as the backend names devices.
         report: called with (stage, done, total).
 
     Raises:
-        UsageError: the prompts, the size or the steps are none the model takes.
-        BackendError: a backend cannot run this.
+        BackendError: the backend cannot run this.
         ZimgError: the bundle gives NaN or Inf.
     """
-    trial = trial.filled(bundle.manifest.defaults)
-    with drawing(references.float32, partial(open_torch_in, "float32"), device=device) as draw:
-        expected = draw(trial, report=report)
-    with drawing(references.bfloat16, partial(open_torch_in, "bfloat16"), device=device) as draw:
-        floor = _compared(draw, trial, expected, report)
+    trial = against.trial
     with drawing(bundle, open_engine, backend=backend, device=device) as draw:
-        own = _compared(draw, trial, expected, report)
+        own = _compared(draw, trial, against.expected, report)
     return Cost(
         prompts=trial.prompts,
         first_seed=FIRST_SEED,
@@ -119,7 +149,7 @@ def measure(
         num_inference_steps=trial.steps or 0,
         backend=backend,
         difference=own,
-        floor=floor,
+        floor=against.floor,
     )
 
 
@@ -225,7 +255,8 @@ def _draw(
 
     output = pipeline(
         prompt,
-        negative_prompt=pipeline.bundle.manifest.defaults.negative_prompt,
+        negative_prompt=trial.negative_prompt,
+        guidance_scale=trial.guidance_scale,
         width=width,
         height=height,
         num_inference_steps=trial.steps,

@@ -18,7 +18,7 @@ from zimg.engines.bundle import Bundle, Cost, write_manifest
 from zimg.engines.errors import BundleError
 from zimg.export.build import names_of, parts_of, wanted_by
 from zimg.export.checkpoint import Checkpoint, open_checkpoint
-from zimg.export.cost import Trial, measure, past_bound
+from zimg.export.cost import Trial, baseline, measure, past_bound
 from zimg.export.judged import CAPTIONS, accuracy, is_known
 from zimg.export.locks import only_writer_of
 from zimg.export.lora.merge import NOTHING, Merge, merge, read_loras
@@ -71,7 +71,9 @@ class Measuring:
         if captions is None:
             captions = CAPTIONS if is_known(bundle.manifest.name) else 0
         with references(checkpoint, merged, bundle.root, self.references, report) as found:
-            cost = measure(bundle, found, self.trial, backend=self.backend, device=self.device, report=report)
+            trial = self.trial.filled(bundle.manifest.defaults)
+            against = baseline(found, trial, device=self.device, report=report)
+            cost = measure(bundle, against, backend=self.backend, device=self.device, report=report)
             if captions:
                 own = accuracy(bundle.root, captions, self.backend, report)
                 other = accuracy(found.float32.root, captions, "onnxruntime", report)

@@ -6,6 +6,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -14,14 +15,28 @@ import pytest
 from tests import quantized
 from tests.commands import invoke
 from zimg.engines import base
-from zimg.engines.bundle import Bundle, Difference
+from zimg.engines.bundle import Bundle, Defaults, Difference
 from zimg.engines.errors import BundleError, ZimgError
 from zimg.export import cost, judged, verify
 from zimg.export.build import Quantizing, build
+from zimg.export.checkpoint import open_checkpoint
 from zimg.export.cli import main
-from zimg.export.cost import FIRST_SEED, References, Run, Trial, difference, drawing, measure, open_torch_in, past_bound
+from zimg.export.cost import (
+    FIRST_SEED,
+    References,
+    Run,
+    Trial,
+    baseline,
+    difference,
+    drawing,
+    measure,
+    open_torch_in,
+    past_bound,
+)
+from zimg.export.lora.merge import NOTHING
 from zimg.export.quantization_cli import gate
 from zimg.export.recipe import Bounds, Recipe, family_recipe
+from zimg.export.references import references
 from zimg.runtime import families
 from zimg.runtime.cli import main as run
 from zimg.runtime.pipeline import Pipeline
@@ -32,7 +47,7 @@ FAMILIES = ("z-image", "qwen-image")
 
 def float32_runs(bundle: Bundle) -> list[Run]:
     with drawing(bundle, partial(open_torch_in, "float32")) as draw:
-        return draw(TRIAL)
+        return draw(TRIAL.filled(bundle.manifest.defaults))
 
 
 def test_default_prompts_are_none_of_a_calibrations():
@@ -82,16 +97,24 @@ def test_forced_runs_see_the_float32_latents(family, bundle_of):
             engine.run = watched
         return engine
 
+    trial = TRIAL.filled(first.manifest.defaults)
     with drawing(second, opener, backend="onnxruntime") as draw:
-        (forced,) = draw(TRIAL, [expected], forced=True)
+        (forced,) = draw(trial, [expected], forced=True)
     fed_alone = list(fed)
     fed.clear()
     with drawing(first, opener, backend="onnxruntime") as draw:
-        draw(TRIAL, [expected])
+        draw(trial, [expected])
     assert forced.picture is None
     assert len(fed_alone) == len(fed) >= 2
     for one, other in zip(fed_alone, fed, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+def test_what_is_left_open_is_the_bundles_default():
+    defaults = Defaults(8, 0.0, 512, 1024, " ")
+    filled = Trial(("a",), width=64).filled(defaults)
+    assert filled == Trial(("a",), 64, 512, 8, 0.0, " ")
+    assert filled.filled(Defaults(9, 1.0, 1, 2, "x")) == filled
 
 
 def make_run(seed: int, scale: float = 1.0) -> Run:
@@ -140,8 +163,9 @@ def costs(bundle_of, quantized_of):
     def make(family):
         if family not in found:
             references = References(*(Bundle.open(bundle_of(family, name)) for name in ("fp32", "bf16")))
+            against = baseline(references, TRIAL)
             found[family] = {
-                name: measure(Bundle.open(quantized_of(family, name)), references, TRIAL)
+                name: measure(Bundle.open(quantized_of(family, name)), against)
                 for name in ("int8-weights", "int4-weights")
             }
         return found[family]
@@ -259,22 +283,53 @@ def test_a_judge_that_fails(tmp_path):
         judged.accuracy(tmp_path, 1, "onnxruntime")
 
 
-def test_a_strict_build_leaves_nothing(checkpoint_of, tmp_path, monkeypatch):
-    """Both references are built for it, once."""
+@pytest.fixture(scope="module")
+def _traced_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zimg.export.build.assemble", quantized.assemble_once())
+        yield
+
+
+@pytest.mark.usefixtures("_traced_once")
+def test_a_strict_build_leaves_nothing(checkpoint_of, bundle_of, tmp_path):
     recipe = Recipe((), {"int4-weights": Bounds(0.9999999)})
-    measuring = verify.Measuring(Trial(("a",), 64, 64, 1))
+    given = (bundle_of("z-image"), bundle_of("z-image", "bf16"))
+    measuring = verify.Measuring(Trial(("a",), 64, 64, 1), given)
     with pytest.raises(BundleError, match=r"and the recipe asks for 0\.9999999; keep more with --recipe"):
         build(
             str(checkpoint_of("z-image")), tmp_path / "b", precision="int4-weights",
             quantization=Quantizing(recipe, check=gate(measuring, strict=True)),
         )  # fmt: skip
     assert not [*tmp_path.iterdir()]
-    monkeypatch.setattr(verify, "references", lambda *_: pytest.fail("it is not needed"))
-    said = invoke(main, "build", "--model", checkpoint_of("z-image"), "--out", tmp_path / "b", "--strict", "--quiet")
-    said.assert_refused("--strict is not for --precision bf16; it is for fp8, int8, int8-weights, int4-weights", 2)
+
+
+def test_strict_is_for_quantized_bundles(checkpoint_of, tmp_path):
+    given = ("--model", checkpoint_of("z-image"), "--out", tmp_path / "b", "--quiet")
+    refused = invoke(main, "build", *given, "--strict")
+    refused.assert_refused("--strict is not for --precision bf16; it is for fp8, int8, int8-weights, int4-weights", 2)
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.usefixtures("_traced_once")
+def test_references_are_built_and_removed(checkpoint_of, bundle_of, tmp_path):
+    checkpoint, half = open_checkpoint(str(checkpoint_of("z-image"))), bundle_of("z-image", "bf16")
+    with references(checkpoint, NOTHING, tmp_path / "b", [half]) as found:
+        assert found.bfloat16.root == half.resolve()
+        assert found.float32.manifest.precision == "float32"
+        assert found.float32.content_hash("denoiser") == Bundle.open(bundle_of("z-image")).content_hash("denoiser")
+        assert len([*tmp_path.iterdir()]) == 1
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(("dtype", "built"), [("bfloat16", ["bfloat16"]), ("float32", ["bfloat16", "float32"])])
+def test_one_bundle_of_a_bfloat16_checkpoint_serves_for_both(dtype, built, tmp_path, monkeypatch):
+    checkpoint = SimpleNamespace(family="z-image", tensors=lambda _: {"w": SimpleNamespace(dtype=dtype)})
+    monkeypatch.setattr("zimg.export.references._build", lambda _, __, folder, *___: folder.name)
+    with references(checkpoint, NOTHING, tmp_path / "b") as found:
+        assert list(dict.fromkeys((found.bfloat16, found.float32))) == built
+
+
+@pytest.mark.usefixtures("_traced_once")
 def test_a_build_past_the_bound_warns(checkpoint_of, tmp_path, monkeypatch):
     entry = Difference((0.1,), (0.9,), (0.1,), (0.9,), 20.0, 0.5)
     seen = cost.Cost(("a",), 1000, 64, 64, 1, "onnxruntime", entry, entry)

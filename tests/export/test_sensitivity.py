@@ -78,11 +78,7 @@ def test_all_switched_on_is_the_quantized_bundle(precision, bundle_of, quantized
     statistics = None
     if not precision.endswith("weights"):
         statistics = Statistics.load(other.root.parent / "statistics.calibration.safetensors")
-    # Inputs are smoothed for all that read them, kept or not, when linears are switched.
-    smooth = 0.0 if precision == "int8" else None
-    if precision == "int8":
-        assert any(name.endswith(".smooth") for name in tensors)
-    settings = Settings(precision, Recipe(), statistics, smooth=smooth)
+    settings = Settings(precision, Recipe(), statistics)
     runs = quantized.record(floating.root, "denoiser")[:2]
     engine = open_engine(floating, "denoiser", "cpu")
     switch(engine, floating, "denoiser", settings, set())
@@ -94,11 +90,10 @@ def test_all_switched_on_is_the_quantized_bundle(precision, bundle_of, quantized
     replayed = quantized.replay(other.root, "denoiser", "torch", runs)
     for (feeds, expected), bundled in zip(runs, replayed, strict=True):
         (found,) = engine.run(feeds).values()
+        # What differs is that what is kept was rounded to bfloat16, and what of inputs then falls to another step.
         error = quantized.relative(bundled, expected)
-        assert 0 < quantized.relative(found, expected) == pytest.approx(error, rel=0.6)
-        if precision != "int8":
-            # All that differs is that what is kept was rounded to bfloat16.
-            assert quantized.relative(found, bundled) < 0.7 * error
+        assert quantized.relative(found, expected) == pytest.approx(error, rel=0.4)
+        assert quantized.relative(found, bundled) < (0.7 if precision.endswith("weights") else 1.1) * error
 
 
 @pytest.mark.parametrize("by", ["kind", "block"])
