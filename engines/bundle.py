@@ -170,6 +170,53 @@ class Quantization(msgspec.Struct, frozen=True, omit_defaults=True):
     """SmoothQuant's alpha."""
     calibration: dict[str, Any] = {}
     """What the inputs' ranges were measured on."""
+    bound: float | None = None
+    """What the recipe asks of the cosine of every velocity and the float32 network's: at least this."""
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """How far pictures and what leads to them are from those of the same checkpoint in float32."""
+
+    velocity_relative: tuple[float, ...]
+    """By step: the norm of what the denoiser gives too much or too little over that of what it should give, from the
+    float32 run's latents; the mean over pictures and branches of guidance."""
+    velocity_cosine: tuple[float, ...]
+    """Likewise the cosine; the least."""
+    latents_relative: tuple[float, ...]
+    """By step: of the latents after it, each run on its own latents; the mean over pictures."""
+    latents_cosine: tuple[float, ...]
+    """Likewise the cosine; the least."""
+    psnr: float | None
+    """Of the pictures, in dB, from their mean squared error; None where there is none."""
+    ssim: float
+    """The mean over pictures."""
+
+
+class Cost(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a bundle's precision costs, measured."""
+
+    prompts: tuple[str, ...]
+    first_seed: int
+    """Of the first prompt's noise; each further one has the next."""
+    width: int
+    height: int
+    num_inference_steps: int
+    backend: str
+    """What ran the bundle."""
+    difference: Difference
+    floor: Difference
+    """Of a bundle that is not quantized, in bfloat16 weights and arithmetic: what remains without quantization."""
+    captions: int = 0
+    """How many pictures were judged, where the checkpoint is one that a judge knows."""
+    accuracy: dict[str, float] = {}
+    """How many things a caption tells of -> the share of pictures that show them."""
+    float32_accuracy: dict[str, float] = {}
+    """Likewise of the float32 bundle."""
+
+    @property
+    def cosine(self) -> float:
+        """The least cosine of a velocity."""
+        return min(self.difference.velocity_cosine)
 
 
 class MergedLora(msgspec.Struct, frozen=True):
@@ -216,6 +263,8 @@ class Manifest(msgspec.Struct, frozen=True):
     base_scheduler: dict[str, Any] | None = None
     """Likewise the scheduler."""
     quantization: Quantization | None = None
+    cost: Cost | None = None
+    """What the precision costs, where that was measured."""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,8 @@ class Quantizing:
     """SmoothQuant's alpha; the precision's own where None."""
     device: str | None = None
     """What a calibration runs on, as torch names devices."""
+    check: Callable[[Path, Checkpoint, Merge, Report], object] | None = None
+    """Called with the finished folder, before it becomes the bundle; what it raises, the build fails with."""
 
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
@@ -143,6 +145,8 @@ def build(
             keep_base=keep_base,
             chosen=chosen,
         )
+        if scheme is not None and quantization is not None and quantization.check is not None:
+            quantization.check(folder, checkpoint, found, report)
     bundle = Bundle.open(out, verify=False)
     bundle.trust()
     return bundle
@@ -360,11 +364,13 @@ def _quantize_graph(
 def _record(settings: Settings, quantized: Mapping[str, Quantized]) -> Quantization:
     """What the manifest says of how linears were quantized."""
     kept = {name: dict(entry.kept) for name, entry in quantized.items() if entry.kept}
+    bounds = settings.recipe.bounds.get(settings.precision)
+    bound = bounds.cosine if bounds else None
     if settings.scheme.activations is None or settings.statistics is None:
-        return Quantization(settings.precision, kept)
+        return Quantization(settings.precision, kept, bound=bound)
     inputs = {name: dict(entry.inputs) for name, entry in quantized.items()}
     made = dict(settings.statistics.made)
-    return Quantization(settings.precision, kept, inputs, settings.range, settings.alpha, made)
+    return Quantization(settings.precision, kept, inputs, settings.range, settings.alpha, made, bound)
 
 
 def _check_space(wanted: Mapping[str, Mapping[str, Wanted]], precision: str, folder: Path, *, keep_base: bool) -> None:

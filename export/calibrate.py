@@ -22,7 +22,7 @@ from zimg.engines.errors import OutputError, UsageError, ZimgError
 from zimg.engines.safetensors import SafetensorsError
 from zimg.engines.torch import TorchEngine, open_engine
 from zimg.engines.torch_graph import load
-from zimg.export.linears import calls, linears
+from zimg.export.linears import named_linears
 from zimg.export.quantize import COMPONENTS
 from zimg.export.statistics import BINS, Input, Statistics
 from zimg.runtime.pipeline import Pipeline
@@ -48,11 +48,11 @@ def default_prompts() -> tuple[str, ...]:
     return tuple(text.splitlines())
 
 
-def read_prompts(path: Path) -> tuple[str, ...]:
+def read_prompts(path: Path, fewest: int = FEWEST_PROMPTS) -> tuple[str, ...]:
     """Read prompts, one a line.
 
     Raises:
-        UsageError: the file is missing, empty, no text, or has too few.
+        UsageError: the file is missing, empty, no text, or has fewer.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -61,8 +61,8 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     except UnicodeDecodeError:
         raise UsageError(f"the prompts {path} are no text in UTF-8", "give one prompt a line") from None
     prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if len(prompts) < FEWEST_PROMPTS:
-        message = f"{path} has {len(prompts)} different prompts, and a calibration needs {FEWEST_PROMPTS}"
+    if len(prompts) < fewest:
+        message = f"{path} has {len(prompts)} different prompts, and this needs {fewest}"
         raise UsageError(message, "give one prompt a line, a dozen of all kinds")
     return prompts
 
@@ -151,13 +151,10 @@ def _open_watched(statistics: Statistics, bundle: Bundle, component: str, _: str
         inputs = statistics.inputs.setdefault(component, {})
         readers = statistics.readers.setdefault(component, {})
         watchers: dict[str, Callable[[Tensor], None]] = {}
-        for node, function, given in calls(load(bundle, engine.graph)):
-            for linear in linears(function):
-                leader = str(given[linear.leader].name)
-                readers[str(given[linear.weight].name)] = leader
-                if linear.leader is linear.weight:
-                    label = f"{linear.node.op_type} {f'{node.name}/{linear.label}'!r}"
-                    watchers[label] = partial(_note, inputs, component, leader)
+        for linear in named_linears(load(bundle, engine.graph)):
+            readers[linear.weight] = linear.leader
+            if linear.leader == linear.weight:
+                watchers[linear.label] = partial(_note, inputs, component, linear.leader)
         engine.watch(watchers)
     return engine
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import zimg
-from zimg.engines.errors import UsageError, ZimgError
+from zimg.engines.errors import OutputError, UsageError, ZimgError
 from zimg.export import compile_cli, quantization_cli
 from zimg.runtime import console
 
@@ -47,10 +47,13 @@ def cli() -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle's folder.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16", "fp8", "int8", "int8-weights", "int4-weights"]),
+    type=click.Choice(["fp32", "bf16", *quantization_cli.QUANTIZED, "auto"]),
     default="bf16",
     show_default=True,
     help="Of the weights; fp8 and int8 also of what is multiplied with them, which needs a calibration.",
+)
+@click.option(
+    "--card", type=click.Choice(["rtx4090", "h100"]), help="For --precision auto, in place of this machine's."
 )
 @quantization_cli.options
 @REVISION
@@ -75,6 +78,7 @@ def build(
     model: str,
     out: Path,
     precision: str,
+    card: str | None,
     revision: str | None,
     source: str,
     overwrite: bool,
@@ -96,6 +100,13 @@ def build(
     from zimg.runtime.progress import bar
 
     compiled = None
+    if precision == "auto":
+        from zimg.export.cards import precision_for
+
+        precision, reason = precision_for(card)
+        click.echo(f"precision {precision}: {reason}", err=True)
+    elif card is not None:
+        raise UsageError("--card is for --precision auto")
     quantizing = quantization_cli.take(precision, options)
     settings = compile_cli.settings(**options)
     if backend in COMPILED:
@@ -274,18 +285,86 @@ def inspect(model: str, revision: str | None, source: str, as_json: bool) -> Non
 @REVISION
 @SOURCE
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the inputs the networks are compared on.")
+@quantization_cli.verify_options
 @QUIET
 @AS_JSON
-def verify(bundle: Path, model: str, revision: str | None, source: str, seed: int, quiet: bool, as_json: bool) -> None:
-    """Check a bundle against its checkpoint: every hash, every weight, every network's result."""
+def verify(
+    bundle: Path,
+    model: str,
+    revision: str | None,
+    source: str,
+    seed: int,
+    strict: bool,
+    quiet: bool,
+    as_json: bool,
+    **cost: Any,
+) -> None:
+    """Check a bundle against its checkpoint: every hash, every weight, every network's result.
+
+    What the precision of a quantized bundle costs is measured as well, and written into it: its pictures, and each
+    step's velocity, against float32 and beside what bfloat16 costs.
+    """
     _need_export()
     from zimg.export import verify as work
     from zimg.runtime.progress import bar
 
+    measuring = quantization_cli.measuring(bundle, **cost)
     with bar(enabled=not quiet) as report:
-        result = work.verify(bundle, model, revision=revision, source=source, seed=seed, report=report)
+        result = work.verify(
+            bundle, model, revision=revision, source=source, seed=seed, measuring=measuring, report=report
+        )
     console.print_json(result) if as_json else click.echo(work.as_text(result))
-    work.refuse_failures(result)
+    work.refuse_failures(result, strict=strict)
+    if result.get("past_bound"):
+        console.warn(f"{result['past_bound']}; {work.KEEP_MORE}")
+
+
+@cli.command()
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option("--model", help="A checkpoint, in place of a bundle; one in bf16 is built for it.")
+@click.option("--precision", type=click.Choice(quantization_cli.QUANTIZED), required=True, help="What to quantize to.")
+@quantization_cli.sensitivity_options
+@REVISION
+@SOURCE
+@QUIET
+@AS_JSON
+def sensitivity(
+    bundle: Path | None,
+    model: str | None,
+    precision: str,
+    out: Path | None,
+    revision: str | None,
+    source: str,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure what each linear of a float bundle costs when it alone is quantized, and propose a recipe.
+
+    \b
+      zimg-export sensitivity BUNDLE --precision int8 --target 0.999 --out recipe.toml
+      zimg-export build ... --precision int8 --recipe recipe.toml
+    """  # noqa: D301
+    _need_export()
+    from zimg.engines.bundle import Bundle
+    from zimg.export import sensitivity as work
+    from zimg.export.references import temporary_bundle
+    from zimg.runtime.progress import bar
+
+    if (bundle is None) == (model is None):
+        raise UsageError("sensitivity takes a bundle or --model", "name one of them")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise OutputError(f"the folder {out.absolute().parent} does not exist", "make it first")
+    with bar(enabled=not quiet) as report:
+        if bundle is not None:
+            opened = Bundle.open(bundle)
+            found = quantization_cli.find_sensitivity(opened, precision, **options, report=report)
+        else:
+            with temporary_bundle(model or "", revision, source, report) as opened:
+                found = quantization_cli.find_sensitivity(opened, precision, **options, report=report)
+    if out is not None:
+        work.save(found, out)
+    console.print_json(work.as_data(found)) if as_json else click.echo(work.as_text(found))
 
 
 @cli.command("demo-checkpoint")

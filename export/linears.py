@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import onnx_ir as ir
 
@@ -60,6 +61,28 @@ def linears(function: ir.Function) -> list[Linear]:
         leader = leaders.setdefault(_present(node.inputs[0]), right)
         found.append(Linear(node, right, cast, leader))
     return found
+
+
+class Named(NamedTuple):
+    """One linear of a network."""
+
+    label: str
+    """Operator and node, as the PyTorch fallback calls its step."""
+    weight: str
+    """The name of its weight, (out, in)."""
+    leader: str
+    """That of the first linear which reads the same input."""
+    operator: str
+    """``"MatMul"``, which gets the weight transposed, or ``"Gemm"``."""
+
+
+def named_linears(model: ir.Model) -> Iterator[Named]:
+    """The linears of all calls of a graph's blocks."""
+    for node, function, given in calls(model):
+        for linear in linears(function):
+            label = f"{linear.node.op_type} {f'{node.name}/{linear.label}'!r}"
+            weight, leader = str(given[linear.weight].name), str(given[linear.leader].name)
+            yield Named(label, weight, leader, linear.node.op_type)
 
 
 def calls(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Function, dict[ir.Value, ir.Value]]]:

@@ -134,6 +134,54 @@ def _statistics(settings: Settings) -> Statistics:
     return settings.statistics
 
 
+@dataclass(frozen=True)
+class Input:
+    """How one input of linears is quantized."""
+
+    linears: tuple[str, ...]
+    """Those of the chosen ones that read it."""
+    scale: float
+    factors: Array | None
+    """(in,), what its channels are divided by first, and the columns of those linears multiplied; None for nothing."""
+
+
+def quantized_inputs(
+    component: str, chosen: Mapping[str, Wanted], settings: Settings, number_format: Format
+) -> dict[str, Input]:
+    """How the inputs of some linears are quantized.
+
+    Args:
+        component: which has them.
+        chosen: parameter -> what it comes from, of the linears that are quantized.
+        settings: how.
+        number_format: what inputs are rounded to.
+
+    Returns:
+        By the name of the first linear that reads it, whether chosen or not.
+
+    Raises:
+        UsageError: the calibration is of another model, or there is none.
+    """
+    statistics = _statistics(settings)
+    readers: dict[str, list[str]] = defaultdict(list)
+    for name, want in chosen.items():
+        readers[statistics.leader(component, want.source.name) or ""].append(name)
+    result = {}
+    for leader, names in readers.items():
+        entry = statistics.inputs[component][leader]
+        wants = [chosen[name] for name in names]
+        if len(entry.channels) != wants[0].shape[1]:
+            message = f"the calibration has {len(entry.channels)} channels before {leader}, not {wants[0].shape[1]}"
+            raise UsageError(message, "it is of another model: calibrate this one")
+        largest, factors = entry.range(settings.range, number_format), None
+        if settings.alpha:
+            columns = np.max([_columns(want) for want in wants], axis=0)
+            factors = smoothing(entry.channels, columns, settings.alpha)
+            largest = float((entry.channels / factors).max())
+        result[leader] = Input(tuple(names), scale_for(largest, number_format), factors)
+    return result
+
+
 def _inputs(
     component: str,
     chosen: Mapping[str, Wanted],
@@ -142,29 +190,16 @@ def _inputs(
     result: dict[str, Wanted],
 ) -> dict[str, Array]:
     """Add the scales of the inputs of linears to what is wanted; give the factors of each linear's columns."""
-    statistics = _statistics(settings)
-    readers: dict[str, list[str]] = defaultdict(list)
     by_tensor = {want.source.name: want for want in chosen.values()}
-    for name, want in chosen.items():
-        readers[statistics.leader(component, want.source.name) or ""].append(name)
     factors: dict[str, Array] = {}
-    for leader, names in readers.items():
-        entry = statistics.inputs[component][leader]
-        wants = [chosen[name] for name in names]
-        if len(entry.channels) != wants[0].shape[1]:
-            message = f"the calibration has {len(entry.channels)} channels before {leader}, not {wants[0].shape[1]}"
-            raise UsageError(message, "it is of another model: calibrate this one")
-        largest = entry.range(settings.range, number_format)
+    for leader, entry in quantized_inputs(component, chosen, settings, number_format).items():
         # The name of the input's scales follows its first reader, whether that one is quantized or not.
-        owner = by_tensor.get(leader) or replace(wants[0], source=replace(wants[0].source, name=leader))
-        if settings.alpha:
-            columns = np.max([_columns(want) for want in wants], axis=0)
-            shared = smoothing(entry.channels, columns, settings.alpha)
-            largest = float((entry.channels / shared).max())
-            factors |= dict.fromkeys(names, shared)
-            result[leader + SMOOTH] = _constant(owner, np.reciprocal(shared), SMOOTH)
-        scale = np.array(scale_for(largest, number_format), np.float32)
-        result[leader + INPUT_SCALE] = _constant(owner, scale, INPUT_SCALE)
+        first = chosen[entry.linears[0]]
+        owner = by_tensor.get(leader) or replace(first, source=replace(first.source, name=leader))
+        if entry.factors is not None:
+            factors |= dict.fromkeys(entry.linears, entry.factors)
+            result[leader + SMOOTH] = _constant(owner, np.reciprocal(entry.factors), SMOOTH)
+        result[leader + INPUT_SCALE] = _constant(owner, np.array(entry.scale, np.float32), INPUT_SCALE)
     return factors
 
 

@@ -35,6 +35,7 @@ def summary(path: Path) -> dict[str, Any]:
         "family": manifest.family,
         "precision": manifest.precision,
         "quantization": _quantization(manifest.quantization),
+        "cost": None if manifest.cost is None else msgspec.to_builtins(manifest.cost),
         "schema_version": manifest.schema_version,
         "zimg_version": manifest.zimg_version,
         "source": msgspec.to_builtins(manifest.source),
@@ -76,6 +77,7 @@ def as_text(summary: dict[str, Any]) -> str:
     ]
     lines.extend(f"  LoRA      {lora['source']} at {lora['scale']:g}" for lora in summary["loras"])
     lines.extend(_quantization_lines(quantization, summary["precision"]) if quantization else ())
+    lines.extend(f"  {line}" for line in (cost_lines(summary["cost"]) if summary["cost"] else ()))
     for name, component in summary["components"].items():
         lines.append(f"  {name}")
         lines.append(f"    weights  {component['parameters']:,} parameters, {_size(component['weight_bytes'])}")
@@ -121,6 +123,26 @@ def _quantization_lines(quantization: dict[str, Any], precision: str) -> list[st
     lines = [f"  quantized {', '.join((quantization['precision'], *how))}"]
     for component, kept in quantization.get("kept", {}).items():
         lines.append(f"    kept     {len(kept)} linears of {component} in {precision}")
+    return lines
+
+
+def cost_lines(cost: dict[str, Any]) -> list[str]:
+    """What a precision costs, for people."""
+    size, steps = f"{cost['width']}x{cost['height']}", cost["num_inference_steps"]
+    pictures = f"{len(cost['prompts'])} pictures of {size} in {steps} steps"
+    lines = [f"cost      against float32, by {pictures} on {cost['backend']}"]
+    for name, entry in (("this", cost["difference"]), ("bfloat16", cost["floor"])):
+        worst = (
+            f"velocity {max(entry['velocity_relative']):.2g} off at most, cosine {min(entry['velocity_cosine']):.5f}"
+        )
+        latents = f"last latents {entry['latents_relative'][-1]:.2g} off"
+        picture = "the same" if entry["psnr"] is None else f"PSNR {entry['psnr']:.1f} dB, SSIM {entry['ssim']:.4f}"
+        lines.append(f"  {name:<8}{worst}; {latents}; {picture}")
+    if captions := cost.get("captions"):
+        told = {"one": "one thing", "two": "two things"}
+        float32 = cost["float32_accuracy"]
+        shares = [f"{share:.1%} of {told[key]} ({float32[key]:.1%})" for key, share in cost["accuracy"].items()]
+        lines.append(f"  right   {', '.join(shares)}: of {captions} captions, by the judge (and in float32)")
     return lines
 
 

@@ -366,6 +366,7 @@ class _Swap:
             loras=merged.loras,
             base_defaults=base.defaults if settings != base else None,
             base_scheduler=dict(base.scheduler) if settings != base else None,
+            cost=None,  # It was that of other weights.
         )
         now = {name: Bundle(folder, new_manifest).source_hash(name) for name in {e.component for e in old.engines}}
         engines = [self._engine(engine, now[engine.component]) for engine in old.engines]

@@ -126,7 +126,7 @@ def test_too_few_prompts(bundle_of, tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (b"", "has 0 different prompts, and a calibration needs 4"),
+        (b"", "has 0 different prompts, and this needs 4"),
         (b"\n \n", "has 0 different prompts"),
         (b"a\nb\na\na\n", "has 2 different prompts"),
         (b"\xff\xfe\x00", "are no text in UTF-8"),
