@@ -67,9 +67,9 @@ Z_IMAGE: dict[str, dict[str, Any]] = {
 QWEN_IMAGE: dict[str, dict[str, Any]] = {
     "scheduler": {
         "base_image_seq_len": 256,
-        "base_shift": 0.5,
+        "base_shift": 1.6,
         "max_image_seq_len": 8192,
-        "max_shift": 0.9,
+        "max_shift": 2.0,
         "num_train_timesteps": 1000,
         "shift": 1.0,
         "shift_terminal": 0.02,
