@@ -111,7 +111,7 @@ def _initialize(network: nn.Module) -> None:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
 
-def _look_nearby(language_model: nn.Module) -> None:
+def _look_nearby(language_model: Any) -> None:
     """Let all heads of a Qwen2.5 model but the last begin by attending to the token before, the one before that, ….
 
     Attention begins as an even mean. Qwen-Image's template puts 34 tokens before a caption's first, so a noun would see
