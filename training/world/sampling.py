@@ -17,18 +17,18 @@ Size = tuple[int, int]
 
 SIZES: tuple[Size, ...] = ((128, 128), (160, 128), (128, 160), (192, 128), (128, 192))
 """(width, height) in pixels, multiples of 16."""
-_SIZE_WEIGHTS = (6, 1, 1, 1, 1)
+_SIZE_WEIGHTS = (12, 1, 1, 1, 1)
 _COUNT_WEIGHTS = (9, 8, 3)  # Of one, two and three things.
 _HELD_OUT = 8  # One combination in so many.
 
+# Small models learn shapes well that lie well: a few sizes, and middles on a grid, so that patches of pixels recur.
+_GRID = 8  # In pixels.
 # Radii as shares of the shorter side, by size and number of things.
-_RADII: dict[str | None, tuple[tuple[float, float], ...]] = {
-    "small": ((0.12, 0.145), (0.12, 0.14), (0.12, 0.14)),
-    None: ((0.20, 0.25), (0.16, 0.19), (0.12, 0.14)),
-    "large": ((0.30, 0.34), (0.205, 0.225), (0.12, 0.14)),
+_RADII: dict[str | None, tuple[float, ...]] = {
+    "small": (0.13, 0.13, 0.13),
+    None: (0.22, 0.175, 0.13),
+    "large": (0.32, 0.22, 0.13),
 }
-_MARGIN = 3.0  # Of each thing, in pixels.
-_JITTER = 0.05
 # What a dark background would swallow.
 _DARK = {"black", "blue", "purple", "brown"}
 
@@ -91,9 +91,13 @@ def _scene(rng: random.Random, count: int, width: int, height: int) -> Scene:
     if place not in {None, "centre"} or writing:
         room = (1, 2)  # As large as one of two.
     sizes = [rng.choice(("small", "large")) if count < 3 and rng.random() < 0.35 else None for _ in names]
+    if count == 1 and place is None and writing is None:
+        ((x, y),) = cells
+        cells = [(x + rng.choice((-_GRID, 0, _GRID)), y + rng.choice((-_GRID, 0, _GRID)))]
+    radii = [_RADII[size][max(room) - 1] * min(width, height) for size in sizes]
     things = tuple(
-        _thing(rng, name, cell, room, (width, height), size)
-        for name, cell, size in zip(names, cells, sizes, strict=True)
+        Thing(*name, x=x, y=y, radius=radius, size=size)
+        for name, (x, y), radius, size in zip(names, cells, radii, sizes, strict=True)
     )
     return Scene(
         width,
@@ -133,40 +137,18 @@ def _background(rng: random.Random) -> Background:
 
 def _cells(
     width: int, height: int, count: int, arrangement: str | None, place: str | None, writing: Writing | None
-) -> list[tuple[float, float]]:
-    """Where the middles of things are, before they are moved a little."""
+) -> list[tuple[int, int]]:
+    """Where the middles of things are, in pixels, on the grid."""
+
+    def at(x: float, y: float) -> tuple[int, int]:
+        return round(width * x / _GRID) * _GRID, round(height * y / _GRID) * _GRID
+
     if count > 1:
         steps = [(index + 0.5) / count for index in range(count)]
-        if arrangement == "row":
-            return [(width * step, height / 2) for step in steps]
-        return [(width / 2, height * step) for step in steps]
+        return [at(step, 0.5) if arrangement == "row" else at(0.5, step) for step in steps]
     if writing:
-        return [(width / 2, height * (0.37 if writing.below else 0.63))]
+        return [at(0.5, 0.375 if writing.below else 0.625)]
     words = (place or "").split()
-    x = 0.28 if "left" in words else 0.72 if "right" in words else 0.5
-    y = 0.28 if "top" in words else 0.72 if "bottom" in words else 0.5
-    return [(width * x, height * y)]
-
-
-def _thing(
-    rng: random.Random, name: tuple[str, str], cell: tuple[float, float], room: Size, picture: Size, size: str | None
-) -> Thing:
-    """Put a thing near the middle of its cell.
-
-    Args:
-        rng: what chooses.
-        name: its shape and colour.
-        cell: the middle.
-        room: how many cells lie side by side and one above the other.
-        picture: (width, height).
-        size: what the caption tells.
-    """
-    low, high = _RADII[size][max(room) - 1]
-    radius = rng.uniform(low, high) * min(picture)
-
-    def moved(middle: float, side: int, cells: int) -> float:
-        free = min(middle, side - middle, side / cells / 2) - radius - _MARGIN
-        return middle + rng.uniform(-1, 1) * max(0, min(_JITTER * side, free))
-
-    x, y = (moved(*axis) for axis in zip(cell, picture, room, strict=True))
-    return Thing(*name, x=x, y=y, radius=radius, size=size)
+    x = 0.25 if "left" in words else 0.75 if "right" in words else 0.5
+    y = 0.25 if "top" in words else 0.75 if "bottom" in words else 0.5
+    return [at(x, y)]
