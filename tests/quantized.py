@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnx_ir as ir
 
 from zimg.engines.base import open_engine
 from zimg.engines.bundle import Bundle
@@ -18,31 +15,6 @@ from zimg.runtime.pipeline import Pipeline
 PROMPTS = ("a red cube", "two small blue dogs on a hill", "山水", "the word OPEN in neon")
 PLAN = Plan(PROMPTS, ((64, 64), (64, 96)), 2)
 PRECISIONS = ("fp8", "int8", "int8-weights", "int4-weights")
-
-
-def assemble_once() -> Callable[..., Any]:
-    """``assemble``, but each network of a component is traced once for all bundles; its weights lie where they lie."""
-    from zimg.export import build
-
-    original = build.assemble
-    made: dict[Any, tuple[bytes, Any]] = {}
-
-    def assemble(network: Any, inputs: Any, output: str, sizes: Any, tensors: Any, folder: Path) -> Any:
-        key = (output, next(iter(network.state_dict().values())).dtype)
-        if key not in made:
-            model, spec = original(network, inputs, output, sizes, tensors, folder)
-            made[key] = ir.to_proto(model).SerializeToString(), spec
-        model = ir.from_proto(onnx.ModelProto.FromString(made[key][0]))
-        infos = {info.name: info for info in tensors.values()}
-        for name, value in model.graph.initializers.items():
-            info = infos[name]
-            location = info.file.relative_to(folder).as_posix()
-            value.const_value = ir.ExternalTensor(
-                location, info.offset, info.nbytes, value.dtype, shape=value.shape, name=name, base_dir=folder
-            )
-        return model, made[key][1]
-
-    return assemble
 
 
 class Recorder:

@@ -3,11 +3,8 @@ from __future__ import annotations
 import precisions
 import pytest
 
-from tests import quantized
 
-
-def test_a_tiny_model(checkpoint_of, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("zimg.export.build.assemble", quantized.assemble_once())
+def test_a_tiny_model(checkpoint_of, tmp_path, capsys):
     result = precisions.compare(
         checkpoint_of("z-image"), tmp_path, size=64, steps=1, repeats=2, prompts=["a"], precisions=["int4-weights"]
     )

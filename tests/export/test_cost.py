@@ -283,14 +283,6 @@ def test_a_judge_that_fails(tmp_path):
         judged.accuracy(tmp_path, 1, "onnxruntime")
 
 
-@pytest.fixture(scope="module")
-def _traced_once():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zimg.export.build.assemble", quantized.assemble_once())
-        yield
-
-
-@pytest.mark.usefixtures("_traced_once")
 def test_a_strict_build_leaves_nothing(checkpoint_of, bundle_of, tmp_path):
     recipe = Recipe((), {"int4-weights": Bounds(0.9999999)})
     given = (bundle_of("z-image"), bundle_of("z-image", "bf16"))
@@ -310,7 +302,6 @@ def test_strict_is_for_quantized_bundles(checkpoint_of, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.usefixtures("_traced_once")
 def test_references_are_built_and_removed(checkpoint_of, bundle_of, tmp_path):
     checkpoint, half = open_checkpoint(str(checkpoint_of("z-image"))), bundle_of("z-image", "bf16")
     with references(checkpoint, NOTHING, tmp_path / "b", [half]) as found:
@@ -329,7 +320,6 @@ def test_one_bundle_of_a_bfloat16_checkpoint_serves_for_both(dtype, built, tmp_p
         assert list(dict.fromkeys((found.bfloat16, found.float32))) == built
 
 
-@pytest.mark.usefixtures("_traced_once")
 def test_a_build_past_the_bound_warns(checkpoint_of, tmp_path, monkeypatch):
     entry = Difference((0.1,), (0.9,), (0.1,), (0.9,), 20.0, 0.5)
     seen = cost.Cost(("a",), 1000, 64, 64, 1, "onnxruntime", entry, entry)

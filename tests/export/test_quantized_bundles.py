@@ -134,7 +134,7 @@ def test_the_same_picture_on_both_backends(family, quantized_of, tmp_path):
         file = tmp_path / f"{backend}.png"
         result = invoke(
             run, "generate", quantized_of(family, "int8-weights"), "--prompt", "x", "--width", 64, "--height", 64,
-            "--steps", 2, "--seed", 3, "--backend", backend, "--device", "cpu", "--out", file, "--quiet",
+            "--num-inference-steps", 2, "--seed", 3, "--backend", backend, "--device", "cpu", "--output", file, "--quiet",
         )  # fmt: skip
         assert result.code == 0, result
         pictures.append(np.asarray(Image.open(file)).astype(int))
