@@ -5,6 +5,7 @@ at the end. Exits with 1 where a bound is broken.
 
     python benchmarks/export_memory.py                               # both families as most checkpoints are, bfloat16
     python benchmarks/export_memory.py --family z-image --stored fp32     # the transformer is cast: writes 12.3 GB
+    python benchmarks/export_memory.py --precision int8-weights           # quantized on the way: writes 11 and 29 GB
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 
 import common
 
+PRECISIONS = ("bf16", "fp32", "int8-weights", "int4-weights")
+"""Those that need no calibration, which would run the whole model."""
 PEAK_GIB = 3.0
 DENOISER_MB = 1.0
 BLOCK_NODES = 100
@@ -30,7 +33,7 @@ def export(family: str, folder: Path, *, precision: str = "bf16", stored: str = 
     Args:
         family: ``"z-image"`` or ``"qwen-image"``.
         folder: an empty folder, on the disk that shall be measured.
-        precision: of the bundle, ``"fp32"`` or ``"bf16"``.
+        precision: of the bundle, one of :data:`PRECISIONS`.
         stored: of the checkpoint's transformer, ``"fp32"`` or ``"bf16"``.
     """
     model, bundle = folder / family, folder / f"{family}.bundle"
@@ -109,7 +112,7 @@ def main() -> int:
     """The script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=common.FAMILIES, help="[default: both]")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the bundle")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of the bundle")
     parser.add_argument("--stored", choices=["bf16", "fp32"], default="bf16", help="of the checkpoint's transformer")
     parser.add_argument("--folder", type=Path, help="where to make the temporary folder [default: the system's]")
     parser.add_argument("--json", type=Path, help="write the figures there as well")

@@ -5,6 +5,7 @@ is not 20 times as fast.
 
     python benchmarks/lora_swap.py                        # both families, LoRAs on attention and on all linears
     python benchmarks/lora_swap.py --family z-image --repeats 5 --json swap.json
+    python benchmarks/lora_swap.py --precision int8-weights
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import common
 from cpu_vs_diffusers import MODELS, real_vae
 
 RATIO = 20.0
+PRECISIONS = ("bf16", "int8-weights", "int4-weights")
+"""Those that need no calibration, which would be counted as a part of the build."""
 RANK = 32
 TARGETS = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
@@ -55,12 +58,15 @@ def write_lora(path: Path, checkpoint: Path, targets: tuple[str, ...], seed: int
     save_file(state, path)
 
 
-def compare(family: str, folder: Path, *, repeats: int, overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def compare(
+    family: str, folder: Path, *, precision: str, repeats: int, overrides: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     """Build with one LoRA, then swap to another one and back, for each kind of targets.
 
     Args:
         family: ``"z-image"`` or ``"qwen-image"``.
         folder: an empty folder, on the disk that shall be measured.
+        precision: of the bundle.
         repeats: how often to swap.
         overrides: what makes the tests' tiny models larger.
     """
@@ -72,21 +78,22 @@ def compare(family: str, folder: Path, *, repeats: int, overrides: Mapping[str, 
         bundle, loras = folder / f"{kind}.bundle", [folder / f"{kind}-{seed}.safetensors" for seed in (1, 2)]
         for seed, lora in enumerate(loras, start=1):
             write_lora(lora, checkpoint, targets, seed)
-        command = [exporter, "build", "--model", checkpoint, "--out", bundle, "--lora", loras[0], "--quiet"]
-        built = common.run(command, env)
+        what = ["--model", checkpoint, "--lora", loras[0], "--precision", precision]
+        built = common.run([exporter, "build", *what, "--out", bundle, "--quiet"], env)
         swaps = [
             common.run([exporter, "swap-lora", bundle, "--lora", loras[(turn + 1) % 2], "--quiet"], env)
             for turn in range(repeats)
         ]
-        sizes = {path.name: path.stat().st_size for path in bundle.glob("*.safetensors")}
+        # Linked files lie in folders of their own.
+        sizes = {path.relative_to(bundle): path.stat().st_size for path in bundle.rglob("*.safetensors")}
         results[kind] = {
             "build_seconds": round(built.seconds, 2),
             "swap_seconds": [round(swap.seconds, 2) for swap in swaps],
             "swap_peak_bytes": max(swap.peak_bytes for swap in swaps),
-            "touched_bytes": sum(size for name, size in sizes.items() if ".lora" in name),
+            "touched_bytes": sum(size for path, size in sizes.items() if ".lora" in path.name),
             "weight_bytes": sum(sizes.values()),
         }
-    return {"family": family, "rank": RANK, "targets": results}
+    return {"family": family, "precision": precision, "rank": RANK, "targets": results}
 
 
 def report(result: Mapping[str, Any]) -> int:
@@ -106,7 +113,7 @@ def report(result: Mapping[str, Any]) -> int:
             )
         )
         bounds.append((f"{kind}, a swap's share of a build's time", 1 / ratio, 1 / RATIO))
-    print(f"\n{result['family']}, rank {result['rank']}\n")
+    print(f"\n{result['family']}, {result['precision']}, rank {result['rank']}\n")
     header = ("LoRA on", "touched", "build", "swap", "build / swap", "peak memory of a swap")
     print(common.table(header, rows), "\n")
     return common.broken_bounds(bounds)
@@ -116,6 +123,7 @@ def main() -> int:
     """The script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=common.FAMILIES, help="[default: both]")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of the bundles [default: bf16]")
     parser.add_argument("--repeats", type=int, default=3, help="how often to swap")
     parser.add_argument("--folder", type=Path, help="where to make the temporary folder [default: the system's]")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
@@ -124,7 +132,9 @@ def main() -> int:
     for family in [options.family] if options.family else common.FAMILIES:
         with tempfile.TemporaryDirectory(prefix="zimg-lora-swap-", dir=options.folder) as folder:
             overrides = MODELS[family] | {"vae": real_vae(family)}
-            result = compare(family, Path(folder), repeats=options.repeats, overrides=overrides)
+            result = compare(
+                family, Path(folder), precision=options.precision, repeats=options.repeats, overrides=overrides
+            )
         broken |= report(result)
         results.append(result)
     common.save(options.json, facts, results)

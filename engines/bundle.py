@@ -61,6 +61,15 @@ Range = tuple[int, int, int]
 """Of a free side: the least, the likeliest and the most it may be."""
 
 
+class Refit(msgspec.Struct, frozen=True):
+    """What an engine's weights are exchanged for whenever it is loaded."""
+
+    source: str
+    """:meth:`Bundle.source_hash` of the graph and weights that it has then."""
+    tensors: tuple[str, ...]
+    """Those that may differ from what it was compiled from."""
+
+
 class CompiledEngine(msgspec.Struct, frozen=True, omit_defaults=True):
     """One component, compiled ahead for one kind of device by one version of one compiler."""
 
@@ -76,7 +85,7 @@ class CompiledEngine(msgspec.Struct, frozen=True, omit_defaults=True):
     device: str
     """The architecture it runs on, such as ``"sm90"``, or ``"any"``."""
     source: str
-    """:meth:`Bundle.source_hash` of what it was compiled from. Where it differs now, the engine is stale."""
+    """:meth:`Bundle.source_hash` of what it was compiled from."""
     profiles: tuple[dict[str, Range], ...]
     """Each a set of ranges it serves, by free side; sides without a range take any length."""
     memory_bytes: int = 0
@@ -84,10 +93,14 @@ class CompiledEngine(msgspec.Struct, frozen=True, omit_defaults=True):
     weight_streaming_budget: int | None = None
     """Bytes of weights kept on the device, the rest being streamed to it; all are kept when None."""
     refittable: bool = False
+    """Whether it can take other weights than it was compiled from."""
+    refit: Refit | None = None
     stripped: bool = False
     """Whether the plan has no weights, and takes the bundle's when it is loaded."""
     attention: tuple[int, int] = (0, 0)
     """How many attentions became one fused kernel each, and how many did not."""
+    products: tuple[int, int] = (0, 0)
+    """How many multiplications of quantized numbers are computed in 8 bits, and how many are not."""
     data: str | None = None
     """A second file, which ``file`` points into."""
 
@@ -95,6 +108,11 @@ class CompiledEngine(msgspec.Struct, frozen=True, omit_defaults=True):
     def files(self) -> tuple[str, ...]:
         """Its files in the bundle."""
         return (self.file,) if self.data is None else (self.file, self.data)
+
+    @property
+    def serves(self) -> str:
+        """:meth:`Bundle.source_hash` of the weights it runs with. Where the bundle's differs now, it is stale."""
+        return self.refit.source if self.refit else self.source
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -137,6 +155,70 @@ class Defaults(msgspec.Struct, frozen=True):
     negative_prompt: str | None = None
 
 
+class Quantization(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a bundle's linears were quantized."""
+
+    precision: str
+    """``"fp8"``, ``"int8"``, ``"int8-weights"`` or ``"int4-weights"``."""
+    kept: dict[str, dict[str, str]] = {}
+    """Component -> the weights of linears that are stored in the bundle's precision -> why."""
+    inputs: dict[str, dict[str, str]] = {}
+    """Component -> a quantized weight -> the one after which the scales of its input are named, where it has any."""
+    range: str = ""
+    """Which range of a linear's inputs is represented: ``"max"``, ``"percentile"`` or ``"mse"``."""
+    smooth: float = 0.0
+    """SmoothQuant's alpha."""
+    calibration: dict[str, Any] = {}
+    """What the inputs' ranges were measured on."""
+    bound: float | None = None
+    """What the recipe asks of the cosine of every velocity and the float32 network's: at least this."""
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """How far pictures and what leads to them are from those of the same checkpoint in float32."""
+
+    velocity_relative: tuple[float, ...]
+    """By step: the norm of what the denoiser gives too much or too little over that of what it should give, from the
+    float32 run's latents; the mean over pictures and branches of guidance."""
+    velocity_cosine: tuple[float, ...]
+    """Likewise the cosine; the least."""
+    latents_relative: tuple[float, ...]
+    """By step: of the latents after it, each run on its own latents; the mean over pictures."""
+    latents_cosine: tuple[float, ...]
+    """Likewise the cosine; the least."""
+    psnr: float | None
+    """Of the pictures, in dB, from their mean squared error; None where there is none."""
+    ssim: float
+    """The mean over pictures."""
+
+
+class Cost(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a bundle's precision costs, measured."""
+
+    prompts: tuple[str, ...]
+    first_seed: int
+    """Of the first prompt's noise; each further one has the next."""
+    width: int
+    height: int
+    num_inference_steps: int
+    backend: str
+    """What ran the bundle."""
+    difference: Difference
+    floor: Difference
+    """Of a bundle that is not quantized, in bfloat16 weights and arithmetic: what remains without quantization."""
+    captions: int = 0
+    """How many pictures were judged, where the checkpoint is one that a judge knows."""
+    accuracy: dict[str, float] = {}
+    """How many things a caption tells of -> the share of pictures that show them."""
+    float32_accuracy: dict[str, float] = {}
+    """Likewise of the float32 bundle."""
+
+    @property
+    def cosine(self) -> float:
+        """The least cosine of a velocity."""
+        return min(self.difference.velocity_cosine)
+
+
 class MergedLora(msgspec.Struct, frozen=True):
     """A LoRA that was merged into the weights."""
 
@@ -160,7 +242,7 @@ class Manifest(msgspec.Struct, frozen=True):
     name: str
     """The checkpoint's short name, for people."""
     precision: str
-    """The element type the weights are stored in."""
+    """The element type of the weights, of those that are not quantized."""
     source: Source
     text: TextConfig
     defaults: Defaults
@@ -180,6 +262,9 @@ class Manifest(msgspec.Struct, frozen=True):
     """The defaults without LoRAs, where those or the user replaced them."""
     base_scheduler: dict[str, Any] | None = None
     """Likewise the scheduler."""
+    quantization: Quantization | None = None
+    cost: Cost | None = None
+    """What the precision costs, where that was measured."""
 
 
 @dataclass(frozen=True)

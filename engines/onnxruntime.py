@@ -41,6 +41,21 @@ CUDA_OPTIONS = {
 }
 """https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html"""
 
+FUSIONS = "QDQSelectorActionTransformer"
+"""What ONNX Runtime calls the pass that turns quantized neighbours into one operator. For float8 it makes one that has
+no kernel."""
+
+SESSION = {
+    # Without it, processors that lack VNNI add products of 8 bits in 16, which overflow.
+    "int8": {"session.x64quantprecision": "1"},
+    # By default it rounds inputs to 8 bits where weights alone are said to be rounded.
+    "int8-weights": {"session.qdq_matmulnbits_accuracy_level": "1"},
+    "int4-weights": {"session.qdq_matmulnbits_accuracy_level": "1"},
+}
+"""Precision of what is quantized -> what a session needs then, to compute what its graph says.
+
+https://github.com/microsoft/onnxruntime/blob/main/include/onnxruntime/core/session/onnxruntime_session_options_config_keys.h
+"""
 NO_KERNEL = ("not_implemented", "provider type for ")
 """What ONNX Runtime says, in lower case, of a node that no provider has a kernel for."""
 
@@ -98,7 +113,8 @@ class OnnxRuntimeEngine:
         self.inputs, self.outputs = entry.inputs, entry.outputs
         self._place = place
         paths = [bundle.file(graph) for graph in _graphs(entry, place.kind)]
-        self._session = _open_session(paths, place)
+        quantization = bundle.manifest.quantization
+        self._session = _open_session(paths, place, quantization.precision if quantization else "")
         self._bound = None if place.kind == "cpu" else BoundSession(self._session, place, self.inputs, self.outputs)
 
     def upload(self, feeds: Mapping[str, NDArray[Any]]) -> Feeds:
@@ -137,14 +153,23 @@ class OnnxRuntimeEngine:
         self._session = self._bound = None
 
 
-def _open_session(paths: list[Path], place: Place) -> Any:
-    """Load the first graph that the device has all kernels for."""
+def _open_session(paths: list[Path], place: Place, quantized: str) -> Any:
+    """Load the first graph that the device has all kernels for.
+
+    Args:
+        paths: the graphs.
+        place: the device.
+        quantized: the precision of what is quantized, or nothing.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 4  # What fails is raised; its log would be a second message.
     # Its plan of a first run nearly doubles the memory of a second one.
     options.enable_mem_pattern = False
+    for key, value in SESSION.get(quantized, {}).items():
+        options.add_session_config_entry(key, value)
+    disabled = [FUSIONS] if quantized == "fp8" else []
     providers: list[Any] = ["CPUExecutionProvider"]
     if place.kind == "cuda":
         _load_cuda(ort)
@@ -153,7 +178,9 @@ def _open_session(paths: list[Path], place: Place) -> Any:
         providers.insert(0, (CUDA, {"device_id": str(place.number), **CUDA_OPTIONS}))
     for path in paths:
         try:
-            session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+            session = ort.InferenceSession(
+                str(path), options, providers=providers, enable_fallback=0, disabled_optimizers=disabled
+            )
             break
         except Exception as error:
             if path == paths[-1] or not any(sign in str(error).lower() for sign in NO_KERNEL):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
+
+from numpy.typing import NDArray
 
 from zimg.engines import safetensors, tensorrt_api
 from zimg.engines.bundle import Bundle, CompiledEngine, Range, TensorSpec
@@ -16,6 +18,8 @@ from zimg.engines.errors import BackendError, BundleError, OutOfMemoryError
 BACKEND = "tensorrt"
 DTYPES = {"float32": "FLOAT", "int64": "INT64", "bool": "BOOL"}
 """Element types of the inputs and outputs of a bundle's graphs, and TensorRT's names of them."""
+WEIGHTS = {"float32": "FLOAT", "bfloat16": "BF16"}
+"""Likewise of weights that can be exchanged."""
 Shape = tuple[int, ...]
 
 
@@ -47,7 +51,7 @@ def choose_plan(bundle: Bundle, component: str, compiler: str, version: str, arc
         here = f"this machine has {compiler} {version} on {architecture}"
         raise BackendError(f"the TensorRT engines of {component} are for {made}; {here}", hint)
     source = bundle.source_hash(component)
-    fresh = [plan for plan in fitting if plan.source == source]
+    fresh = [plan for plan in fitting if plan.serves == source]
     if not fresh:
         message = f"the TensorRT engine of {component} was compiled from another graph or other weights than it has now"
         raise BackendError(message, hint)
@@ -86,7 +90,9 @@ class Plan:
         if self._engine is None:
             raise self.refusal(f"load {path}")
         if entry.stripped:
-            self._refit(bundle)
+            self._fill(bundle)
+        elif entry.refit:
+            self._refit(bundle, entry.refit.tensors)
         self._check_ends(bundle, path.name)
         if entry.weight_streaming_budget is not None:
             self._engine.weight_streaming_budget_v2 = entry.weight_streaming_budget
@@ -129,7 +135,28 @@ class Plan:
         self._engine = None
         self._runtime = None
 
-    def _refit(self, bundle: Bundle) -> None:
+    def _refit(self, bundle: Bundle, names: Iterable[str]) -> None:
+        """Exchange some of a plan's weights for the bundle's, and those that TensorRT needs along with them."""
+        trt, component = self._trt, self.entry.component
+        refitter = trt.Refitter(self._engine, self._log)
+        tensors = bundle.tensors(component)
+        given: dict[str, NDArray[Any]] = {}  # Mapped, until TensorRT has taken them.
+        missing = set(names)
+        while missing:
+            for name in sorted(missing):
+                info = tensors.get(name)
+                if info is None or info.dtype not in WEIGHTS:
+                    message = f"the TensorRT engine of {component} cannot take {name or 'a weight'!r} from the bundle"
+                    raise BackendError(message, self._hint)
+                data = given[name] = safetensors.view(info)
+                weights = trt.Weights(getattr(trt.DataType, WEIGHTS[info.dtype]), data.ctypes.data, data.size)
+                if not refitter.set_named_weights(name, weights):
+                    raise self.refusal(f"give the engine of {component} the bundle's {name}")
+            missing = set(refitter.get_missing_weights()) - given.keys()
+        if not refitter.refit_cuda_engine():
+            raise self.refusal(f"give the engine of {component} the bundle's weights")
+
+    def _fill(self, bundle: Bundle) -> None:
         """Fill a plan without weights with the bundle's, which are mapped, not read."""
         component = self.entry.component
         refitter = self._trt.Refitter(self._engine, self._log)

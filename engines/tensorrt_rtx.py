@@ -181,7 +181,7 @@ def choose_engine(bundle: Bundle, component: str, device: Device) -> CompiledEng
         here = f"this machine has version {device.version} on {device.architecture}"
         message = f"{bundle.root} has engines of {component} for TensorRT for RTX of {made}; {here}"
         raise BackendError(message, f"compile it here: {compile_command(bundle)}")
-    fresh = [engine for engine in fitting if engine.source == bundle.source_hash(component)]
+    fresh = [engine for engine in fitting if engine.serves == bundle.source_hash(component)]
     if not fresh:
         message = f"the engine of {component} was compiled from another graph or other weights than the bundle has now"
         raise BackendError(message, f"compile it again: {compile_command(bundle)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from zimg.engines.bundle import Bundle, Component, TensorSpec
 
 
-def open_engine(bundle: Bundle, component: str, device: str | None = None) -> TorchEngine:
+def open_engine(bundle: Bundle, component: str, device: str | None = None, compute: str | None = None) -> TorchEngine:
     """Open a component of a bundle with torch.
 
     On the CPU the float32 graph runs if there is one, elsewhere the one in the bundle's own precision. The weights are
@@ -35,6 +35,7 @@ def open_engine(bundle: Bundle, component: str, device: str | None = None) -> To
         bundle: an open bundle.
         component: a name in its manifest.
         device: as torch names devices; ``"cuda"`` where there is one, else ``"cpu"``, when not given.
+        compute: the element type to compute in, where the bundle has a graph for it.
 
     Raises:
         UsageError: no such kind of device.
@@ -45,13 +46,13 @@ def open_engine(bundle: Bundle, component: str, device: str | None = None) -> To
     place = _device(device)
     if not entry.graphs:
         raise BackendError(f"component {component!r} is a table of tensors and has no graph to run")
-    wanted = "float32" if place.type == "cpu" else bundle.manifest.precision
+    wanted = compute or ("float32" if place.type == "cpu" else bundle.manifest.precision)
     graph = entry.graphs.get(wanted) or next(iter(entry.graphs.values()))
     with torch.inference_mode(), _errors(f"opening {component!r}", place):
         program = compile_graph(load(bundle, graph), partial(read_constant, bundle, graph), place)
     if program.inputs.keys() != entry.inputs.keys() or program.outputs.keys() != entry.outputs.keys():
         raise BundleError(f"{bundle.file(graph)} is not what the manifest describes", "build the bundle again")
-    return TorchEngine(component, entry, program, place)
+    return TorchEngine(component, entry, program, place, graph)
 
 
 def _device(name: str | None) -> torch.device:
@@ -68,9 +69,11 @@ def _device(name: str | None) -> torch.device:
 class TorchEngine:
     """One compiled graph on one device; see :class:`zimg.engines.base.Engine`."""
 
-    def __init__(self, name: str, component: Component, program: Program, device: torch.device) -> None:
+    def __init__(self, name: str, component: Component, program: Program, device: torch.device, graph: str) -> None:
         self.inputs: Mapping[str, TensorSpec] = component.inputs
         self.outputs: Mapping[str, TensorSpec] = component.outputs
+        self.graph = graph
+        """The file of the bundle that it runs."""
         self._name = name
         self._program: Program | None = program
         self._device = device
@@ -100,6 +103,26 @@ class TorchEngine:
                 for name, tensor in found.items()
             }
 
+    def watch(self, watchers: Mapping[str, Callable[[torch.Tensor], None]]) -> None:
+        """Show the first input of some nodes to functions, in every run from now on.
+
+        Args:
+            watchers: by operator and node, such as ``MatMul 'layers.0/linear_4'``. A node that no output depends on
+                never runs, and is not shown.
+        """
+        self.wrap({label: partial(partial, _watched, watcher) for label, watcher in watchers.items()})
+
+    def wrap(self, wrappers: Mapping[str, Callable[[Callable[..., Any]], Callable[..., Any]]]) -> None:
+        """Put other functions in the place of what some nodes call, in every run from now on.
+
+        Args:
+            wrappers: by operator and node, as in :meth:`watch`: what makes the new function from the old.
+        """
+        program = self._open()
+        for index, step in enumerate(program.steps):
+            if wrapper := wrappers.get(step.label):
+                program.steps[index] = step._replace(call=wrapper(step.call))
+
     def close(self) -> None:
         """Drop the weights. A closed engine cannot run again."""
         self._program = None
@@ -118,6 +141,11 @@ class TorchEngine:
             return feed
         writable = torch.from_numpy(np.require(feed, requirements=["C", "W"]))
         return writable.to(self._device, program.dtypes.get(name), copy=copy)
+
+
+def _watched(watcher: Callable[[torch.Tensor], None], call: Callable[..., Any], *inputs: torch.Tensor) -> Any:
+    watcher(inputs[0])
+    return call(*inputs)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -100,17 +100,20 @@ def read_constant(bundle: Bundle, graph: str, tensor: ir.TensorProtocol) -> torc
         BundleError: it does not lie in a file of the bundle.
         BackendError: its element type is not covered.
     """
+    packed = tensor.dtype == ir.DataType.INT4
     try:
-        dtype = torch_dtype(tensor.dtype)
+        dtype = torch.uint8 if packed else torch_dtype(tensor.dtype)
     except KeyError:
         message = f"the torch backend does not cover the element type {tensor.dtype.name} of {tensor.name!r}"
         raise BackendError(message, "run it with --backend onnxruntime") from None
     shape = tensor.shape.numpy()
-    nbytes = math.prod(shape) * dtype.itemsize
+    stored_shape = (-(-math.prod(shape) // 2),) if packed else shape
+    nbytes = math.prod(stored_shape) * dtype.itemsize
     if not nbytes:
         return torch.empty(shape, dtype=dtype)
     if not isinstance(tensor, ir.ExternalTensor):
-        return torch.frombuffer(bytearray(tensor.tobytes()), dtype=dtype).reshape(shape)
+        stored = torch.frombuffer(bytearray(tensor.tobytes()), dtype=dtype).reshape(stored_shape)
+        return _unpacked(stored, shape) if packed else stored
     path = bundle.file((PurePosixPath(graph).parent / tensor.location).as_posix())
     offset = tensor.offset or 0
     if tensor.length not in (None, nbytes) or not 0 <= offset <= path.stat().st_size - nbytes:
@@ -118,7 +121,14 @@ def read_constant(bundle: Bundle, graph: str, tensor: ir.TensorProtocol) -> torc
     raw = np.memmap(path, np.uint8, "r", offset, (nbytes,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # That it is read-only is what we want.
-        return torch.frombuffer(raw, dtype=dtype).reshape(shape)
+        stored = torch.frombuffer(raw, dtype=dtype).reshape(stored_shape)
+    return _unpacked(stored, shape) if packed else stored
+
+
+def _unpacked(stored: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Numbers of four bits, two to a byte, the first in the low half, as int8; torch has no such type."""
+    signed = stored.view(torch.int8)
+    return torch.stack([(signed << 4) >> 4, signed >> 4], dim=-1).flatten()[: math.prod(shape)].reshape(shape)
 
 
 def compile_graph(model: ir.Model, read: Callable[[ir.TensorProtocol], torch.Tensor], device: torch.device) -> Program:

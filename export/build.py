@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx_ir as ir
@@ -19,6 +21,7 @@ from zimg.engines.bundle import (
     Bundle,
     Component,
     Manifest,
+    Quantization,
     TensorSpec,
     atomic_folder,
     record_files,
@@ -28,7 +31,9 @@ from zimg.engines.errors import OutputError, UsageError
 from zimg.engines.safetensors import TensorInfo
 from zimg.export import catalog
 from zimg.export.assemble import assemble
+from zimg.export.calibrate import Plan, beside, calibrate, default_prompts, finished
 from zimg.export.checkpoint import Checkpoint, check_tensors, is_dead_text, open_checkpoint
+from zimg.export.formats import SCHEMES, Scheme
 from zimg.export.layout import base_name, graph_name, lora_name
 from zimg.export.locks import only_writer_of
 from zimg.export.lora import known
@@ -36,12 +41,37 @@ from zimg.export.lora.merge import NOTHING, Addends, Merge, merge, read_loras
 from zimg.export.lora.names import Names
 from zimg.export.models import autoencoder_kl, qwen_image, qwen_image_vae, text_encoder, z_image
 from zimg.export.parts import Part
+from zimg.export.passes.quantize import Quantize
+from zimg.export.quantize import COMPONENTS, Quantized, Settings, linears, quantize
+from zimg.export.recipe import Recipe, family_recipe
+from zimg.export.statistics import Statistics
 from zimg.export.tokenizer import export_tokenizer
 from zimg.export.weights import Wanted, export_weights, linkable, written_bytes
 from zimg.runtime import families
 from zimg.runtime.latents import vae_normalization
 from zimg.runtime.progress import Report, silent
 from zimg.runtime.schedule import check_scheduler
+
+
+@dataclass(frozen=True)
+class Quantizing:
+    """How a quantized bundle is built."""
+
+    recipe: Recipe | None = None
+    """Which linears stay as they are; the family's own recipe where None."""
+    calibration: Plan | Statistics = field(default_factory=lambda: Plan(default_prompts()))
+    """What inputs are measured on where they are quantized, or what was measured."""
+    from_bundle: Path | None = None
+    """A float bundle of the same checkpoint to calibrate on; one is built for it where None."""
+    range: str = "max"
+    """Which range of inputs is represented: ``"max"``, ``"percentile"`` or ``"mse"``."""
+    smooth: float | None = None
+    """SmoothQuant's alpha; the precision's own where None."""
+    device: str | None = None
+    """What a calibration runs on, as torch names devices."""
+    check: Callable[[Path, Checkpoint, Merge, Report], object] | None = None
+    """Called with the finished folder, before it becomes the bundle; what it raises, the build fails with."""
+
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 """Name on the command line -> element type of the weights."""
@@ -60,6 +90,7 @@ def build(
     out: Path,
     *,
     precision: str = "bf16",
+    quantization: Quantizing | None = None,
     revision: str | None = None,
     source: str = "huggingface",
     overwrite: bool = False,
@@ -75,7 +106,9 @@ def build(
     Args:
         model: a folder in the diffusers layout, a hub id or a short name.
         out: the bundle's folder; it must not exist unless ``overwrite``.
-        precision: ``"fp32"`` or ``"bf16"``.
+        precision: ``"fp32"``, ``"bf16"``, or one of :data:`zimg.export.formats.SCHEMES`.
+        quantization: how it is quantized, in those; by the family's recipe and, where it needs a calibration, with
+            the default prompts when None.
         revision: branch, tag or commit on the hub.
         source: ``"huggingface"`` or ``"modelscope"``.
         overwrite: replace a bundle that is there.
@@ -89,8 +122,8 @@ def build(
     Raises:
         ZimgError: whatever went wrong, in one line. Nothing is left behind then.
     """
-    if precision not in PRECISIONS:
-        raise UsageError(f"no precision is called {precision!r}", f"choose one of {', '.join(PRECISIONS)}")
+    if precision not in (*PRECISIONS, *SCHEMES):
+        raise UsageError(f"no precision is called {precision!r}", f"choose one of {', '.join((*PRECISIONS, *SCHEMES))}")
     out = out.expanduser().absolute()
     with only_writer_of(out), atomic_folder(out, overwrite=overwrite) as folder:
         read = read_loras(loras, source)
@@ -98,11 +131,59 @@ def build(
         found = (
             merge(read, names_of(checkpoint), checkpoint.family, allow_unmatched=allow_unmatched) if read else NOTHING
         )
+        scheme = None
+        if precision in SCHEMES:
+            scheme = _settings(checkpoint, found, precision, quantization or Quantizing(), out, report)
         chosen = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        export(checkpoint, folder, PRECISIONS[precision], report, merged=found, keep_base=keep_base, chosen=chosen)
+        export(
+            checkpoint,
+            folder,
+            PRECISIONS.get(precision, "bfloat16"),
+            report,
+            quantization=scheme,
+            merged=found,
+            keep_base=keep_base,
+            chosen=chosen,
+        )
+        if scheme is not None and quantization is not None and quantization.check is not None:
+            quantization.check(folder, checkpoint, found, report)
     bundle = Bundle.open(out, verify=False)
     bundle.trust()
     return bundle
+
+
+def _settings(
+    checkpoint: Checkpoint, merged: Merge, precision: str, given: Quantizing, out: Path, report: Report
+) -> Settings:
+    """How a checkpoint's linears are quantized, after a calibration where that is needed and not there yet."""
+    recipe = given.recipe or family_recipe(checkpoint.family)
+    settings = Settings(precision, recipe, range=given.range, smooth=given.smooth)
+    settings.check()
+    parts = parts_of(checkpoint)
+    for name, part in parts.items():
+        if name in COMPONENTS:
+            recipe.kept(precision, name, linears(part))  # What is wrong is better said before hours of work.
+    if settings.scheme.activations is None:
+        return settings
+    if isinstance(given.calibration, Statistics):
+        return replace(settings, statistics=given.calibration)
+    if given.from_bundle is not None:
+        float_bundle = Bundle.open(given.from_bundle)
+        if float_bundle.manifest.family != checkpoint.family:
+            found = f"{given.from_bundle} is of family {float_bundle.manifest.family}"
+            raise UsageError(f"{found}, and the checkpoint of {checkpoint.family}", "name a bundle of this checkpoint")
+        found_at = beside(float_bundle.root)
+        statistics = calibrate(float_bundle, given.calibration, found_at, device=given.device, report=report)
+        return replace(settings, statistics=statistics)
+    known_statistics = finished(beside(out), checkpoint.source, merged.loras, given.calibration)
+    if known_statistics is None:
+        with TemporaryDirectory(prefix=f".{out.name}.", suffix=".float", dir=out.parent) as folder:
+            export(checkpoint, Path(folder), "bfloat16", report, merged=merged)
+            float_bundle = Bundle.open(folder, verify=False)
+            known_statistics = calibrate(
+                float_bundle, given.calibration, beside(out), device=given.device, report=report
+            )
+    return replace(settings, statistics=known_statistics)
 
 
 def export(
@@ -111,6 +192,7 @@ def export(
     precision: str,
     report: Report = silent,
     *,
+    quantization: Settings | None = None,
     merged: Merge = NOTHING,
     keep_base: bool = False,
     chosen: Mapping[str, Any] | None = None,
@@ -122,11 +204,13 @@ def export(
         folder: where to write.
         precision: the element type of the weights, ``"float32"`` or ``"bfloat16"``.
         report: called with (stage, done, total).
+        quantization: how linears are quantized, where they are.
         merged: what LoRAs do to it.
         keep_base: keep what they touch without them as well.
         chosen: the user's own defaults, see :func:`zimg.export.lora.known.settings_for`.
 
     Raises:
+        UsageError: the settings do not fit each other or the checkpoint.
         CheckpointError: the checkpoint is not what its configs say, or not one zimg serves.
         OSError: the disk is full.
     """
@@ -138,13 +222,22 @@ def export(
     base = known.Settings(catalog.defaults_for(checkpoint.root, checkpoint.family, scheduler), scheduler)
     settings = known.settings_for(merged.loras, checkpoint.family, base, **(chosen or {}))
     parts = parts_of(checkpoint)
+    wanted = {name: wanted_by(checkpoint, part, merged.addends) for name, part in parts.items()}
+    quantized: dict[str, Quantized] = {}
+    if quantization is not None:
+        quantization.check()
+        present = [name for name in COMPONENTS if name in parts]
+        for index, name in enumerate(present):
+            report("quantize", index, len(present))
+            quantized[name] = quantize(name, parts[name], wanted[name], quantization)
+            wanted[name] = quantized[name].wanted
+        report("quantize", len(present), len(present))
     text = export_tokenizer(
         checkpoint.root / "tokenizer",
         folder / "tokenizer",
         family.TEXT,
         chat_template=family.USES_CHAT_TEMPLATE,
     )
-    wanted = {name: wanted_by(checkpoint, part, merged.addends) for name, part in parts.items()}
     _check_space(wanted, precision, folder, keep_base=keep_base)
     placed = export_weights(
         wanted, precision, folder, lambda done, total: report("weights", done, total), keep_base=keep_base
@@ -152,7 +245,10 @@ def export(
     components = {}
     for index, (name, part) in enumerate(parts.items()):
         report("graphs", index, len(parts))
-        components[name] = _component(name, part, placed[name], precision, folder)
+        rewrite = None
+        if quantization is not None and name in quantized:
+            rewrite = partial(_quantize_graph, quantization.scheme, quantized[name].quantized, placed[name], folder)
+        components[name] = _component(name, part, placed[name], precision, folder, rewrite)
     report("graphs", len(parts), len(parts))
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
@@ -168,6 +264,7 @@ def export(
         components=components,
         files=record_files(folder),
         tools={name: metadata.version(name) for name in TOOLS},
+        quantization=_record(quantization, quantized) if quantization is not None else None,
         loras=merged.loras,
         base_defaults=base.defaults if settings != base else None,
         base_scheduler=scheduler if settings != base else None,
@@ -218,26 +315,62 @@ def wanted_by(checkpoint: Checkpoint, part: Part, addends: Addends | None = None
     }
 
 
-def _component(name: str, part: Part, tensors: Mapping[str, TensorInfo], precision: str, folder: Path) -> Component:
+def _component(
+    name: str,
+    part: Part,
+    tensors: Mapping[str, TensorInfo],
+    precision: str,
+    folder: Path,
+    rewrite: Callable[[ir.Model, str], object] | None = None,
+) -> Component:
     """Write a component's graphs, one that computes in the weights' own type and one in float32 for CPUs."""
     files = {info.file.relative_to(folder).as_posix() for info in tensors.values()}
     lora = lora_name(name) if lora_name(name) in files else None
     weights = (*sorted(files - {lora}), *filter(None, [lora]))
     base = base_name(name) if (folder / base_name(name)).exists() else None
-    parameters = sum(math.prod(info.shape) for info in tensors.values())
+    shapes = part.parameters()
+    parameters = sum(math.prod(shape) for shape in shapes.values())
     size = sum(info.nbytes for info in tensors.values())
     if part.network is None:
         names = tuple(info.name for info in tensors.values())
         return Component(weights, tensors=names, parameters=parameters, weight_bytes=size, lora=lora, base=base)
     graphs, spec = {}, None
+    # Blocks are traced with weights as they are before they are quantized.
+    plain = {key: replace(tensors[key], dtype=precision, shape=shape) for key, shape in shapes.items()}
     for compute in dict.fromkeys((precision, "float32")):
         network = part.build(getattr(torch, compute))
-        model, spec = assemble(network, part.inputs, part.output, part.sizes, tensors, folder)
+        model, spec = assemble(network, part.inputs, part.output, part.sizes, plain, folder)
+        if rewrite is not None:
+            rewrite(model, compute)
         graphs[compute] = graph_name(name, compute, precision)
         ir.save(model, folder / graphs[compute])
     inputs = {entry.name: TensorSpec(str(entry.dtype).removeprefix("torch."), entry.shape) for entry in part.inputs}
     outputs = {part.output: spec} if spec else {}
     return Component(weights, graphs, inputs, outputs, parameters=parameters, weight_bytes=size, lora=lora, base=base)
+
+
+def _quantize_graph(
+    scheme: Scheme,
+    weights: Sequence[str],
+    tensors: Mapping[str, TensorInfo],
+    folder: Path,
+    model: ir.Model,
+    compute: str,
+) -> None:
+    by_name = {info.name: info for info in tensors.values()}
+    Quantize(scheme, by_name, [tensors[name].name for name in weights], compute, folder)(model)
+
+
+def _record(settings: Settings, quantized: Mapping[str, Quantized]) -> Quantization:
+    """What the manifest says of how linears were quantized."""
+    kept = {name: dict(entry.kept) for name, entry in quantized.items() if entry.kept}
+    bounds = settings.recipe.bounds.get(settings.precision)
+    bound = bounds.cosine if bounds else None
+    if settings.scheme.activations is None or settings.statistics is None:
+        return Quantization(settings.precision, kept, bound=bound)
+    inputs = {name: dict(entry.inputs) for name, entry in quantized.items()}
+    made = dict(settings.statistics.made)
+    return Quantization(settings.precision, kept, inputs, settings.range, settings.alpha, made, bound)
 
 
 def _check_space(wanted: Mapping[str, Mapping[str, Wanted]], precision: str, folder: Path, *, keep_base: bool) -> None:
@@ -251,7 +384,8 @@ def _check_space(wanted: Mapping[str, Mapping[str, Wanted]], precision: str, fol
     wants = [want for part in wanted.values() for want in part.values()]
     needed = sum(written_bytes(want, precision) for want in wants if want.addends or want.source.file not in linked)
     if keep_base:
-        needed += sum(want.source.nbytes for want in wants if want.addends and want.source.file not in linked)
+        bases = [want for want in wants if want.addends and not want.suffix and want.source.file not in linked]
+        needed += sum(want.source.nbytes for want in bases)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import zimg
-from zimg.engines.errors import UsageError, ZimgError
-from zimg.export import compile_cli
+from zimg.export import compile_cli, quantization_cli
 from zimg.runtime import console, demo
+
+if TYPE_CHECKING:
+    from zimg.export.lora.swap import Swapped
 
 SOURCES = click.Choice(["huggingface", "modelscope"])
 SOURCE = click.option("--source", type=SOURCES, default="huggingface", show_default=True, help="The hub of a hub id.")
@@ -45,8 +47,16 @@ def cli() -> None:
 @click.option("--model", required=True, help="A folder in the diffusers layout, a hub id, or a short name.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle's folder.")
 @click.option(
-    "--precision", type=click.Choice(["fp32", "bf16"]), default="bf16", show_default=True, help="Of the weights."
+    "--precision",
+    type=click.Choice(["fp32", "bf16", *quantization_cli.QUANTIZED, "auto"]),
+    default="bf16",
+    show_default=True,
+    help="Of the weights; fp8 and int8 also of what is multiplied with them, which needs a calibration.",
 )
+@click.option(
+    "--card", type=click.Choice(["rtx4090", "h100"]), help="For --precision auto, in place of this machine's."
+)
+@quantization_cli.options
 @REVISION
 @SOURCE
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
@@ -69,6 +79,7 @@ def build(
     model: str,
     out: Path,
     precision: str,
+    card: str | None,
     revision: str | None,
     source: str,
     overwrite: bool,
@@ -81,7 +92,7 @@ def build(
     detailed: bool,
     quiet: bool,
     as_json: bool,
-    **compilation: Any,
+    **options: Any,
 ) -> None:
     """Build a bundle from a checkpoint, with LoRAs merged and engines compiled for it where asked."""
     _need_export()
@@ -90,7 +101,15 @@ def build(
     from zimg.runtime.progress import bar
 
     compiled = None
-    settings = compile_cli.settings(**compilation)
+    if precision == "auto":
+        from zimg.export.cards import precision_for
+
+        precision, reason = precision_for(card)
+        click.echo(f"precision {precision}: {reason}", err=True)
+    elif card is not None:
+        raise UsageError("--card is for --precision auto")
+    quantizing = quantization_cli.take(precision, options)
+    settings = compile_cli.settings(**options)
     if backend in COMPILED:
         from zimg.export.compile import check_ready, compile_bundle
 
@@ -102,6 +121,7 @@ def build(
             model,
             out,
             precision=precision,
+            quantization=quantizing,
             revision=revision,
             source=source,
             overwrite=overwrite,
@@ -125,6 +145,28 @@ def build(
     click.echo(as_text(result))
     if compiled:
         click.echo(compile_cli.as_text(compile_cli.as_data(bundle.root, compiled, detailed=detailed)))
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@quantization_cli.plan_options
+@QUIET
+def calibrate(bundle: Path, quiet: bool, **options: Any) -> None:
+    """Measure what goes into the linears of a float bundle, for build --calibration of fp8 and int8.
+
+    An interrupted calibration goes on where it was when it is started again.
+    """
+    _need_export()
+    from zimg.engines.bundle import Bundle
+    from zimg.export.calibrate import beside
+    from zimg.export.calibrate import calibrate as work
+    from zimg.runtime.progress import bar
+
+    plan, device = quantization_cli.plan(**options)
+    opened = Bundle.open(bundle)
+    with bar(enabled=not quiet) as report:
+        work(opened, plan, beside(opened.root), device=device, report=report)
+    click.echo(beside(opened.root))
 
 
 @cli.command(name="compile")
@@ -184,17 +226,20 @@ def swap_lora(bundle: Path, quiet: bool, as_json: bool, **options: Any) -> None:
         raise UsageError(f"{bundle.name} comes with zimg and stays as it is", "write a new bundle with --out")
     with bar(enabled=not quiet) as report:
         swapped = swap(bundle, report=report, **options)
-    root, stale = swapped.bundle.root, list(swapped.stale)
+    root, stale = swapped.bundle.root, list(dict.fromkeys(engine.component for engine in swapped.stale))
     if stale:
-        console.warn(
-            f"the engines of {', '.join(stale)} were compiled from other weights; "
-            f"zimg-export compile {root} compiles them again"
-        )
+        backends = dict.fromkeys("" if e.backend == COMPILED[0] else f" --backend {e.backend}" for e in swapped.stale)
+        again = " and ".join(f"zimg-export compile {root}{backend}" for backend in backends)
+        console.warn(f"the engines of {', '.join(stale)} were compiled from other weights; {again} compiles them again")
+    if swapped.outgrown:
+        console.warn(_outgrown(swapped))
     result = {
         "path": str(root),
         "loras": [{"source": lora.source, "scale": lora.scale} for lora in swapped.bundle.manifest.loras],
         "written_bytes": swapped.written,
         "stale_engines": stale,
+        "refitted_engines": list(swapped.refitted),
+        "outgrown": [{"tensor": name, "times": round(times, 3)} for name, times in swapped.outgrown.items()],
         "ignored": list(swapped.ignored),
     }
     if as_json:
@@ -202,6 +247,19 @@ def swap_lora(bundle: Path, quiet: bool, as_json: bool, **options: Any) -> None:
         return
     names = ", ".join(f"{lora.file} at {lora.scale:g}" for lora in swapped.bundle.manifest.loras)
     click.echo(f"{root} has {names or 'no LoRA'} now; {swapped.written / 1e6:,.1f} MB of weights were written")
+    if swapped.refitted:
+        click.echo(f"the engines of {', '.join(swapped.refitted)} take them whenever they are loaded")
+
+
+def _outgrown(swapped: Swapped) -> str:
+    """What the user should know of weights that LoRAs made larger than their quantization allows for."""
+    worst, times = next(iter(swapped.outgrown.items()))
+    others = f" and {len(swapped.outgrown) - 1} more" if len(swapped.outgrown) > 1 else ""
+    quantization = swapped.bundle.manifest.quantization
+    cost = "they are rounded as much more coarsely; try a smaller scale"
+    if quantization and quantization.inputs:
+        cost = "inputs were calibrated without that; try a smaller scale, or build with --lora, which calibrates anew"
+    return f"rows of {worst}{others} are up to {times:.1f} times as large as without these LoRAs: {cost}"
 
 
 @cli.command()
@@ -230,18 +288,86 @@ def inspect(model: str, revision: str | None, source: str, as_json: bool) -> Non
 @REVISION
 @SOURCE
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the inputs the networks are compared on.")
+@quantization_cli.verify_options
 @QUIET
 @AS_JSON
-def verify(bundle: Path, model: str, revision: str | None, source: str, seed: int, quiet: bool, as_json: bool) -> None:
-    """Check a bundle against its checkpoint: every hash, every weight, every network's result."""
+def verify(
+    bundle: Path,
+    model: str,
+    revision: str | None,
+    source: str,
+    seed: int,
+    strict: bool,
+    quiet: bool,
+    as_json: bool,
+    **cost: Any,
+) -> None:
+    """Check a bundle against its checkpoint: every hash, every weight, every network's result.
+
+    What the precision of a quantized bundle costs is measured as well, and written into it: its pictures, and each
+    step's velocity, against float32 and beside what bfloat16 costs.
+    """
     _need_export()
     from zimg.export import verify as work
     from zimg.runtime.progress import bar
 
+    measuring = quantization_cli.measuring(bundle, **cost)
     with bar(enabled=not quiet) as report:
-        result = work.verify(bundle, model, revision=revision, source=source, seed=seed, report=report)
+        result = work.verify(
+            bundle, model, revision=revision, source=source, seed=seed, measuring=measuring, report=report
+        )
     console.print_json(result) if as_json else click.echo(work.as_text(result))
-    work.refuse_failures(result)
+    work.refuse_failures(result, strict=strict)
+    if result.get("past_bound"):
+        console.warn(f"{result['past_bound']}; {work.KEEP_MORE}")
+
+
+@cli.command()
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option("--model", help="A checkpoint, in place of a bundle; one in bf16 is built for it.")
+@click.option("--precision", type=click.Choice(quantization_cli.QUANTIZED), required=True, help="What to quantize to.")
+@quantization_cli.sensitivity_options
+@REVISION
+@SOURCE
+@QUIET
+@AS_JSON
+def sensitivity(
+    bundle: Path | None,
+    model: str | None,
+    precision: str,
+    out: Path | None,
+    revision: str | None,
+    source: str,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure what each linear of a float bundle costs when it alone is quantized, and propose a recipe.
+
+    \b
+      zimg-export sensitivity BUNDLE --precision int8 --target 0.999 --out recipe.toml
+      zimg-export build ... --precision int8 --recipe recipe.toml
+    """  # noqa: D301
+    _need_export()
+    from zimg.engines.bundle import Bundle
+    from zimg.export import sensitivity as work
+    from zimg.export.references import temporary_bundle
+    from zimg.runtime.progress import bar
+
+    if (bundle is None) == (model is None):
+        raise UsageError("sensitivity takes a bundle or --model", "name one of them")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise OutputError(f"the folder {out.absolute().parent} does not exist", "make it first")
+    with bar(enabled=not quiet) as report:
+        if bundle is not None:
+            opened = Bundle.open(bundle)
+            found = quantization_cli.find_sensitivity(opened, precision, **options, report=report)
+        else:
+            with temporary_bundle(model or "", revision, source, report) as opened:
+                found = quantization_cli.find_sensitivity(opened, precision, **options, report=report)
+    if out is not None:
+        work.save(found, out)
+    console.print_json(work.as_data(found)) if as_json else click.echo(work.as_text(found))
 
 
 @cli.command("demo-checkpoint")

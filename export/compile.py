@@ -21,7 +21,7 @@ from zimg.export.tensorrt.graph import read_graph
 from zimg.runtime.progress import Report, silent
 
 FOLDER = "engines"
-DECIDED_AFTERWARDS = {"file": "", "memory_bytes": 0, "attention": (0, 0)}
+DECIDED_AFTERWARDS = {"file": "", "memory_bytes": 0, "attention": (0, 0), "products": (0, 0)}
 """Fields of an engine's entry that do not say what it was compiled for."""
 
 
@@ -176,7 +176,7 @@ def _compile_contexts(
         found = [
             engine
             for engine in bundle.engines(name, tensorrt_rtx.BACKEND)
-            if (engine.version, engine.device, engine.source, engine.profiles) == current and not force
+            if (engine.version, engine.device, engine.serves, engine.profiles) == current and not force
         ]
         is_new = not found
         if is_new:
@@ -205,7 +205,13 @@ def _compile(bundle: Bundle, wanted: CompiledEngine, options: Options, *, force:
         plan = compile_plan(graph, bundle.component(wanted.component), wanted.profiles, part, options, report)
         part.rename(final)
         fused = len(graph.attentions) - len(plan.unfused)
-        engine = msgspec.structs.replace(wanted, attention=(fused, len(plan.unfused)), memory_bytes=plan.memory_bytes)
+        narrow = len(graph.products) - len(plan.widened)
+        engine = msgspec.structs.replace(
+            wanted,
+            attention=(fused, len(plan.unfused)),
+            products=(narrow, len(plan.widened)),
+            memory_bytes=plan.memory_bytes,
+        )
         enter(bundle, [engine])
     except OSError as error:
         raise OutputError(f"{final} cannot be written ({error.strerror or error})", "free some space") from None
@@ -236,7 +242,7 @@ def enter(bundle: Bundle, engines: Sequence[CompiledEngine]) -> None:
 
 
 def _purpose(engine: CompiledEngine) -> CompiledEngine:
-    return msgspec.structs.replace(engine, **DECIDED_AFTERWARDS)
+    return msgspec.structs.replace(engine, source=engine.serves, refit=None, **DECIDED_AFTERWARDS)
 
 
 def _place(engine: CompiledEngine) -> tuple[str, ...]:

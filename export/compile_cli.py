@@ -132,6 +132,7 @@ def as_data(bundle: Path, compiled: Sequence[Compiled], *, detailed: bool) -> di
             found |= {
                 "layer_kinds": layers.kinds(entry.plan.layers),
                 "unfused_attention": list(entry.plan.unfused),
+                "not_in_8_bits": list(entry.plan.widened),
                 "warnings": list(entry.plan.warnings),
             }
             if detailed:
@@ -153,6 +154,11 @@ def as_text(data: dict[str, Any]) -> str:
             lines.append(f"  attention  {fused} of {fused + parts} in one fused kernel each")
         if engine.get("unfused_attention"):
             lines.append(f"  in parts   {', '.join(engine['unfused_attention'])}")
+        narrow, wide = engine.get("products", (0, 0))
+        if narrow + wide:
+            lines.append(f"  products   {narrow} of {narrow + wide} of quantized numbers in 8 bits")
+        if engine.get("not_in_8_bits"):
+            lines.append(f"  wider      {', '.join(engine['not_in_8_bits'])}")
         if engine.get("layer_kinds"):
             lines.append("  layers     " + ", ".join(f"{n} {kind}" for kind, n in engine["layer_kinds"].items()))
         lines += [f"    {layer['kind']:16} {layer['name']}" for layer in engine.get("layers", ())]

@@ -1,24 +1,33 @@
-"""A bundle held against its checkpoint: every hash, every weight, every network's result."""
+"""A bundle held against its checkpoint: every hash, every weight, every network's result, and what quantizing cost."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from zimg.engines.base import open_engine
-from zimg.engines.bundle import Bundle
+from zimg.engines.bundle import Bundle, Cost, write_manifest
 from zimg.engines.errors import BundleError
 from zimg.export.build import names_of, parts_of, wanted_by
 from zimg.export.checkpoint import Checkpoint, open_checkpoint
-from zimg.export.lora.merge import NOTHING, Addends, merge, read_loras
+from zimg.export.cost import Trial, baseline, measure, past_bound
+from zimg.export.judged import CAPTIONS, accuracy, is_known
+from zimg.export.locks import only_writer_of
+from zimg.export.lora.merge import NOTHING, Merge, merge, read_loras
 from zimg.export.parts import Part
-from zimg.export.weights import Wanted, pieces, read_pieces
+from zimg.export.quantize import COMPONENTS
+from zimg.export.quantized_weights import as_stored
+from zimg.export.references import references
+from zimg.export.weights import Wanted, pieces
+from zimg.runtime.inspect import cost_lines
 from zimg.runtime.progress import Report, silent
 
 BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -26,6 +35,52 @@ BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
 
 Rounding weights to bfloat16 alone moves the result of a deep network with random inputs by about a hundredth.
 """
+
+KEEP_MORE = "keep more with --recipe; zimg-export sensitivity proposes one"
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How the cost of a bundle's precision is measured."""
+
+    trial: Trial = field(default_factory=Trial)
+    """The pictures that are compared."""
+    references: tuple[Path, ...] = ()
+    """Bundles of the same checkpoint in float32 and bfloat16; those that are missing are built for it."""
+    backend: str = "onnxruntime"
+    """What runs the bundle."""
+    device: str | None = None
+    """Of all runs."""
+    captions: int | None = None
+    """How many pictures a judge looks at; None takes :data:`zimg.export.judged.CAPTIONS` of a checkpoint that it
+    knows, and of others none."""
+
+    def __call__(self, folder: Path, checkpoint: Checkpoint, merged: Merge, report: Report = silent) -> Cost:
+        """Measure a bundle, and write the cost into its manifest.
+
+        Args:
+            folder: the bundle's.
+            checkpoint: what it was built from.
+            merged: what LoRAs did to that.
+            report: called with (stage, done, total).
+
+        Raises:
+            ZimgError: whatever went wrong, in one line; the manifest is as it was then.
+        """
+        bundle = Bundle.open(folder, verify=False)
+        captions = self.captions
+        if captions is None:
+            captions = CAPTIONS if is_known(bundle.manifest.name) else 0
+        with references(checkpoint, merged, bundle.root, self.references, report) as found:
+            trial = self.trial.filled(bundle.manifest.defaults)
+            against = baseline(found, trial, device=self.device, report=report)
+            cost = measure(bundle, against, backend=self.backend, device=self.device, report=report)
+            if captions:
+                own = accuracy(bundle.root, captions, self.backend, report)
+                other = accuracy(found.float32.root, captions, "onnxruntime", report)
+                cost = msgspec.structs.replace(cost, captions=captions, accuracy=own, float32_accuracy=other)
+        write_manifest(bundle.root, msgspec.structs.replace(bundle.manifest, cost=cost))
+        return cost
 
 
 def verify(
@@ -35,6 +90,7 @@ def verify(
     revision: str | None = None,
     source: str = "huggingface",
     seed: int = 0,
+    measuring: Measuring | None = None,
     report: Report = silent,
 ) -> dict[str, Any]:
     """Check a bundle against the checkpoint it was built from.
@@ -45,12 +101,15 @@ def verify(
         revision: branch, tag or commit on the hub.
         source: ``"huggingface"`` or ``"modelscope"``.
         seed: of the random inputs.
+        measuring: how the cost of its precision is measured, and written into the bundle where all else is right; not
+            at all when None.
         report: called with (stage, done, total).
 
     Returns:
         ``components``: by name, ``tensors``, ``different`` (how many are not what the checkpoint's become), and for
         those with a graph ``relative_error``, the largest difference from the PyTorch network in float32 with the
-        checkpoint's own weights, over the largest value, or ``not_run``, why there is none; ``bound``; ``passed``.
+        checkpoint's own weights, over the largest value, or ``not_run``, why there is none; ``bound``; ``passed``;
+        ``cost`` where it was measured, and ``past_bound``, why it is more than the recipe allows, or None.
 
     Raises:
         BundleError: the bundle is broken.
@@ -65,37 +124,46 @@ def verify(
             f"{path} is of family {bundle.manifest.family}, and {model} of {checkpoint.family}",
             "name its own checkpoint",
         )
-    addends = _addends(bundle, checkpoint, source)
+    merged = _merged(bundle, checkpoint, source)
     components: dict[str, Any] = {}
     parts = parts_of(checkpoint)
     for index, (name, part) in enumerate(parts.items()):
         report("verify", index, len(parts))
-        wanted = wanted_by(checkpoint, part, addends)
+        wanted = wanted_by(checkpoint, part, merged.addends)
+        if name in COMPONENTS:
+            wanted = as_stored(bundle, name, wanted)
         result: dict[str, Any] = {"tensors": len(wanted), "different": _different(bundle, name, wanted)}
-        if part.network is not None:
+        if part.network is not None and name in COMPONENTS and bundle.manifest.quantization is not None:
+            result["not_run"] = "what its quantization costs shows in pictures, not on random inputs"
+        elif part.network is not None:
             result |= _compare(bundle, name, part, wanted, seed)
         components[name] = result
     report("verify", len(parts), len(parts))
     bound = BOUNDS[precision]
     passed = all(not c["different"] and c.get("relative_error", 0.0) <= bound for c in components.values())
+    found: dict[str, Any] = {}
+    if measuring is not None and passed:
+        with only_writer_of(bundle.root):
+            cost = measuring(bundle.root, checkpoint, merged, report)
+        found = {"cost": msgspec.to_builtins(cost), "past_bound": past_bound(bundle, cost)}
     return {
         "path": str(bundle.root),
         "precision": precision,
         "components": components,
         "bound": bound,
         "passed": passed,
-    }
+    } | found
 
 
-def _addends(bundle: Bundle, checkpoint: Checkpoint, hub: str) -> Addends:
-    """What the bundle's LoRAs add, from their files."""
+def _merged(bundle: Bundle, checkpoint: Checkpoint, hub: str) -> Merge:
+    """What the bundle's LoRAs do, from their files."""
     if not bundle.manifest.loras:
-        return NOTHING.addends
+        return NOTHING
     loras = read_loras([f"{lora.source}:{lora.scale!r}" for lora in bundle.manifest.loras], hub)
     for lora, entry in zip(loras, bundle.manifest.loras, strict=True):
         if lora.sha256 != entry.sha256:
             raise BundleError(f"{entry.source} is not the LoRA that {bundle.root} has", "put the file back")
-    return merge(loras, names_of(checkpoint), checkpoint.family, allow_unmatched=True).addends
+    return merge(loras, names_of(checkpoint), checkpoint.family, allow_unmatched=True)
 
 
 def as_text(result: Mapping[str, Any]) -> str:
@@ -108,18 +176,25 @@ def as_text(result: Mapping[str, Any]) -> str:
         if "not_run" in entry:
             line += f", network not compared: {entry['not_run']}"
         lines.append(line)
+    lines.extend(cost_lines(result["cost"]) if "cost" in result else ())
     lines.append(f"{'passed' if result['passed'] else 'FAILED'} (bound {result['bound']:g} for {result['precision']})")
     return "\n".join(lines)
 
 
-def refuse_failures(result: Mapping[str, Any]) -> None:
+def refuse_failures(result: Mapping[str, Any], *, strict: bool = False) -> None:
     """Turn a failed check into an error.
+
+    Args:
+        result: of :func:`verify`.
+        strict: whether a cost past the recipe's bound is a failure.
 
     Raises:
         BundleError: the check failed.
     """
     if not result["passed"]:
         raise BundleError(f"{result['path']} is not what the checkpoint makes", "build it again")
+    if strict and result.get("past_bound"):
+        raise BundleError(result["past_bound"], KEEP_MORE)
 
 
 def _different(bundle: Bundle, component: str, wanted: Mapping[str, Wanted]) -> int:
@@ -129,13 +204,17 @@ def _different(bundle: Bundle, component: str, wanted: Mapping[str, Wanted]) -> 
 
 
 def _same(want: Wanted, tensors: Mapping[str, Any], precision: str) -> bool:
-    info = tensors.get(want.source.name)
-    if info is None or info.shape != want.shape or info.dtype != precision:
+    info = tensors.get(want.name)
+    if info is None or info.shape != want.shape or info.dtype != want.dtype(precision):
         return False
     if want.is_kept(precision) and info.offset == want.source.offset and info.file.samefile(want.source.file):
         return True
-    pairs = zip(pieces(want, precision), read_pieces(info), strict=True)
-    return all(np.array_equal(expected, found) for expected, found in pairs)
+    with info.file.open("rb") as file:
+        file.seek(info.offset)
+        return all(
+            np.array_equal(expected.reshape(-1), np.fromfile(file, expected.dtype, expected.size))
+            for expected in pieces(want, precision)
+        )
 
 
 def _compare(bundle: Bundle, name: str, part: Part, wanted: Mapping[str, Wanted], seed: int) -> dict[str, Any]:

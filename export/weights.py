@@ -32,21 +32,48 @@ PIECE = 16 << 20
 MERGED_PIECE = 1 << 18
 """Elements of rows merged at a time, so many that they stay in a processor's cache."""
 
+Rows = Iterator[NDArray[np.float32]]
+"""A matrix (out, in), some rows at a time."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a matrix becomes a tensor of another element type than the bundle's."""
+
+    dtype: str
+    """As safetensors have it."""
+    make: Callable[[Rows], Iterator[NDArray[Any]]]
+    """From the rows in float32 to the arrays that are stored one after the other. It need not read them."""
+
 
 @dataclass(frozen=True)
 class Wanted:
-    """One parameter of the bundle: the tensor it comes from, its shape, and what is done to its values."""
+    """One tensor of the bundle: the tensor it comes from, its shape, and what is done to its values."""
 
     source: TensorInfo
     shape: tuple[int, ...]
+    """As it is stored."""
     transform: Transform | None = None
     addends: tuple[Addend, ...] = ()
     """What LoRAs add to it."""
+    encoding: Encoding | None = None
+    suffix: str = ""
+    """What its name has more than that of its source."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the bundle's weight files."""
+        return self.source.name + self.suffix
+
+    def dtype(self, precision: str) -> str:
+        """The element type it is stored in, in a bundle of this precision."""
+        return self.encoding.dtype if self.encoding else precision
 
     def is_kept(self, precision: str) -> bool:
         """Whether the tensor can stay as it is, where it is."""
         aligned = self.source.offset % BY_NAME[precision].storage.itemsize == 0
-        return self.transform is None and not self.addends and self.source.dtype == precision and aligned
+        plain = self.transform is None and self.encoding is None and not self.addends
+        return plain and self.source.dtype == precision and aligned
 
 
 def export_weights(
@@ -67,7 +94,8 @@ def export_weights(
         keep_base: bring what LoRAs touch without them as well, as the checkpoint has it.
 
     Returns:
-        component -> parameter -> where it lies in the bundle. ``TensorInfo.name`` is the name in the checkpoint.
+        component -> parameter -> where it lies in the bundle. ``TensorInfo.name`` is the name in the checkpoint, with
+        its suffix where it has one.
 
     Raises:
         OSError: the disk is full or a file cannot be written.
@@ -81,15 +109,17 @@ def export_weights(
             is_linked = want.source.file in linked
             if want.addends:
                 files[lora_name(component)][name] = want
-                if keep_base and not is_linked:
-                    files[base_name(component)][name] = replace(want, addends=())
+                if keep_base and not is_linked and not want.suffix:
+                    files[base_name(component)][name] = Wanted(want.source, want.source.shape)
             elif is_linked:
                 placed[component][name] = replace(want.source, file=linked[want.source.file])
             else:
                 files[weights_name(component)][name] = want
     bases = {base_name(component) for component in wanted}
     jobs = {
-        file: {name: (want, want.source.dtype if file in bases else precision) for name, want in wants.items()}
+        file: {
+            name: (want, want.source.dtype if file in bases else want.dtype(precision)) for name, want in wants.items()
+        }
         for file, wants in files.items()
     }
     total = sum(written_bytes(want, dtype) for job in jobs.values() for want, dtype in job.values())
@@ -97,7 +127,7 @@ def export_weights(
     for file, job in jobs.items():
         written = write_wanted(folder / file, job, progress)
         if file not in bases:
-            placed[file.partition(".")[0]] |= {name: written[want.source.name] for name, (want, _) in job.items()}
+            placed[file.partition(".")[0]] |= {name: written[want.name] for name, (want, _) in job.items()}
     return placed
 
 
@@ -116,11 +146,11 @@ class Progress:
 
 
 def write_wanted(path: Path, wants: Mapping[str, tuple[Wanted, str]], progress: Progress) -> dict[str, TensorInfo]:
-    """Write parameters, each in its element type, into one file under their names in the checkpoint."""
+    """Write parameters, each in its element type, into one file under their names there."""
     return write(
         path,
-        {want.source.name: (dtype, want.shape) for want, dtype in wants.values()},
-        {want.source.name: progress.count(pieces(want, dtype)) for want, dtype in wants.values()},
+        {want.name: (dtype, want.shape) for want, dtype in wants.values()},
+        {want.name: progress.count(pieces(want, dtype)) for want, dtype in wants.values()},
         {"format": "pt"},
     )
 
@@ -162,36 +192,45 @@ def _link_unchanged(
 
 def written_bytes(want: Wanted, precision: str) -> int:
     """How many bytes a streamed parameter takes."""
-    return int(np.prod(want.shape, dtype=np.int64)) * BY_NAME[precision].storage.itemsize
+    return int(np.prod(want.shape, dtype=np.int64)) * BY_NAME[want.dtype(precision)].storage.itemsize
 
 
 def pieces(want: Wanted, precision: str) -> Iterator[NDArray[Any]]:
     """The bytes of one parameter, in order."""
     info = want.source
+    if want.encoding is not None:
+        yield from want.encoding.make(read_rows(want))
+        return
     if want.transform is not None:
         stored = np.concatenate([*read_pieces(info)]).reshape(info.shape)
         values = want.transform(to_float32(stored, info.dtype))
         yield _cast(np.ascontiguousarray(values).reshape(-1), "float32", precision)
         return
     if want.addends:
-        yield from _merged_pieces(want, precision)
+        yield from _merged_rows(want, lambda rows: _cast(rows.reshape(-1), "float32", precision))
         return
     for piece in read_pieces(info):
         yield _cast(piece, info.dtype, precision)
 
 
-def _merged_pieces(want: Wanted, precision: str) -> Iterator[NDArray[Any]]:
-    """The same of a matrix that LoRAs change, on all cores."""
-    rows, width = want.shape
+def read_rows(want: Wanted) -> Rows:
+    """What a matrix comes from, LoRAs merged, in float32, as many whole rows at a time as make a piece."""
+    if want.addends:
+        yield from _merged_rows(want, lambda rows: rows)
+        return
+    width = want.source.shape[-1]
+    for piece in read_pieces(want.source, max(1, PIECE // width) * width):
+        yield to_float32(piece, want.source.dtype).reshape(-1, width)
+
+
+def _merged_rows(want: Wanted, finish: Callable[[Matrix], NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    """The rows of a matrix that LoRAs change, some at a time, merged and finished on all cores."""
+    rows, width = want.source.shape
     step = max(1, MERGED_PIECE // width)
     bounds = [(start, min(start + step, rows)) for start in range(0, rows, step)]
     values = merged(partial(_read_rows, want.source), bounds, want.addends)
-
-    def piece(ends: tuple[int, int]) -> NDArray[Any]:
-        return _cast(values(*ends).reshape(-1), "float32", precision)
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(piece, bounds)
+        yield from pool.map(lambda ends: finish(values(*ends)), bounds)
 
 
 def _read_rows(info: TensorInfo, start: int, stop: int) -> Matrix:
@@ -204,14 +243,17 @@ def _read_rows(info: TensorInfo, start: int, stop: int) -> Matrix:
     return to_float32(piece, info.dtype).reshape(-1, width)
 
 
-def read_pieces(info: TensorInfo) -> Iterator[NDArray[Any]]:
-    """A tensor in flat pieces. Read, not mapped, so that what was read does not stay resident."""
+def read_pieces(info: TensorInfo, size: int | None = None) -> Iterator[NDArray[Any]]:
+    """A tensor in flat pieces of so many elements, by default :data:`PIECE`.
+
+    Read, not mapped, so that what was read does not stay resident.
+    """
     storage = BY_NAME[info.dtype].storage
     with info.file.open("rb") as file:
         file.seek(info.offset)
         remaining = info.nbytes // storage.itemsize
         while remaining:
-            piece = np.fromfile(file, storage, min(PIECE, remaining))
+            piece = np.fromfile(file, storage, min(size or PIECE, remaining))
             if not piece.size:
                 raise OSError(f"{info.file} ended early")
             remaining -= piece.size

@@ -26,13 +26,22 @@ class EnginePool:
         device: likewise.
         memory_budget: bytes of weights and working memory that may stay open, as the bundle's manifest counts them.
             The engine in use always may. None keeps all that fit the device: where one does not, the others are closed.
+        opener: opens an engine.
     """
 
-    def __init__(self, bundle: Bundle, backend: str, device: str | None, memory_budget: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: str,
+        device: str | None,
+        memory_budget: int | None = None,
+        opener: Callable[[Bundle, str, str, str | None], Engine] | None = None,
+    ) -> None:
         self.bundle = bundle
         self.backend = backend
         self.device = device
         self.memory_budget = memory_budget
+        self._opener = opener
         self._engines: dict[str, Engine] = {}
         """Those that are open; the one used last is last."""
 
@@ -47,7 +56,7 @@ class EnginePool:
         if component not in self._engines:
             self._close_beyond(reserved=engine_bytes(self.bundle, component, self.backend))
             self._engines[component] = self.retrying(
-                component, lambda: open_engine(self.bundle, component, self.backend, self.device)
+                component, lambda: (self._opener or open_engine)(self.bundle, component, self.backend, self.device)
             )
         else:
             self._engines[component] = self._engines.pop(component)

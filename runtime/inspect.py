@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from zimg.engines.bundle import Bundle
+from zimg.engines.bundle import Bundle, Quantization
 from zimg.runtime import demo
 
 
@@ -38,6 +38,8 @@ def summary(path: Path) -> dict[str, Any]:
         "name": manifest.name,
         "family": manifest.family,
         "precision": manifest.precision,
+        "quantization": _quantization(manifest.quantization),
+        "cost": None if manifest.cost is None else msgspec.to_builtins(manifest.cost),
         "schema_version": manifest.schema_version,
         "zimg_version": manifest.zimg_version,
         "source": msgspec.to_builtins(manifest.source),
@@ -46,7 +48,11 @@ def summary(path: Path) -> dict[str, Any]:
         "loras": [msgspec.to_builtins(lora) for lora in manifest.loras],
         "components": components,
         "engines": [
-            msgspec.json.decode(msgspec.json.encode(engine)) | {"bytes": manifest.files[engine.file].size}
+            msgspec.json.decode(msgspec.json.encode(engine))
+            | {
+                "bytes": manifest.files[engine.file].size,
+                "stale": engine.serves != bundle.source_hash(engine.component),
+            }
             for engine in manifest.engines
         ],
         "bytes": sum(record.size for record in manifest.files.values()),
@@ -62,8 +68,10 @@ def as_text(summary: dict[str, Any]) -> str:
     """The summary for people."""
     defaults, source = summary["defaults"], summary["source"]
     revision = f" at {source['revision']}" if source.get("revision") else ""
+    quantization = summary["quantization"]
+    precision = quantization["precision"] if quantization else summary["precision"]
     lines = [
-        f"{summary['name']}  ({summary['family']}, {summary['precision']}, {_size(summary['bytes'])})",
+        f"{summary['name']}  ({summary['family']}, {precision}, {_size(summary['bytes'])})",
         f"  path      {summary['path']}",
         f"  source    {source['model']}{revision}",
         "  built by  "
@@ -72,6 +80,8 @@ def as_text(summary: dict[str, Any]) -> str:
         f"guidance scale {defaults['guidance_scale']:g}, negative prompt {defaults['negative_prompt']!r}",
     ]
     lines.extend(f"  LoRA      {lora['source']} at {lora['scale']:g}" for lora in summary["loras"])
+    lines.extend(_quantization_lines(quantization, summary["precision"]) if quantization else ())
+    lines.extend(f"  {line}" for line in (cost_lines(summary["cost"]) if summary["cost"] else ()))
     for name, component in summary["components"].items():
         lines.append(f"  {name}")
         lines.append(f"    weights  {component['parameters']:,} parameters, {_size(component['weight_bytes'])}")
@@ -86,10 +96,58 @@ def as_text(summary: dict[str, Any]) -> str:
         lines.append(f"    in       {engine['file']}")
         for profile in engine["profiles"]:
             lines.append("    serves   " + ", ".join(f"{side} {range_text(ends)}" for side, ends in profile.items()))
+        if engine["stale"]:
+            again = f"zimg-export compile {summary['path']} --backend {engine['backend']}"
+            lines.append(f"    stale    compiled from other weights; {again} compiles it again")
+        elif refit := engine.get("refit"):
+            lines.append(f"    takes    {len(refit['tensors'])} other weights whenever it is loaded")
         fused, parts = engine.get("attention", (0, 0))
         if fused + parts:
             lines.append(f"    fused    {fused} of {fused + parts} attentions")
+        narrow, wide = engine.get("products", (0, 0))
+        if narrow + wide:
+            lines.append(f"    8 bits   {narrow} of {narrow + wide} products of quantized numbers")
     return "\n".join(lines)
+
+
+def _quantization(quantization: Quantization | None) -> dict[str, Any] | None:
+    """How it is quantized, without the list of all weights."""
+    if quantization is None:
+        return None
+    return {key: value for key, value in msgspec.to_builtins(quantization).items() if key != "inputs"}
+
+
+def _quantization_lines(quantization: dict[str, Any], precision: str) -> list[str]:
+    """What was quantized, how, and what was kept."""
+    how = [f"ranges by {quantization['range']}"] if quantization.get("range") else []
+    if quantization.get("smooth"):
+        how.append(f"SmoothQuant {quantization['smooth']:g}")
+    if plan := quantization.get("calibration", {}).get("plan"):
+        how.append(f"calibrated on {len(plan['prompts'])} prompts")
+    lines = [f"  quantized {', '.join((quantization['precision'], *how))}"]
+    for component, kept in quantization.get("kept", {}).items():
+        lines.append(f"    kept     {len(kept)} linears of {component} in {precision}")
+    return lines
+
+
+def cost_lines(cost: dict[str, Any]) -> list[str]:
+    """What a precision costs, for people."""
+    size, steps = f"{cost['width']}x{cost['height']}", cost["num_inference_steps"]
+    pictures = f"{len(cost['prompts'])} pictures of {size} in {steps} steps"
+    lines = [f"cost      against float32, by {pictures} on {cost['backend']}"]
+    for name, entry in (("this", cost["difference"]), ("bfloat16", cost["floor"])):
+        worst = (
+            f"velocity {max(entry['velocity_relative']):.2g} off at most, cosine {min(entry['velocity_cosine']):.5f}"
+        )
+        latents = f"last latents {entry['latents_relative'][-1]:.2g} off"
+        picture = "the same" if entry["psnr"] is None else f"PSNR {entry['psnr']:.1f} dB, SSIM {entry['ssim']:.4f}"
+        lines.append(f"  {name:<8}{worst}; {latents}; {picture}")
+    if captions := cost.get("captions"):
+        told = {"one": "one thing", "two": "two things"}
+        float32 = cost["float32_accuracy"]
+        shares = [f"{share:.1%} of {told[key]} ({float32[key]:.1%})" for key, share in cost["accuracy"].items()]
+        lines.append(f"  right   {', '.join(shares)}: of {captions} captions, by the judge (and in float32)")
+    return lines
 
 
 def range_text(ends: Sequence[int]) -> str:

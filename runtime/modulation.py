@@ -118,6 +118,9 @@ def _linear(tensors: Mapping[str, TensorInfo], name: str, values: NDArray[np.flo
     for start in range(0, out, rows):
         piece = to_float32(stored[start : start + rows], weight.dtype)
         np.matmul(values, piece.T, out=result[:, start : start + rows])
+    if scale := tensors.get(f"{name}.weight.scale"):
+        # Of each row of a weight in 8 bits.
+        result *= to_float32(safetensors.view(scale), scale.dtype)
     result += to_float32(safetensors.view(bias), bias.dtype)
     return result
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zimg.engines.base import Feeds
+from zimg.engines.base import Engine, Feeds
 from zimg.engines.bundle import Bundle
 from zimg.engines.dtypes import round_to
 from zimg.engines.errors import UsageError
@@ -71,6 +71,7 @@ class Pipeline:
         memory_budget: int | None = None,
         report: Report = silent,
         warn: Callable[[str], None] = warnings.warn,
+        opener: Callable[[Bundle, str, str, str | None], Engine] | None = None,
     ) -> None:
         self.bundle = bundle
         self.backend = backend
@@ -78,7 +79,7 @@ class Pipeline:
         self.warn = warn
         self._family = family_named(bundle.manifest.family)
         self._config = bundle.manifest.config
-        self._pool = EnginePool(bundle, backend, device, memory_budget)
+        self._pool = EnginePool(bundle, backend, device, memory_budget, opener)
         self._tokenizer = PromptTokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text)
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +29,19 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
     """A folder all workers of this run see."""
     base = tmp_path_factory.getbasetemp()
     return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once(shared_folder: Path) -> Iterator[None]:
+    """Builds in this process take from all workers' traces."""
+    from tests import tracing
+    from zimg.export import build
+
+    with pytest.MonkeyPatch.context() as patch:
+        store = shared_folder / "traces"
+        store.mkdir(exist_ok=True)
+        patch.setattr(build, "assemble", tracing.once(build.assemble, store))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +72,37 @@ def bundle_of(shared_folder: Path, checkpoint_of: Callable[..., Path]) -> Callab
             if not folder.exists():
                 build(str(checkpoint_of(family, seed, **overrides)), folder, precision=precision)
         return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def quantized_of(
+    shared_folder: Path, checkpoint_of: Callable[..., Path], bundle_of: Callable[..., Path]
+) -> Callable[[str, str], Path]:
+    """``quantized_of(family, precision)``: a quantized bundle of that checkpoint; all precisions are built together.
+
+    Every linear that a rule for deep networks does not keep is quantized; the calibration lies beside.
+    """
+
+    def make(family: str, precision: str) -> Path:
+        from tests import quantized
+        from zimg.engines.bundle import Bundle
+        from zimg.export import build
+        from zimg.export.calibrate import calibrate
+
+        folder = shared_folder / f"quantized-{family}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                part = shared_folder / f"quantized-{family}.part"
+                store = part / "statistics.calibration.safetensors"
+                part.mkdir()
+                statistics = calibrate(Bundle.open(bundle_of(family, "bf16")), quantized.PLAN, store, device="cpu")
+                for name in quantized.PRECISIONS:
+                    quantizing = build.Quantizing(calibration=statistics)
+                    build.build(str(checkpoint_of(family)), part / name, precision=name, quantization=quantizing)
+                part.rename(folder)
+        return folder / precision
 
     return make
 

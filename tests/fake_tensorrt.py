@@ -387,6 +387,7 @@ class Engine:
         machine.reserved += self.weights
         self.session: Any = None
         self.contexts = 0
+        self.exchanged: set[str] = set()
         self.budget: int | None = None
         self.num_optimization_profiles = len(content["profiles"])
         self.ends = content["inputs"] | content["outputs"]
@@ -610,20 +611,50 @@ class Runtime:
         return Engine(self.machine, self.log, content)
 
 
+@dataclass
+class Weights:
+    type: DataType
+    address: int
+    count: int
+
+
 class Refitter:
+    """A plan's own words say what can be exchanged, and what only together (``"joined"``)."""
+
     def __init__(self, engine: Engine, log: Any) -> None:
-        self.engine, self.found = engine, {}
+        self.engine = engine
+        self.found: dict[str, np.ndarray] = {}
         self.names = self.engine.content["refit"]
 
     def get_all_weights(self) -> list[str]:
         return list(self.names)
 
+    def set_named_weights(self, name: str, weights: Weights) -> bool:
+        import onnx
+
+        if name not in self.names or self.engine.refuse("set_named_weights"):
+            return False
+        model = onnx.load(self.engine.content["graph"], load_external_data=False)
+        (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+        if weights.type is not DataType.FLOAT or weights.count != math.prod(tensor.dims):
+            raise Misuse(f"{name} was compiled from another type or size")
+        raw = (ctypes.c_float * weights.count).from_address(weights.address)
+        self.found[name] = np.ctypeslib.as_array(raw).reshape(tensor.dims)  # Read when the plan is refitted.
+        return True
+
+    def get_missing_weights(self) -> list[str]:
+        groups = self.engine.content.get("joined", [])
+        if self.engine.content["stripped"]:
+            groups = [[name for name in self.names if not name.startswith("inline")]]
+        return [name for group in groups if self.found.keys() & group for name in group if name not in self.found]
+
     def refit_cuda_engine(self) -> bool:
         if self.engine.refuse("refit_cuda_engine"):
             return False
-        if set(self.found) != {name for name in self.names if not name.startswith("inline")}:
+        if self.get_missing_weights() or not self.found:
             raise Misuse(f"it was refitted with {sorted(self.found)}")
         self.engine.load(self.found)
+        self.engine.exchanged = set(self.found)
         return True
 
 
@@ -663,6 +694,7 @@ def fake_tensorrt(machine: Machine, version: str) -> ModuleType:
         "ILogger": ILogger,
         "Runtime": lambda log: Runtime(machine, log),
         "Refitter": Refitter,
+        "Weights": Weights,
         "OnnxParserRefitter": OnnxParserRefitter,
         "TensorIOMode": Mode,
         "TensorLocation": Location,

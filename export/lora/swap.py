@@ -3,6 +3,9 @@
 What LoRAs touch lies in a file of its own for each component, and the graphs point there. A swap writes new such files
 and copies of the graphs with other byte ranges, and then replaces the manifest in one step: until then the old bundle
 is whole, from then on the new one. The other files are not even read.
+
+Of a quantized bundle the weights they touch are merged in float32, from the checkpoint's, and quantized again, with new
+scales of their own. What was calibrated stays: the scales of inputs, and the factors that smooth them.
 """
 
 from __future__ import annotations
@@ -17,23 +20,35 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import msgspec
+import numpy as np
 import onnx
 
-from zimg.engines.bundle import Bundle, Component, FileRecord, Manifest, atomic_folder, sha256, write_manifest
-from zimg.engines.dtypes import BY_ONNX
+from zimg.engines.bundle import (
+    Bundle,
+    CompiledEngine,
+    Component,
+    FileRecord,
+    Manifest,
+    Refit,
+    atomic_folder,
+    sha256,
+    write_manifest,
+)
+from zimg.engines.dtypes import BY_ONNX, to_float32
 from zimg.engines.errors import BundleError, OutputError, UsageError
 from zimg.engines.safetensors import TensorInfo, read_header
 from zimg.export.checkpoint import canonical, is_dead_text
+from zimg.export.formats import SCALE
 from zimg.export.layout import base_name, graph_name, lora_name
 from zimg.export.locks import only_writer_of
 from zimg.export.lora import known
 from zimg.export.lora.merge import NOTHING, Merge, merge, read_loras
 from zimg.export.lora.names import Names
 from zimg.export.lora.origin import Origin
-from zimg.export.weights import Progress, Wanted, write_wanted, written_bytes
+from zimg.export.quantized_weights import WEIGHT_SCALE, as_stored, float_shapes
+from zimg.export.weights import Progress, Wanted, pieces, write_wanted, written_bytes
 from zimg.runtime.progress import Report, silent
 
 SOURCES = {
@@ -47,6 +62,12 @@ OWN = re.compile(
     rf"({'|'.join(SOURCES)})(\.\w+)?(-[0-9a-f]{{8}})?\.(safetensors|onnx)|\.bundle\.json\.[0-9a-f]{{8}}\.part"
 )
 """Files that a swap writes, or replaces."""
+OUTGROWN = 2.0
+"""How much larger than without LoRAs a row of a quantized weight may become before that is worth a word.
+
+Twice is a bit: from there on the row itself is rounded twice as coarsely, and what it gives may be twice as large as
+what the inputs of the linears after it were calibrated on, which are cut off there.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,12 +75,17 @@ class Swapped:
     """A bundle after a swap."""
 
     bundle: Bundle
-    stale: tuple[str, ...]
-    """Components whose engines were compiled from other weights than they have now."""
+    stale: tuple[CompiledEngine, ...]
+    """Engines that were compiled from other weights than the bundle has now."""
+    refitted: tuple[str, ...]
+    """Components whose engines take the weights they have now whenever they are loaded."""
     written: int
     """Bytes of weights."""
     ignored: tuple[str, ...]
     """What of the LoRAs means nothing here, where that was allowed."""
+    outgrown: dict[str, float]
+    """Quantized weights of which some row became larger than :data:`OUTGROWN` times what it is without LoRAs -> how
+    many times, the largest first."""
 
 
 def swap(
@@ -102,8 +128,6 @@ def swap(
         raise UsageError(f"{out} is the bundle itself", "leave --out out to change it")
     with only_writer_of(path), only_writer_of(target) if out is not None else contextlib.nullcontext():
         bundle = Bundle.open(path)
-        if bundle.manifest.precision not in ("float32", "bfloat16"):
-            raise BundleError(f"{path} is in {bundle.manifest.precision}", "build it again with --lora")
         job = _Swap(bundle, Origin(bundle, model, revision, source), keep_base, report)
         read = read_loras(loras, source)
         merged = merge(read, job.names, bundle.manifest.family, allow_unmatched=allow_unmatched) if read else NOTHING
@@ -116,7 +140,7 @@ def swap(
             write_manifest(folder, manifest)
         changed = Bundle.open(target, verify=False)
         changed.trust()
-    return Swapped(changed, job.stale, job.written, merged.ignored)
+    return Swapped(changed, job.stale, job.refitted, job.written, merged.ignored, job.outgrown)
 
 
 def _settings(manifest: Manifest, merged: Merge, steps: int | None, guidance: float | None) -> known.Settings:
@@ -183,19 +207,21 @@ class _Swap:
             for name, component in self._parts.items()
         }
         self._changes: dict[str, _Change] = {}
-        self.stale: tuple[str, ...] = ()
+        self.stale: tuple[CompiledEngine, ...] = ()
+        self.refitted: tuple[str, ...] = ()
         self.written = 0
+        self.outgrown: dict[str, float] = {}
 
     @cached_property
     def _shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Component -> the tensors that it consists of, by their stored names."""
+        """Component -> the tensors that it consists of, by their stored names, in the checkpoint's shapes."""
         found = {}
         for name, component in self._parts.items():
             tensors, graphs = self._bundle.tensors(name), self._graphs[name]
             own = _initializers(next(iter(graphs.values()))) if graphs else component.tensors
             if missing := [tensor for tensor in own if tensor not in tensors]:
                 raise BundleError(f"{self._bundle.root} has no tensor {missing[0]}", "build the bundle again")
-            found[name] = {tensor: tensors[tensor].shape for tensor in own}
+            found[name] = float_shapes(self._bundle, name, own)
         return found
 
     @cached_property
@@ -215,9 +241,10 @@ class _Swap:
         jobs = []
         for name, change in self._changes.items():
             merged_file, base_file = lora_name(name, self._mark), base_name(name, self._mark)
-            jobs.append((change, "lora", merged_file, {key: (want, precision) for key, want in change.lora.items()}))
-            as_stored = {key: (want, want.source.dtype) for key, want in change.base.items()}
-            jobs.append((change, "base", base_file, as_stored))
+            merged_wants = {key: (want, want.dtype(precision)) for key, want in change.lora.items()}
+            jobs.append((change, "lora", merged_file, merged_wants))
+            base_wants = {key: (want, want.source.dtype) for key, want in change.base.items()}
+            jobs.append((change, "base", base_file, base_wants))
         self.written = sum(written_bytes(want, dtype) for *_, wants in jobs for want, dtype in wants.values())
         self._check_space(folder)
         progress = Progress(self.written, lambda done, total: self._report("weights", done, total))
@@ -227,6 +254,8 @@ class _Swap:
                 _flush(folder / file)
                 change.files[role] = file
                 change.moved |= written if role == "lora" else {}
+        growth = [entry for name, change in self._changes.items() for entry in self._growth(name, change)]
+        self.outgrown = dict(sorted(growth, key=lambda entry: -entry[1]))
         for name, change in self._changes.items():
             for compute, graph in self._graphs[name].items():
                 _point_to(graph, change.moved, (folder, self._bundle.root))
@@ -244,18 +273,14 @@ class _Swap:
         before = self._file(component.lora)
         if not touched and not before:
             return None
-        base = {
-            tensor: info
-            for file in component.weights
-            if file != component.lora
-            for tensor, info in self._file(file).items()
-        }
+        base = self._base(component)
         # Files of base weights hold none of what was merged when they were written; it goes on lying beside them.
-        homeless = before.keys() - base.keys()
+        homeless = (before.keys() - base.keys()) & shapes.keys()
         needed = sorted(touched.keys() | homeless)
         exact = {tensor: self._exact(component, base, source, tensor, shapes[tensor]) for tensor in needed}
         wants = {tensor: Wanted(exact[tensor], shapes[tensor], addends=touched.get(tensor, ())) for tensor in needed}
         wants = {tensor: _renamed(want, tensor) for tensor, want in wants.items()}
+        wants = as_stored(self._bundle, name, wants)
         kept: dict[str, Wanted] = {}
         if self._keep_base:
             kept = {
@@ -265,8 +290,21 @@ class _Swap:
             }
             old = self._file(component.base)
             kept |= {tensor: Wanted(info, info.shape) for tensor, info in old.items() if kept and tensor not in kept}
-        moved = {tensor: base[tensor] for tensor in before.keys() - set(needed)}
+        moved = {tensor: base[tensor] for tensor in before.keys() - wants.keys()}
         return _Change(wants, kept, moved)
+
+    def _growth(self, name: str, change: _Change) -> Iterator[tuple[str, float]]:
+        """The weights of a component that have outgrown what they are without LoRAs, and how many times."""
+        base = self._base(self._parts[name])
+        for scale, want in change.lora.items():
+            if want.suffix == WEIGHT_SCALE and want.addends:
+                plain = Wanted(base[scale], want.shape) if scale in base else replace(want, addends=())
+                merged, unmerged = (
+                    to_float32(np.concatenate([*pieces(one, SCALE)]), SCALE).reshape(want.shape[0], -1).max(axis=1)
+                    for one in (Wanted(change.moved[scale], want.shape), plain)
+                )
+                if (times := float((merged / unmerged).max())) > OUTGROWN:
+                    yield scale.removesuffix(WEIGHT_SCALE), times
 
     def _exact(
         self, component: Component, base: Mapping[str, TensorInfo], source: str, tensor: str, shape: tuple[int, ...]
@@ -277,6 +315,15 @@ class _Swap:
         if info and (info.file.parent != self._bundle.root or info.dtype == "float32"):
             return info
         return self._file(component.base).get(tensor) or self._origin.tensor(source, tensor, shape)
+
+    def _base(self, component: Component) -> dict[str, TensorInfo]:
+        """A component's tensors in the files that hold nothing merged."""
+        return {
+            tensor: info
+            for file in component.weights
+            if file != component.lora
+            for tensor, info in self._file(file).items()
+        }
 
     def _file(self, name: str | None) -> dict[str, TensorInfo]:
         return {} if name is None else read_header(self._bundle.file(name))
@@ -319,20 +366,33 @@ class _Swap:
             loras=merged.loras,
             base_defaults=base.defaults if settings != base else None,
             base_scheduler=dict(base.scheduler) if settings != base else None,
+            cost=None,  # It was that of other weights.
         )
-        stale = self._stale(Bundle(folder, new_manifest))
-        self.stale = tuple(dict.fromkeys(engine.component for engine in stale))
-        if folder == self._bundle.root:
-            return new_manifest
-        dropped = {file for engine in stale for file in engine.files}
+        now = {name: Bundle(folder, new_manifest).source_hash(name) for name in {e.component for e in old.engines}}
+        engines = [self._engine(engine, now[engine.component]) for engine in old.engines]
+        stale = [engine for engine in engines if engine.serves != now[engine.component]]
+        self.stale = tuple(stale)
+        self.refitted = tuple(dict.fromkeys(e.component for e in engines if e.refit and e not in stale))
+        if folder != self._bundle.root:
+            engines = [engine for engine in engines if engine not in stale]
+        dropped = {file for engine in old.engines for file in engine.files} - {f for e in engines for f in e.files}
         return msgspec.structs.replace(
             new_manifest,
-            engines=tuple(engine for engine in old.engines if engine not in stale),
+            engines=tuple(engines),
             files={file: record for file, record in new_manifest.files.items() if file not in dropped},
         )
 
-    def _stale(self, bundle: Bundle) -> list[Any]:
-        return [engine for engine in bundle.manifest.engines if engine.source != bundle.source_hash(engine.component)]
+    def _engine(self, engine: CompiledEngine, now: str) -> CompiledEngine:
+        """The entry of an engine for the new weights; where it does not serve them it stays as it is."""
+        if engine.source == now:
+            return msgspec.structs.replace(engine, refit=None)
+        change = self._changes.get(engine.component)
+        if change is None or not engine.refittable or engine.serves != self._bundle.source_hash(engine.component):
+            return engine
+        if any(tensor.endswith(WEIGHT_SCALE) for tensor in change.moved):
+            return engine  # Nobody has seen TensorRT exchange quantized weights and their scales.
+        tensors = change.moved.keys() | (engine.refit.tensors if engine.refit else ())
+        return msgspec.structs.replace(engine, refit=Refit(now, tuple(sorted(tensors))))
 
     def link_others(self, manifest: Manifest, folder: Path) -> None:
         """Hard-link what the new bundle shares with the old one; across disks, copy it."""
@@ -384,7 +444,7 @@ def _point_to(graph: onnx.ModelProto, places: Mapping[str, TensorInfo], folders:
     for tensor in graph.graph.initializer:
         if (info := places.get(tensor.name)) is None:
             continue
-        if BY_ONNX[tensor.data_type].name != info.dtype or tuple(tensor.dims) != info.shape:
+        if _as_stored(tensor) != (info.dtype, info.shape):
             raise BundleError(f"{tensor.name} is {info.dtype} {info.shape}, as the graph has it not", "build it again")
         folder = next(folder for folder in folders if info.file.is_relative_to(folder))
         location = info.file.relative_to(folder).as_posix()
@@ -393,3 +453,11 @@ def _point_to(graph: onnx.ModelProto, places: Mapping[str, TensorInfo], folders:
             entry.value = values.pop(entry.key, entry.value)
         for key, value in values.items():
             tensor.external_data.add(key=key, value=value)
+
+
+def _as_stored(tensor: onnx.TensorProto) -> tuple[str, tuple[int, ...]]:
+    """The element type and shape of an initializer in a weight file, where two numbers of four bits share a byte."""
+    if tensor.data_type == onnx.TensorProto.INT4:
+        *rows, width = tensor.dims
+        return "uint8", (*rows, width // 2)
+    return BY_ONNX[tensor.data_type].name, tuple(tensor.dims)

@@ -45,6 +45,8 @@ class Plan:
     layers: list[layers.Layer]
     unfused: tuple[str, ...]
     """Attentions that are not one fused kernel."""
+    widened: tuple[str, ...]
+    """Multiplications of quantized numbers that are not computed in 8 bits."""
     memory_bytes: int
     """Device memory it needs beside the plan itself; 0 where there is no GPU to tell."""
     warnings: tuple[str, ...]
@@ -93,8 +95,10 @@ def compile_plan(
     if options.timing_cache:
         _save_timings(config, options.timing_cache)
     found, memory = _inspect(module, log, plan) or (layers.from_log(log.layers), 0)
-    unfused = layers.unfused(found, graph.attentions, 1 if memory else len(profiles))
-    return Plan(file, found, unfused, memory, tuple(dict.fromkeys(log.warnings)))
+    times = 1 if memory else len(profiles)
+    unfused = layers.unfused(found, graph.attentions, times)
+    widened = layers.widened(found, graph.products, times)
+    return Plan(file, found, unfused, widened, memory, tuple(dict.fromkeys(log.warnings)))
 
 
 def _inspect(module: ModuleType, log: Any, plan: Any) -> tuple[list[layers.Layer], int] | None:
@@ -167,6 +171,8 @@ def _config(
         "WEIGHT_STREAMING": options.weight_streaming,
         "REFIT": options.refittable,
         "STRIP_PLAN": options.stripped,
+        # The weights that it was compiled from, and no others: what TensorRT made of their values stays.
+        "REFIT_IDENTICAL": options.stripped and not options.refittable,
     }.items():
         if wanted:
             config.set_flag(getattr(module.BuilderFlag, flag))

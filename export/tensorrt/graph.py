@@ -18,6 +18,8 @@ DECOMPOSABLE = "TRT_decomposable"
 """The attribute by which a node allows TensorRT to compute attention in parts where it has no fused kernel for it: in
 float32, or for wide heads such as a VAE's. Without it such a graph is refused; with it fused kernels still go first."""
 
+QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -30,6 +32,8 @@ class Graph:
     """Initializer -> its data, mapped from the bundle's files."""
     attentions: tuple[str, ...]
     """Where attention is computed, by the call of its block."""
+    products: tuple[str, ...] = ()
+    """Where quantized numbers are multiplied, each as ``node | call``."""
 
 
 def read_graph(bundle: Bundle, component: str, profiles: Sequence[Mapping[str, Range]] = ()) -> Graph:
@@ -64,7 +68,9 @@ def read_graph(bundle: Bundle, component: str, profiles: Sequence[Mapping[str, R
                 side.dim_value = length
     holding = {(function.domain, function.name) for function in model.functions if _allow_parts(function)}
     calls = [node for node in model.graph.node if (node.domain, node.op_type) in holding]
-    return Graph(component, model.SerializeToString(), weights, tuple(call.name for call in calls))
+    products = _products(model)
+    _name_apart(model)
+    return Graph(component, model.SerializeToString(), weights, tuple(call.name for call in calls), products)
 
 
 def _fixed(side: str, profiles: Sequence[Mapping[str, Range]]) -> int | None:
@@ -78,3 +84,41 @@ def _allow_parts(function: onnx.FunctionProto) -> bool:
     for node in found:
         node.attribute.append(helper.make_attribute(DECOMPOSABLE, 1))
     return bool(found)
+
+
+def _products(model: onnx.ModelProto) -> tuple[str, ...]:
+    """The multiplications whose first input is quantized, in all calls of all functions."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for function in model.functions:
+        makers = {output: node for node in function.node for output in node.output}
+
+        def reads_quantized(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto] = makers) -> bool:
+            maker = makers.get(node.input[0])
+            if maker is None or maker.op_type != "DequantizeLinear":
+                return False
+            return maker.input[0] in makers and makers[maker.input[0]].op_type == "QuantizeLinear"
+
+        names = [n.name for n in function.node if n.op_type in ("MatMul", "Gemm") and reads_quantized(n)]
+        found[function.domain, function.name] = names
+    return tuple(
+        f"{name} | {call.name}" for call in model.graph.node for name in found.get((call.domain, call.op_type), ())
+    )
+
+
+def _name_apart(model: onnx.ModelProto) -> None:
+    """Give each call of a function that quantizes a function of its own, with names of its own.
+
+    TensorRT's parser makes the names of all other layers unique itself, and refuses a second of these.
+    """
+    functions = {(function.domain, function.name): function for function in model.functions}
+    for call in model.graph.node:
+        function = functions.get((call.domain, call.op_type))
+        if function is None or not any(node.op_type in QUANTIZING for node in function.node):
+            continue
+        own = model.functions.add()
+        own.CopyFrom(function)
+        own.name = f"{function.name} of {call.name}"
+        for node in own.node:
+            if node.op_type in QUANTIZING:
+                node.name = f"{call.name}/{node.name}"
+        call.op_type = own.name

@@ -13,7 +13,7 @@ FOUND = {
 
 
 def test_a_tiny_model(tmp_path, capsys):
-    result = lora_swap.compare("z-image", tmp_path, repeats=1, overrides={})
+    result = lora_swap.compare("z-image", tmp_path, precision="int8-weights", repeats=1, overrides={})
     assert list(result["targets"]) == list(lora_swap.TARGETS)
     some, most = result["targets"].values()
     assert 0 < some["touched_bytes"] < most["touched_bytes"] < most["weight_bytes"]
@@ -23,6 +23,7 @@ def test_a_tiny_model(tmp_path, capsys):
 
 @pytest.mark.parametrize(("build", "code"), [(31.0, 0), (29.0, 1)])
 def test_the_median_counts(build, code, capsys):
-    result = {"family": "z-image", "rank": 32, "targets": {"attention": FOUND | {"build_seconds": build}}}
+    found = {"attention": FOUND | {"build_seconds": build}}
+    result = {"family": "z-image", "precision": "bf16", "rank": 32, "targets": found}
     assert lora_swap.report(result) == code
     assert "300 of 900 MB" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from tests import fake_tensorrt, handmade
 from tests.fake_tensorrt import Machine, Misuse, compile_bundle
 from zimg.engines import safetensors, tensorrt, tensorrt_api, tensorrt_plan
 from zimg.engines.base import Engine, open_engine
-from zimg.engines.bundle import Bundle, Component, TensorSpec, record_files, write_manifest
+from zimg.engines.bundle import Bundle, Component, Refit, TensorSpec, record_files, write_manifest
 from zimg.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError
 from zimg.runtime import Pipeline
 
@@ -558,6 +558,56 @@ class TestWeights:
         with pytest.raises(BackendError, match=r"cannot fill the engine of net .*: \[refit_cuda_engine\]"):
             open_engine(bundle, "net", "tensorrt")
 
+    @pytest.fixture
+    def swapped(self, root, tmp_path):
+        """What gives the bundle a refittable plan that was compiled from other weights than it has now."""
+        before = shutil.copytree(root, tmp_path / "before")
+        path = before / "w.safetensors"
+        path.write_bytes(path.read_bytes()[: -WEIGHT.nbytes] + (2 * WEIGHT).tobytes())
+
+        def make(tensors=("weight",), source=None, **plan):
+            plan = {"graph": str(before / "net.onnx"), "refit": ["weight"]} | plan
+            if tensors is None:
+                return compile_bundle(root, [LENGTHS], plan=plan, refittable=True)
+            refit = Refit(source or Bundle.open(root).source_hash("net"), tensors)
+            return compile_bundle(root, [LENGTHS], plan=plan, refittable=True, source="0" * 64, refit=refit)
+
+        return make
+
+    def test_a_refitted_plan_has_the_bundles(self, swapped, machine):
+        engine = open_engine(swapped(), "net", "tensorrt")
+        assert_right(engine.run(feeds(3)), feeds(3))
+        assert engine._plan._engine.exchanged == {"weight"}
+
+    def test_without_a_refit_it_has_its_own(self, swapped, machine):
+        """Which shows that the imitation has other weights before it is refitted."""
+        found = open_engine(swapped(None), "net", "tensorrt").run(feeds(3))
+        assert_right({name: value / 2 for name, value in found.items()}, feeds(3))
+
+    def test_refitted_for_other_weights_it_is_stale(self, swapped, machine):
+        with pytest.raises(BackendError, match=r"compiled from another graph or other weights .*; compile it here"):
+            open_engine(swapped(source="1" * 64), "net", "tensorrt")
+
+    @pytest.mark.parametrize(
+        ("tensors", "plan", "message"),
+        [
+            (("gone",), {}, "cannot take 'gone' from the bundle"),
+            (("weight",), {"refit": []}, "cannot give the engine of net the bundle's weight: it gives no reason"),
+            (("weight",), {"joined": [["weight", ""]]}, "cannot take 'a weight' from the bundle"),
+        ],
+    )
+    def test_what_cannot_be_exchanged(self, swapped, machine, tensors, plan, message):
+        with pytest.raises(BackendError, match=f"{message}.*; compile it again: zimg-export compile"):
+            open_engine(swapped(tensors, **plan), "net", "tensorrt")
+
+    @pytest.mark.parametrize("method", ["set_named_weights", "refit_cuda_engine"])
+    def test_a_refit_that_is_refused(self, swapped, machine, method):
+        machine.reject.add(method)
+        with pytest.raises(BackendError, match=rf"give the engine of net the bundle's weights?: \[{method}\]"):
+            open_engine(swapped(), "net", "tensorrt")
+        gc.collect()
+        assert machine.used == 0
+
     @pytest.mark.parametrize("budget", [None, 0, 500])
     def test_streaming(self, root, machine, budget):
         engine = open_engine(compile_bundle(root, [LENGTHS], weight_streaming_budget=budget), "net", "tensorrt")
@@ -773,18 +823,18 @@ def test_the_calls_exist_in_the_real_tensorrt():
     except BackendError as error:
         pytest.skip(str(error))
     uses = {
-        trt: "Runtime Refitter OnnxParserRefitter ILogger __version__",
+        trt: "Runtime Refitter OnnxParserRefitter Weights ILogger __version__",
         trt.Runtime: "deserialize_cuda_engine",
         trt.ExecutionContextAllocationStrategy: "USER_MANAGED",
         trt.TensorIOMode: "INPUT",
         trt.TensorLocation: "DEVICE",
-        trt.DataType: " ".join(tensorrt_plan.DTYPES.values()),
+        trt.DataType: " ".join([*tensorrt_plan.DTYPES.values(), *tensorrt_plan.WEIGHTS.values()]),
         trt.ICudaEngine: "create_runtime_config create_execution_context weight_streaming_budget_v2 get_tensor_mode "
         "get_tensor_dtype get_tensor_name num_io_tensors get_tensor_location num_optimization_profiles",
         trt.IRuntimeConfig: "set_execution_context_allocation_strategy",
         trt.IExecutionContext: "set_optimization_profile_async set_input_shape update_device_memory_size_for_shapes "
         "get_tensor_shape set_tensor_address set_device_memory execute_async_v3",
-        trt.Refitter: "get_all_weights refit_cuda_engine",
+        trt.Refitter: "get_all_weights get_missing_weights set_named_weights refit_cuda_engine",
         trt.OnnxParserRefitter: "load_model_proto load_initializer refit_model_proto",
     }
     for owner, names in uses.items():
@@ -804,6 +854,9 @@ def test_the_calls_exist_in_the_real_tensorrt():
         (context, "execute_async_v3", "stream_handle: typing.SupportsInt) -> bool"),
         (trt.Refitter, "__init__", "engine: tensorrt_bindings.tensorrt.ICudaEngine, logger: "),
         (trt.Refitter, "get_all_weights", "-> list[str]"),
+        (trt.Refitter, "get_missing_weights", "-> list[str]"),
+        (trt.Refitter, "set_named_weights", "name: str, weights: tensorrt_bindings.tensorrt.Weights) -> bool"),
+        (trt.Weights, "__init__", "type: tensorrt_bindings.tensorrt.DataType, ptr: typing.SupportsInt, count: "),
         (trt.Refitter, "refit_cuda_engine", "Refitter) -> bool"),
         (trt.OnnxParserRefitter, "__init__", "refitter: tensorrt_bindings.tensorrt.Refitter, logger: "),
         (trt.OnnxParserRefitter, "load_model_proto", "model: typing_extensions.Buffer, path: str = None) -> bool"),

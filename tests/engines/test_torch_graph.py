@@ -161,3 +161,18 @@ def test_weights_are_on_the_device_even_if_they_are_integers() -> None:
     program = compiled(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]), "meta")
     assert {value.device.type for value in program.slots if value is not None} == {"meta"}
     assert [step.label.split()[0] for step in program.steps] == ["Transpose", "Gather"]
+
+
+@pytest.mark.parametrize("shape", [(4, 32), (3, 5), (1, 1)])
+def test_numbers_of_four_bits(shape: tuple[int, int]) -> None:
+    """Two to a byte, and a last one alone where they are odd; all sixteen of them."""
+    numbers = (np.arange(np.prod(shape)) % 16 - 8).astype(np.int8).reshape(shape)
+    nodes = [helper.make_node("DequantizeLinear", ["w", "s"], ["d"]), helper.make_node("Mul", ["d", "x"], ["y"])]
+    weights = [
+        helper.make_tensor("w", TensorProto.INT4, shape, numbers.flatten()),
+        helper.make_tensor("s", TensorProto.FLOAT, (), [0.5]),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy"]
+    graph = helper.make_graph(nodes, "net", ends[:1], ends[1:], weights)
+    program = compiled(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]))
+    assert torch.equal(run(program, {"x": torch.ones(shape)})["y"], torch.from_numpy(numbers) * 0.5)

@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests import handmade
-from zimg.engines.bundle import CompiledEngine, Component, Source, TensorSpec
+from zimg.engines.bundle import Bundle, CompiledEngine, Component, Refit, Source, TensorSpec
 from zimg.engines.errors import BundleError
 from zimg.runtime.inspect import as_text, summary
 
@@ -125,17 +126,29 @@ def test_engines(tmp_path):
         (profile, profile),
         attention=(59, 1),
     )
-    files = {"engines/x.plan": b"x" * 2000}
-    root = handmade.write_bundle(tmp_path / "bundle", files, engines=(engine,))
+    files = {"engines/x.plan": b"x" * 2000, "denoiser.onnx": b"graph"}
+    components = {"denoiser": Component((), {"float32": "denoiser.onnx"})}
+    root = handmade.write_bundle(tmp_path / "bundle", files, components=components, engines=(engine,))
     found = summary(root)
     assert json.loads(json.dumps(found)) == found
-    assert found["engines"][0]["bytes"] == 2000
+    assert (found["engines"][0]["bytes"], found["engines"][0]["stale"]) == (2000, True)
     assert found["engines"][0]["profiles"] == [{"image_tokens": [4096] * 3, "text_tokens": [1, 128, 512]}] * 2
     lines = as_text(found).splitlines()
-    assert lines[-5:] == [
+    assert lines[-6:] == [
         "  engine of denoiser, tensorrt 11.4.0, sm90, 2 kB",
         "    in       engines/x.plan",
         "    serves   image_tokens 4096, text_tokens 1…128…512",
         "    serves   image_tokens 4096, text_tokens 1…128…512",
+        f"    stale    compiled from other weights; zimg-export compile {root} --backend tensorrt compiles it again",
         "    fused    59 of 60 attentions",
     ]
+    now = Bundle.open(root).source_hash("denoiser")
+    for fresh in (
+        msgspec.structs.replace(engine, source=now),
+        msgspec.structs.replace(engine, refit=Refit(now, ("w",))),
+    ):
+        handmade.write_bundle(root, files, components=components, engines=(fresh,))
+        found = summary(root)
+        assert found["engines"][0]["stale"] is False
+        takes = "    takes    1 other weights whenever it is loaded" in as_text(found).splitlines()
+        assert takes == (fresh.refit is not None)

@@ -172,12 +172,20 @@ class TestSeveral:
 
     def test_any_order_gives_the_same_bits(self, checkpoint, files):
         arguments = [f"{files[0]}:0.7", f"{files[1]}:-1.3", f"{files[2]}", f"{files[1]}:0.2"]
-        first = merged_by(checkpoint, *arguments)
+        first, expected = merged_by(checkpoint, *arguments), found_by(checkpoint, *arguments)
+
+        def sums(found):
+            """Each tensor's addends, by their scales, in the order they are added up."""
+            return {name: [addend.scale for addend in own] for name, own in found.addends["transformer"].items()}
+
         for order in itertools.permutations(arguments):
-            found = merged_by(checkpoint, *order)
-            assert found.keys() == first.keys()
-            assert all(torch.equal(found[name], value) for name, value in first.items())
-            assert found_by(checkpoint, *order).loras == found_by(checkpoint, *arguments).loras
+            found = found_by(checkpoint, *order)
+            assert found.loras == expected.loras
+            assert sums(found) == sums(expected)
+        for order in (arguments[::-1], [*arguments[2:], *arguments[:2]]):
+            merged = merged_by(checkpoint, *order)
+            assert merged.keys() == first.keys()
+            assert all(torch.equal(merged[name], value) for name, value in first.items())
 
     def test_their_changes_add_up(self, checkpoint, weights, files):
         together = merged_by(checkpoint, f"{files[0]}:0.5", f"{files[2]}:-2")

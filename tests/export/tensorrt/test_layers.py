@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from zimg.export.tensorrt.layers import Layer, from_inspector, from_log, kinds, unfused
+from zimg.export.tensorrt.layers import Layer, from_inspector, from_log, kinds, unfused, widened
 
 SHAPE = (
     "Name: __mye4417_0_myl0_0, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], "
@@ -35,25 +35,31 @@ def test_lines_of_the_log():
     lines = [SHAPE, line("_gemm_mha_v2_myl0_8", "kgen", *NODES), line("a+b_myl0_5", "gemm", "sum"), "", "Bindings:"]
     assert from_log(lines) == [
         Layer("__mye4417_0_myl0_0", "shape_call", ()),
-        Layer("_gemm_mha_v2_myl0_8", "kgen", NODES),
-        Layer("a+b_myl0_5", "gemm", ("sum",)),
+        Layer("_gemm_mha_v2_myl0_8", "kgen", NODES, ("BFloat16", "BFloat16")),
+        Layer("a+b_myl0_5", "gemm", ("sum",), ("BFloat16", "BFloat16")),
     ]
     assert from_log([]) == []
 
 
 def test_names_with_commas():
     (layer,) = from_log([line("[HostToDeviceCopy, 2] a, b", "kgen", "n | decoder.up_blocks.0 (Up, 2)")])
-    assert layer == Layer("[HostToDeviceCopy, 2] a, b", "kgen", ("n | decoder.up_blocks.0 (Up, 2)",))
+    assert layer == Layer("[HostToDeviceCopy, 2] a, b", "kgen", ("n | decoder.up_blocks.0 (Up, 2)",), ("BFloat16",) * 2)
 
 
 def test_the_inspector():
     layers = [
         {"Name": "_gemm_mha_v2_myl0_8", "LayerType": "kgen", "Metadata": f"[ONNX Layer: {NODES[1]}]"},
+        {
+            "Name": "g",
+            "LayerType": "gemm",
+            "Inputs": [{"Name": "x", "Format/Datatype": "Row major linear Int8 format"}],
+        },
         {"Name": "s", "LayerType": "shape_call"},
         "a name alone, of a plan that was compiled without details",
     ]
     assert from_inspector(json.dumps({"Layers": layers, "Bindings": ["x"]})) == [
         Layer("_gemm_mha_v2_myl0_8", "kgen", (NODES[1],)),
+        Layer("g", "gemm", (), ("Int8",)),
         Layer("s", "shape_call", ()),
     ]
     assert from_inspector("{}") == []
@@ -89,3 +95,15 @@ def test_without_attention_nothing_is_unfused():
 def test_kinds_come_by_number():
     layers = [Layer("", kind, ()) for kind in ("gemm", "kgen", "kgen", "wait", "kgen", "gemm")]
     assert list(kinds(layers).items()) == [("kgen", 3), ("gemm", 2), ("wait", 1)]
+
+
+def test_products_that_are_not_in_8_bits():
+    products = ("q | layers.0", "q | layers.1", "k | layers.0")
+    layers = [
+        Layer("q+k", "gemm", ("q | layers.0 (B)", "k | layers.0 (B)", "k | layers.0 (B)"), ("Int8", "Float")),
+        Layer("dequantized", "kgen", ("q | layers.1 (B)",), ("Int8",)),
+        Layer("q", "gemm", ("q | layers.1 (B)",), ("BFloat16", "Int8")),
+    ]
+    assert widened(layers, products) == ("q | layers.1",)
+    assert widened([*layers, Layer("q", "gemm", ("q | layers.1 (B)",), ("FP8",))], products) == ()
+    assert widened(layers[:1], ("q | layers.0",), 2) == ("q | layers.0",)

@@ -1,0 +1,204 @@
+"""Every precision of one checkpoint: size, time of a denoising step on this CPU, and what it costs against float32.
+
+By default mid-size random models; ``--model`` names a checkpoint. The step is timed in ONNX Runtime, in turns and on
+the same inputs. The cost is that of ``zimg-export verify``, whose floor is bfloat16 in PyTorch: without bfloat16
+units, as most CPUs are, that is the slowest part. Exits with 1 where INT8 is not faster than float32.
+
+    python benchmarks/precisions.py --json benchmarks/results/precisions.json
+    python benchmarks/precisions.py --model CHECKPOINT --size 128 --steps 8 --prompts captions.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import common
+from cpu_vs_diffusers import MODELS, real_vae
+from lora_swap import write_checkpoint
+
+PRECISIONS = ("fp32", "bf16", "fp8", "int8", "int8-weights", "int4-weights")
+CALIBRATION_STEPS = 4
+
+
+def compare(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    size: int,
+    steps: int | None,
+    repeats: int,
+    prompts: Sequence[str] = (),
+    precisions: Sequence[str] = PRECISIONS,
+) -> dict[str, Any]:
+    """Build a checkpoint in every precision, and measure them all.
+
+    Args:
+        checkpoint: its folder.
+        folder: an empty folder, on the same disk.
+        size: height and width in pixels.
+        steps: of each picture; the checkpoint's own default where None.
+        repeats: how often a step is timed.
+        prompts: of the pictures; by default those of ``zimg-export verify``.
+        precisions: which, beside ``"fp32"`` and ``"bf16"``, which are always there.
+    """
+    import msgspec
+
+    from zimg.engines.bundle import Bundle
+    from zimg.export.build import Quantizing, build
+    from zimg.export.calibrate import Plan, calibrate, default_prompts
+    from zimg.export.cost import References, Trial, baseline, measure
+
+    names = tuple(dict.fromkeys(("fp32", "bf16", *precisions)))
+    with patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder / "cache")}):
+        bundles = {name: build(str(checkpoint), folder / name, precision=name) for name in names[:2]}
+        plan = Plan(default_prompts(), ((size, size),), steps and min(steps, CALIBRATION_STEPS))
+        found = calibrate(bundles["bf16"], plan, folder / "calibration.safetensors")
+        for name in names[2:]:
+            settings = Quantizing(calibration=found)
+            bundles[name] = build(str(checkpoint), folder / name, precision=name, quantization=settings)
+        trial = Trial(tuple(prompts), size, size, steps) if prompts else Trial(width=size, height=size, steps=steps)
+        against = baseline(References(bundles["fp32"], bundles["bf16"]), trial)
+        seconds = time_steps(bundles, trial, repeats)
+        results = {}
+        for name, bundle in bundles.items():
+            opened = Bundle.open(bundle.root, verify=False)
+            denoiser = opened.component("denoiser")
+            results[name] = {
+                "bytes": sum(component.weight_bytes for component in opened.manifest.components.values()),
+                "denoiser_bytes": denoiser.weight_bytes,
+                "step_seconds": seconds[name],
+            }
+            if name != "fp32":
+                results[name]["cost"] = msgspec.to_builtins(measure(opened, against).difference)
+            print(f"  {name}: done", flush=True)
+    manifest = bundles["fp32"].manifest
+    parameters = sum(component.parameters for component in manifest.components.values())
+    settings = {"size": size, "steps": against.trial.steps, "prompts": len(trial.prompts)}
+    return {
+        "name": manifest.name,
+        "family": manifest.family,
+        "parameters": parameters,
+        **settings,
+        "floor": msgspec.to_builtins(against.floor),
+        "precisions": results,
+    }
+
+
+def time_steps(bundles: Mapping[str, Any], trial: Any, repeats: int) -> dict[str, list[float]]:
+    """Time the first denoising step of the first picture, in turns: all bundles get the same inputs."""
+    import numpy as np
+
+    from zimg.engines.base import open_engine
+    from zimg.runtime.pipeline import Pipeline
+
+    first, fed = next(iter(bundles.values())), []
+
+    def recording(bundle: Any, component: str, *where: Any) -> Any:
+        engine = open_engine(bundle, component, *where)
+        if component == "denoiser":
+            run = engine.run
+            engine.run = lambda feeds: fed.append({k: np.array(v) for k, v in feeds.items()}) or run(feeds)  # type: ignore
+        return engine
+
+    with Pipeline(first, opener=recording, warn=lambda _: None) as pipeline:
+        pipeline(
+            trial.prompts[0],
+            height=trial.height,
+            width=trial.width,
+            num_inference_steps=1,
+            seed=0,
+            output_type="latent",
+        )
+    engines = {name: open_engine(bundle, "denoiser") for name, bundle in bundles.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in bundles}
+    for turn in range(repeats + 1):
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            engine.run(fed[0])
+            if turn:  # The first one does not count.
+                seconds[name].append(time.perf_counter() - start)
+    for engine in engines.values():
+        engine.close()
+    return seconds
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown has it."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def report(result: Mapping[str, Any]) -> int:
+    """Print a result; the exit code."""
+    found = result["precisions"]
+    median = {name: statistics.median(entry["step_seconds"]) for name, entry in found.items()}
+    header = ("", "size", "of bf16", "step", "x fp32", "velocity off", "cosine", "PSNR", "SSIM")
+    rows = []
+    for name, entry in found.items():
+        cost = entry.get("cost")
+        size, share = f"{entry['bytes'] / 1e6:,.1f} MB", f"{entry['bytes'] / found['bf16']['bytes']:.0%}"
+        speed = (f"{1e3 * median[name]:.1f} ms", f"{median['fp32'] / median[name]:.2f}")
+        rows.append((name, size, share, *speed, *(_cost(cost) if cost else ("0", "1", "-", "1"))))
+    rows.append(("bf16 arithmetic", "", "", "", "", *_cost(result["floor"])))
+    parameters = f"{result['parameters'] / 1e6:.0f} million parameters"
+    pictures = f"{result['prompts']} pictures of {result['size']}x{result['size']} in {result['steps']} steps"
+    print(f"\n{result['name']} ({result['family']}, {parameters}), {pictures}\n\n{markdown(header, rows)}\n")
+    if "int8" not in found:
+        return 0
+    return common.broken_bounds([("an INT8 step's share of a float32 step's time", median["int8"] / median["fp32"], 1)])
+
+
+def _cost(cost: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    psnr = "-" if cost["psnr"] is None else f"{cost['psnr']:.1f} dB"
+    return (
+        f"{max(cost['velocity_relative']):.1e}",
+        f"{min(cost['velocity_cosine']):.6f}",
+        psnr,
+        f"{cost['ssim']:.4f}",
+    )
+
+
+def main() -> int:
+    """The script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=common.FAMILIES, help="[default: both]")
+    parser.add_argument("--model", type=Path, help="a checkpoint's folder, in place of mid-size random ones")
+    parser.add_argument("--size", type=int, default=512, help="height and width in pixels")
+    parser.add_argument("--steps", type=int, help="[default: 4, or the checkpoint's own]")
+    parser.add_argument("--prompts", type=Path, help="one a line [default: those of zimg-export verify]")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, metavar="PRECISION")
+    parser.add_argument("--repeats", type=int, default=5, help="how often a step is timed")
+    parser.add_argument("--folder", type=Path, help="where to make the temporary folder [default: the system's]")
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    options = parser.parse_args()
+    facts, results, broken = common.machine(), [], 0
+    import torch
+
+    torch.set_num_threads(facts["cores"])
+    prompts = options.prompts.read_text("utf-8").splitlines() if options.prompts else ()
+    given = {"size": options.size, "repeats": options.repeats, "prompts": prompts, "precisions": options.precisions}
+    families = [None] if options.model else [options.family] if options.family else common.FAMILIES
+    for family in families:
+        with tempfile.TemporaryDirectory(prefix="zimg-precisions-", dir=options.folder) as temporary:
+            folder, steps = Path(temporary), options.steps
+            checkpoint = options.model
+            if family is not None:
+                checkpoint, steps = folder / "checkpoint", steps or 4
+                write_checkpoint(family, checkpoint, MODELS[family] | {"vae": real_vae(family)})
+            result = compare(checkpoint, folder, steps=steps, **given)
+        broken |= report(result)
+        results.append(result)
+        common.save(options.json, facts, results)
+    return broken
+
+
+if __name__ == "__main__":
+    common.start(main)

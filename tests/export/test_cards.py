@@ -1,0 +1,44 @@
+"""Which precision a card gets: by name, and by the GPU that is there."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.commands import invoke
+from zimg.engines import cuda
+from zimg.engines.errors import BackendError
+from zimg.export import build, cards
+from zimg.export.cli import main
+from zimg.export.formats import SCHEMES
+
+
+@pytest.mark.parametrize(("card", "precision"), [("rtx4090", "int8"), ("h100", "fp8")])
+def test_by_name(card, precision):
+    assert cards.precision_for(card) == (precision, card)
+    assert precision in SCHEMES
+
+
+@pytest.mark.parametrize(("architecture", "precision"), [("sm89", "int8"), ("sm90", "fp8"), ("sm80", "bf16")])
+def test_by_the_gpu_that_is_there(architecture, precision, monkeypatch):
+    monkeypatch.setattr(cuda, "open_device", lambda: cuda.Device(0, architecture, "Some GPU"))
+    assert cards.precision_for(None) == (precision, f"Some GPU, {architecture}")
+
+
+def test_without_a_gpu(monkeypatch):
+    def refuse():
+        raise BackendError("there is no NVIDIA GPU", "check nvidia-smi")
+
+    monkeypatch.setattr(cuda, "open_device", refuse)
+    assert cards.precision_for(None) == ("bf16", "there is no NVIDIA GPU")
+
+
+def test_the_command(monkeypatch, tmp_path):
+    """What is resolved is what options are checked against."""
+    asked = []
+    monkeypatch.setattr(build, "build", lambda *_, **given: asked.append(given["precision"]) or 1 / 0)
+    given = ("build", "--model", "x", "--out", tmp_path / "b", "--quiet")
+    result = invoke(main, *given, "--precision", "auto", "--card", "rtx4090")
+    assert asked == ["int8"] and result.err.startswith("precision int8: rtx4090\n")
+    invoke(main, *given, "--card", "h100").assert_refused("--card is for --precision auto", 2)
+    result = invoke(main, *given, "--precision", "auto", "--card", "rtx3090")
+    assert result.code == 2 and "rtx3090" in result.err
