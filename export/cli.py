@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import zimg
+from zimg.engines.errors import OutputError, UsageError, ZimgError
 from zimg.export import compile_cli, quantization_cli
 from zimg.runtime import console, demo
 
