@@ -256,9 +256,12 @@ class OnCuda:
         self.places: list[tuple[Any, ...]] = []
         session, value = onnxruntime.InferenceSession, onnxruntime.OrtValue
 
-        def open_session(path: str, options: Any, *, providers: Any, enable_fallback: int) -> Any:
+        def open_session(
+            path: str, options: Any, *, providers: Any, enable_fallback: int, disabled_optimizers: Any
+        ) -> Any:
             (name, given), rest = providers
             assert (name, rest, enable_fallback) == ("CUDAExecutionProvider", "CPUExecutionProvider", 0)
+            assert disabled_optimizers == []
             self.options.append(given)
             made = session(path, options, providers=["CPUExecutionProvider"])
             made.get_providers = lambda: [name, rest]
