@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -156,6 +158,32 @@ def save(path: Path | None, facts: dict[str, Any], results: Any) -> None:
     text = json.dumps({"command": command, "machine": facts, "results": results}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n")
+
+
+def each(
+    cases: Iterable[Any],
+    options: argparse.Namespace,
+    measure_one: Callable[[Any, Path], Any],
+    report: Callable[[Any], int],
+) -> int:
+    """Measure cases one after the other, each in a temporary folder; print and save what is there after each.
+
+    Args:
+        cases: what is measured: the families, say.
+        options: ``folder``, where the temporary folders are made, and ``json``, where results go; None for either.
+        measure_one: given a case and its folder; its result.
+        report: prints a result; whether a bound is broken.
+
+    Returns:
+        The exit code of the script.
+    """
+    facts, results, broken = machine(), [], 0
+    for case in cases:
+        with tempfile.TemporaryDirectory(prefix=f"zimg-{Path(sys.argv[0]).stem}-", dir=options.folder) as folder:
+            results.append(measure_one(case, Path(folder)))
+        broken |= report(results[-1])
+        save(options.json, facts, results)
+    return broken
 
 
 def broken_bounds(bounds: Iterable[tuple[str, float, float]]) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +116,12 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to make the temporary folder [default: the system's]")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
-    facts, results, broken = common.machine(), [], 0
-    for family in [options.family] if options.family else common.FAMILIES:
-        with tempfile.TemporaryDirectory(prefix="zimg-export-memory-", dir=options.folder) as folder:
-            result = export(family, Path(folder), precision=options.precision, stored=options.stored)
-        broken |= report(result)
-        results.append(result)
-    common.save(options.json, facts, results)
-    return broken
+    return common.each(
+        [options.family] if options.family else common.FAMILIES,
+        options,
+        lambda family, folder: export(family, folder, precision=options.precision, stored=options.stored),
+        report,
+    )
 
 
 if __name__ == "__main__":

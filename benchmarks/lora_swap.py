@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -128,17 +127,12 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to make the temporary folder [default: the system's]")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
-    facts, results, broken = common.machine(), [], 0
-    for family in [options.family] if options.family else common.FAMILIES:
-        with tempfile.TemporaryDirectory(prefix="zimg-lora-swap-", dir=options.folder) as folder:
-            overrides = MODELS[family] | {"vae": real_vae(family)}
-            result = compare(
-                family, Path(folder), precision=options.precision, repeats=options.repeats, overrides=overrides
-            )
-        broken |= report(result)
-        results.append(result)
-    common.save(options.json, facts, results)
-    return broken
+
+    def compare_one(family: str, folder: Path) -> dict[str, Any]:
+        overrides = MODELS[family] | {"vae": real_vae(family)}
+        return compare(family, folder, precision=options.precision, repeats=options.repeats, overrides=overrides)
+
+    return common.each([options.family] if options.family else common.FAMILIES, options, compare_one, report)
 
 
 if __name__ == "__main__":

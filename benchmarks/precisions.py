@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -179,25 +178,20 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to make the temporary folder [default: the system's]")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
-    facts, results, broken = common.machine(), [], 0
     import torch
 
-    torch.set_num_threads(facts["cores"])
+    torch.set_num_threads(common.machine()["cores"])
     prompts = options.prompts.read_text("utf-8").splitlines() if options.prompts else ()
     given = {"size": options.size, "repeats": options.repeats, "prompts": prompts, "precisions": options.precisions}
+
+    def compare_one(family: str | None, folder: Path) -> dict[str, Any]:
+        if family is None:
+            return compare(options.model, folder, steps=options.steps, **given)
+        write_checkpoint(family, folder / "checkpoint", MODELS[family] | {"vae": real_vae(family)})
+        return compare(folder / "checkpoint", folder, steps=options.steps or 4, **given)
+
     families = [None] if options.model else [options.family] if options.family else common.FAMILIES
-    for family in families:
-        with tempfile.TemporaryDirectory(prefix="zimg-precisions-", dir=options.folder) as temporary:
-            folder, steps = Path(temporary), options.steps
-            checkpoint = options.model
-            if family is not None:
-                checkpoint, steps = folder / "checkpoint", steps or 4
-                write_checkpoint(family, checkpoint, MODELS[family] | {"vae": real_vae(family)})
-            result = compare(checkpoint, folder, steps=steps, **given)
-        broken |= report(result)
-        results.append(result)
-        common.save(options.json, facts, results)
-    return broken
+    return common.each(families, options, compare_one, report)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from zimg.engines.bundle import TensorSpec
 from zimg.engines.dtypes import BY_NAME
 from zimg.engines.safetensors import TensorInfo
+from zimg.export.external import external
 from zimg.export.parts import Input
 from zimg.export.trace import DOMAIN, OPSET, Example, Kind, trace
 
@@ -126,14 +127,8 @@ class _Assembly:
         """The initializer of one parameter: a name, a type, a shape, and a byte range in a weight file."""
         if parameter not in self.initializers:
             info = self.tensors[parameter]
-            dtype = ir.DataType(BY_NAME[info.dtype].onnx)
-            shape = ir.Shape(info.shape)
-            folder = self.folder or info.file.parent
-            location = info.file.relative_to(folder).as_posix()
-            data = ir.ExternalTensor(
-                location, info.offset, info.nbytes, dtype, shape=shape, name=info.name, base_dir=folder
-            )
-            value = ir.Value(name=info.name, shape=shape, type=ir.TensorType(dtype), const_value=data)
+            data = external(info, self.folder or info.file.parent)
+            value = ir.Value(name=info.name, shape=data.shape, type=ir.TensorType(data.dtype), const_value=data)
             self.initializers[parameter] = value
         return self.initializers[parameter]
 

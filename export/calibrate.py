@@ -168,18 +168,3 @@ def _note(inputs: dict[str, Input], component: str, name: str, values: Tensor) -
         raise ZimgError(message, "check the checkpoint: zimg-export verify")
     entry = inputs.setdefault(name, Input.empty(len(channels)))
     entry.add(channels, lambda top: torch.histc(magnitudes, BINS, 0, top).cpu().numpy().astype(np.float64))
-
-
-def sizes_from(texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Sizes given as ``WIDTHxHEIGHT``.
-
-    Raises:
-        UsageError: one is not.
-    """
-    sizes = []
-    for text in texts:
-        width, _, height = text.partition("x")
-        if not (width.isdecimal() and height.isdecimal()):
-            raise UsageError(f"{text!r} is no size", "give it as 1024x768")
-        sizes.append((int(width), int(height)))
-    return tuple(sizes)

@@ -160,11 +160,12 @@ def trial(cost_prompts: Path | None, cost_size: str | None, cost_steps: int | No
     Raises:
         UsageError: the prompts cannot be read, or the size is none.
     """
-    from zimg.export.calibrate import read_prompts, sizes_from
+    from zimg.export.calibrate import read_prompts
     from zimg.export.cost import Trial, default_prompts
+    from zimg.export.ranges import parse_size
 
     prompts = default_prompts() if cost_prompts is None else read_prompts(cost_prompts, fewest=1)
-    width, height = sizes_from([cost_size])[0] if cost_size else (None, None)
+    width, height = parse_size(cost_size) if cost_size else (None, None)
     return Trial(prompts, width, height, cost_steps)
 
 
@@ -228,10 +229,11 @@ def plan(
     Raises:
         UsageError: the prompts cannot be read or are too few, or a size is none.
     """
-    from zimg.export.calibrate import Plan, default_prompts, read_prompts, sizes_from
+    from zimg.export.calibrate import Plan, default_prompts, read_prompts
+    from zimg.export.ranges import parse_size
 
     texts = default_prompts() if prompts is None else read_prompts(prompts)
-    return Plan(texts, sizes_from(calibration_size), calibration_steps), calibration_device
+    return Plan(texts, tuple(map(parse_size, calibration_size)), calibration_steps), calibration_device
 
 
 def take(precision: str, given: dict[str, Any]) -> Quantizing:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from filelock import FileLock
 
 from zimg.engines.bundle import TensorSpec
+from zimg.export.external import external
 
 
 def once(original: Callable[..., Any], store: Path) -> Callable[..., Any]:
@@ -30,11 +31,7 @@ def once(original: Callable[..., Any], store: Path) -> Callable[..., Any]:
         model = ir.from_proto(onnx.ModelProto.FromString(path.read_bytes()))
         infos = {info.name: info for info in tensors.values()}
         for name, value in model.graph.initializers.items():
-            info = infos[name]
-            location = info.file.relative_to(folder).as_posix()
-            value.const_value = ir.ExternalTensor(
-                location, info.offset, info.nbytes, value.dtype, shape=value.shape, name=name, base_dir=folder
-            )
+            value.const_value = external(infos[name], folder, value.dtype, value.shape)
         return model, msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=TensorSpec)
 
     return assemble

@@ -206,6 +206,7 @@ class _Swap:
             name: {compute: _read_graph(bundle.file(file)) for compute, file in component.graphs.items()}
             for name, component in self._parts.items()
         }
+        self._headers: dict[str, dict[str, TensorInfo]] = {}
         self._changes: dict[str, _Change] = {}
         self.stale: tuple[CompiledEngine, ...] = ()
         self.refitted: tuple[str, ...] = ()
@@ -326,7 +327,12 @@ class _Swap:
         }
 
     def _file(self, name: str | None) -> dict[str, TensorInfo]:
-        return {} if name is None else read_header(self._bundle.file(name))
+        """What a weight file of the bundle holds; its header is read once."""
+        if name is None:
+            return {}
+        if name not in self._headers:
+            self._headers[name] = read_header(self._bundle.file(name))
+        return self._headers[name]
 
     def _check_space(self, folder: Path) -> None:
         free = shutil.disk_usage(folder).free

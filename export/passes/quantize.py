@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from zimg.engines.dtypes import BY_NAME
 from zimg.engines.safetensors import TensorInfo
+from zimg.export.external import external
 from zimg.export.formats import Format, Scheme, block_of
 from zimg.export.linears import Linear, calls, linears
 from zimg.export.quantized_weights import INPUT_SCALE, SMOOTH, WEIGHT_SCALE
@@ -99,13 +100,10 @@ class Quantize(ir.passes.InPlacePass):
 
     def _point(self, value: ir.Value, info: TensorInfo, number_format: Format | None = None) -> None:
         """Make an initializer of what lies in a weight file; one of packed numbers has the shape they unpack to."""
-        dtype = ir.DataType(number_format.onnx if number_format else BY_NAME[info.dtype].onnx)
-        shape = value.shape if number_format and value.shape is not None else ir.Shape(info.shape)
-        location = info.file.relative_to(self._folder).as_posix()
-        value.const_value = ir.ExternalTensor(
-            location, info.offset, info.nbytes, dtype, shape=shape, name=info.name, base_dir=self._folder
-        )
-        value.shape, value.type = shape, ir.TensorType(dtype)
+        dtype = ir.DataType(number_format.onnx) if number_format else None
+        data = external(info, self._folder, dtype, value.shape if number_format else None)
+        value.const_value = data
+        value.shape, value.type = data.shape, ir.TensorType(data.dtype)
 
     def _variant(
         self, model: ir.Model, function: ir.Function, found: list[Linear], given: Mapping[ir.Value, ir.Value]

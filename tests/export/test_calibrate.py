@@ -14,7 +14,7 @@ from tests.commands import invoke
 from zimg.engines.bundle import Bundle
 from zimg.engines.errors import UsageError, ZimgError
 from zimg.export.build import parts_of, wanted_by
-from zimg.export.calibrate import Plan, beside, calibrate, default_prompts, finished, read_prompts, sizes_from
+from zimg.export.calibrate import Plan, beside, calibrate, default_prompts, finished, read_prompts
 from zimg.export.checkpoint import open_checkpoint
 from zimg.export.cli import main
 from zimg.export.quantize import linears
@@ -147,13 +147,6 @@ def test_prompts(tmp_path):
         read_prompts(tmp_path)
     assert len(default_prompts()) == 12 and len(set(default_prompts())) == 12
     assert any(not prompt.isascii() for prompt in default_prompts())
-
-
-def test_sizes():
-    assert sizes_from(["64x96", "1024x1024"]) == ((64, 96), (1024, 1024))
-    for text in ("64", "x", "64x", "-1x64", "64X64", "1e3x4"):
-        with pytest.raises(UsageError, match="is no size; give it as 1024x768"):
-            sizes_from([text])
 
 
 def test_the_command(bundle_of, quantized_of, tmp_path):
