@@ -10,7 +10,6 @@ import errno
 import hashlib
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ import msgspec
 
 from zimg.engines import safetensors, verified
 from zimg.engines.errors import BundleError, OutputError
+from zimg.engines.files import beside, replacing
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -427,12 +427,8 @@ def sha256(path: Path) -> str:
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write ``bundle.json`` into a bundle's folder, indented for people; one that is there is replaced in one step."""
     text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-    beside = _beside(root / MANIFEST, "part")
-    try:
-        beside.write_bytes(text + b"\n")
-        beside.replace(root / MANIFEST)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(root / MANIFEST) as part:
+        part.write_bytes(text + b"\n")
 
 
 def record_files(root: Path) -> dict[str, FileRecord]:
@@ -459,7 +455,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False, mark: str = MANIFEST
     Raises:
         OutputError: the target exists, is no bundle, or cannot be written, or the disk is full.
     """
-    work = _beside(target, "part")
+    work = beside(target, "part")
     made: list[Path] = []
     try:
         _check_target(target, overwrite, mark)
@@ -479,10 +475,6 @@ def atomic_folder(target: Path, *, overwrite: bool = False, mark: str = MANIFEST
                 parent.rmdir()  # Stays where the target is in it.
 
 
-def _beside(target: Path, suffix: str) -> Path:
-    return target.parent / f".{target.name}.{secrets.token_hex(4)}.{suffix}"
-
-
 def _check_target(target: Path, overwrite: bool, mark: str) -> None:
     if target.is_symlink():
         raise OutputError(f"{target} is a link", "name the folder itself")
@@ -496,7 +488,7 @@ def _check_target(target: Path, overwrite: bool, mark: str) -> None:
 
 def _move(work: Path, target: Path) -> None:
     """Rename a finished folder to its target. A bundle that is there is put aside first, and back if that fails."""
-    old = _beside(target, "old")
+    old = beside(target, "old")
     with contextlib.suppress(FileNotFoundError):
         target.rename(old)
     try:

@@ -18,6 +18,7 @@ import numpy as np
 
 from zimg.engines.bundle import Bundle
 from zimg.engines.errors import UsageError
+from zimg.engines.files import replacing
 from zimg.engines.torch import TorchEngine
 from zimg.export.build import NETWORKS
 from zimg.export.cost import Draw, Run, Trial, drawing, open_torch_in, velocity_errors
@@ -152,12 +153,8 @@ def as_recipe(found: Sensitivity) -> str:
 
 def save(found: Sensitivity, path: Path) -> None:
     """Write the recipe to a file, beside it first."""
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        beside.write_text(as_recipe(found), "utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as part:
+        part.write_text(as_recipe(found), "utf-8")
 
 
 def as_data(found: Sensitivity) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimg.engines.errors import UsageError
+from zimg.engines.files import replacing
 from zimg.engines.safetensors import read_header, view, write
 from zimg.export.formats import Array, Format, round_up
 
@@ -116,17 +117,13 @@ class Statistics:
                 tensors[f"{component}/{name}/histogram"] = entry.histogram
                 tensors[f"{component}/{name}/top"] = np.array([entry.top])
         metadata = {"kind": KIND, "version": str(VERSION), "readers": json.dumps(self.readers)}
-        beside = path.with_name(f".{path.name}.part")
-        try:
+        with replacing(path) as part:
             write(
-                beside,
+                part,
                 {name: (value.dtype.name, value.shape) for name, value in tensors.items()},
                 {name: [value] for name, value in tensors.items()},
                 metadata | {"made": json.dumps(self.made, sort_keys=True, ensure_ascii=False)},
             )
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Statistics:

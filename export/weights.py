@@ -12,12 +12,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 from zimg.engines.dtypes import BY_NAME, float32_to_bfloat16, to_float32
 from zimg.engines.safetensors import TensorInfo, write
@@ -229,8 +230,15 @@ def _merged_rows(want: Wanted, finish: Callable[[Matrix], NDArray[Any]]) -> Iter
     step = max(1, MERGED_PIECE // width)
     bounds = [(start, min(start + step, rows)) for start in range(0, rows, step)]
     values = merged(partial(_read_rows, want.source), bounds, want.addends)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    # The products are small: threads of their own would only fight with those of the pool.
+    with _blas().limit(limits=1), ThreadPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(lambda ends: finish(values(*ends)), bounds)
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """The threads that numpy multiplies matrices with."""
+    return ThreadpoolController().select(user_api="blas")
 
 
 def _read_rows(info: TensorInfo, start: int, stop: int) -> Matrix:

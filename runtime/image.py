@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimg.engines.errors import OutputError, UsageError
+from zimg.engines.files import replacing
 from zimg.runtime.parameters import Parameters, embedded
 
 if TYPE_CHECKING:
@@ -82,13 +82,10 @@ def save(image: Image, path: Path, parameters: Parameters | None = None) -> None
     except (OSError, ValueError) as error:
         width, height = image.size
         raise OutputError(f"{path}: {kind} cannot hold this {width}x{height} picture ({error})", "use .png") from None
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        beside.write_bytes(encoded.getbuffer())
-        beside.replace(path)
+        with replacing(path) as part:
+            part.write_bytes(encoded.getbuffer())
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "free some space, or name a folder on another disk" if full else "check the path and its rights"
         raise OutputError(f"{path} cannot be written ({error.strerror})", hint) from None
-    finally:
-        beside.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zimg.engines.errors import UsageError
+from zimg.engines.files import replacing
 from zimg.export.checkpoint import Checkpoint
 from zimg.training import prompts
 from zimg.training.checkpoint import load_component, load_tokenizer
@@ -144,6 +145,5 @@ def write_lora(path: Path, weights: Mapping[str, Tensor], precision: str = "bflo
         f"{name.removeprefix('transformer.')}.default.weight": value.to(getattr(torch, precision)).contiguous().cpu()
         for name, value in weights.items()
     }
-    part = path.with_name(f".{path.name}.part")
-    save_file(stored, part, {"format": "pt"})
-    part.replace(path)
+    with replacing(path) as part:
+        save_file(stored, part, {"format": "pt"})

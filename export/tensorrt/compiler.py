@@ -11,6 +11,7 @@ from typing import Any
 from zimg.engines import cuda, tensorrt_api
 from zimg.engines.bundle import Component, Range
 from zimg.engines.errors import BackendError
+from zimg.engines.files import replacing
 from zimg.export.tensorrt import layers
 from zimg.export.tensorrt.graph import Graph
 from zimg.runtime.progress import Report, silent
@@ -196,9 +197,8 @@ def _config(
 
 def _save_timings(config: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    beside.write_bytes(memoryview(config.get_timing_cache().serialize()))
-    beside.replace(path)
+    with replacing(path) as part:
+        part.write_bytes(memoryview(config.get_timing_cache().serialize()))
 
 
 def _progress(module: ModuleType, stage: str, report: Report) -> Any:
