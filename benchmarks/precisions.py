@@ -2,10 +2,11 @@
 
 By default mid-size random models; ``--model`` names a checkpoint. The step is timed in ONNX Runtime, in turns and on
 the same inputs. The cost is that of ``zimg-export verify``, whose floor is bfloat16 in PyTorch: without bfloat16
-units, as most CPUs are, that is the slowest part. Exits with 1 where INT8 is not faster than float32.
+units, as most CPUs are, that is the slowest part. Exits with 1 where INT8 of a mid-size model is not faster than
+float32.
 
     python benchmarks/precisions.py --json benchmarks/results/precisions.json
-    python benchmarks/precisions.py --model CHECKPOINT --size 128 --steps 8 --prompts captions.txt
+    python benchmarks/precisions.py --model zimg-tiny-z --judge 200 --sheet precisions.png
 """
 
 from __future__ import annotations
@@ -28,43 +29,49 @@ CALIBRATION_STEPS = 4
 
 
 def compare(
-    checkpoint: Path,
+    checkpoint: str | Path,
     folder: Path,
     *,
-    size: int,
+    size: int | None,
     steps: int | None,
     repeats: int,
     prompts: Sequence[str] = (),
     precisions: Sequence[str] = PRECISIONS,
+    judge: int = 0,
+    sheet: Path | None = None,
 ) -> dict[str, Any]:
     """Build a checkpoint in every precision, and measure them all.
 
     Args:
-        checkpoint: its folder.
+        checkpoint: its folder or name.
         folder: an empty folder, on the same disk.
-        size: height and width in pixels.
+        size: height and width in pixels; the checkpoint's own default where None.
         steps: of each picture; the checkpoint's own default where None.
         repeats: how often a step is timed.
         prompts: of the pictures; by default those of ``zimg-export verify``.
         precisions: which, beside ``"fp32"`` and ``"bf16"``, which are always there.
+        judge: on how many captions, of a demo model.
+        sheet: a picture to make of the prompts' pictures, all precisions of one side by side.
     """
     import msgspec
 
     from zimg.engines.bundle import Bundle
     from zimg.export.build import Quantizing, build
-    from zimg.export.calibrate import Plan, calibrate, default_prompts
+    from zimg.export.calibrate import Plan, calibrate
     from zimg.export.cost import References, Trial, baseline, measure
+    from zimg.export.judged import accuracy
+    from zimg.runtime.sheet import sheet as draw_sheet
 
     names = tuple(dict.fromkeys(("fp32", "bf16", *precisions)))
     with patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder / "cache")}):
         bundles = {name: build(str(checkpoint), folder / name, precision=name) for name in names[:2]}
-        plan = Plan(default_prompts(), ((size, size),), steps and min(steps, CALIBRATION_STEPS))
+        plan = Plan(sizes=((size, size),) if size else (), steps=steps and min(steps, CALIBRATION_STEPS))
         found = calibrate(bundles["bf16"], plan, folder / "calibration.safetensors")
         for name in names[2:]:
             settings = Quantizing(calibration=found)
             bundles[name] = build(str(checkpoint), folder / name, precision=name, quantization=settings)
-        trial = Trial(tuple(prompts), size, size, steps) if prompts else Trial(width=size, height=size, steps=steps)
-        against = baseline(References(bundles["fp32"], bundles["bf16"]), trial)
+        against = baseline(References(bundles["fp32"], bundles["bf16"]), Trial(tuple(prompts), size, size, steps))
+        trial = against.trial
         seconds = time_steps(bundles, trial, repeats)
         results = {}
         for name, bundle in bundles.items():
@@ -75,12 +82,17 @@ def compare(
                 "denoiser_bytes": denoiser.weight_bytes,
                 "step_seconds": seconds[name],
             }
+            if judge:
+                results[name]["accuracy"] = accuracy(bundle.root, judge, "onnxruntime")
             if name != "fp32":
                 results[name]["cost"] = msgspec.to_builtins(measure(opened, against).difference)
             print(f"  {name}: done", flush=True)
+        if sheet:
+            call = {"width": trial.width, "height": trial.height, "num_inference_steps": trial.steps, "seed": 0}
+            draw_sheet(trial.prompts, sheet, call, bundles=[b.root for b in bundles.values()], columns=1)
     manifest = bundles["fp32"].manifest
     parameters = sum(component.parameters for component in manifest.components.values())
-    settings = {"size": size, "steps": against.trial.steps, "prompts": len(trial.prompts)}
+    settings = {"size": trial.width, "steps": trial.steps, "prompts": len(trial.prompts)}
     return {
         "name": manifest.name,
         "family": manifest.family,
@@ -139,18 +151,20 @@ def report(result: Mapping[str, Any]) -> int:
     """Print a result; the exit code."""
     found = result["precisions"]
     median = {name: statistics.median(entry["step_seconds"]) for name, entry in found.items()}
-    header = ("", "size", "of bf16", "step", "x fp32", "velocity off", "cosine", "PSNR", "SSIM")
+    header = ["", "size", "of bf16", "step", "x fp32", "velocity off", "cosine", "PSNR", "SSIM"]
+    judged = [f"right, {things} thing{'s' * (things == 'two')}" for things in found["fp32"].get("accuracy", ())]
     rows = []
     for name, entry in found.items():
         cost = entry.get("cost")
         size, share = f"{entry['bytes'] / 1e6:,.1f} MB", f"{entry['bytes'] / found['bf16']['bytes']:.0%}"
         speed = (f"{1e3 * median[name]:.1f} ms", f"{median['fp32'] / median[name]:.2f}")
-        rows.append((name, size, share, *speed, *(_cost(cost) if cost else ("0", "1", "-", "1"))))
-    rows.append(("bf16 arithmetic", "", "", "", "", *_cost(result["floor"])))
+        right = [f"{share:.1%}" for share in entry.get("accuracy", {}).values()]
+        rows.append((name, size, share, *speed, *(_cost(cost) if cost else ("0", "1", "-", "1")), *right))
+    rows.append(("bf16 arithmetic", "", "", "", "", *_cost(result["floor"]), *("" for _ in judged)))
     parameters = f"{result['parameters'] / 1e6:.0f} million parameters"
     pictures = f"{result['prompts']} pictures of {result['size']}x{result['size']} in {result['steps']} steps"
-    print(f"\n{result['name']} ({result['family']}, {parameters}), {pictures}\n\n{markdown(header, rows)}\n")
-    if "int8" not in found:
+    print(f"\n{result['name']} ({result['family']}, {parameters}), {pictures}\n\n{markdown(header + judged, rows)}\n")
+    if "int8" not in found or judged:
         return 0
     return common.broken_bounds([("an INT8 step's share of a float32 step's time", median["int8"] / median["fp32"], 1)])
 
@@ -169,9 +183,11 @@ def main() -> int:
     """The script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=common.FAMILIES, help="[default: both]")
-    parser.add_argument("--model", type=Path, help="a checkpoint's folder, in place of mid-size random ones")
-    parser.add_argument("--size", type=int, default=512, help="height and width in pixels")
+    parser.add_argument("--model", help="a checkpoint's folder or name, in place of mid-size random ones")
+    parser.add_argument("--size", type=int, help="height and width in pixels [default: 512, or the checkpoint's own]")
     parser.add_argument("--steps", type=int, help="[default: 4, or the checkpoint's own]")
+    parser.add_argument("--judge", type=int, default=0, metavar="N", help="on N captions, of a demo model")
+    parser.add_argument("--sheet", type=Path, help="draw the prompts in all precisions into that picture")
     parser.add_argument("--prompts", type=Path, help="one a line [default: those of zimg-export verify]")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, metavar="PRECISION")
     parser.add_argument("--repeats", type=int, default=5, help="how often a step is timed")
@@ -182,13 +198,14 @@ def main() -> int:
 
     torch.set_num_threads(common.machine()["cores"])
     prompts = options.prompts.read_text("utf-8").splitlines() if options.prompts else ()
-    given = {"size": options.size, "repeats": options.repeats, "prompts": prompts, "precisions": options.precisions}
+    given = {"repeats": options.repeats, "prompts": prompts, "precisions": options.precisions}
+    given |= {"judge": options.judge, "sheet": options.sheet}
 
     def compare_one(family: str | None, folder: Path) -> dict[str, Any]:
         if family is None:
-            return compare(options.model, folder, steps=options.steps, **given)
+            return compare(options.model, folder, size=options.size, steps=options.steps, **given)
         write_checkpoint(family, folder / "checkpoint", MODELS[family] | {"vae": real_vae(family)})
-        return compare(folder / "checkpoint", folder, steps=options.steps or 4, **given)
+        return compare(folder / "checkpoint", folder, size=options.size or 512, steps=options.steps or 4, **given)
 
     families = [None] if options.model else [options.family] if options.family else common.FAMILIES
     return common.each(families, options, compare_one, report)

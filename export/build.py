@@ -31,7 +31,7 @@ from zimg.engines.errors import OutputError, UsageError
 from zimg.engines.safetensors import TensorInfo
 from zimg.export import catalog
 from zimg.export.assemble import assemble
-from zimg.export.calibrate import Plan, beside, calibrate, default_prompts, finished
+from zimg.export.calibrate import Plan, beside, calibrate, finished
 from zimg.export.checkpoint import Checkpoint, check_tensors, is_dead_text, open_checkpoint
 from zimg.export.formats import SCHEMES, Scheme
 from zimg.export.layout import base_name, graph_name, lora_name
@@ -59,7 +59,7 @@ class Quantizing:
 
     recipe: Recipe | None = None
     """Which linears stay as they are; the family's own recipe where None."""
-    calibration: Plan | Statistics = field(default_factory=lambda: Plan(default_prompts()))
+    calibration: Plan | Statistics = field(default_factory=Plan)
     """What inputs are measured on where they are quantized, or what was measured."""
     from_bundle: Path | None = None
     """A float bundle of the same checkpoint to calibrate on; one is built for it where None."""
@@ -175,7 +175,7 @@ def _settings(
         found_at = beside(float_bundle.root)
         statistics = calibrate(float_bundle, given.calibration, found_at, device=given.device, report=report)
         return replace(settings, statistics=statistics)
-    known_statistics = finished(beside(out), checkpoint.source, merged.loras, given.calibration)
+    known_statistics = finished(beside(out), checkpoint.source, merged.loras, given.calibration.filled(checkpoint.name))
     if known_statistics is None:
         with TemporaryDirectory(prefix=f".{out.name}.", suffix=".float", dir=out.parent) as folder:
             export(checkpoint, Path(folder), "bfloat16", report, merged=merged)

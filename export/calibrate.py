@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from zimg.engines.safetensors import SafetensorsError
 from zimg.engines.torch import TorchEngine, open_engine
 from zimg.engines.torch_graph import load
 from zimg.export.linears import named_linears
+from zimg.export.prompts import calibration_prompts
 from zimg.export.quantize import COMPONENTS
 from zimg.export.statistics import BINS, Input, Statistics
 from zimg.runtime.pipeline import Pipeline
@@ -35,17 +35,16 @@ FEWEST_PROMPTS = 4
 class Plan(msgspec.Struct, frozen=True):
     """What a calibration runs."""
 
-    prompts: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
+    """Where empty, a dozen that the model knows."""
     sizes: tuple[tuple[int, int], ...] = ()
     """Width and height in pixels; the model's default where empty. Each prompt is run at each of them."""
     steps: int | None = None
     """Of each run; the model's default where None."""
 
-
-def default_prompts() -> tuple[str, ...]:
-    """A dozen prompts in English and Chinese: photographs, drawings, letters, crowds and emptiness."""
-    text = (resources.files("zimg.export") / "recipes" / "prompts.txt").read_text("utf-8")
-    return tuple(text.splitlines())
+    def filled(self, name: str) -> Plan:
+        """With the prompts for a checkpoint of this name where it has none."""
+        return msgspec.structs.replace(self, prompts=self.prompts or calibration_prompts(name))
 
 
 def read_prompts(path: Path, fewest: int = FEWEST_PROMPTS) -> tuple[str, ...]:
@@ -97,6 +96,7 @@ def calibrate(
     """
     if bundle.manifest.quantization is not None:
         raise UsageError(f"{bundle.root} is quantized", "calibrate a bundle of --precision bf16 or fp32")
+    plan = plan.filled(bundle.manifest.name)
     if len(plan.prompts) < FEWEST_PROMPTS:
         raise UsageError(f"a calibration needs {FEWEST_PROMPTS} prompts, not {len(plan.prompts)}")
     source = (bundle.manifest.source, bundle.manifest.loras)
@@ -111,6 +111,7 @@ def calibrate(
                     width=width,
                     height=height,
                     num_inference_steps=plan.steps,
+                    negative_prompt=bundle.manifest.defaults.negative_prompt,  # Or Qwen-Image is not guided.
                     seed=index,
                     output_type="latent",
                 )

@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib import resources
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zimg.engines.base import Engine, Feeds, open_engine
-from zimg.engines.bundle import Bundle, Cost, Defaults, Difference
+from zimg.engines.bundle import Bundle, Cost, Difference, Manifest
 from zimg.engines.errors import ZimgError
 from zimg.engines.torch import TorchEngine
 from zimg.engines.torch import open_engine as open_torch
+from zimg.export.prompts import cost_prompts
 from zimg.export.similarity import cosine, psnr, relative_error, ssim
 from zimg.runtime.families import family as family_named
 from zimg.runtime.pipeline import Pipeline
@@ -35,27 +35,23 @@ FIRST_SEED = 1000
 """Calibrations draw from the seeds from 0 on."""
 
 
-def default_prompts() -> tuple[str, ...]:
-    """A few prompts, none of which a calibration uses by default."""
-    text = (resources.files("zimg.export") / "recipes" / "cost_prompts.txt").read_text("utf-8")
-    return tuple(text.splitlines())
-
-
 @dataclass(frozen=True)
 class Trial:
-    """The pictures that are compared. What is None is the bundle's own default."""
+    """The pictures that are compared. What is None, and prompts where there are none, are the bundle's own defaults."""
 
-    prompts: tuple[str, ...] = field(default_factory=default_prompts)
+    prompts: tuple[str, ...] = ()
     width: int | None = None
     height: int | None = None
     steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
 
-    def filled(self, defaults: Defaults) -> Trial:
+    def filled(self, manifest: Manifest) -> Trial:
         """With a bundle's defaults filled in."""
+        defaults = manifest.defaults
         return replace(
             self,
+            prompts=self.prompts or cost_prompts(manifest.name),
             width=self.width or defaults.width,
             height=self.height or defaults.height,
             steps=self.steps or defaults.num_inference_steps,
@@ -110,7 +106,7 @@ def baseline(references: References, trial: Trial, *, device: str | None = None,
         UsageError: the prompts, the size or the steps are none the model takes.
         BackendError: PyTorch cannot run this.
     """
-    trial = trial.filled(references.float32.manifest.defaults)
+    trial = trial.filled(references.float32.manifest)
     with drawing(references.float32, partial(open_torch_in, "float32"), device=device) as draw:
         expected = draw(trial, report=report)
     with drawing(references.bfloat16, partial(open_torch_in, "bfloat16"), device=device) as draw:

@@ -126,7 +126,7 @@ def find_sensitivity(
     Raises:
         ZimgError: whatever went wrong, in one line.
     """
-    from zimg.export.calibrate import Plan, beside, calibrate, default_prompts
+    from zimg.export.calibrate import Plan, beside, calibrate
     from zimg.export.quantize import Settings
     from zimg.export.recipe import Recipe, family_recipe
     from zimg.export.sensitivity import sensitivity
@@ -141,7 +141,7 @@ def find_sensitivity(
         statistics = Statistics.load(calibration)
     elif precision in CALIBRATED:
         sizes = ((pictures.width, pictures.height),) if pictures.width and pictures.height else ()
-        plan = Plan(default_prompts(), sizes, cost_steps)
+        plan = Plan(sizes=sizes, steps=cost_steps)
         statistics = calibrate(bundle, plan, beside(bundle.root), device=device, report=report)
     if target is None:
         target = family_recipe(bundle.manifest.family).bounds[precision].cosine
@@ -161,10 +161,10 @@ def trial(cost_prompts: Path | None, cost_size: str | None, cost_steps: int | No
         UsageError: the prompts cannot be read, or the size is none.
     """
     from zimg.export.calibrate import read_prompts
-    from zimg.export.cost import Trial, default_prompts
+    from zimg.export.cost import Trial
     from zimg.export.ranges import parse_size
 
-    prompts = default_prompts() if cost_prompts is None else read_prompts(cost_prompts, fewest=1)
+    prompts = () if cost_prompts is None else read_prompts(cost_prompts, fewest=1)
     width, height = parse_size(cost_size) if cost_size else (None, None)
     return Trial(prompts, width, height, cost_steps)
 
@@ -229,10 +229,10 @@ def plan(
     Raises:
         UsageError: the prompts cannot be read or are too few, or a size is none.
     """
-    from zimg.export.calibrate import Plan, default_prompts, read_prompts
+    from zimg.export.calibrate import Plan, read_prompts
     from zimg.export.ranges import parse_size
 
-    texts = default_prompts() if prompts is None else read_prompts(prompts)
+    texts = () if prompts is None else read_prompts(prompts)
     return Plan(texts, tuple(map(parse_size, calibration_size)), calibration_steps), calibration_device
 
 

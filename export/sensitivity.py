@@ -107,7 +107,7 @@ def sensitivity(
         raise UsageError(f"the target {target:g} is no cosine to reach", "give a number below 1, such as 0.999")
     if by not in GROUPS:
         raise UsageError(f"linears are not grouped by {by!r}", f"choose one of {', '.join(GROUPS)}")
-    trial = trial.filled(bundle.manifest.defaults)
+    trial = trial.filled(bundle.manifest)
     groups = _groups(bundle, settings, by)
     active: dict[str, set[str]] = {name: set() for name in COMPONENTS}
     with drawing(bundle, partial(_open_switched, settings, active), device=device) as draw:

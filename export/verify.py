@@ -72,7 +72,7 @@ class Measuring:
         if captions is None:
             captions = CAPTIONS if is_known(bundle.manifest.name) else 0
         with references(checkpoint, merged, bundle.root, self.references, report) as found:
-            trial = self.trial.filled(bundle.manifest.defaults)
+            trial = self.trial.filled(bundle.manifest)
             against = baseline(found, trial, device=self.device, report=report)
             cost = measure(bundle, against, backend=self.backend, device=self.device, report=report)
             if captions:

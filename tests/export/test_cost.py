@@ -34,6 +34,7 @@ from zimg.export.cost import (
     past_bound,
 )
 from zimg.export.lora.merge import NOTHING
+from zimg.export.prompts import cost_prompts
 from zimg.export.quantization_cli import gate
 from zimg.export.recipe import Bounds, Recipe, family_recipe
 from zimg.export.references import references
@@ -47,14 +48,7 @@ FAMILIES = ("z-image", "qwen-image")
 
 def float32_runs(bundle: Bundle) -> list[Run]:
     with drawing(bundle, partial(open_torch_in, "float32")) as draw:
-        return draw(TRIAL.filled(bundle.manifest.defaults))
-
-
-def test_default_prompts_are_none_of_a_calibrations():
-    from zimg.export.calibrate import default_prompts
-
-    assert len(cost.default_prompts()) == 3
-    assert not set(cost.default_prompts()) & set(default_prompts())
+        return draw(TRIAL.filled(bundle.manifest))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,7 +91,7 @@ def test_forced_runs_see_the_float32_latents(family, bundle_of):
             engine.run = watched
         return engine
 
-    trial = TRIAL.filled(first.manifest.defaults)
+    trial = TRIAL.filled(first.manifest)
     with drawing(second, opener, backend="onnxruntime") as draw:
         (forced,) = draw(trial, [expected], forced=True)
     fed_alone = list(fed)
@@ -110,11 +104,13 @@ def test_forced_runs_see_the_float32_latents(family, bundle_of):
         np.testing.assert_allclose(one, other, atol=1e-3)
 
 
-def test_what_is_left_open_is_the_bundles_default():
-    defaults = Defaults(8, 0.0, 512, 1024, " ")
-    filled = Trial(("a",), width=64).filled(defaults)
-    assert filled == Trial(("a",), 64, 512, 8, 0.0, " ")
-    assert filled.filled(Defaults(9, 1.0, 1, 2, "x")) == filled
+def test_what_is_left_open_is_the_bundles_default(bundle_of):
+    manifest = Bundle.open(bundle_of("z-image")).manifest
+    manifest = msgspec.structs.replace(manifest, defaults=Defaults(8, 0.0, 512, 1024, " "))
+    filled = Trial(width=64).filled(manifest)
+    assert filled == Trial(cost_prompts(manifest.name), 64, 512, 8, 0.0, " ")
+    assert filled.filled(msgspec.structs.replace(manifest, defaults=Defaults(9, 1.0, 1, 2, "x"))) == filled
+    assert Trial(("a",)).filled(manifest).prompts == ("a",)
 
 
 def make_run(seed: int, scale: float = 1.0) -> Run:

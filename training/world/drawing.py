@@ -157,12 +157,11 @@ def _background(background: Background, width: int, height: int) -> Image.Image:
     ground = np.array(GROUNDS[background.ground], np.float64)
     shade = ground + (24 if ground.mean() < 128 else -20)
     y, x = np.mgrid[:height, :width]
-    along = y if background.vertical else x
     if background.texture == "gradient":
-        share = along / along.max()
+        share = y / y.max()
         shade = np.array(GROUNDS[background.other or background.ground], np.float64)
     elif background.texture == "striped":
-        share = x // (PERIOD // 2) % 2 if background.vertical else y // (PERIOD // 2) % 2
+        share = x // (PERIOD // 2) % 2
     elif background.texture == "checked":
         share = (x // PERIOD + y // PERIOD) % 2
     elif background.texture == "dotted":

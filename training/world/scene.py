@@ -33,15 +33,13 @@ class Background:
     Attributes:
         texture: one of ``words.TEXTURES``.
         ground: its colour, one of ``words.GROUNDS``.
-        other: the second colour of a gradient.
-        vertical: stripes run, or a gradient goes, from the top to the bottom.
+        other: the second colour of a gradient, which is at the bottom.
         told: whether the caption tells it; a background it does not tell is plain white.
     """
 
     texture: str = "plain"
     ground: str = "white"
     other: str | None = None
-    vertical: bool = True
     told: bool = False
 
 

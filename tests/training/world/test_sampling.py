@@ -8,6 +8,7 @@ import pytest
 
 from zimg.engines.errors import UsageError
 from zimg.training.world import words
+from zimg.training.world.captions import caption
 from zimg.training.world.sampling import SIZES, held_out, sample
 from zimg.training.world.scene import Scene
 
@@ -84,6 +85,17 @@ def test_things_lie_in_the_picture_and_apart() -> None:
 def test_what_is_not_told_is_plain_white() -> None:
     for scene in TRAIN:
         assert scene.background.told or (scene.background.texture, scene.background.ground) == ("plain", "white")
+
+
+def test_a_caption_leaves_nothing_open() -> None:
+    """Pictures of one size with one caption are one picture."""
+    pictures: dict[tuple[str, int, int], tuple[object, ...]] = {}
+    repeated = 0
+    for scene in TRAIN + TEST:
+        key, shown = (caption(scene), scene.width, scene.height), (set(scene.things), scene.background, scene.writing)
+        repeated += key in pictures
+        assert pictures.setdefault(key, shown) == shown, key
+    assert repeated > 100
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
