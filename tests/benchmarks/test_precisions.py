@@ -3,6 +3,8 @@ from __future__ import annotations
 import precisions
 import pytest
 
+from zimg.runtime import demo
+
 
 def test_a_tiny_model(checkpoint_of, tmp_path, capsys):
     result = precisions.compare(
@@ -19,6 +21,16 @@ def test_a_tiny_model(checkpoint_of, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
     assert any(line.startswith("| int4-weights | ") for line in lines)
+
+
+@pytest.mark.parametrize("name", demo.NAMES)
+def test_gates_of_the_demo_models(name, tmp_path):
+    """What the eight bits of the families' own recipes cost in the velocity of a trained model."""
+    found = precisions.compare(name, tmp_path, size=None, steps=6, repeats=1, precisions=["fp8", "int8"])["precisions"]
+    least = {precision: min(found[precision]["cost"]["velocity_cosine"]) for precision in ("bf16", "fp8", "int8")}
+    assert least["bf16"] > 0.9999
+    assert least["fp8"] >= 0.999
+    assert least["int8"] >= 0.998
 
 
 @pytest.mark.parametrize(("seconds", "code"), [([0.5, 0.7, 9.0], 0), ([1.1, 1.0, 1.2], 1)])
