@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MOST_PROMPTS = 1000
 GAP, MARGIN, TEXT = 4, 10, 14
 """Between pictures of a cell, around a cell, and the height of letters, in pixels."""
-PAPER, INK = (255, 255, 255), (60, 60, 60)
+PAPER, INK, FRAME = (255, 255, 255), (60, 60, 60), (215, 215, 215)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -122,6 +122,7 @@ def compose(captions: Sequence[str], cells: Sequence[Sequence[Image]], columns: 
             pen.text((x, y + tall + 4 + index * (TEXT + 4)), line, fill=INK, font=font)
         for picture in cell:
             page.paste(picture, (x, y))
+            pen.rectangle((x - 1, y - 1, x + picture.width, y + picture.height), outline=FRAME)
             x += picture.width + GAP
     return page
 
