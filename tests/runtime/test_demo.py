@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.commands import invoke
 from zimg.engines.bundle import Bundle
 from zimg.engines.errors import BundleError
+from zimg.export.cli import main
 from zimg.runtime import Pipeline, demo
 from zimg.training.accuracy import accuracy
 from zimg.training.judge import Present, Related, judge
@@ -110,3 +112,7 @@ def test_it_is_a_checkpoint_too(name: str) -> None:
 def test_they_are_small() -> None:
     weights = [file for name in demo.NAMES for file in demo.locate(name).rglob("*.safetensors")]
     assert sum(file.stat().st_size for file in weights) <= 12e6
+
+
+def test_carried_models_stay_as_they_are() -> None:
+    invoke(main, "swap-lora", "zimg-tiny-z", "--lora", "any.safetensors").assert_refused("comes with zimg", 2)
