@@ -160,6 +160,22 @@ def save(path: Path | None, facts: dict[str, Any], results: Any) -> None:
     path.write_text(text + "\n")
 
 
+def parser(about: str | None, *, families: bool = True, folder: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options that the scripts share: ``--family``, ``--folder`` and ``--json``."""
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if families:
+        made.add_argument("--family", choices=FAMILIES, help="[default: both]")
+    if folder:
+        made.add_argument("--folder", type=Path, help="where to make the temporary folder [default: the system's]")
+    made.add_argument("--json", type=Path, help="write the figures there as well")
+    return made
+
+
+def families(options: argparse.Namespace) -> tuple[str, ...]:
+    """Those that ``--family`` asks for."""
+    return (options.family,) if options.family else FAMILIES
+
+
 def each(
     cases: Iterable[Any],
     options: argparse.Namespace,

@@ -10,7 +10,6 @@ installed, as it is for the tests (``make test-tensorrt`` lays it out, ``PYTHONP
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -108,21 +107,18 @@ def report(family: str, found: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """The script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=common.FAMILIES, help="[default: both]")
+    parser = common.parser(__doc__)
     parser.add_argument("--blocks", type=int, help="the most blocks in one engine [default: what the memory allows]")
     parser.add_argument("--first", type=int, help="compile only so many chunks")
     parser.add_argument("--size", default="1024x1024", help="the one size to serve")
     parser.add_argument("--min-size", help="with --max-size: serve a span of sizes instead")
     parser.add_argument("--max-size", help="the largest of it")
     parser.add_argument("--tiny", action="store_true", help="tiny blocks, for a trial")
-    parser.add_argument("--folder", type=Path, help="where to work, with room for a chunk's checkpoint and engine")
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
     span = [f"--{name}={getattr(options, name.replace('-', '_'))}" for name in ("min-size", "max-size")]
     sizes = span if options.max_size else ["--size", options.size]
     facts, results = common.machine(), {}
-    for family in [options.family] if options.family else common.FAMILIES:
+    for family in common.families(options):
         configs = chunks(family, tiny=options.tiny, blocks=options.blocks)
         found = []
         for number, config in enumerate(configs[: options.first], 1):

@@ -280,21 +280,19 @@ def report(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """The script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=common.FAMILIES, help="[default: both]")
+    parser = common.parser(__doc__, folder=False)
     parser.add_argument("--size", type=int, default=512, help="height and width in pixels")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each contestant")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="let torch.compile take part"
     )
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
     facts, results = common.machine(), []
     import torch
 
     torch.set_num_threads(facts["cores"])
-    for family in [options.family] if options.family else common.FAMILIES:
+    for family in common.families(options):
         with tempfile.TemporaryDirectory(prefix="zimg-cpu-vs-diffusers-") as folder:
             result = compare(
                 family,

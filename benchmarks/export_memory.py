@@ -10,7 +10,6 @@ at the end. Exits with 1 where a bound is broken.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -109,15 +108,12 @@ def report(result: dict[str, Any]) -> int:
 
 def main() -> int:
     """The script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=common.FAMILIES, help="[default: both]")
+    parser = common.parser(__doc__)
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of the bundle")
     parser.add_argument("--stored", choices=["bf16", "fp32"], default="bf16", help="of the checkpoint's transformer")
-    parser.add_argument("--folder", type=Path, help="where to make the temporary folder [default: the system's]")
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
     return common.each(
-        [options.family] if options.family else common.FAMILIES,
+        common.families(options),
         options,
         lambda family, folder: export(family, folder, precision=options.precision, stored=options.stored),
         report,

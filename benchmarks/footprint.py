@@ -8,7 +8,6 @@ python benchmarks/footprint.py --no-install      # without setting up a fresh en
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -166,14 +165,13 @@ def report(results: dict[str, Any]) -> int:
 
 def main() -> int:
     """The script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, families=False, folder=False)
     parser.add_argument("--repeats", type=int, default=5, help="interpreters started of each kind")
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[BOUNDED_SIZE], help="of the demo's pictures, in pixels"
     )
     parser.add_argument("--steps", type=int, default=4, help="denoising steps of the demo's pictures")
     parser.add_argument("--no-install", action="store_true", help="do not measure a fresh install")
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
     results: dict[str, Any] = {
         "start": starts(options.repeats),

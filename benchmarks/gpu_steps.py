@@ -15,7 +15,6 @@ Disk: the weights in bfloat16 (12.3 GB and 40.9 GB), and with TensorRT its plan,
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -154,8 +153,7 @@ def report(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """The script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=common.FAMILIES, help="[default: both]")
+    parser = common.parser(__doc__)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME")
     parser.add_argument("--height", type=int, default=1024, help="in pixels")
     parser.add_argument("--width", type=int, default=1024, help="in pixels")
@@ -166,8 +164,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs")
     parser.add_argument("--warmup", type=int, default=3, help="steps that do not count, after the first")
     parser.add_argument("--repeats", type=int, default=20, help="steps that count")
-    parser.add_argument("--folder", type=Path, help="where to make the temporary folder [default: the system's]")
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = vars(parser.parse_args())
     family, names, where, path = (options.pop(name) for name in ("family", "contestants", "folder", "json"))
     facts, results = common.machine() | {"cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES")}, []

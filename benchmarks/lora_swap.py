@@ -10,7 +10,6 @@ is not 20 times as fast.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,19 +119,16 @@ def report(result: Mapping[str, Any]) -> int:
 
 def main() -> int:
     """The script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=common.FAMILIES, help="[default: both]")
+    parser = common.parser(__doc__)
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of the bundles [default: bf16]")
     parser.add_argument("--repeats", type=int, default=3, help="how often to swap")
-    parser.add_argument("--folder", type=Path, help="where to make the temporary folder [default: the system's]")
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
 
     def compare_one(family: str, folder: Path) -> dict[str, Any]:
         overrides = MODELS[family] | {"vae": real_vae(family)}
         return compare(family, folder, precision=options.precision, repeats=options.repeats, overrides=overrides)
 
-    return common.each([options.family] if options.family else common.FAMILIES, options, compare_one, report)
+    return common.each(common.families(options), options, compare_one, report)
 
 
 if __name__ == "__main__":

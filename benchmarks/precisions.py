@@ -11,7 +11,6 @@ float32.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import time
@@ -26,6 +25,8 @@ from lora_swap import write_checkpoint
 
 PRECISIONS = ("fp32", "bf16", "fp8", "int8", "int8-weights", "int4-weights")
 CALIBRATION_STEPS = 4
+MID_SIZE = 10**8
+"""Models of fewer parameters spend their time elsewhere than in multiplying."""
 
 
 def compare(
@@ -164,7 +165,7 @@ def report(result: Mapping[str, Any]) -> int:
     parameters = f"{result['parameters'] / 1e6:.0f} million parameters"
     pictures = f"{result['prompts']} pictures of {result['size']}x{result['size']} in {result['steps']} steps"
     print(f"\n{result['name']} ({result['family']}, {parameters}), {pictures}\n\n{markdown(header + judged, rows)}\n")
-    if "int8" not in found or judged:
+    if "int8" not in found or result["parameters"] < MID_SIZE:
         return 0
     return common.broken_bounds([("an INT8 step's share of a float32 step's time", median["int8"] / median["fp32"], 1)])
 
@@ -181,8 +182,7 @@ def _cost(cost: Mapping[str, Any]) -> tuple[str, str, str, str]:
 
 def main() -> int:
     """The script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=common.FAMILIES, help="[default: both]")
+    parser = common.parser(__doc__)
     parser.add_argument("--model", help="a checkpoint's folder or name, in place of mid-size random ones")
     parser.add_argument("--size", type=int, help="height and width in pixels [default: 512, or the checkpoint's own]")
     parser.add_argument("--steps", type=int, help="[default: 4, or the checkpoint's own]")
@@ -191,8 +191,6 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, help="one a line [default: those of zimg-export verify]")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, metavar="PRECISION")
     parser.add_argument("--repeats", type=int, default=5, help="how often a step is timed")
-    parser.add_argument("--folder", type=Path, help="where to make the temporary folder [default: the system's]")
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
     import torch
 
@@ -207,7 +205,7 @@ def main() -> int:
         write_checkpoint(family, folder / "checkpoint", MODELS[family] | {"vae": real_vae(family)})
         return compare(folder / "checkpoint", folder, size=options.size or 512, steps=options.steps or 4, **given)
 
-    families = [None] if options.model else [options.family] if options.family else common.FAMILIES
+    families = [None] if options.model else common.families(options)
     return common.each(families, options, compare_one, report)
 
 

@@ -222,7 +222,7 @@ def train_demo(
             data,
             with_vae,
             replace(vae or VAE[family], seed=seed),
-            resume=run_of(with_vae).exists(),
+            resume=(run_of(with_vae) / "state.safetensors").exists(),
             report=report,
             log=log,
         )

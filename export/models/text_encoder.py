@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen3Config
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen3Config
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, Qwen2_5_VLRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
@@ -25,7 +25,7 @@ from zimg.export.parts import Input, Part
 
 
 def text_config(config: Mapping[str, Any]) -> Any:
-    """Build transformers' config of the text model from ``text_encoder/config.json``.
+    """Build transformers' config of the text model from ``text_encoder/config.json``, or from its text part alone.
 
     Raises:
         CheckpointError: another model type, or a RoPE scaling or window that zimg does not implement.
@@ -35,6 +35,8 @@ def text_config(config: Mapping[str, Any]) -> Any:
         parsed = Qwen3Config.from_dict(dict(config))
     elif kind == "qwen2_5_vl":
         parsed = Qwen2_5_VLConfig.from_dict(dict(config)).get_text_config()
+    elif kind == "qwen2_5_vl_text":
+        parsed = Qwen2_5_VLTextConfig.from_dict(dict(config))
     else:
         raise CheckpointError(f"text_encoder/config.json has model_type {kind!r}; zimg supports qwen3 and qwen2_5_vl")
     scaling = parsed.rope_parameters.get("rope_type", "default")

@@ -110,9 +110,16 @@ def _rounded_but(names, folder):
     return Bundle.open(folder)
 
 
-@pytest.mark.parametrize("by", ["kind", "block"])
-def test_the_recipe_holds(by, bundle_of, monkeypatch):
-    bundle = Bundle.open(bundle_of("z-image"))
+@pytest.mark.parametrize(
+    ("family", "by", "wanted"),
+    [
+        ("z-image", "kind", "layers.*.attention.to_q.weight"),
+        ("z-image", "block", "layers.0.*"),
+        ("qwen-image", "kind", "transformer_blocks.*.attn.to_q.weight"),
+    ],
+)
+def test_the_recipe_holds(family, by, wanted, bundle_of):
+    bundle = Bundle.open(bundle_of(family))
     settings = Settings("int4-weights", Recipe())
     seen: list[tuple[str, int, int]] = []
     found = sensitivity.sensitivity(bundle, settings, TRIAL, 0.9999, by=by, report=lambda *given: seen.append(given))
@@ -124,7 +131,6 @@ def test_the_recipe_holds(by, bundle_of, monkeypatch):
     assert 0 < found.kept <= len(found.groups)
     assert found.all.relative > max(group.alone.relative for group in found.groups[1:]) / 2
     patterns = [group.pattern for group in found.groups]
-    wanted = "layers.0.*" if by == "block" else "layers.*.attention.to_q.weight"
     assert wanted in patterns and len(set(zip(patterns, cosines, strict=True))) == len(patterns)
     # A low target needs nothing to be kept.
     easy = replace(found, kept=0)

@@ -42,7 +42,8 @@ def test_long_captions_wrap_within_their_cell() -> None:
     long = "a large orange crescent moon to the right of a small light green rhombus on a striped lavender background"
     page = compose([long, "short"], [pictures("red"), pictures("blue")], 2)
     pixels = np.asarray(page)
-    assert (pixels[MARGIN + 96 :, 148 - MARGIN : 148 + MARGIN] == PAPER).all()
+    below_the_frames = MARGIN + 96 + 1
+    assert (pixels[below_the_frames:, 148 - MARGIN : 148 + MARGIN] == PAPER).all()
     assert page.height > 96 + 2 * MARGIN + 5 * 14
 
 

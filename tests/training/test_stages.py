@@ -131,6 +131,19 @@ def test_a_failed_world_leaves_nothing_to_mistake(tmp_path: Path) -> None:
     train_demo("z-image", tmp_path / "a", make_data=toy.dataset, configs=toy.CONFIGS["z-image"], resume=True, **QUICK)
 
 
+def test_a_stage_that_has_saved_nothing_begins_anew(tmp_path: Path) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        assert stage == "vae"
+        raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"make_data": toy.dataset, "configs": toy.CONFIGS["z-image"], **QUICK}
+    with pytest.raises(KeyboardInterrupt):
+        train_demo("z-image", tmp_path / "a", report=stop, **options)
+    assert run_of(tmp_path / "a.run" / "with-vae").is_dir()
+    train_demo("z-image", tmp_path / "a", resume=True, **options)
+    assert (tmp_path / "a").is_dir()
+
+
 def test_both_demo_models_together_are_at_most_12_megabytes(tmp_path: Path) -> None:
     data, size = toy.dataset(tmp_path / "data"), 0
     for family, configs in DEMO.items():

@@ -88,8 +88,8 @@ def _scene(rng: random.Random, count: int, width: int, height: int) -> Scene:
     elif count == 1 and rng.random() < 0.5:
         place = rng.choice(PLACES)
     arrangement, told = (None, False) if count == 1 else (rng.choice(("row", "column")), rng.random() < 0.9)
-    if arrangement and not told:
-        arrangement = "row"
+    if count > 1 and not told:
+        arrangement = "row"  # A caption that leaves it open means this one.
     cells = _cells(width, height, count, arrangement, place, writing)
     room = (count, 1) if arrangement == "row" else (1, count)
     if place not in {None, "centre"} or writing:

@@ -77,6 +77,12 @@ def test_flat_config_of_older_files():
     assert text_config(flat).num_key_value_heads == 1
 
 
+def test_the_text_part_alone():
+    """As bundles keep it."""
+    whole = Qwen2_5_VLConfig(text_config=QWEN2, vision_config=VISION).to_dict()
+    assert text_config(text_part(whole)).to_diff_dict() == text_config(whole).to_diff_dict()
+
+
 def test_dead_tensors():
     config = QWEN3 | {"model_type": "qwen3"}
     assert is_dead(config, "layers.2.mlp.up_proj.weight")
