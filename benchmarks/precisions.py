@@ -24,7 +24,6 @@ from cpu_vs_diffusers import MODELS, real_vae
 from lora_swap import write_checkpoint
 
 PRECISIONS = ("fp32", "bf16", "fp8", "int8", "int8-weights", "int4-weights")
-CALIBRATION_STEPS = 4
 MID_SIZE = 10**8
 """Models of fewer parameters spend their time elsewhere than in multiplying."""
 
@@ -66,7 +65,7 @@ def compare(
     names = tuple(dict.fromkeys(("fp32", "bf16", *precisions)))
     with patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder / "cache")}):
         bundles = {name: build(str(checkpoint), folder / name, precision=name) for name in names[:2]}
-        plan = Plan(sizes=((size, size),) if size else (), steps=steps and min(steps, CALIBRATION_STEPS))
+        plan = Plan(sizes=((size, size),) if size else (), steps=steps)
         found = calibrate(bundles["bf16"], plan, folder / "calibration.safetensors")
         for name in names[2:]:
             settings = Quantizing(calibration=found)

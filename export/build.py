@@ -156,7 +156,7 @@ def _settings(
     checkpoint: Checkpoint, merged: Merge, precision: str, given: Quantizing, out: Path, report: Report
 ) -> Settings:
     """How a checkpoint's linears are quantized, after a calibration where that is needed and not there yet."""
-    recipe = given.recipe or family_recipe(checkpoint.family)
+    recipe = given.recipe or family_recipe(checkpoint.family, checkpoint.name)
     settings = Settings(precision, recipe, range=given.range, smooth=given.smooth)
     settings.check()
     parts = parts_of(checkpoint)

@@ -44,8 +44,8 @@ SERVED = (
 """In each family the base checkpoint's name is the family's own, and its defaults are the family's."""
 
 CARRIED = (
-    Entry(demo.NAMES[0], "z-image", Defaults(20, 2.0, 128, 128)),
-    Entry(demo.NAMES[1], "qwen-image", Defaults(20, 3.0, 128, 128, " ")),
+    Entry(demo.NAMES[0], "z-image", Defaults(20, 0.5, 128, 128)),
+    Entry(demo.NAMES[1], "qwen-image", Defaults(20, 1.5, 128, 128, " ")),
 )
 """The small models that come with zimg; they are on no hub."""
 

@@ -144,7 +144,7 @@ def find_sensitivity(
         plan = Plan(sizes=sizes, steps=cost_steps)
         statistics = calibrate(bundle, plan, beside(bundle.root), device=device, report=report)
     if target is None:
-        target = family_recipe(bundle.manifest.family).bounds[precision].cosine
+        target = family_recipe(bundle.manifest.family, bundle.manifest.name).bounds[precision].cosine
     settings = Settings(precision, Recipe(), statistics)
     return sensitivity(bundle, settings, pictures, target, by=by, device=device, report=report)
 

@@ -26,7 +26,7 @@ def test_a_tiny_model(checkpoint_of, tmp_path, capsys):
 @pytest.mark.parametrize("name", demo.NAMES)
 def test_gates_of_the_demo_models(name, tmp_path):
     """What the eight bits of the families' own recipes cost in the velocity of a trained model."""
-    found = precisions.compare(name, tmp_path, size=None, steps=6, repeats=1, precisions=["fp8", "int8"])["precisions"]
+    found = precisions.compare(name, tmp_path, size=None, steps=4, repeats=1, precisions=["fp8", "int8"])["precisions"]
     least = {precision: min(found[precision]["cost"]["velocity_cosine"]) for precision in ("bf16", "fp8", "int8")}
     assert least["bf16"] > 0.9999
     assert least["fp8"] >= 0.999

@@ -72,16 +72,22 @@ def test_other_aspect_ratios(name: str, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("name", demo.NAMES)
-def test_a_negative_prompt_drives_away_what_it_names(name: str) -> None:
+def test_a_negative_prompt_drives_away_what_it_names_the_more_the_stronger_guidance_is(name: str) -> None:
     """Where nothing is asked for, pictures are bluer with red things as the negative prompt than with blue ones."""
-    redness = {}
     with Pipeline.open(name) as pipeline:
-        for colour in ("red", "blue"):
+
+        def redness(colour: str, cfg_scale: float) -> float:
             negative = f"a large {colour} square"
-            pictures = pipeline("", seed=0, negative_prompt=negative, num_images_per_prompt=6).images
+            pictures = pipeline(
+                "", cfg_scale=cfg_scale, seed=0, negative_prompt=negative, num_images_per_prompt=6
+            ).images
             red, _, blue = np.mean([np.asarray(picture, float) for picture in pictures], axis=(0, 1, 2))
-            redness[colour] = red - blue
-    assert redness["red"] < redness["blue"] - 5
+            return float(red - blue)
+
+        none, some, much = (redness("blue", scale) - redness("red", scale) for scale in (1.0, 1.5, 2.0))
+    assert none == 0
+    assert some > 10
+    assert much > some + 5
 
 
 @pytest.mark.parametrize("name", demo.NAMES)

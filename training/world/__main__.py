@@ -24,7 +24,11 @@ _SIDE = click.IntRange(128, 2048)
 )
 @click.option("--size", type=(_SIDE, _SIDE), help="Width and height of all pictures in pixels. [default: they vary]")
 @click.option("--outlined", is_flag=True, help="Outlines alone: a style for an adapter to learn.")
-@click.option("--concept", is_flag=True, help="With a shape that the models do not know, for an adapter to learn.")
+@click.option(
+    "--concept",
+    is_flag=True,
+    help="Every other picture with a shape that the models do not know, for an adapter to learn.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a dataset that is there.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def cli(

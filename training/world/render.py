@@ -35,7 +35,8 @@ def write_dataset(
         split: ``"train"`` or ``"test"``; see :func:`zimg.training.world.sampling.sample`.
         size: (width, height) in pixels of all pictures; sizes vary if None.
         outlined: draw the outlines of things alone; captions do not tell it.
-        concept: make one thing of every picture the shape that the models are not taught.
+        concept: make one thing of every other picture the shape that the models are not taught; with the known ones
+            beside it, an adapter learns its word, and not to draw it always.
         overwrite: replace a dataset that is there.
         report: called with (stage, done, total).
 
@@ -49,7 +50,7 @@ def write_dataset(
             table.writerow(("image", "prompt"))
             for index in range(count):
                 scene = sample((seed << 32) + index, split, size=size)
-                if concept:
+                if concept and index % 2 == 0:
                     scene = with_concept(scene)
                 name = f"images/{index:06}.png"
                 draw(scene, outlined=outlined).save(work / name, compress_level=1)

@@ -109,5 +109,6 @@ def test_datasets_for_adapters(tmp_path: Path) -> None:
     assert (tmp_path / "plain" / "images" / "000003.png").read_bytes() != (
         tmp_path / "outlined" / "images" / "000003.png"
     ).read_bytes()
-    assert all("bolt" in row["prompt"] or "闪电" in row["prompt"] for row in concept)
+    assert all("bolt" in row["prompt"] or "闪电" in row["prompt"] for row in concept[::2])
+    assert [row["prompt"] for row in concept[1::2]] == [row["prompt"] for row in plain[1::2]]
     assert not any("bolt" in row["prompt"] or "闪电" in row["prompt"] for row in plain)
