@@ -11,15 +11,16 @@ from zimg.export.checkpoint import PICKLES
 from zimg.export.lora.formats import read_lora
 from zimg.export.lora.names import families, squash
 from zimg.export.lora.source import SUFFIX, find_lora
+from zimg.runtime import demo
 
 
 def is_lora(argument: str) -> bool:
     """Whether an argument names a LoRA rather than a checkpoint: a weight file, or a folder with nothing but such."""
-    path = Path(argument).expanduser()
+    path = demo.locate_lora(argument).expanduser()
     if path.is_dir():
         has_weights = any(file.suffix in (SUFFIX, *PICKLES) for file in path.iterdir())
         return has_weights and not (path / "model_index.json").exists() and not (path / "transformer").exists()
-    return argument.endswith((SUFFIX, *PICKLES))
+    return path.name.endswith((SUFFIX, *PICKLES))
 
 
 def summary(argument: str, hub: str = "huggingface") -> dict[str, Any]:

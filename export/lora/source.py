@@ -11,6 +11,7 @@ from pathlib import Path
 from zimg.engines.errors import LoraError, UsageError
 from zimg.export import hub
 from zimg.export.checkpoint import PICKLES
+from zimg.runtime import demo
 
 SUFFIX = ".safetensors"
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -34,8 +35,8 @@ def find_lora(argument: str, hub_name: str = "huggingface") -> LoraFile:
     """Find the file that an argument names, and fetch it if it is on a hub.
 
     Args:
-        argument: ``FILE``, ``FOLDER``, ``owner/name/file.safetensors`` or ``owner/name:file.safetensors``, and
-            ``:SCALE`` after it for another scale than 1. What exists as a path is a path.
+        argument: ``FILE``, ``FOLDER``, ``owner/name/file.safetensors``, ``owner/name:file.safetensors`` or the name
+            of one that zimg carries, and ``:SCALE`` after it for another scale than 1. What exists as a path is one.
         hub_name: ``"huggingface"`` or ``"modelscope"``.
 
     Raises:
@@ -63,7 +64,7 @@ def find_lora(argument: str, hub_name: str = "huggingface") -> LoraFile:
 
 
 def _expanded(name: str) -> Path:
-    return Path(name).expanduser() if name.startswith("~/") else Path(name)
+    return Path(name).expanduser() if name.startswith("~/") else demo.locate_lora(name)
 
 
 def _split_scale(argument: str) -> tuple[str, float]:

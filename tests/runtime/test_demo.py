@@ -110,9 +110,10 @@ def test_it_is_a_checkpoint_too(name: str) -> None:
         call = {"num_inference_steps": 6, "height": 128, "width": 128, key: scale, "negative_prompt": " "}
         own = pipeline(PROMPT, seed=0, output_type="np", **call).images
     theirs = reference(PROMPT, generator=torch.Generator().manual_seed(0), output_type="np", **call).images
-    # Trained networks make more of the last digits than random ones: one level of 255 at the edges of things.
-    assert np.abs(own - theirs).max() < 1e-2
-    assert np.abs(own - theirs).mean() < 1e-4
+    # A bundle in bfloat16 keeps Qwen-Image's modulation table in it, which shows at the edges of things.
+    largest, mean = (1e-4, 1e-6) if name == "zimg-tiny-z" else (1e-2, 1e-4)
+    assert np.abs(own - theirs).max() < largest
+    assert np.abs(own - theirs).mean() < mean
 
 
 def test_they_are_small() -> None:
