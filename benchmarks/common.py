@@ -160,10 +160,10 @@ def save(path: Path | None, facts: dict[str, Any], results: Any) -> None:
     path.write_text(text + "\n")
 
 
-def parser(about: str | None, *, families: bool = True, folder: bool = True) -> argparse.ArgumentParser:
+def parser(about: str | None, *, family: bool = True, folder: bool = True) -> argparse.ArgumentParser:
     """A parser with the options that the scripts share: ``--family``, ``--folder`` and ``--json``."""
     made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if families:
+    if family:
         made.add_argument("--family", choices=FAMILIES, help="[default: both]")
     if folder:
         made.add_argument("--folder", type=Path, help="where to make the temporary folder [default: the system's]")

@@ -165,7 +165,7 @@ def report(results: dict[str, Any]) -> int:
 
 def main() -> int:
     """The script."""
-    parser = common.parser(__doc__, families=False, folder=False)
+    parser = common.parser(__doc__, family=False, folder=False)
     parser.add_argument("--repeats", type=int, default=5, help="interpreters started of each kind")
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[BOUNDED_SIZE], help="of the demo's pictures, in pixels"

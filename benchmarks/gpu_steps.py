@@ -164,10 +164,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs")
     parser.add_argument("--warmup", type=int, default=3, help="steps that do not count, after the first")
     parser.add_argument("--repeats", type=int, default=20, help="steps that count")
-    options = vars(parser.parse_args())
-    family, names, where, path = (options.pop(name) for name in ("family", "contestants", "folder", "json"))
+    parsed = parser.parse_args()
+    options = vars(parsed).copy()
+    _, names, where, path = (options.pop(name) for name in ("family", "contestants", "folder", "json"))
     facts, results = common.machine() | {"cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES")}, []
-    for each in [family] if family else common.FAMILIES:
+    for each in common.families(parsed):
         with tempfile.TemporaryDirectory(prefix="zimg-gpu-steps-", dir=where) as folder:
             results.append(compare(Path(folder), Settings(each, **options), names))
         print(report(results[-1]), flush=True)

@@ -19,7 +19,7 @@ from zimg.training.configs import DEMO, LEARNED_TOKENS
 from zimg.training.dataset import Dataset, read_dataset
 from zimg.training.diffusion import denoiser_task
 from zimg.training.latents import cache_latents
-from zimg.training.loop import Log, Settings, train
+from zimg.training.loop import STATE, Log, Settings, train
 from zimg.training.lora import lora_task, write_lora
 from zimg.training.tokenizer import train_tokenizer
 from zimg.training.vae import AutoencoderTask, measure, stored_autoencoder
@@ -222,23 +222,27 @@ def train_demo(
             data,
             with_vae,
             replace(vae or VAE[family], seed=seed),
-            resume=(run_of(with_vae) / "state.safetensors").exists(),
+            resume=_has_state(with_vae),
             report=report,
             log=log,
         )
     finished = run / "finished"
     if not finished.exists():
-        goes_on = (run_of(finished) / "state.safetensors").exists()
         train_diffusion(
             with_vae,
             data,
             finished,
             replace(diffusion or DIFFUSION[family], seed=seed),
-            resume=goes_on,
+            resume=_has_state(finished),
             report=report,
             log=log,
         )
     derive_checkpoint(finished, out, {})
+
+
+def _has_state(out: Path) -> bool:
+    """Whether a stage was begun that can go on: one that was stopped before its first state begins anew."""
+    return (run_of(out) / STATE).exists()
 
 
 def _refuse_existing(out: Path) -> None:
