@@ -190,6 +190,8 @@ class Difference(msgspec.Struct, frozen=True):
     """Of the pictures, in dB, from their mean squared error; None where there is none."""
     ssim: float
     """The mean over pictures."""
+    lpips: float | None = None
+    """Likewise; None where it could not be measured."""
 
 
 class Cost(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -21,6 +21,7 @@ from zimg.engines.bundle import Bundle, Cost, Difference, Manifest
 from zimg.engines.errors import ZimgError
 from zimg.engines.torch import TorchEngine
 from zimg.engines.torch import open_engine as open_torch
+from zimg.export.perceptual import lpips
 from zimg.export.prompts import cost_prompts
 from zimg.export.similarity import cosine, psnr, relative_error, ssim
 from zimg.runtime.families import family as family_named
@@ -208,6 +209,7 @@ def difference(expected: Sequence[Run], forced: Sequence[Run], free: Sequence[Ru
         latents_cosine=tuple(min(values) for _, values in latents),
         psnr=psnr(squared),
         ssim=float(np.mean([ssim(own, other) for own, other in pairs])),
+        lpips=float(np.mean([distance(own, other) for own, other in pairs])) if (distance := lpips()) else None,
     )
     measured = (result.velocity_relative, result.latents_relative, (squared, result.ssim))
     if not all(np.isfinite(value) for values in measured for value in values):

@@ -141,6 +141,8 @@ def cost_lines(cost: dict[str, Any]) -> list[str]:
         )
         latents = f"last latents {entry['latents_relative'][-1]:.2g} off"
         picture = "the same" if entry["psnr"] is None else f"PSNR {entry['psnr']:.1f} dB, SSIM {entry['ssim']:.4f}"
+        if entry["psnr"] is not None and entry.get("lpips") is not None:
+            picture += f", LPIPS {entry['lpips']:.4f}"
         lines.append(f"  {name:<8}{worst}; {latents}; {picture}")
     if captions := cost.get("captions"):
         told = {"one": "one thing", "two": "two things"}
