@@ -22,6 +22,7 @@ PRECISIONS = ("bf16", "fp32", "int8-weights", "int4-weights")
 PEAK_GIB = 3.0
 DENOISER_MB = 1.0
 BLOCK_NODES = 100
+STORED_OTHERWISE = ("Cast", "DequantizeLinear")
 BLOCK_GRAPHS = ("denoiser", "conditioner", "text_encoder")
 
 
@@ -67,13 +68,14 @@ def disk_use(bundle: Path) -> dict[str, int]:
 def graph_size(path: Path) -> dict[str, int]:
     """The size of an ONNX file, the nodes of its graph and those of its largest function.
 
-    Graphs that compute in float32 on bfloat16 weights begin with a cast of each; those are not counted.
+    Functions begin with a cast of each weight that is stored in another element type, and a dequantization of each that
+    is quantized; those are not counted.
     """
     import onnx
 
     model = onnx.load(path, load_external_data=False)
     functions = [
-        sum(node.op_type != "Cast" or node.input[0] not in weights for node in function.node)
+        sum(node.op_type not in STORED_OTHERWISE or node.input[0] not in weights for node in function.node)
         for function in model.functions
         for weights in [{name for name in function.input if not name.startswith("input_")}]
     ]

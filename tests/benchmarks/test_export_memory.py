@@ -64,3 +64,19 @@ def test_graph_size(tmp_path):
     onnx.save(model, tmp_path / "a.onnx")
     size = (tmp_path / "a.onnx").stat().st_size
     assert export_memory.graph_size(tmp_path / "a.onnx") == {"bytes": size, "calls": 1, "largest_function": 2}
+
+
+def test_what_only_reads_stored_weights_is_no_node_of_a_block(tmp_path):
+    nodes = [
+        helper.make_node("Cast", ["weight"], ["a"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("DequantizeLinear", ["quantized", "scale"], ["b"]),
+        helper.make_node("Cast", ["input_x"], ["x"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Sum", ["a", "b", "x"], ["z"]),
+    ]
+    inputs, opset = ["input_x", "weight", "quantized", "scale"], [helper.make_opsetid("", 23)]
+    function = helper.make_function("zimg", "Block", inputs, ["z"], nodes, opset)
+    values = [helper.make_tensor_value_info(name, 1, [1]) for name in ("p", "q", "r", "s", "z")]
+    call = helper.make_node("Block", ["p", "q", "r", "s"], ["z"], domain="zimg")
+    graph = helper.make_graph([call], "graph", values[:4], values[4:])
+    onnx.save(helper.make_model(graph, functions=[function]), tmp_path / "a.onnx")
+    assert export_memory.graph_size(tmp_path / "a.onnx")["largest_function"] == 2
