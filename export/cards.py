@@ -1,4 +1,4 @@
-"""Which precision suits which card. docs/quantization.md says why."""
+"""Which precision suits which card, and which a card lacks. docs/quantization.md says why."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ CARDS = {"rtx4090": "sm89", "h100": "sm90"}
 PRECISIONS = {"sm89": "int8", "sm90": "fp8"}
 """Architecture -> the precision it multiplies fastest at the least loss; bf16 for all others."""
 OTHERWISE = "bf16"
+FP8_FROM = 89
+"""The compute capability, in tenths, of the first GPUs that multiply FP8: Ada, then Hopper."""
 
 
 def precision_for(card: str | None) -> tuple[str, str]:
@@ -28,3 +30,19 @@ def precision_for(card: str | None) -> tuple[str, str]:
     except BackendError as error:
         return OTHERWISE, error.message
     return PRECISIONS.get(device.architecture, OTHERWISE), f"{device.name}, {device.architecture}"
+
+
+def check_multiplies(precision: str, architecture: str, name: str) -> None:
+    """Check that a GPU can run engines of a precision.
+
+    Args:
+        precision: of the bundle.
+        architecture: of the GPU, such as ``"sm90"``, or ``"any"``, which is not checked.
+        name: of the GPU, for the message.
+
+    Raises:
+        BackendError: it cannot.
+    """
+    if precision == "fp8" and architecture != "any" and int(architecture.removeprefix("sm")) < FP8_FROM:
+        message = f"{name} ({architecture}) does not multiply FP8, which begins with Ada (sm{FP8_FROM})"
+        raise BackendError(message, "build the bundle with --precision int8")

@@ -14,6 +14,7 @@ from platformdirs import user_cache_path
 from zimg.engines import cuda, tensorrt_api
 from zimg.engines.bundle import Bundle, CompiledEngine, FileRecord, Range, sha256, write_manifest
 from zimg.engines.errors import OutputError, UsageError
+from zimg.export.cards import check_multiplies
 from zimg.export.locks import only_writer_of
 from zimg.export.ranges import RECOMMENDED, Served, profiles
 from zimg.export.tensorrt.compiler import PLAIN, Options, Plan, compile_plan
@@ -127,6 +128,8 @@ def compile_bundle(
                 raise UsageError("the tensorrt-rtx backend has no options", "leave them out, or use --backend tensorrt")
             return _compile_contexts(bundle, components or tuple(ranges), ranges, force=force, report=report)
         target = find_target()
+        if quantization := bundle.manifest.quantization:
+            check_multiplies(quantization.precision, target.device, target.device_name)
         if options.timing_cache is None and target.compiler == "tensorrt":
             # TensorRT for RTX would compile for the one GPU that was measured.
             options = replace(options, timing_cache=timing_cache(target))

@@ -8,6 +8,7 @@ from tests.commands import invoke
 from zimg.engines import cuda
 from zimg.engines.errors import BackendError
 from zimg.export import build, cards
+from zimg.export import compile as compiling
 from zimg.export.cli import main
 from zimg.export.formats import SCHEMES
 
@@ -42,3 +43,22 @@ def test_the_command(monkeypatch, tmp_path):
     invoke(main, *given, "--card", "h100").assert_refused("--card is for --precision auto", 2)
     result = invoke(main, *given, "--precision", "auto", "--card", "rtx3090")
     assert result.code == 2 and "rtx3090" in result.err
+
+
+@pytest.mark.parametrize("architecture", ["sm89", "sm90", "sm100", "sm120", "any"])
+def test_cards_that_multiply_fp8(architecture):
+    cards.check_multiplies("fp8", architecture, "Some GPU")
+
+
+@pytest.mark.parametrize("precision", [name for name in SCHEMES if name != "fp8"])
+def test_older_cards_take_all_else(precision):
+    cards.check_multiplies(precision, "sm80", "Some GPU")
+
+
+def test_a_card_without_fp8(monkeypatch, quantized_of):
+    """Said before anything is compiled."""
+    target = compiling.Target("tensorrt", "11.4", "sm86", "NVIDIA RTX A6000")
+    monkeypatch.setattr(compiling, "find_target", lambda: target)
+    with pytest.raises(BackendError, match=r"NVIDIA RTX A6000 \(sm86\) does not multiply FP8") as caught:
+        compiling.compile_bundle(quantized_of("z-image", "fp8"))
+    assert caught.value.hint == "build the bundle with --precision int8"
