@@ -138,8 +138,11 @@ def _as_function(kind: Kind, graph: ir.Graph) -> ir.Function:
 
 
 def _inline_constants(graph: ir.Graph) -> None:
-    """Functions have no initializers: make each of the exporter's small constants a node."""
-    for value in list(graph.initializers.values()):
+    """Functions have no initializers: make each of the exporter's small constants a node.
+
+    In an order of our own: theirs is that of a set of objects, and a graph shall have the same bytes every time.
+    """
+    for value in sorted(graph.initializers.values(), key=lambda value: str(value.name)):
         if value.const_value is None:
             continue
         constant = ir.node("Constant", [], {"value": ir.tensor(value.const_value.numpy(), name=value.name)})

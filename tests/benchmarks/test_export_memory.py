@@ -69,7 +69,8 @@ def test_graph_size(tmp_path):
 def test_what_only_reads_stored_weights_is_no_node_of_a_block(tmp_path):
     nodes = [
         helper.make_node("Cast", ["weight"], ["a"], to=onnx.TensorProto.FLOAT),
-        helper.make_node("DequantizeLinear", ["quantized", "scale"], ["b"]),
+        helper.make_node("Constant", [], ["zeros"], value=helper.make_tensor("", onnx.TensorProto.INT8, [1], [0])),
+        helper.make_node("DequantizeLinear", ["quantized", "scale", "zeros"], ["b"]),
         helper.make_node("Cast", ["input_x"], ["x"], to=onnx.TensorProto.FLOAT),
         helper.make_node("Sum", ["a", "b", "x"], ["z"]),
     ]
