@@ -29,7 +29,7 @@ VAE = {
     "qwen-image": Settings(steps=2000, batch_size=8, learning_rate=3e-3, ema=0.995, warmup=50),
 }
 DIFFUSION = {
-    "z-image": Settings(steps=9000, batch_size=24, learning_rate=1.5e-3, warmup=300),
+    "z-image": Settings(steps=12000, batch_size=24, learning_rate=1.5e-3, warmup=300),
     "qwen-image": Settings(steps=13000, batch_size=24, learning_rate=1.5e-3, warmup=300),
 }
 LORA = Settings(steps=600, batch_size=16, learning_rate=1e-3, weight_decay=0.0, ema=0.99, warmup=50, save_every=200)

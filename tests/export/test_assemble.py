@@ -175,6 +175,33 @@ class _DoesMore(nn.Module):
         return self.child(x) * 2
 
 
+class Constants(nn.Module):
+    """Each of its numbers becomes an initializer, which a function has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = self.Block()
+
+    class Block(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for number in range(8):
+                x = torch.cat([x, torch.full_like(x[:1], number + 0.5)]).sum(0, keepdim=True) * (number + 1.25)
+            return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x)
+
+
+def test_the_same_bytes_every_time(tmp_path):
+    inputs = (Input("x", torch.float32, (1, "n")),)
+    made = [
+        ir.to_proto(assemble(Constants(), inputs, "y", ({"n": 48}, {"n": 96}), {}, tmp_path)[0]).SerializeToString()
+        for _ in range(3)
+    ]
+    assert made[0].count(b"Constant") >= 8
+    assert made == made[:1] * 3
+
+
 def test_a_network_only_calls_its_children():
     inputs = [Input("x", torch.float32, ("tokens", 4))]
     with pytest.raises(RuntimeError, match="more than call its children"):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import onnx
 import pytest
 from filelock import FileLock
 
@@ -74,19 +73,6 @@ def test_a_swap_gives_what_a_build_gives(family, built, bundle_of, loras_of, che
     with_graphs = [name for name, component in old.manifest.components.items() if component.graphs]
     assert all(old.source_hash(name) == new.source_hash(name) for name in with_graphs)
     assert {f.sha256 for f in old.manifest.files.values()} == {f.sha256 for f in new.manifest.files.values()}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_network_has_the_same_bytes_in_every_build(family, built, bundle_of):
-    """Its functions, that is: the graph that calls them says in which files weights lie."""
-
-    def functions(bundle: Path) -> dict[str, list[bytes]]:
-        models = {path.name: onnx.load(path, load_external_data=False) for path in bundle.glob("*.onnx")}
-        return {name: [function.SerializeToString() for function in model.functions] for name, model in models.items()}
-
-    expected = functions(bundle_of(family, PRECISIONS[family]))
-    assert len(expected) >= 4
-    assert functions(built(family)) == expected
 
 
 def test_from_a_build_with_loras(built, bundle_of, loras_of, checkpoint_of, copy_of):
