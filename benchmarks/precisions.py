@@ -2,8 +2,8 @@
 
 By default mid-size random models; ``--model`` names a checkpoint. The step is timed in ONNX Runtime, in turns and on
 the same inputs. The cost is that of ``zimg-export verify``, whose floor is bfloat16 in PyTorch: without bfloat16
-units, as most CPUs are, that is the slowest part. Exits with 1 where INT8 of a mid-size model is not faster than
-float32.
+units, as most CPUs are, that is the slowest part, so of mid-size models one picture is drawn. Exits with 1 where INT8
+of a mid-size model is not faster than float32.
 
     python benchmarks/precisions.py --json benchmarks/results/precisions.json
     python benchmarks/precisions.py --model zimg-tiny-z --judge 200 --sheet precisions.png
@@ -187,11 +187,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="[default: 4, or the checkpoint's own]")
     parser.add_argument("--judge", type=int, default=0, metavar="N", help="on N captions, of a demo model")
     parser.add_argument("--sheet", type=Path, help="draw the prompts in all precisions into that picture")
-    parser.add_argument("--prompts", type=Path, help="one a line [default: those of zimg-export verify]")
+    parser.add_argument("--prompts", type=Path, help="one a line [default: those of zimg-export verify, or the first]")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, metavar="PRECISION")
     parser.add_argument("--repeats", type=int, default=5, help="how often a step is timed")
     options = parser.parse_args()
     import torch
+
+    from zimg.export.prompts import cost_prompts
 
     torch.set_num_threads(common.machine()["cores"])
     prompts = options.prompts.read_text("utf-8").splitlines() if options.prompts else ()
@@ -202,7 +204,9 @@ def main() -> int:
         if family is None:
             return compare(options.model, folder, size=options.size, steps=options.steps, **given)
         write_checkpoint(family, folder / "checkpoint", MODELS[family] | {"vae": real_vae(family)})
-        return compare(folder / "checkpoint", folder, size=options.size or 512, steps=options.steps or 4, **given)
+        first = {"prompts": prompts or cost_prompts(family)[:1]}
+        size, steps = options.size or 512, options.steps or 4
+        return compare(folder / "checkpoint", folder, size=size, steps=steps, **given | first)
 
     families = [None] if options.model else common.families(options)
     return common.each(families, options, compare_one, report)

@@ -30,8 +30,8 @@ import msgspec
 from zimg.engines.errors import UsageError
 from zimg.export.formats import SCHEMES
 
-OWN = ("zimg-tiny-qwen",)
-"""Checkpoints that need more than their family: this one has no later blocks that even out an error of earlier ones."""
+OWN = ("zimg-tiny-z", "zimg-tiny-qwen")
+"""Checkpoints that need more than their family: these have few later blocks to even out an error of earlier ones."""
 DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
 
 

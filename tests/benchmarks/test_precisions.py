@@ -3,6 +3,7 @@ from __future__ import annotations
 import precisions
 import pytest
 
+from zimg.export.prompts import cost_prompts
 from zimg.runtime import demo
 
 
@@ -25,8 +26,16 @@ def test_a_tiny_model(checkpoint_of, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", demo.NAMES)
 def test_gates_of_the_demo_models(name, tmp_path):
-    """What the eight bits of the families' own recipes cost in the velocity of a trained model."""
-    found = precisions.compare(name, tmp_path, size=None, steps=4, repeats=1, precisions=["fp8", "int8"])["precisions"]
+    """What eight bits by the models' own recipes cost in the velocity of each of their default steps."""
+    given = {
+        "size": None,
+        "steps": None,
+        "repeats": 1,
+        "prompts": cost_prompts(name)[:2],
+        "precisions": ["fp8", "int8"],
+    }
+    found = precisions.compare(name, tmp_path, **given)["precisions"]
+    assert all(len(entry["cost"]["velocity_cosine"]) == 20 for key, entry in found.items() if key != "fp32")
     least = {precision: min(found[precision]["cost"]["velocity_cosine"]) for precision in ("bf16", "fp8", "int8")}
     assert least["bf16"] > 0.9999
     assert least["fp8"] >= 0.999

@@ -109,8 +109,8 @@ def test_bolts(name: str, with_loras: Callable[..., Path]) -> None:
     prompts = [f"a large {colour} bolt" for colour in COLOURS]
     without, bolts = (draw_all(with_loras(name, *loras), prompts) for loras in ((), ("bolt",)))
     shares = [np.median([overlap(image, TRUE_BOLT) for image in images]) for images in (without, bolts)]
-    assert shares[1] > 0.5
-    assert shares[1] > shares[0] + 0.08
+    assert shares[1] > 0.55
+    assert shares[1] > shares[0] + 0.12
     circles = draw_all(with_loras(name, "bolt"), [f"a large {colour} circle" for colour in COLOURS])
     assert np.median([overlap(image, TRUE_BOLT) for image in circles]) < 0.6  # What it knew is still there.
 
