@@ -39,6 +39,7 @@ def compare(
     precisions: Sequence[str] = PRECISIONS,
     judge: int = 0,
     sheet: Path | None = None,
+    calibration_prompts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Build a checkpoint in every precision, and measure them all.
 
@@ -52,6 +53,7 @@ def compare(
         precisions: which, beside ``"fp32"`` and ``"bf16"``, which are always there.
         judge: on how many captions, of a demo model.
         sheet: a picture to make of the prompts' pictures, all precisions of one side by side.
+        calibration_prompts: by default those of ``zimg-export calibrate``.
     """
     import msgspec
 
@@ -65,7 +67,7 @@ def compare(
     names = tuple(dict.fromkeys(("fp32", "bf16", *precisions)))
     with patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder / "cache")}):
         bundles = {name: build(str(checkpoint), folder / name, precision=name) for name in names[:2]}
-        plan = Plan(sizes=((size, size),) if size else (), steps=steps)
+        plan = Plan(tuple(calibration_prompts), sizes=((size, size),) if size else (), steps=steps)
         found = calibrate(bundles["bf16"], plan, folder / "calibration.safetensors")
         for name in names[2:]:
             settings = Quantizing(calibration=found)
