@@ -99,6 +99,23 @@ def start(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(main())
 
 
+def own_cache(folder: Path) -> dict[str, str]:
+    """The environment of a run that leaves nothing in the user's cache, and finds nothing there but traced networks.
+
+    For scripts that do not time a build.
+
+    Args:
+        folder: where the cache goes.
+    """
+    from platformdirs import user_cache_path
+
+    traces, cache = user_cache_path("zimg") / "traces", folder / "cache"
+    traces.mkdir(parents=True, exist_ok=True)
+    (cache / "zimg").mkdir(parents=True, exist_ok=True)
+    (cache / "zimg" / "traces").symlink_to(traces, target_is_directory=True)
+    return {"XDG_CACHE_HOME": str(cache)}
+
+
 def console_script(name: str) -> str:
     """The path of a command that is installed beside this Python."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)

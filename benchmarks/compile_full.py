@@ -69,7 +69,7 @@ def compile_chunk(family: str, config: dict[str, Any], folder: Path, sizes: list
         ``attention``, how many are fused and how many are not.
     """
     model, bundle = folder / "checkpoint", folder / "bundle"
-    exporter, cache = common.console_script("zimg-export"), {"XDG_CACHE_HOME": str(folder / "cache")}
+    exporter, cache = common.console_script("zimg-export"), common.own_cache(folder)
     try:
         random_checkpoint.write(family, model, config)
         common.run([exporter, "build", "--model", model, "--out", bundle, "--quiet"], cache)

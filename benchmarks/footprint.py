@@ -82,10 +82,9 @@ def generations(sizes: Sequence[int], steps: int) -> dict[str, dict[int, dict[st
     """Family -> size in pixels -> peak memory of drawing a picture with its demo."""
     found = {}
     for family in common.FAMILIES:
-        # The folder is the cache as well, so that nothing stays in the user's.
         with (
             tempfile.TemporaryDirectory(prefix="zimg-footprint-") as folder,
-            patch.dict(os.environ, {"XDG_CACHE_HOME": folder}),
+            patch.dict(os.environ, common.own_cache(Path(folder))),
         ):
             bundle = demo_bundle(family, Path(folder))
             found[family] = {size: generation(bundle, size, steps) for size in sizes}

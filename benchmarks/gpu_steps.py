@@ -55,8 +55,8 @@ def compare(folder: Path, settings: Settings, names: list[str]) -> dict[str, Any
     """
     check_space(folder, settings, names)
     settings.save(folder)
-    cache = str(folder / "cache")
-    env = {"XDG_CACHE_HOME": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
+    env = common.own_cache(folder)
+    env["TORCHINDUCTOR_CACHE_DIR"] = env["XDG_CACHE_HOME"]
     common.run([sys.executable, WORKER, folder, "prepare"], env)
     card = json.loads((folder / "prepare.json").read_text())
     contestants = {}

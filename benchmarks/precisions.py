@@ -65,7 +65,7 @@ def compare(
     from zimg.runtime.sheet import sheet as draw_sheet
 
     names = tuple(dict.fromkeys(("fp32", "bf16", *precisions)))
-    with patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder / "cache")}):
+    with patch.dict(os.environ, common.own_cache(folder)):
         bundles = {name: build(str(checkpoint), folder / name, precision=name) for name in names[:2]}
         plan = Plan(tuple(calibration_prompts), sizes=((size, size),) if size else (), steps=steps)
         found = calibrate(bundles["bf16"], plan, folder / "calibration.safetensors")

@@ -21,7 +21,8 @@ from zimg.engines.dtypes import BY_NAME
 from zimg.engines.safetensors import TensorInfo
 from zimg.export.external import external
 from zimg.export.parts import Input
-from zimg.export.trace import DOMAIN, OPSET, Example, Kind, trace
+from zimg.export.trace import DOMAIN, OPSET, Example, Kind, cast_parameters
+from zimg.export.traces import traced
 
 IR_VERSION = 11
 """The first that knows opset 23."""
@@ -134,8 +135,7 @@ class _Assembly:
 
     def trace(self, calls: Sequence[fx.Node]) -> None:
         """Trace each kind of child once."""
-        kinds: dict[tuple[Any, ...], Kind] = {}
-        outputs: dict[tuple[Any, ...], int] = {}
+        kinds: dict[tuple[Any, ...], tuple[Kind, tuple[str, ...]]] = {}
         keys = {}
         for node in calls:
             child = self.network.get_submodule(str(node.target))
@@ -146,10 +146,12 @@ class _Assembly:
             keys[node] = key = (type(child), *_settings(child), sides, shapes, stored)
             if key not in kinds:
                 base = type(child).__name__
-                count = sum(kind.name.split("_")[0] == base for kind in kinds.values())
-                kinds[key] = Kind(f"{base}_{count + 1}" if count else base, child, examples, stored)
-                outputs[key] = len(_tuple(self.runs[0].results[node]))
-        functions = dict(zip(kinds, trace(list(kinds.values()), list(outputs.values())), strict=True))
+                count = sum(kind.name.split("_")[0] == base for kind, _ in kinds.values())
+                name = f"{base}_{count + 1}" if count else base
+                kinds[key] = Kind(name, child, examples, len(_tuple(self.runs[0].results[node]))), stored
+        functions = dict(zip(kinds, traced([kind for kind, _ in kinds.values()]), strict=True))
+        for key, (kind, stored) in kinds.items():
+            cast_parameters(functions[key], kind, stored)
         self.functions = {node: functions[key] for node, key in keys.items()}
 
     def call(self, node: fx.Node) -> None:

@@ -20,6 +20,7 @@ import torch
 from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
+from zimg.engines.dtypes import BY_NAME
 from zimg.export.passes.constant_reshape import ConstantReshape
 
 OPSET = 23
@@ -52,14 +53,8 @@ class Kind:
     """On the meta device, in the element type it shall compute in."""
     inputs: tuple[Example, ...]
     """Its positional arguments."""
-    stored: tuple[str, ...]
-    """The element types its parameters have in the weight files, in the order of its ``state_dict``. They are cast in
-    the function where the module computes in another."""
-
-    def parameters(self) -> list[Tensor]:
-        """Its parameters as they are stored."""
-        pairs = zip(self.module.state_dict().values(), self.stored, strict=True)
-        return [value.to(getattr(torch, dtype)) for value, dtype in pairs]
+    outputs: int
+    """How many results it has."""
 
 
 class _Functional(nn.Module):
@@ -69,26 +64,23 @@ class _Functional(nn.Module):
         super().__init__()
         # In lists, so that their parameters are not found as attributes of this one.
         self._modules_of = [kind.module for kind in kinds]
-        self._dtypes = [{name: p.dtype for name, p in kind.module.state_dict().items()} for kind in kinds]
+        self._names = [list(kind.module.state_dict()) for kind in kinds]
 
     def forward(self, inputs: list[list[Tensor]], parameters: list[list[Tensor]]) -> Any:
         results = []
-        for module, dtypes, own, stored in zip(self._modules_of, self._dtypes, inputs, parameters, strict=True):
-            pairs = zip(dtypes.items(), stored, strict=True)
-            cast = {name: value.to(dtype) for (name, dtype), value in pairs}
-            result = torch.func.functional_call(module, cast, tuple(own))
+        for module, names, own, values in zip(self._modules_of, self._names, inputs, parameters, strict=True):
+            result = torch.func.functional_call(module, dict(zip(names, values, strict=True)), tuple(own))
             results.append(result if isinstance(result, tuple) else (result,))
         return results
 
 
-def trace(kinds: Sequence[Kind], outputs: Sequence[int]) -> list[ir.Function]:
+def trace(kinds: Sequence[Kind]) -> list[ir.Function]:
     """Trace modules into ONNX functions whose inputs are their own, then their parameters by name.
 
     All go through the exporter together, because most of its time does not depend on what it exports.
 
     Args:
         kinds: the modules.
-        outputs: how many results each has.
 
     Raises:
         RuntimeError: the exporter fails; a bug in a network, never a user's fault.
@@ -96,7 +88,7 @@ def trace(kinds: Sequence[Kind], outputs: Sequence[int]) -> list[ir.Function]:
     if clashing := [kind.name for kind in kinds if onnx.defs.has(kind.name)]:
         # Parsers that inline functions go by the name alone.
         raise RuntimeError(f"{clashing[0]} is the name of an ONNX operator")
-    parameters = [kind.parameters() for kind in kinds]
+    parameters = [list(kind.module.state_dict().values()) for kind in kinds]
     dynamic = [[dict.fromkeys(e.free, torch.export.Dim.DYNAMIC) for e in kind.inputs] for kind in kinds]
     # The exporter takes sides of equal length for one side, so those of different modules must not be equal.
     examples = [[e.scaled(factor) for e in kind.inputs] for kind, factor in zip(kinds, FACTORS, strict=False)]
@@ -122,11 +114,34 @@ def trace(kinds: Sequence[Kind], outputs: Sequence[int]) -> list[ir.Function]:
     graph_inputs, graph_outputs = iter(model.graph.inputs), iter(model.graph.outputs)
     own_inputs = [list(islice(graph_inputs, len(kind.inputs))) for kind in kinds]
     functions = []
-    for kind, arguments, stored, count in zip(kinds, own_inputs, parameters, outputs, strict=True):
-        heads = [*arguments, *islice(graph_inputs, len(stored))]
-        graph = ir.convenience.extract(model.graph, heads, list(islice(graph_outputs, count)))
+    for kind, arguments, values in zip(kinds, own_inputs, parameters, strict=True):
+        heads = [*arguments, *islice(graph_inputs, len(values))]
+        graph = ir.convenience.extract(model.graph, heads, list(islice(graph_outputs, kind.outputs)))
         functions.append(_as_function(kind, graph))
     return functions
+
+
+def cast_parameters(function: ir.Function, kind: Kind, stored: Sequence[str]) -> None:
+    """Let a function take its parameters as they are stored: it casts those that it computes with in another type.
+
+    Args:
+        function: of :func:`trace`.
+        kind: what it was traced from.
+        stored: the element types its parameters have in the weight files, in the order of the ``state_dict``.
+    """
+    parameters = zip(kind.module.state_dict().items(), stored, strict=True)
+    casts = []
+    for index, ((name, parameter), dtype) in enumerate(parameters, start=len(kind.inputs)):
+        computed = str(parameter.dtype).removeprefix("torch.")
+        if computed == dtype or not (value := function.inputs[index]).uses():
+            continue
+        function.inputs[index] = taken = ir.Value(name=name)
+        cast = ir.node("Cast", [taken], {"to": ir.DataType(BY_NAME[computed].onnx)})
+        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+        cast.outputs[0].name = f"{name}_{computed}"
+        casts.append(cast)
+    if casts:
+        function.insert_before(function[0], casts)
 
 
 def _as_function(kind: Kind, graph: ir.Graph) -> ir.Function:

@@ -50,7 +50,7 @@ def cached_array(
     Raises:
         UsageError: ``ZIMG_CACHE_LIMIT`` is not a number of bytes.
     """
-    limit = _limit()
+    limit = cache_limit()
     folder = user_cache_path("zimg") / kind
     path = folder / f"{key}.npy"
     found = _load(path, shape, dtype)
@@ -68,7 +68,7 @@ def cached_array(
                 mapped.flush()
                 _seal(part)
                 part.replace(path)
-                _make_room(folder, limit)
+                make_room(folder, limit)
     finally:
         if mapped is not None:
             part.unlink(missing_ok=True)
@@ -76,7 +76,12 @@ def cached_array(
     return array
 
 
-def _limit() -> int:
+def cache_limit() -> int:
+    """How many bytes the entries of one kind may take.
+
+    Raises:
+        UsageError: ``ZIMG_CACHE_LIMIT`` is not a number of bytes.
+    """
     text = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT))
     if not (text.isascii() and text.isdecimal()):
         raise UsageError(f"{LIMIT_VARIABLE} is {text!r}", "give a number of bytes, such as 2147483648")
@@ -89,7 +94,7 @@ def _load(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[A
             if _checksum(file) != file.read():
                 return None
         array = open_memmap(path, mode="r")
-        os.utime(path)  # used now, in the eyes of _make_room
+        os.utime(path)  # used now, in the eyes of make_room
     except (OSError, ValueError):
         return None
     return array if (array.shape, array.dtype) == (shape, dtype) else None
@@ -126,8 +131,13 @@ def _checksum(file: BinaryIO) -> bytes:
     return value.to_bytes(CHECKSUM_SIZE, "little")
 
 
-def _make_room(folder: Path, limit: int) -> None:
-    """Remove the files used least recently, unfinished ones of dead processes among them, until the rest fit."""
+def make_room(folder: Path, limit: int) -> None:
+    """Remove the files used least recently, unfinished ones of dead processes among them, until the rest fit.
+
+    Args:
+        folder: of the entries of one kind.
+        limit: how many bytes they may take.
+    """
     states = sorted(((path.stat(), path) for path in folder.iterdir()), key=lambda item: -item[0].st_mtime_ns)
     total = 0
     for stat, path in states:

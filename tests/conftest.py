@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,13 +17,6 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep the tests out of the user's cache, and off the network."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["HF_HUB_OFFLINE"] = "1"
-
-
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """A folder all workers of this run see."""
@@ -32,16 +25,14 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _traced_once(shared_folder: Path) -> Iterator[None]:
-    """Builds in this process take from all workers' traces."""
-    from tests import tracing
-    from zimg.export import build
-
-    with pytest.MonkeyPatch.context() as patch:
-        store = shared_folder / "traces"
-        store.mkdir(exist_ok=True)
-        patch.setattr(build, "assemble", tracing.once(build.assemble, store))
-        yield
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, shared_folder: Path) -> None:
+    """Keep the tests out of the user's cache, and off the network; each network is traced once for all workers."""
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "zimg").mkdir()
+    (cache / "zimg" / "traces").symlink_to(shared_folder / "traces", target_is_directory=True)
+    (shared_folder / "traces").mkdir(exist_ok=True)
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import pytest
 
 FOUND = {
     "build_seconds": 40.0,
+    "rebuild_seconds": 10.0,
     "swap_seconds": [1.0, 3.0, 1.5],
     "swap_peak_bytes": 200 << 20,
     "touched_bytes": 300_000_000,
@@ -20,6 +21,7 @@ def test_a_tiny_model(tmp_path, capsys, monkeypatch):
     found = result["targets"]["attention"]
     assert 0 < found["touched_bytes"] < found["weight_bytes"]
     assert len(found["swap_seconds"]) == 1 and 0 < found["swap_seconds"][0] < found["build_seconds"]
+    assert found["rebuild_seconds"] < found["build_seconds"]  # It traces nothing.
     lora_swap.report(result)
     assert "build / swap" in capsys.readouterr().out
 

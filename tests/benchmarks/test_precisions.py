@@ -3,7 +3,7 @@ from __future__ import annotations
 import precisions
 import pytest
 
-from zimg.export.prompts import calibration_prompts, cost_prompts
+from zimg.export.prompts import cost_prompts
 from zimg.runtime import demo
 
 
@@ -34,8 +34,7 @@ def test_gates_of_the_demo_models(name, tmp_path):
         "prompts": cost_prompts(name)[:2],
         "precisions": ["fp8", "int8"],
     }
-    few = calibration_prompts(name)[::3]
-    found = precisions.compare(name, tmp_path, calibration_prompts=few, **given)["precisions"]
+    found = precisions.compare(name, tmp_path, **given)["precisions"]
     assert all(len(entry["cost"]["velocity_cosine"]) == 20 for key, entry in found.items() if key != "fp32")
     least = {precision: min(found[precision]["cost"]["velocity_cosine"]) for precision in ("bf16", "fp8", "int8")}
     assert least["bf16"] > 0.9999
