@@ -82,7 +82,7 @@ def assemble(
         if node.op == "placeholder":
             graph.known[node] = _value(entry := next(names), entry.dtype)
         elif node.op == "get_attr":
-            graph.known[node] = graph.initializer(str(node.target))
+            graph.known[node] = graph.parameter(node)
         elif node.op == "call_function" and node.target is getitem:
             graph.known[node] = graph.known[node.args[0]][node.args[1]]
         elif node.op == "call_module":
@@ -133,6 +133,17 @@ class _Assembly:
             self.initializers[parameter] = value
         return self.initializers[parameter]
 
+    def parameter(self, node: fx.Node) -> ir.Value:
+        """A parameter of the network itself, in the element type it computes in."""
+        name, computed = str(node.target), _name(self.runs[0].results[node].dtype)
+        value = self.initializer(name)
+        if self.tensors[name].dtype == computed:
+            return value
+        cast = ir.node("Cast", [value], {"to": ir.DataType(BY_NAME[computed].onnx)}, name=f"{name}_{computed}")
+        cast.outputs[0].name = cast.name
+        self.nodes.append(cast)
+        return cast.outputs[0]
+
     def trace(self, calls: Sequence[fx.Node]) -> None:
         """Trace each kind of child once."""
         kinds: dict[tuple[Any, ...], tuple[Kind, tuple[str, ...]]] = {}
@@ -178,9 +189,6 @@ class _Assembly:
     def _example(self, argument: fx.Node) -> Example:
         """What a call gets, with the sides free that differ between the two runs."""
         first, second = (run.results[argument] for run in self.runs)
-        if argument.op == "get_attr":
-            # A parameter of the network itself comes as it is stored.
-            first = first.to(getattr(torch, self.tensors[str(argument.target)].dtype))
         return Example(first, _differing(first, second))
 
     def model(self, name: str, inputs: Sequence[ir.Value], output: ir.Value) -> ir.Model:

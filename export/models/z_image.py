@@ -135,7 +135,7 @@ class PadRows(nn.Module):
 
     def forward(self, x: Tensor, pad: Tensor, token: Tensor) -> Tensor:
         """(batch, tokens, dim), (tokens,) bool with True at pads, (1, dim) -> (batch, tokens, dim)."""
-        return torch.where(pad[:, None], token.to(x.dtype), x)
+        return torch.where(pad[:, None], token, x)
 
 
 class TimeEmbedding(nn.Module):
