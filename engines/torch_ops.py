@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zimg.engines import torch_layers as layers
 from zimg.engines.dtypes import BY_ONNX
 
 HOST_INPUTS = {
@@ -111,20 +112,6 @@ def _reduction(function: Callable[[Tensor, list[int], bool], Tensor]) -> Callabl
         return function(x, dims or list(range(x.ndim)), bool(keepdims))
 
     return run
-
-
-def _gemm(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None = None,
-    *,
-    alpha: float = 1.0,
-    beta: float = 1.0,
-    transA: int = 0,  # noqa: N803 (ONNX's own names)
-    transB: int = 0,  # noqa: N803
-) -> Tensor:
-    a, b = (a.t() if transA else a), (b.t() if transB else b)
-    return torch.mm(a, b) * alpha if c is None else torch.addmm(c, a, b, alpha=alpha, beta=beta)
 
 
 # Element types and quantization
@@ -295,158 +282,17 @@ def _trilu(x: Tensor, k: Tensor | None = None, *, upper: int = 1) -> Tensor:
     return (torch.triu if upper else torch.tril)(x, 0 if k is None else int(k))
 
 
-# Layers
-
-
-def _gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
-    return F.gelu(x, approximate=approximate)
-
-
-def _softmax(x: Tensor, *, axis: int = -1) -> Tensor:
-    return torch.softmax(x, axis)
-
-
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    group: int = 1,
-    pads: Sequence[int] = (),
-    strides: Sequence[int] = (),
-    dilations: Sequence[int] = (),
-) -> Tensor:
-    rank = x.ndim - 2
-    before, after = tuple(pads[:rank]) or (0,) * rank, tuple(pads[rank:]) or (0,) * rank
-    if before != after:
-        pairs = [amount for pair in reversed(list(zip(before, after, strict=True))) for amount in pair]
-        x, before = F.pad(x, pairs), (0,) * rank
-    ones = (1,) * rank
-    return torch.convolution(x, weight, bias, strides or ones, before, dilations or ones, False, (0,) * rank, group)
-
-
-def _resize(x: Tensor, _roi: Tensor | None, scales: Tensor | None, sizes: Tensor | None = None) -> Tensor:
-    if sizes is not None:
-        return F.interpolate(x, size=sizes.tolist()[2:], mode="nearest")
-    if scales is None:
-        raise ValueError("Resize has neither scales nor sizes")
-    return F.interpolate(x, scale_factor=scales.tolist()[2:], mode="nearest")
-
-
-def _instance_norm(x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5) -> Tensor:
-    return F.group_norm(x, x.shape[1], scale, bias, epsilon)
-
-
-def _group_norm(x: Tensor, scale: Tensor, bias: Tensor, *, num_groups: int, epsilon: float = 1e-5) -> Tensor:
-    return F.group_norm(x, num_groups, scale, bias, epsilon)
-
-
-def _layer_norm(
-    x: Tensor, scale: Tensor, bias: Tensor | None = None, *, axis: int = -1, epsilon: float = 1e-5
-) -> Tensor:
-    sides = x.shape[axis % x.ndim :]
-    bias = bias if bias is None else bias.expand(sides)
-    return F.layer_norm(x, sides, scale.expand(sides), bias, epsilon)
-
-
-def _rms_norm(x: Tensor, scale: Tensor, *, axis: int = -1, epsilon: float = 1e-5) -> Tensor:
-    sides = x.shape[axis % x.ndim :]
-    if x.dtype == scale.dtype:
-        return F.rms_norm(x, sides, scale.expand(sides), epsilon)
-    return F.rms_norm(x, sides, None, epsilon).to(scale.dtype) * scale
-
-
-def _rotary_embedding(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None = None,
-    *,
-    interleaved: int = 0,
-    num_heads: int = 0,
-    rotary_embedding_dim: int = 0,
-) -> Tensor:
-    """Turn the pairs of each head by their position's angles.
-
-    Args:
-        x: (batch, heads, sequence, head width), or (batch, sequence, heads x head width) with ``num_heads``.
-        cos: (batch, sequence, pairs), or (positions, pairs) with ``position_ids`` (batch, sequence).
-        sin: as ``cos``.
-        position_ids: rows of the tables.
-        interleaved: whether pairs are neighbours, or lie half a head apart.
-        num_heads: heads of a 3-D ``x``.
-        rotary_embedding_dim: leading values of a head that are turned; 0: all.
-    """
-    if position_ids is not None:
-        cos, sin = cos[position_ids], sin[position_ids]
-    heads = x if x.ndim == 4 else x.reshape(*x.shape[:2], num_heads, -1)
-    # A 4-D x has its heads before the sequence, a 3-D one after it.
-    side = 1 if x.ndim == 4 else 2
-    cos, sin = cos.unsqueeze(side), sin.unsqueeze(side)
-    width = rotary_embedding_dim or heads.shape[-1]
-    turned = heads[..., :width]
-    if interleaved:
-        # One complex product: many times as fast as strided slices, and float32 also where the rest is not.
-        pairs = torch.view_as_complex(turned.float().reshape(*turned.shape[:-1], -1, 2).contiguous())
-        y = torch.view_as_real(pairs * torch.complex(cos.float(), sin.float())).flatten(-2).to(x.dtype)
-    else:
-        first, second = turned.chunk(2, -1)
-        real = torch.addcmul(first * cos, second, sin, value=-1)
-        y = torch.cat((real, torch.addcmul(first * sin, second, cos)), -1)
-    if width < heads.shape[-1]:
-        y = torch.cat((y, heads[..., width:]), -1)
-    return y if x.ndim == 4 else y.flatten(2)
-
-
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    *,
-    is_causal: int = 0,
-    scale: float | None = None,
-    q_num_heads: int = 0,
-    kv_num_heads: int = 0,
-) -> Tensor:
-    """Scaled dot-product attention with grouped heads.
-
-    Args:
-        q: (batch, heads, sequence, head width), or (batch, sequence, heads x head width) with ``q_num_heads``.
-        k: as ``q``, with ``kv_num_heads``, which divide the query's.
-        v: as ``k``.
-        mask: true where a key takes part, or a bias; broadcastable to (batch, heads, queries, keys).
-        is_causal: whether query i sees the keys up to i alone.
-        scale: of the products; 1 / sqrt(head width) when not given.
-        q_num_heads: heads of 3-D inputs.
-        kv_num_heads: heads of 3-D inputs.
-    """
-    flat = q.ndim == 3
-    if flat:
-        q = q.reshape(*q.shape[:2], q_num_heads, -1).transpose(1, 2)
-        k = k.reshape(*k.shape[:2], kv_num_heads, -1).transpose(1, 2)
-        v = v.reshape(*v.shape[:2], kv_num_heads, -1).transpose(1, 2)
-    if mask is not None and is_causal:
-        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
-        is_causal = 0
-    y = F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=bool(is_causal), scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return y.transpose(1, 2).flatten(2) if flat else y
-
-
 OPS: dict[str, Callable[..., Any]] = {
     "Abs": torch.abs,
     "Add": torch.add,
     "And": torch.logical_and,
-    "Attention": _attention,
+    "Attention": layers.attention,
     "Cast": _cast,
     "CastLike": _cast_like,
     "Ceil": torch.ceil,
     "Clip": _clip,
     "Concat": _concat,
-    "Conv": _conv,
+    "Conv": layers.conv,
     "Cos": torch.cos,
     "CumSum": _cumsum,
     "DequantizeLinear": _dequantize,
@@ -459,18 +305,18 @@ OPS: dict[str, Callable[..., Any]] = {
     "Gather": _gather,
     "GatherElements": _gather_elements,
     "GatherND": _gather_nd,
-    "Gelu": _gelu,
-    "Gemm": _gemm,
+    "Gelu": layers.gelu,
+    "Gemm": layers.gemm,
     "Greater": torch.gt,
     "GreaterOrEqual": torch.ge,
-    "GroupNormalization": _group_norm,
+    "GroupNormalization": layers.group_norm,
     "Identity": _identity,
-    "InstanceNormalization": _instance_norm,
-    "LayerNormalization": _layer_norm,
+    "InstanceNormalization": layers.instance_norm,
+    "LayerNormalization": layers.layer_norm,
     "Less": torch.lt,
     "LessOrEqual": torch.le,
     "Log": torch.log,
-    "MatMul": torch.matmul,
+    "MatMul": layers.matmul,
     "Max": _max,
     "Min": _min,
     "Mod": _mod,
@@ -481,7 +327,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "Pad": _pad,
     "Pow": _pow,
     "QuantizeLinear": _quantize,
-    "RMSNormalization": _rms_norm,
+    "RMSNormalization": layers.rms_norm,
     "Range": _range,
     "Reciprocal": torch.reciprocal,
     "ReduceL2": _reduction(lambda x, dims, keep: torch.linalg.vector_norm(x, 2, dims, keep)),
@@ -492,15 +338,15 @@ OPS: dict[str, Callable[..., Any]] = {
     "ReduceSumSquare": _reduction(lambda x, dims, keep: torch.sum(x * x, dims, keep, dtype=x.dtype)),
     "Relu": torch.relu,
     "Reshape": _reshape,
-    "Resize": _resize,
-    "RotaryEmbedding": _rotary_embedding,
+    "Resize": layers.resize,
+    "RotaryEmbedding": layers.rotary_embedding,
     "Round": torch.round,
     "Shape": _shape,
     "Sigmoid": torch.sigmoid,
     "Sin": torch.sin,
     "Size": _size,
     "Slice": _slice,
-    "Softmax": _softmax,
+    "Softmax": layers.softmax,
     "Split": _split,
     "Sqrt": torch.sqrt,
     "Squeeze": _squeeze,
