@@ -1,9 +1,8 @@
 """Every precision of one checkpoint: size, time of a denoising step on this CPU, and what it costs against float32.
 
 By default mid-size random models; ``--model`` names a checkpoint. The step is timed in ONNX Runtime, in turns and on
-the same inputs. The cost is that of ``zimg-export verify``, whose floor is bfloat16 in PyTorch: without bfloat16
-units, as most CPUs are, that is the slowest part, so of mid-size models one picture is drawn. Exits with 1 where INT8
-of a mid-size model is not faster than float32.
+the same inputs. The cost is that of ``zimg-export verify``; of mid-size models, one picture is drawn. Exits with 1
+where INT8 of a mid-size model is not faster than float32.
 
     python benchmarks/precisions.py --json benchmarks/results/precisions.json
     python benchmarks/precisions.py --model zimg-tiny-z --judge 200 --sheet precisions.png
