@@ -113,7 +113,7 @@ def own_cache(folder: Path) -> dict[str, str]:
     traces.mkdir(parents=True, exist_ok=True)
     (cache / "zimg").mkdir(parents=True, exist_ok=True)
     (cache / "zimg" / "traces").symlink_to(traces, target_is_directory=True)
-    return {"XDG_CACHE_HOME": str(cache)}
+    return {"XDG_CACHE_HOME": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
 
 
 def console_script(name: str) -> str:

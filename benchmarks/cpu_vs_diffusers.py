@@ -171,8 +171,7 @@ def compare(family: str, folder: Path, overrides: dict[str, dict[str, Any]], **s
     from zimg.export.build import build
 
     model, bundle = folder / "checkpoint", folder / "bundle"
-    env = common.own_cache(folder)
-    with patch.dict(os.environ, env | {"TORCHINDUCTOR_CACHE_DIR": env["XDG_CACHE_HOME"]}):
+    with patch.dict(os.environ, common.own_cache(folder)):
         parameters = write_checkpoint(family, model, overrides)
         build(str(model), bundle, precision="fp32")
         return {"parameters": parameters} | race(family, model, bundle, **settings)

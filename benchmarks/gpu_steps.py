@@ -56,7 +56,6 @@ def compare(folder: Path, settings: Settings, names: list[str]) -> dict[str, Any
     check_space(folder, settings, names)
     settings.save(folder)
     env = common.own_cache(folder)
-    env["TORCHINDUCTOR_CACHE_DIR"] = env["XDG_CACHE_HOME"]
     common.run([sys.executable, WORKER, folder, "prepare"], env)
     card = json.loads((folder / "prepare.json").read_text())
     contestants = {}

@@ -38,7 +38,6 @@ def compare(
     precisions: Sequence[str] = PRECISIONS,
     judge: int = 0,
     sheet: Path | None = None,
-    calibration_prompts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Build a checkpoint in every precision, and measure them all.
 
@@ -52,7 +51,6 @@ def compare(
         precisions: which, beside ``"fp32"`` and ``"bf16"``, which are always there.
         judge: on how many captions, of a demo model.
         sheet: a picture to make of the prompts' pictures, all precisions of one side by side.
-        calibration_prompts: by default those of ``zimg-export calibrate``.
     """
     import msgspec
 
@@ -66,7 +64,7 @@ def compare(
     names = tuple(dict.fromkeys(("fp32", "bf16", *precisions)))
     with patch.dict(os.environ, common.own_cache(folder)):
         bundles = {name: build(str(checkpoint), folder / name, precision=name) for name in names[:2]}
-        plan = Plan(tuple(calibration_prompts), sizes=((size, size),) if size else (), steps=steps)
+        plan = Plan(sizes=((size, size),) if size else (), steps=steps)
         found = calibrate(bundles["bf16"], plan, folder / "calibration.safetensors")
         for name in names[2:]:
             settings = Quantizing(calibration=found)

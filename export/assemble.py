@@ -21,11 +21,8 @@ from zimg.engines.dtypes import BY_NAME
 from zimg.engines.safetensors import TensorInfo
 from zimg.export.external import external
 from zimg.export.parts import Input
-from zimg.export.trace import DOMAIN, OPSET, Example, Kind, cast_parameters
+from zimg.export.trace import DOMAIN, IR_VERSION, OPSET, Example, Kind, cast_parameters
 from zimg.export.traces import traced
-
-IR_VERSION = 11
-"""The first that knows opset 23."""
 
 
 class _Children(fx.Tracer):

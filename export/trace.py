@@ -25,6 +25,8 @@ from zimg.export.passes.constant_reshape import ConstantReshape
 
 OPSET = 23
 """The first with ``RMSNormalization``, ``RotaryEmbedding`` and ``Attention``; 24 loses the first in the exporter."""
+IR_VERSION = 11
+"""The first that knows opset 23."""
 DOMAIN = "zimg"
 FACTORS = tuple(n for n in range(1009, 1500) if all(n % d for d in range(2, 40)))
 """Primes, one for each module that is traced, above the sides of any example, so that no two products are equal."""

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from zimg.engines.files import replacing
-from zimg.export.trace import DOMAIN, OPSET, Kind, trace
+from zimg.export.trace import DOMAIN, IR_VERSION, OPSET, Kind, trace
 from zimg.runtime.disk_cache import cache_limit, make_room
 
 CODE = ("zimg.export.", "torch.nn.", "transformers.")
@@ -116,7 +116,7 @@ def _is_plain(value: object) -> bool:
 
 def _as_bytes(functions: Sequence[ir.Function]) -> bytes:
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, DOMAIN: 1}, name="traces")
-    found: bytes = ir.to_proto(ir.Model(graph, ir_version=11, functions=functions)).SerializeToString()
+    found: bytes = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=functions)).SerializeToString()
     return found
 
 
