@@ -31,7 +31,7 @@ _RADII: dict[str | None, tuple[float, ...]] = {
     "large": (0.32, 0.22, 0.13),
 }
 # Of the dark ground, where light ones have 1. It is unlike the rest, and what lies on it is learned last, so training
-# sees much of it: a quarter of all pictures.
+# sees much of it: more than a fifth of all pictures.
 _DARK_WEIGHT: dict[Split, float] = {"train": 8.0, "test": 2.5}
 # What a dark background would swallow.
 _DARK = {"black", "blue", "purple", "brown"}
