@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +51,8 @@ class Settings:
     warmup: int = 200
     decay: float = 0.3
     """The share of the steps, the last ones, over which the rate falls to a fiftieth."""
+    restart: int = 0
+    """A step towards which the rate falls too, to begin anew from there; 0, or one past the end, for none."""
     weight_decay: float = 0.01
     clip: float = 1.0
     """The largest norm of the gradient."""
@@ -70,6 +72,8 @@ class Settings:
         for name in ("steps", "batch_size", "learning_rate", "muon_learning_rate", "clip", "save_every"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}", "it must be more than 0")
+        if self.restart < 0:
+            raise UsageError(f"restart is {self.restart}", "name a step, or 0 for none")
         for name in ("ema", "decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}", "it must be at least 0 and less than 1")
@@ -99,18 +103,32 @@ def rate_factor(settings: Settings, step: int) -> float:
     """How much of its learning rate a step has, counted from 0: a linear warmup, one, a linear decay.
 
     Until the decay begins it does not depend on how many steps there will be ("Scaling Laws and Compute-Optimal
-    Training Beyond Fixed Training Durations", Hägele et al., 2024, https://arxiv.org/abs/2405.18392).
+    Training Beyond Fixed Training Durations", Hägele et al., 2024, https://arxiv.org/abs/2405.18392). After it, a run
+    goes on from the decayed weights at the full rate, and decays again (WSD-S of "Understanding Warmup-Stable-Decay
+    Learning Rates", Wen et al., 2024, https://arxiv.org/abs/2410.05192).
     """
     if step < settings.warmup:
         return (step + 1) / settings.warmup
-    left = (settings.steps - step) / max(settings.decay * settings.steps, 1)
+    begin, end = 0, min(settings.restart or settings.steps, settings.steps)
+    if step >= end:
+        begin, end = end, settings.steps
+    left = (end - step) / max(settings.decay * (end - begin), 1)
     return 0.02 + 0.98 * min(left, 1)
 
 
-def _decay_begins(run: Mapping[str, Any]) -> float:
-    """The first step of the decay, by a run's settings."""
-    steps, decay = run.get("steps"), run.get("decay")
-    return steps * (1 - decay) if isinstance(steps, int) and isinstance(decay, float) else -1
+PACE = ("steps", "warmup", "decay", "restart")
+"""The settings that say nothing but which rate a step has."""
+
+
+def _same_pace(run: Mapping[str, Any], settings: Settings, done: int) -> bool:
+    """Whether all steps done so far are steps by these settings too, and had the same rates."""
+    if done > settings.steps:
+        return False
+    try:
+        other = replace(settings, **{name: run[name] for name in PACE if name in run})
+        return all(rate_factor(other, step) == rate_factor(settings, step) for step in range(done))
+    except (TypeError, ArithmeticError):
+        return False  # They are no numbers.
 
 
 def generator_of(*numbers: int) -> torch.Generator:
@@ -135,8 +153,9 @@ def train(
         run: a folder for the state (``state.safetensors``), the curve (``loss.png``) and the preview (``preview.png``).
         settings: how.
         about: what else must be the same for a run to go on: the data, the model.
-        resume: go on from the state in the folder; a finished run is only read. The number of steps may be another
-            one as long as the decay has not begun, so that a run that does well may go on for longer.
+        resume: go on from the state in the folder; a finished run is only read. The number of steps and the restart
+            may be others as long as the steps so far had the same rates: so a run may go on for longer until its decay
+            begins, and after its end with a restart there.
         report: called with (stage, done, total).
         log: given a line now and then.
 
@@ -164,7 +183,7 @@ def train(
     module, *optimizers = accelerator.prepare(task.module, *_optimizers(named, hidden, settings))
     # Moved to their device, the parameters are the same objects; the averages are made beside them.
     ema = {name: p.detach().clone() for name, p in named.items()}
-    losses: list[float] = _load(file, identity, named, ema, hidden, optimizers) if resume else []
+    losses: list[float] = _load(file, settings, identity, named, ema, hidden, optimizers) if resume else []
     started, first = time.monotonic(), len(losses)
     for step in range(first, settings.steps):
         for optimizer in optimizers:
@@ -278,6 +297,7 @@ def _save(
 
 def _load(
     file: Path,
+    settings: Settings,
     identity: Mapping[str, Any],
     named: Mapping[str, nn.Parameter],
     ema: Weights,
@@ -299,13 +319,15 @@ def _load(
     if not isinstance(found, dict):
         raise CheckpointError(f"{file} is no state of a run", hint)
     done = len(tensors.get("losses", ()))
+    same_pace = _same_pace(found, settings, done)
     for key in {**found, **identity}:
-        if key == "steps" and all(done <= _decay_begins(run) for run in (found, identity)):
-            continue  # So far it makes no difference how many there will be.
+        if key in PACE and same_pace:
+            continue  # So far it makes no difference.
         if found.get(key) != identity.get(key):
+            longer = f"; once it has ended, --restart {found.get('steps')} goes on from there" if key == "steps" else ""
             raise CheckpointError(
                 f"{file.parent} cannot be resumed: its {key} is {found.get(key)!r}, not {identity.get(key)!r}",
-                "ask for the same, or begin anew in another folder",
+                f"ask for the same, or begin anew in another folder{longer}",
             )
     wanted = {
         f"{kind}.{name}": tuple(p.shape)

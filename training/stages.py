@@ -30,7 +30,7 @@ VAE = {
 }
 DIFFUSION = {
     "z-image": Settings(steps=12000, batch_size=24, learning_rate=1.5e-3, warmup=300),
-    "qwen-image": Settings(steps=13000, batch_size=24, learning_rate=1.5e-3, warmup=300),
+    "qwen-image": Settings(steps=21000, restart=13000, batch_size=24, learning_rate=1.5e-3, warmup=300),
 }
 LORA = Settings(steps=600, batch_size=16, learning_rate=1e-3, weight_decay=0.0, ema=0.99, warmup=50, save_every=200)
 """What each stage takes by default: about two hours for a demo model on two cores, minutes for an adapter."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -112,6 +114,22 @@ def test_the_rate_rises_and_falls() -> None:
     assert rates[100] == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize(("restart", "steps"), [(100, 160), (40, 100), (1, 50), (99, 100)])
+def test_after_a_restart_the_rate_is_that_of_another_run(restart: int, steps: int) -> None:
+    settings = replace(SETTINGS, steps=steps, restart=restart, warmup=0)
+    rates = [rate_factor(settings, step) for step in range(steps + 1)]
+    first, second = (replace(settings, steps=count, restart=0) for count in (restart, steps - restart))
+    assert rates[:restart] == [rate_factor(first, step) for step in range(restart)]
+    assert rates[restart:] == [rate_factor(second, step) for step in range(steps - restart + 1)]
+
+
+@pytest.mark.parametrize("restart", [100, 101, 5000])
+def test_a_restart_at_the_end_or_past_it_is_none(restart: int) -> None:
+    settings = replace(SETTINGS, steps=100)
+    for step in range(100):
+        assert rate_factor(replace(settings, restart=restart), step) == rate_factor(settings, step)
+
+
 def test_generators_depend_on_every_number() -> None:
     draws = {
         tuple(torch.rand(2, generator=generator_of(*n)).tolist()) for n in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
@@ -135,8 +153,39 @@ def test_a_run_goes_on_for_longer_until_its_rate_falls(tmp_path: Path) -> None:
             train(Task(stop=stop), tmp_path / str(stop), replace(longer, steps=20))
     resumed = train(Task(), tmp_path / "10", longer, resume=True)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-    with pytest.raises(CheckpointError, match="its steps is 20, not 40"):
+    with pytest.raises(CheckpointError, match=r"its steps is 20, not 40; .* --restart 20 goes on from there"):
         train(Task(), tmp_path / "18", longer, resume=True)
+
+
+def test_a_run_does_not_go_back(tmp_path: Path) -> None:
+    """Within the warmup the rates of any number of steps are the same."""
+    train(Task(), tmp_path, replace(SETTINGS, warmup=100))
+    with pytest.raises(CheckpointError, match="its steps is 12, not 8"):
+        train(Task(), tmp_path, replace(SETTINGS, warmup=100, steps=8), resume=True)
+
+
+def test_a_finished_run_goes_on_with_a_restart(tmp_path: Path) -> None:
+    """As if the restart had been asked for at first; and only from where its rate had fallen."""
+    longer = replace(SETTINGS, steps=20, restart=12)
+    whole = train(Task(), tmp_path / "whole", longer)
+    train(Task(), tmp_path / "first", SETTINGS)
+    with pytest.raises(CheckpointError, match="its steps is 12, not 20"):
+        train(Task(), tmp_path / "first", replace(longer, restart=11), resume=True)
+    task = Task()
+    resumed = train(task, tmp_path / "first", longer, resume=True)
+    assert task.batches == 8
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("steps", ["many", None, [12]])
+def test_a_state_whose_steps_are_no_number(tmp_path: Path, steps: Any) -> None:
+    train(Task(), tmp_path, SETTINGS)
+    state = tmp_path / "state.safetensors"
+    with safe_open(state, "pt") as opened:
+        run = json.loads(opened.metadata()["run"])
+    save_file(load_file(state), state, {"run": json.dumps({**run, "steps": steps})})
+    with pytest.raises(CheckpointError, match="cannot be resumed: its steps is"):
+        train(Task(), tmp_path, SETTINGS, resume=True)
 
 
 def test_what_cannot_be_resumed(tmp_path: Path) -> None:
@@ -167,7 +216,12 @@ def test_a_state_of_another_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"steps": 0}, "steps is 0"), ({"batch_size": -1}, "batch_size is -1"), ({"ema": 1.0}, "ema is 1.0")],
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"ema": 1.0}, "ema is 1.0"),
+        ({"restart": -1}, "restart is -1"),
+    ],
 )
 def test_senseless_settings(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
