@@ -109,9 +109,8 @@ def rate_factor(settings: Settings, step: int) -> float:
     """
     if step < settings.warmup:
         return (step + 1) / settings.warmup
-    begin, end = 0, min(settings.restart or settings.steps, settings.steps)
-    if step >= end:
-        begin, end = end, settings.steps
+    restart = min(settings.restart, settings.steps)
+    begin, end = (0, restart) if step < restart else (restart, settings.steps)
     left = (end - step) / max(settings.decay * (end - begin), 1)
     return 0.02 + 0.98 * min(left, 1)
 
@@ -324,10 +323,11 @@ def _load(
         if key in PACE and same_pace:
             continue  # So far it makes no difference.
         if found.get(key) != identity.get(key):
-            longer = f"; once it has ended, --restart {found.get('steps')} goes on from there" if key == "steps" else ""
+            way = "ask for the same, or begin anew in another folder"
+            if key == "steps" and done < settings.steps and not found.get("restart"):
+                way += f"; once it has ended, --restart {found.get(key)} goes on from there"
             raise CheckpointError(
-                f"{file.parent} cannot be resumed: its {key} is {found.get(key)!r}, not {identity.get(key)!r}",
-                f"ask for the same, or begin anew in another folder{longer}",
+                f"{file.parent} cannot be resumed: its {key} is {found.get(key)!r}, not {identity.get(key)!r}", way
             )
     wanted = {
         f"{kind}.{name}": tuple(p.shape)

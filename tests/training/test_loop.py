@@ -175,6 +175,8 @@ def test_a_finished_run_goes_on_with_a_restart(tmp_path: Path) -> None:
     resumed = train(task, tmp_path / "first", longer, resume=True)
     assert task.batches == 8
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    with pytest.raises(CheckpointError, match=r"its steps is 20, not 30; .* in another folder$"):
+        train(Task(), tmp_path / "first", replace(SETTINGS, steps=30, restart=20), resume=True)
 
 
 @pytest.mark.parametrize("steps", ["many", None, [12]])
