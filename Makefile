@@ -4,11 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints-dev.txt
-TENSORRT_TESTS := tests/export/tensorrt $(wildcard tests/*/test_tensorrt*.py tests/*/test_compile*.py)
+TENSORRT_TESTS := tests/export/compilers tests/export/cli/test_compile.py tests/engines/tensorrt tests/engines/onnxruntime/test_tensorrt_rtx.py
 
 .PHONY: demo test test-tensorrt check clean
 
-# A dozen prompts by the two models that zimg carries, side by side. Needs no PyTorch.
+# A dozen prompts by the two models that zimgkit carries, side by side. Needs no PyTorch.
 demo: $(VENV)/.run
 	mkdir -p demo
 	$(BIN)/zimg-run sheet docs/demo-prompts.txt --bundle zimg-tiny-z --bundle zimg-tiny-qwen --output demo/sheet.png
@@ -23,7 +23,7 @@ test-tensorrt: $(VENV)/.dev $(VENV)/.tensorrt
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p zimg
+	$(BIN)/mypy -p zimgkit
 	$(BIN)/lint-imports
 
 $(VENV)/.tensorrt: $(VENV)/.dev tests/tensorrt_compiler.py

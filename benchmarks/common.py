@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 
 FAMILIES = ("z-image", "qwen-image")
-TOOLS = ("zimg", "numpy", "onnxruntime", "torch", "diffusers", "transformers")
+TOOLS = ("zimgkit", "numpy", "onnxruntime", "torch", "diffusers", "transformers")
 GPU_TOOLS = ("onnxruntime-gpu", "tensorrt", "tensorrt_rtx", "onnxruntime-ep-nv-tensorrt-rtx", "cuda-bindings", "triton")
 
 
@@ -109,10 +109,10 @@ def own_cache(folder: Path) -> dict[str, str]:
     """
     from platformdirs import user_cache_path
 
-    traces, cache = user_cache_path("zimg") / "traces", folder / "cache"
+    traces, cache = user_cache_path("zimgkit") / "traces", folder / "cache"
     traces.mkdir(parents=True, exist_ok=True)
-    (cache / "zimg").mkdir(parents=True, exist_ok=True)
-    (cache / "zimg" / "traces").symlink_to(traces, target_is_directory=True)
+    (cache / "zimgkit").mkdir(parents=True, exist_ok=True)
+    (cache / "zimgkit" / "traces").symlink_to(traces, target_is_directory=True)
     return {"XDG_CACHE_HOME": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
 
 

@@ -48,7 +48,7 @@ def chunks(family: str, *, tiny: bool, blocks: int | None) -> list[dict[str, Any
 
 def block_bytes(family: str, config: dict[str, Any]) -> int:
     """How large a block's weights are in bfloat16, without what is hoisted out of the denoiser."""
-    from zimg.export.build import NETWORKS
+    from zimgkit.export.build import NETWORKS
 
     def denoiser(layers: int) -> int:
         part = NETWORKS[family]["transformer"].parts(config | {random_checkpoint.DEPTH[family]: layers})["denoiser"]

@@ -1,4 +1,4 @@
-"""ONNX Runtime with zimg against diffusers, eager and compiled, on the CPU: the pipeline and each component in one run.
+"""ONNX Runtime with zimgkit against diffusers, eager and compiled, on the CPU: pipeline and components in one run.
 
 The models have a few hundred million random weights, and the VAEs have their real configs. All contestants compute in
 float32 from one checkpoint on all cores, and take turns.
@@ -103,10 +103,10 @@ def real_vae(family: str) -> dict[str, Any]:
 
 
 def zimg(bundle: Path, size: int, steps: int) -> Contestant:
-    """The pipeline of zimg. The conditioner and the modulation table are done once and counted to the steps."""
-    from zimg.engines.base import open_engine
-    from zimg.runtime import engine_pool
-    from zimg.runtime import pipeline as module
+    """The pipeline of zimgkit. The conditioner and the modulation table are done once and counted to the steps."""
+    from zimgkit.engines.base import open_engine
+    from zimgkit.runtime import engine_pool
+    from zimgkit.runtime import pipeline as module
 
     clock = Clock()
     names = {"text_encoder": "text encoder", "vae_decoder": "VAE decoder"}
@@ -168,7 +168,7 @@ def compare(family: str, folder: Path, overrides: dict[str, dict[str, Any]], **s
         overrides: component -> what differs from the tests' tiny model.
         settings: of the race.
     """
-    from zimg.export.build import build
+    from zimgkit.export.build import build
 
     model, bundle = folder / "checkpoint", folder / "bundle"
     with patch.dict(os.environ, common.own_cache(folder)):
@@ -254,7 +254,7 @@ def _take_turns(ready: dict[str, Contestant], steps: int, repeats: int) -> dict[
 
 
 def report(result: dict[str, Any]) -> None:
-    """Print the medians, and how many times faster zimg is than each."""
+    """Print the medians, and how many times faster zimgkit is than each."""
     median = {
         name: {component: statistics.median(turns) for component, turns in times.items()}
         for name, times in result["seconds"].items()

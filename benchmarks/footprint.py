@@ -27,10 +27,10 @@ INSTALL_MB = 250
 BOUNDED_SIZE = 256
 """Side of the picture that the bound on memory is about. What is beyond the weights grows with the picture."""
 
-BOUNDED = ("zimg-run --help", "import zimg.runtime", "import Pipeline")
+BOUNDED = ("zimg-run --help", "import zimgkit.runtime", "import Pipeline")
 IMPORTS = {
-    "import zimg.runtime": "import zimg.runtime",
-    "import Pipeline": "from zimg.runtime import Pipeline",
+    "import zimgkit.runtime": "import zimgkit.runtime",
+    "import Pipeline": "from zimgkit.runtime import Pipeline",
     "python alone": "pass",
     "numpy and onnxruntime": "import numpy, onnxruntime",
     "diffusers' ZImagePipeline": "from diffusers import ZImagePipeline",
@@ -92,7 +92,7 @@ def generations(sizes: Sequence[int], steps: int) -> dict[str, dict[int, dict[st
 
 
 def installed() -> dict[str, Any]:
-    """The size of a base install of zimg in a fresh environment, without the installers themselves."""
+    """The size of a base install of zimgkit in a fresh environment, without the installers themselves."""
     with tempfile.TemporaryDirectory(prefix="zimg-footprint-") as folder:
         common.run([sys.executable, "-m", "venv", folder])
         common.run([f"{folder}/bin/python", "-m", "pip", "install", "--quiet", common.ROOT])

@@ -1,4 +1,4 @@
-"""One denoising step at full size on a GPU: diffusers eager and compiled against zimg's backends.
+"""One denoising step at full size on a GPU: diffusers eager and compiled against zimgkit's backends.
 
 The transformer has its real config and random weights, made on the device. Each contestant runs in a process of its
 own, so that its memory is its own and its end is not the others'. Latents come from the host's memory and the velocity

@@ -45,7 +45,7 @@ def write_lora(path: Path, checkpoint: Path, targets: tuple[str, ...], seed: int
     import torch
     from safetensors.torch import save_file
 
-    from zimg.export.checkpoint import open_checkpoint
+    from zimgkit.export.checkpoints.checkpoint import open_checkpoint
 
     generator = torch.Generator().manual_seed(seed)
     state = {}

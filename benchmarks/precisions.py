@@ -54,12 +54,12 @@ def compare(
     """
     import msgspec
 
-    from zimg.engines.bundle import Bundle
-    from zimg.export.build import Quantizing, build
-    from zimg.export.calibrate import Plan, calibrate
-    from zimg.export.cost import References, Trial, baseline, measure
-    from zimg.export.judged import accuracy
-    from zimg.runtime.sheet import sheet as draw_sheet
+    from zimgkit.engines.bundle import Bundle
+    from zimgkit.export.build import Quantizing, build
+    from zimgkit.export.quality.cost import References, Trial, baseline, measure
+    from zimgkit.export.quality.judged import accuracy
+    from zimgkit.export.quantization.calibrate import Plan, calibrate
+    from zimgkit.runtime.commands.sheet import sheet as draw_sheet
 
     names = tuple(dict.fromkeys(("fp32", "bf16", *precisions)))
     with patch.dict(os.environ, common.own_cache(folder)):
@@ -106,8 +106,8 @@ def time_steps(bundles: Mapping[str, Any], trial: Any, repeats: int) -> dict[str
     """Time the first denoising step of the first picture, in turns: all bundles get the same inputs."""
     import numpy as np
 
-    from zimg.engines.base import open_engine
-    from zimg.runtime.pipeline import Pipeline
+    from zimgkit.engines.base import open_engine
+    from zimgkit.runtime.pipeline import Pipeline
 
     first, fed = next(iter(bundles.values())), []
 
@@ -192,7 +192,7 @@ def main() -> int:
     options = parser.parse_args()
     import torch
 
-    from zimg.export.prompts import cost_prompts
+    from zimgkit.export.quantization.prompts import cost_prompts
 
     torch.set_num_threads(common.machine()["cores"])
     prompts = options.prompts.read_text("utf-8").splitlines() if options.prompts else ()

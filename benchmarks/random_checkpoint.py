@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from zimg.engines.safetensors import TensorInfo
+    from zimgkit.engines.tensors.safetensors import TensorInfo
 
 TINY = {
     "z-image": {
@@ -68,7 +68,7 @@ def write(family: str, folder: Path, config: dict[str, Any], *, device: str = "c
     """
     import torch
 
-    from zimg.engines.safetensors import read_header
+    from zimgkit.engines.tensors.safetensors import read_header
 
     common.reference().FAMILIES[family]().save_pretrained(folder)
     transformer = folder / "transformer"

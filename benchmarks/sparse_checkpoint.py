@@ -237,7 +237,7 @@ def write_holes(path: Path, dtype: str, shapes: Shapes, shards: int) -> int:
     Returns:
         How many bytes of weights the files seem to have.
     """
-    from zimg.engines.safetensors import layout
+    from zimgkit.engines.tensors.safetensors import layout
 
     weight_map: dict[str, str] = {}
     total = 0

@@ -76,10 +76,10 @@ class Step:
 
 def prepare(folder: Path) -> None:
     """Write the checkpoint, the bundle and the inputs, and compute the velocity in float32."""
-    from zimg.engines.dtypes import round_to
-    from zimg.export.build import build
-    from zimg.runtime.families import family as family_named
-    from zimg.runtime.noise import randn_tensor
+    from zimgkit.engines.tensors.dtypes import round_to
+    from zimgkit.export.build import build
+    from zimgkit.runtime.diffusion.noise import randn_tensor
+    from zimgkit.runtime.families import family as family_named
 
     settings = Settings.load(folder)
     config, family = settings.config(), family_named(settings.family)
@@ -198,10 +198,10 @@ def _visit(transformer: nn.Module, device: str) -> None:
 
 def zimg(folder: Path, settings: Settings, backend: str) -> Step:
     """The bundle on a backend; the conditioner runs there once, and what stays the same is uploaded once."""
-    from zimg.engines.base import open_engine
-    from zimg.engines.bundle import Bundle
-    from zimg.runtime.families import family as family_named
-    from zimg.runtime.modulation import modulation_table
+    from zimgkit.engines.base import open_engine
+    from zimgkit.engines.bundle import Bundle
+    from zimgkit.runtime.diffusion.modulation import modulation_table
+    from zimgkit.runtime.families import family as family_named
 
     bundle = Bundle.open(folder / "bundle", verify=False)
     family, config = family_named(settings.family), bundle.manifest.config
@@ -226,7 +226,7 @@ CONTESTANTS: dict[str, Callable[[Path, Settings], Step]] = {
     "tensorrt-rtx": partial(zimg, backend="tensorrt-rtx"),
     "torch": partial(zimg, backend="torch"),
 }
-"""The first two are diffusers' transformer, the others are backends of zimg."""
+"""The first two are diffusers' transformer, the others are backends of zimgkit."""
 
 
 def take_part(folder: Path, name: str) -> dict[str, Any]:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from zimg.engines.errors import BackendError, UsageError
+from zimgkit.engines.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from zimg.engines.bundle import Bundle, TensorSpec
+    from zimgkit.engines.bundle import Bundle, TensorSpec
 
 Feeds = Mapping[str, Any]
 """Input name -> a numpy array, or a handle that ``Engine.upload`` gave."""
@@ -39,10 +39,10 @@ class Engine(Protocol):
 
 
 BACKENDS = {
-    "onnxruntime": "zimg.engines.onnxruntime",
-    "tensorrt": "zimg.engines.tensorrt",
-    "tensorrt-rtx": "zimg.engines.tensorrt_rtx",
-    "torch": "zimg.engines.torch",
+    "onnxruntime": "zimgkit.engines.onnxruntime.engine",
+    "tensorrt": "zimgkit.engines.tensorrt.engine",
+    "tensorrt-rtx": "zimgkit.engines.onnxruntime.tensorrt_rtx",
+    "torch": "zimgkit.engines.torch.engine",
 }
 """Backend name -> the module whose ``open_engine(bundle, component, device)`` opens it."""
 

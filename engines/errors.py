@@ -20,7 +20,7 @@ from __future__ import annotations
 
 
 class ZimgError(Exception):
-    """The base of all errors zimg raises on purpose.
+    """The base of all errors zimgkit raises on purpose.
 
     Args:
         message: what was wrong and where, in one line.
@@ -54,7 +54,7 @@ class LoraError(CheckpointError):
 
 
 class BundleError(ZimgError):
-    """A bundle is missing, changed, unfinished or written by a newer zimg."""
+    """A bundle is missing, changed, unfinished or written by a newer zimgkit."""
 
 
 class BackendError(ZimgError):

@@ -15,8 +15,8 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-import zimg
-from zimg.engines.bundle import (
+import zimgkit
+from zimgkit.engines.bundle import (
     SCHEMA_VERSION,
     Bundle,
     Component,
@@ -27,30 +27,30 @@ from zimg.engines.bundle import (
     record_files,
     write_manifest,
 )
-from zimg.engines.errors import OutputError, UsageError
-from zimg.engines.safetensors import TensorInfo
-from zimg.export import catalog
-from zimg.export.assemble import assemble
-from zimg.export.calibrate import Plan, beside, calibrate, finished
-from zimg.export.checkpoint import Checkpoint, check_tensors, is_dead_text, open_checkpoint
-from zimg.export.formats import SCHEMES, Scheme
-from zimg.export.layout import base_name, graph_name, lora_name
-from zimg.export.locks import only_writer_of
-from zimg.export.lora import known
-from zimg.export.lora.merge import NOTHING, Addends, Merge, merge, read_loras
-from zimg.export.lora.names import Names
-from zimg.export.models import autoencoder_kl, qwen_image, qwen_image_vae, text_encoder, z_image
-from zimg.export.parts import Part
-from zimg.export.passes.quantize import Quantize
-from zimg.export.quantize import COMPONENTS, Quantized, Settings, linears, quantize
-from zimg.export.recipe import Recipe, family_recipe
-from zimg.export.statistics import Statistics
-from zimg.export.tokenizer import export_tokenizer
-from zimg.export.weights import Wanted, export_weights, linkable, written_bytes
-from zimg.runtime import families
-from zimg.runtime.latents import vae_normalization
-from zimg.runtime.progress import Report, silent
-from zimg.runtime.schedule import check_scheduler
+from zimgkit.engines.bundle.locks import only_writer_of
+from zimgkit.engines.errors import OutputError, UsageError
+from zimgkit.engines.tensors.safetensors import TensorInfo
+from zimgkit.export.checkpoints import catalog
+from zimgkit.export.checkpoints.checkpoint import Checkpoint, check_tensors, is_dead_text, open_checkpoint
+from zimgkit.export.checkpoints.tokenizer import export_tokenizer
+from zimgkit.export.graphs.assemble import assemble
+from zimgkit.export.lora import known
+from zimgkit.export.lora.merge import NOTHING, Addends, Merge, merge, read_loras
+from zimgkit.export.lora.names import Names
+from zimgkit.export.networks import autoencoder_kl, qwen_image, qwen_image_vae, text_encoder, z_image
+from zimgkit.export.networks.parts import Part
+from zimgkit.export.quantization.calibrate import Plan, beside, calibrate, finished
+from zimgkit.export.quantization.formats import SCHEMES, Scheme
+from zimgkit.export.quantization.graph_pass import Quantize
+from zimgkit.export.quantization.quantize import COMPONENTS, Quantized, Settings, linears, quantize
+from zimgkit.export.quantization.recipe import Recipe, family_recipe
+from zimgkit.export.quantization.statistics import Statistics
+from zimgkit.export.weights.layout import base_name, graph_name, lora_name
+from zimgkit.export.weights.stream import Wanted, export_weights, linkable, written_bytes
+from zimgkit.runtime import families
+from zimgkit.runtime.diffusion.latents import vae_normalization
+from zimgkit.runtime.diffusion.schedule import check_scheduler
+from zimgkit.runtime.progress import Report, silent
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,13 @@ def build(
     Args:
         model: a folder in the diffusers layout, a hub id or a short name.
         out: the bundle's folder; it must not exist unless ``overwrite``.
-        precision: ``"fp32"``, ``"bf16"``, or one of :data:`zimg.export.formats.SCHEMES`.
+        precision: ``"fp32"``, ``"bf16"``, or one of :data:`zimgkit.export.quantization.formats.SCHEMES`.
         quantization: how it is quantized, in those; by the family's recipe and, where it needs a calibration, with
             the default prompts when None.
         revision: branch, tag or commit on the hub.
         source: ``"huggingface"`` or ``"modelscope"``.
         overwrite: replace a bundle that is there.
-        loras: LoRAs to merge, as :func:`zimg.export.lora.source.find_lora` takes them.
+        loras: LoRAs to merge, as :func:`zimgkit.export.lora.source.find_lora` takes them.
         keep_base: keep what they touch without them as well, so that another set needs no checkpoint.
         allow_unmatched: go on where a LoRA has modules that the checkpoint has not.
         num_inference_steps: another default than the checkpoint's or the LoRAs'.
@@ -207,11 +207,11 @@ def export(
         quantization: how linears are quantized, where they are.
         merged: what LoRAs do to it.
         keep_base: keep what they touch without them as well.
-        chosen: the user's own defaults, see :func:`zimg.export.lora.known.settings_for`.
+        chosen: the user's own defaults, see :func:`zimgkit.export.lora.known.settings_for`.
 
     Raises:
         UsageError: the settings do not fit each other or the checkpoint.
-        CheckpointError: the checkpoint is not what its configs say, or not one zimg serves.
+        CheckpointError: the checkpoint is not what its configs say, or not one zimgkit serves.
         OSError: the disk is full.
     """
     family = families.family(checkpoint.family)
@@ -252,7 +252,7 @@ def export(
     report("graphs", len(parts), len(parts))
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
-        zimg_version=zimg.__version__,
+        zimg_version=zimgkit.__version__,
         family=checkpoint.family,
         name=checkpoint.name,
         precision=precision,

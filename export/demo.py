@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from zimg.engines import safetensors
-from zimg.engines.bundle import atomic_folder
-from zimg.engines.errors import UsageError
-from zimg.export.models import autoencoder_kl, qwen_image, qwen_image_vae, z_image
+from zimgkit.engines.bundle import atomic_folder
+from zimgkit.engines.errors import UsageError
+from zimgkit.engines.tensors import safetensors
+from zimgkit.export.networks import autoencoder_kl, qwen_image, qwen_image_vae, z_image
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from zimg.export.build import NETWORKS
-from zimg.export.checkpoint import open_configs
+from zimgkit.export.build import NETWORKS
+from zimgkit.export.checkpoints.checkpoint import open_configs
 
 
 def summary(model: str, *, revision: str | None = None, source: str = "huggingface") -> dict[str, Any]:
@@ -19,7 +19,7 @@ def summary(model: str, *, revision: str | None = None, source: str = "huggingfa
         source: ``"huggingface"`` or ``"modelscope"``.
 
     Raises:
-        CheckpointError: there is none, or it is none zimg serves.
+        CheckpointError: there is none, or it is none zimgkit serves.
     """
     checkpoint = open_configs(model, revision=revision, source=source)
     components: dict[str, Any] = {}

@@ -1,6 +1,6 @@
 """Bundle to picture: prompt, noise, schedule, guidance and the loop, in numpy. Never imports torch.
 
->>> from zimg.runtime import Pipeline
+>>> from zimgkit.runtime import Pipeline
 >>> pipeline = Pipeline.open("z-image-turbo")  # doctest: +SKIP
 >>> pipeline("a red circle left of a blue square", seed=0).images[0].save("out.png")  # doctest: +SKIP
 """
@@ -8,7 +8,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zimg.runtime.pipeline import Output, Pipeline
+    from zimgkit.runtime.pipeline import Output, Pipeline
 
 __all__ = ["Output", "Pipeline"]
 
@@ -17,6 +17,6 @@ def __getattr__(name: str) -> Any:
     """Import the pipeline when it is first asked for, so that the commands start at once."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from zimg.runtime import pipeline
+    from zimgkit.runtime import pipeline
 
     return getattr(pipeline, name)

@@ -19,7 +19,7 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from platformdirs import user_cache_path
 
-from zimg.engines.errors import UsageError
+from zimgkit.engines.errors import UsageError
 
 LIMIT_VARIABLE = "ZIMG_CACHE_LIMIT"
 """The environment variable that bounds the entries of each kind, in bytes; 0 switches the cache off."""
@@ -38,7 +38,7 @@ def cached_array(
     the array, the array is computed in memory. The entries used least recently make room for new ones.
 
     Args:
-        kind: the subfolder of the user's cache folder (``~/.cache/zimg`` on Linux).
+        kind: the subfolder of the user's cache folder (``~/.cache/zimgkit`` on Linux).
         key: names the array's content, such as a hash of all that it follows from; a plain file name.
         shape: the array's sides.
         dtype: its element type.
@@ -51,7 +51,7 @@ def cached_array(
         UsageError: ``ZIMG_CACHE_LIMIT`` is not a number of bytes.
     """
     limit = cache_limit()
-    folder = user_cache_path("zimg") / kind
+    folder = user_cache_path("zimgkit") / kind
     path = folder / f"{key}.npy"
     found = _load(path, shape, dtype)
     if found is not None:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from zimg.engines.base import Engine, Feeds, open_engine
-from zimg.engines.bundle import Bundle
-from zimg.engines.errors import OutOfMemoryError
+from zimgkit.engines.base import Engine, Feeds, open_engine
+from zimgkit.engines.bundle import Bundle
+from zimgkit.engines.errors import OutOfMemoryError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,7 @@ class EnginePool:
 
     Args:
         bundle: an open bundle.
-        backend: as for :func:`zimg.engines.base.open_engine`.
+        backend: as for :func:`zimgkit.engines.base.open_engine`.
         device: likewise.
         memory_budget: bytes of weights and working memory that may stay open, as the bundle's manifest counts them.
             The engine in use always may. None keeps all that fit the device: where one does not, the others are closed.
@@ -104,11 +104,11 @@ class Borrowed:
         self._engine = engine
 
     def upload(self, feeds: Mapping[str, NDArray[Any]]) -> Feeds:
-        """See :meth:`zimg.engines.base.Engine.upload`."""
+        """See :meth:`zimgkit.engines.base.Engine.upload`."""
         return self._pool.retrying(self._component, lambda: self._engine.upload(feeds))
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
-        """See :meth:`zimg.engines.base.Engine.run`."""
+        """See :meth:`zimgkit.engines.base.Engine.run`."""
         return self._pool.retrying(self._component, lambda: self._engine.run(feeds))
 
 

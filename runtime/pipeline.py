@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zimg.engines.base import Engine, Feeds
-from zimg.engines.bundle import Bundle
-from zimg.engines.dtypes import round_to
-from zimg.engines.errors import UsageError
-from zimg.runtime import demo
-from zimg.runtime import image as images
-from zimg.runtime import request as requests
-from zimg.runtime.engine_pool import EnginePool
-from zimg.runtime.families import family as family_named
-from zimg.runtime.modulation import modulation_table
-from zimg.runtime.noise import randn_tensor
-from zimg.runtime.progress import Report, silent
-from zimg.runtime.request import Request
-from zimg.runtime.rope import text_encoder_tables
-from zimg.runtime.schedule import calculate_mu, euler_step, flow_match_sigmas
-from zimg.runtime.served import check_served, largest_batch
-from zimg.runtime.text import PromptTokenizer, keep_rows
+from zimgkit.engines.base import Engine, Feeds
+from zimgkit.engines.bundle import Bundle
+from zimgkit.engines.errors import UsageError
+from zimgkit.engines.tensors.dtypes import round_to
+from zimgkit.runtime import demo_models
+from zimgkit.runtime import request as requests
+from zimgkit.runtime.diffusion.modulation import modulation_table
+from zimgkit.runtime.diffusion.noise import randn_tensor
+from zimgkit.runtime.diffusion.positions import text_encoder_tables
+from zimgkit.runtime.diffusion.schedule import calculate_mu, euler_step, flow_match_sigmas
+from zimgkit.runtime.engine_pool import EnginePool
+from zimgkit.runtime.families import family as family_named
+from zimgkit.runtime.pictures import saving as images
+from zimgkit.runtime.progress import Report, silent
+from zimgkit.runtime.request import Request
+from zimgkit.runtime.served import check_served, largest_batch
+from zimgkit.runtime.text.tokenizer import PromptTokenizer, keep_rows
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -85,7 +85,7 @@ class Pipeline:
     @classmethod
     def open(
         cls,
-        bundle: str | os.PathLike[str] = demo.DEFAULT,
+        bundle: str | os.PathLike[str] = demo_models.DEFAULT,
         *,
         backend: str = "onnxruntime",
         device: str | None = None,
@@ -97,7 +97,7 @@ class Pipeline:
         """Open a bundle.
 
         Args:
-            bundle: its folder, or the name of one that zimg carries: ``"zimg-tiny-z"`` or ``"zimg-tiny-qwen"``.
+            bundle: its folder, or the name of one that zimgkit carries: ``"zimg-tiny-z"`` or ``"zimg-tiny-qwen"``.
             backend: ``"onnxruntime"``, ``"torch"``, ``"tensorrt"`` or ``"tensorrt-rtx"``.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; by default the best one the backend finds.
             memory_budget: bytes of engines that may stay open between their parts of a call and between calls. With 0
@@ -107,11 +107,11 @@ class Pipeline:
             warn: called with what the caller should know, such as a prompt that was cut.
 
         Raises:
-            BundleError: it is no bundle, or was changed, or is of a newer zimg.
+            BundleError: it is no bundle, or was changed, or is of a newer zimgkit.
             UsageError: no such backend.
         """
         return cls(
-            Bundle.open(demo.locate(bundle), verify=verify),
+            Bundle.open(demo_models.locate(bundle), verify=verify),
             backend=backend,
             device=device,
             memory_budget=memory_budget,

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zimg.engines.bundle import Manifest
-from zimg.engines.errors import UsageError
-from zimg.runtime.families import Family
+from zimgkit.engines.bundle import Manifest
+from zimgkit.engines.errors import UsageError
+from zimgkit.runtime.families import Family
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 MULTIPLE = 16
@@ -66,7 +66,7 @@ def check(
     max_sequence_length: int | None = None,
     output_type: str = "pil",
 ) -> Request:
-    """Check a call's arguments and fill in the bundle's defaults. See :meth:`zimg.runtime.Pipeline.__call__`.
+    """Check a call's arguments and fill in the bundle's defaults. See :meth:`zimgkit.runtime.Pipeline.__call__`.
 
     Raises:
         UsageError: naming the first argument that is out of its range, and what it may be.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from zimg.engines.bundle import Bundle, Range
-from zimg.engines.errors import UsageError
+from zimgkit.engines.bundle import Bundle, Range
+from zimgkit.engines.errors import UsageError
 
 
 def check_served(bundle: Bundle, backend: str, sides: Mapping[str, int], width: int, height: int) -> None:

@@ -28,8 +28,8 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, shared_folder: Path) -> None:
     """Keep the tests out of the user's cache, and off the network; each network is traced once for all workers."""
     cache = tmp_path_factory.mktemp("cache")
-    (cache / "zimg").mkdir()
-    (cache / "zimg" / "traces").symlink_to(shared_folder / "traces", target_is_directory=True)
+    (cache / "zimgkit").mkdir()
+    (cache / "zimgkit" / "traces").symlink_to(shared_folder / "traces", target_is_directory=True)
     (shared_folder / "traces").mkdir(exist_ok=True)
     os.environ["XDG_CACHE_HOME"] = str(cache)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -56,7 +56,7 @@ def bundle_of(shared_folder: Path, checkpoint_of: Callable[..., Path]) -> Callab
     """``bundle_of(family, precision="fp32", seed=0, **overrides)``: a bundle of that checkpoint, built once."""
 
     def make(family: str, precision: str = "fp32", seed: int = 0, **overrides: Any) -> Path:
-        from zimg.export.build import build
+        from zimgkit.export.build import build
 
         folder = shared_folder / f"bundle-{precision}-{_key(family, seed, overrides)}"
         with FileLock(f"{folder}.lock"):
@@ -78,9 +78,9 @@ def quantized_of(
 
     def make(family: str, precision: str) -> Path:
         from tests import quantized
-        from zimg.engines.bundle import Bundle
-        from zimg.export import build
-        from zimg.export.calibrate import calibrate
+        from zimgkit.engines.bundle import Bundle
+        from zimgkit.export import build
+        from zimgkit.export.quantization.calibrate import calibrate
 
         folder = shared_folder / f"quantized-{family}"
         with FileLock(f"{folder}.lock"):
@@ -101,7 +101,7 @@ def quantized_of(
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A real TensorRT compiler, which needs no GPU; the one that is used, where there is another as well."""
-    from zimg.engines import tensorrt_api
+    from zimgkit.engines.tensorrt import api as tensorrt_api
 
     reason = "no TensorRT compiler here: run make test-tensorrt"
     module: ModuleType = pytest.importorskip("tensorrt_rtx", reason=reason, exc_type=ImportError)

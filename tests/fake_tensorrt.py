@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from zimg.engines.bundle import Bundle, CompiledEngine, Range, record_files, write_manifest
+from zimgkit.engines.bundle import Bundle, CompiledEngine, Range, record_files, write_manifest
 
 VERSION = "11.4.0.106"
 POISON = 0xA5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from zimg.engines.bundle import (
+from zimgkit.engines.bundle import (
     SCHEMA_VERSION,
     Component,
     Defaults,

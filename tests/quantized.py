@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from zimg.engines.base import open_engine
-from zimg.engines.bundle import Bundle
-from zimg.export.calibrate import Plan
-from zimg.runtime.pipeline import Pipeline
+from zimgkit.engines.base import open_engine
+from zimgkit.engines.bundle import Bundle
+from zimgkit.export.quantization.calibrate import Plan
+from zimgkit.runtime.pipeline import Pipeline
 
 PROMPTS = ("a red cube", "two small blue dogs on a hill", "山水", "the word OPEN in neon")
 PLAN = Plan(PROMPTS, ((64, 64), (64, 96)), 2)

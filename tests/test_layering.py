@@ -16,7 +16,7 @@ HEAVY = {"torch", "transformers", "diffusers", "onnx", "onnx_ir", "onnxscript", 
 NOT_AT_THE_START = {"onnxruntime", "PIL", "tokenizers", "rich"}
 COMMAND = """
 import sys
-from zimg.runtime.cli import main
+from zimgkit.runtime.commands.cli import main
 
 sys.argv[:1] = ["zimg-run"]
 try:
@@ -32,7 +32,7 @@ def modules_after(code: str, *arguments: object) -> set[str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     loaded = set(done.stderr.splitlines()[-1].split())
-    assert {"sys", "zimg"} <= loaded
+    assert {"sys", "zimgkit"} <= loaded
     return loaded
 
 
@@ -44,7 +44,9 @@ def test_the_command_starts_light(arguments: list[str]) -> None:
     assert not loaded & (HEAVY | NOT_AT_THE_START | {"numpy"})
 
 
-@pytest.mark.parametrize("code", ["import zimg", "import zimg.runtime", "from zimg.runtime import Pipeline, Output"])
+@pytest.mark.parametrize(
+    "code", ["import zimgkit", "import zimgkit.runtime", "from zimgkit.runtime import Pipeline, Output"]
+)
 def test_importing_the_runtime_is_light(code: str) -> None:
     loaded = modules_after(f"import sys; {code}; print(*sys.modules, file=sys.stderr)")
     assert not loaded & (HEAVY | NOT_AT_THE_START)
@@ -54,15 +56,15 @@ def test_every_module_of_the_runtime_is_light() -> None:
     """But for the PyTorch fallback, which says so in its name."""
     code = """if True:
         import importlib, pkgutil, sys
-        import zimg.engines, zimg.plugins, zimg.runtime
-        for package in (zimg.engines, zimg.plugins, zimg.runtime):
+        import zimgkit.engines, zimgkit.plugins, zimgkit.runtime
+        for package in (zimgkit.engines, zimgkit.plugins, zimgkit.runtime):
             for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-                if not module.name.startswith("zimg.engines.torch"):
+                if not module.name.startswith("zimgkit.engines.torch."):
                     importlib.import_module(module.name)
         print(*sys.modules, file=sys.stderr)
     """
     loaded = modules_after(code)
-    assert {"zimg.runtime.pipeline", "zimg.runtime.cli", "zimg.engines.onnxruntime"} <= loaded
+    assert {"zimgkit.runtime.pipeline", "zimgkit.runtime.commands.cli", "zimgkit.engines.onnxruntime.engine"} <= loaded
     assert not loaded & (HEAVY | NOT_AT_THE_START)
 
 

@@ -1,6 +1,6 @@
-"""``python -m zimg.training``."""
+"""``python -m zimgkit.training``."""
 
-from zimg.training.cli import main
+from zimgkit.training.cli import main
 
 if __name__ == "__main__":
     main()

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zimg.runtime import Pipeline
-from zimg.runtime.progress import Report, silent
-from zimg.training.judge import Present, Related, judge
-from zimg.training.world.captions import caption
-from zimg.training.world.claims import claims
-from zimg.training.world.sampling import sample
-from zimg.training.world.scene import Scene
+from zimgkit.runtime import Pipeline
+from zimgkit.runtime.progress import Report, silent
+from zimgkit.training.judge import Present, Related, judge
+from zimgkit.training.world.captions import caption
+from zimgkit.training.world.claims import claims
+from zimgkit.training.world.sampling import sample
+from zimgkit.training.world.scene import Scene
 
 FIRST_SEED = 1_000_000
 """Of the scenes."""
@@ -62,10 +62,10 @@ def accuracy(
     """Draw held-out captions and judge them.
 
     Args:
-        bundle: a folder, or the name of a bundle that zimg carries.
+        bundle: a folder, or the name of a bundle that zimgkit carries.
         captions: how many; every other one tells of one thing, the rest of two.
-        backend: as for :meth:`zimg.runtime.Pipeline.open`.
-        device: as for :meth:`zimg.runtime.Pipeline.open`.
+        backend: as for :meth:`zimgkit.runtime.Pipeline.open`.
+        device: as for :meth:`zimgkit.runtime.Pipeline.open`.
         report: called with (stage, done, total).
         call: parameters of the pipeline that are not the bundle's own.
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from zimg.engines.bundle import atomic_folder
-from zimg.engines.errors import CheckpointError
-from zimg.export.checkpoint import Checkpoint
+from zimgkit.engines.bundle import atomic_folder
+from zimgkit.engines.errors import CheckpointError
+from zimgkit.export.checkpoints.checkpoint import Checkpoint
 
 MARK = "model_index.json"
 LOG_VARIANCE = -6.0

@@ -1,4 +1,4 @@
-"""``python -m zimg.training``: the demo models, and adapters of any checkpoint. Thin; the work is in ``stages.py``."""
+"""``python -m zimgkit.training``: the demo models, and adapters of any checkpoint; the work is in ``stages.py``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-import zimg
-from zimg.engines.base import BACKENDS
-from zimg.engines.errors import UsageError, ZimgError
-from zimg.runtime import console
+import zimgkit
+from zimgkit.engines.base import BACKENDS
+from zimgkit.engines.errors import UsageError, ZimgError
+from zimgkit.runtime.commands import console
 
 FAMILY = click.option(
     "--family", type=click.Choice(["z-image", "qwen-image"]), required=True, help="Which architecture."
@@ -41,7 +41,7 @@ def settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.group("zimg-training", context_settings={"max_content_width": 110})
-@click.version_option(zimg.__version__, message="%(version)s")
+@click.version_option(zimgkit.__version__, message="%(version)s")
 def cli() -> None:
     """Train small models from nothing, and adapters of any."""
 
@@ -54,7 +54,7 @@ def cli() -> None:
 def tokenizer(family: str, data: Path, out: Path, seed: int) -> None:
     """Learn a tokenizer from the captions of DATA; write an untrained checkpoint OUT around it."""
     _need_train()
-    from zimg.training.stages import train_model_tokenizer
+    from zimgkit.training.stages import train_model_tokenizer
 
     train_model_tokenizer(data, out, family, seed=seed)
     click.echo(out)
@@ -68,8 +68,8 @@ def tokenizer(family: str, data: Path, out: Path, seed: int) -> None:
 def vae(model: Path, data: Path, out: Path, **options: Any) -> None:
     """Train the autoencoder of MODEL on the pictures of DATA; write the checkpoint OUT."""
     _need_train()
-    from zimg.export.checkpoint import open_checkpoint
-    from zimg.training import stages
+    from zimgkit.export.checkpoints.checkpoint import open_checkpoint
+    from zimgkit.training import stages
 
     defaults = stages.VAE[open_checkpoint(str(model)).family]
     _stage(stages.train_vae, defaults, options, model, data, out)
@@ -83,8 +83,8 @@ def vae(model: Path, data: Path, out: Path, **options: Any) -> None:
 def diffusion(model: Path, data: Path, out: Path, **options: Any) -> None:
     """Train the transformer and the text model of MODEL on DATA; write the checkpoint OUT."""
     _need_train()
-    from zimg.export.checkpoint import open_checkpoint
-    from zimg.training import stages
+    from zimgkit.export.checkpoints.checkpoint import open_checkpoint
+    from zimgkit.training import stages
 
     defaults = stages.DIFFUSION[open_checkpoint(str(model)).family]
     _stage(stages.train_diffusion, defaults, options, model, data, out)
@@ -111,9 +111,9 @@ def lora(
     gradient_checkpointing: bool,
     **options: Any,
 ) -> None:
-    """Train adapters of MODEL, any checkpoint zimg serves, on DATA; write the safetensors file OUT."""
+    """Train adapters of MODEL, any checkpoint zimgkit serves, on DATA; write the safetensors file OUT."""
     _need_train()
-    from zimg.training import stages
+    from zimgkit.training import stages
 
     own = {
         "rank": rank,
@@ -145,13 +145,13 @@ def demo(
 ) -> None:
     """Make a demo model OUT from nothing: its pictures, tokenizer, autoencoder, transformer and text model."""
     _need_train()
-    from zimg.training import stages
+    from zimgkit.training import stages
 
     def make_data(folder: Path) -> None:
         import subprocess
         import sys
 
-        command = [sys.executable, "-m", "zimg.training.world", str(folder)]
+        command = [sys.executable, "-m", "zimgkit.training.world", str(folder)]
         done = subprocess.run([*command, "--count", str(pictures), "--seed", str(seed)], check=False)
         if done.returncode:
             raise ZimgError(f"the pictures in {folder} could not be made", "the lines above say why")
@@ -176,10 +176,10 @@ def demo(
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def ship(checkpoint: Path, out: Path, overwrite: bool, quiet: bool) -> None:
-    """Make CHECKPOINT, in bfloat16, a bundle and a checkpoint in one folder OUT, as those that come with zimg are."""
+    """Make CHECKPOINT, in bfloat16, a bundle and a checkpoint in one folder OUT, as those of zimgkit are."""
     _need_train()
-    from zimg.runtime.progress import bar
-    from zimg.training import ship as work
+    from zimgkit.runtime.progress import bar
+    from zimgkit.training import ship as work
 
     with bar(enabled=not quiet) as report:
         work.ship(checkpoint, out, overwrite=overwrite, report=report)
@@ -198,8 +198,8 @@ def judge(bundle: str, captions: int, backend: str, as_json: bool, quiet: bool, 
     """Draw captions that were held out of training with BUNDLE; say how many pictures show what was asked for."""
     from dataclasses import asdict
 
-    from zimg.runtime.progress import bar
-    from zimg.training.accuracy import accuracy, share
+    from zimgkit.runtime.progress import bar
+    from zimgkit.training.accuracy import accuracy, share
 
     if captions < 1:
         raise UsageError(f"captions is {captions}", "give 1 or more")
@@ -230,7 +230,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def _progress(*, quiet: bool) -> Iterator[dict[str, Any]]:
     """What shows progress on stderr: a bar where it is a terminal, and a line for each saved state."""
-    from zimg.runtime.progress import bar
+    from zimgkit.runtime.progress import bar
 
     with bar(enabled=not quiet) as report:
         yield {"report": report, "log": None if quiet else lambda line: click.echo(line, err=True)}
@@ -241,7 +241,7 @@ def _need_train() -> None:
     from importlib.util import find_spec
 
     if missing := [name for name in ("torch", "diffusers", "transformers", "accelerate") if not find_spec(name)]:
-        raise ZimgError(f"training needs {', '.join(missing)}", "pip install 'zimg[train]'")
+        raise ZimgError(f"training needs {', '.join(missing)}", "pip install 'zimgkit[train]'")
     import diffusers.utils.logging
     import transformers.utils.logging
 

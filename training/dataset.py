@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zimg.engines.errors import ZimgError
+from zimgkit.engines.errors import ZimgError
 
 METADATA = "metadata.csv"
 COLUMNS = ("image", "prompt")

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zimg.export.checkpoint import Checkpoint
-from zimg.runtime.schedule import calculate_mu
-from zimg.training import prompts
-from zimg.training.checkpoint import load_component, load_tokenizer
-from zimg.training.dataset import Dataset, Size, draw_batch
-from zimg.training.latents import Latents
-from zimg.training.preview import drawer
+from zimgkit.export.checkpoints.checkpoint import Checkpoint
+from zimgkit.runtime.diffusion.schedule import calculate_mu
+from zimgkit.training import prompts
+from zimgkit.training.checkpoint import load_component, load_tokenizer
+from zimgkit.training.dataset import Dataset, Size, draw_batch
+from zimgkit.training.latents import Latents
+from zimgkit.training.preview import drawer
 
 DROPOUT = 0.1
 """The share of captions that are left out, so that guidance has something to compare with."""

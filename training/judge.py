@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from zimg.training.world.words import COLOURS, SHAPES
+from zimgkit.training.world.words import COLOURS, SHAPES
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]

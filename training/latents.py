@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zimg.export.checkpoint import Checkpoint
-from zimg.runtime.latents import Normalization, vae_normalization
-from zimg.runtime.progress import Report, silent
-from zimg.training.dataset import Dataset, Size, load_pictures
-from zimg.training.vae import latent_channels, load_autoencoder
+from zimgkit.export.checkpoints.checkpoint import Checkpoint
+from zimgkit.runtime.diffusion.latents import Normalization, vae_normalization
+from zimgkit.runtime.progress import Report, silent
+from zimgkit.training.dataset import Dataset, Size, load_pictures
+from zimgkit.training.vae import latent_channels, load_autoencoder
 
 BATCH = 16
 """Pictures that are encoded at once."""

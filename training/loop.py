@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zimg.engines.errors import CheckpointError, OutputError, UsageError, ZimgError
-from zimg.runtime.progress import Report, silent
-from zimg.training.curve import write_curve
-from zimg.training.muon import Muon
+from zimgkit.engines.errors import CheckpointError, OutputError, UsageError, ZimgError
+from zimgkit.runtime.progress import Report, silent
+from zimgkit.training.curve import write_curve
+from zimgkit.training.muon import Muon
 
 STATE = "state.safetensors"
 MOMENTS = {False: ("exp_avg", "exp_avg_sq"), True: ("momentum",)}

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zimg.engines.errors import UsageError
-from zimg.engines.files import replacing
-from zimg.export.checkpoint import Checkpoint
-from zimg.training import prompts
-from zimg.training.checkpoint import load_component, load_tokenizer
-from zimg.training.dataset import Dataset
-from zimg.training.diffusion import Denoiser, DenoiserTask, dead_ends
-from zimg.training.latents import Latents
-from zimg.training.preview import drawer
+from zimgkit.engines.errors import UsageError
+from zimgkit.engines.files import replacing
+from zimgkit.export.checkpoints.checkpoint import Checkpoint
+from zimgkit.training import prompts
+from zimgkit.training.checkpoint import load_component, load_tokenizer
+from zimgkit.training.dataset import Dataset
+from zimgkit.training.diffusion import Denoiser, DenoiserTask, dead_ends
+from zimgkit.training.latents import Latents
+from zimgkit.training.preview import drawer
 
 TARGETS = {
     "z-image": "to_q,to_k,to_v,to_out.0,w1,w2,w3",
@@ -136,7 +136,7 @@ def write_lora(path: Path, weights: Mapping[str, Tensor], precision: str = "bflo
 
     Args:
         path: a safetensors file; it is overwritten.
-        weights: the trained parameters of a :class:`~zimg.training.diffusion.Denoiser`, by name.
+        weights: the trained parameters of a :class:`~zimgkit.training.diffusion.Denoiser`, by name.
         precision: the element type they are stored in.
     """
     from safetensors.torch import save_file

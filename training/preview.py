@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zimg.export.checkpoint import Checkpoint
-from zimg.runtime.families import family as host
-from zimg.training.checkpoint import load_component
-from zimg.training.dataset import Dataset
-from zimg.training.prompts import NO_PROMPT, pad
-from zimg.training.vae import write_grid
+from zimgkit.export.checkpoints.checkpoint import Checkpoint
+from zimgkit.runtime.families import family as host
+from zimgkit.training.checkpoint import load_component
+from zimgkit.training.dataset import Dataset
+from zimgkit.training.prompts import NO_PROMPT, pad
+from zimgkit.training.vae import write_grid
 
 PICTURES = 8
 STEPS = 20

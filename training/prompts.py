@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zimg.runtime.families import family as host
-from zimg.training.tokenizer import templated
+from zimgkit.runtime.families import family as host
+from zimgkit.training.tokenizer import templated
 
 NO_PROMPT = {"z-image": ("",), "qwen-image": (" ", "")}
 """Family -> what stands for no prompt in guidance; Qwen-Image's pipelines take a single space."""

@@ -1,4 +1,4 @@
-"""A trained checkpoint made ready to come with zimg: checkpoint and bundle in one folder, on the same weights."""
+"""A trained checkpoint made ready to come with zimgkit: checkpoint and bundle in one folder, on the same weights."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from zimg.engines.bundle import MANIFEST, Source, atomic_folder
-from zimg.engines.errors import CheckpointError
-from zimg.export.build import export
-from zimg.export.checkpoint import open_checkpoint
-from zimg.runtime.progress import Report, silent
+from zimgkit.engines.bundle import MANIFEST, Source, atomic_folder
+from zimgkit.engines.errors import CheckpointError
+from zimgkit.export.build import export
+from zimgkit.export.checkpoints.checkpoint import open_checkpoint
+from zimgkit.runtime.progress import Report, silent
 
 
 def ship(checkpoint: Path, out: Path, *, overwrite: bool = False, report: Report = silent) -> None:
@@ -28,7 +28,7 @@ def ship(checkpoint: Path, out: Path, *, overwrite: bool = False, report: Report
         ZimgError: whatever else went wrong, in one line.
     """
     opened = open_checkpoint(os.fspath(checkpoint))
-    # Where the checkpoint lay when it was made is nobody's concern; by its name it is found wherever zimg is.
+    # Where the checkpoint lay when it was made is nobody's concern; by its name it is found wherever zimgkit is.
     opened = replace(opened, source=Source(opened.name, None, opened.source.files))
     with atomic_folder(out.expanduser().absolute(), overwrite=overwrite, mark=MANIFEST) as work:
         export(opened, work, "bfloat16", report)

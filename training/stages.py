@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from zimg.engines.errors import OutputError, UsageError
-from zimg.export.checkpoint import Checkpoint, open_checkpoint
-from zimg.runtime.progress import Report, silent
-from zimg.training.checkpoint import derive_checkpoint, start_checkpoint
-from zimg.training.configs import DEMO, LEARNED_TOKENS
-from zimg.training.dataset import Dataset, read_dataset
-from zimg.training.diffusion import denoiser_task
-from zimg.training.latents import cache_latents
-from zimg.training.loop import STATE, Log, Settings, train
-from zimg.training.lora import lora_task, write_lora
-from zimg.training.tokenizer import train_tokenizer
-from zimg.training.vae import AutoencoderTask, measure, stored_autoencoder
+from zimgkit.engines.errors import OutputError, UsageError
+from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from zimgkit.runtime.progress import Report, silent
+from zimgkit.training.checkpoint import derive_checkpoint, start_checkpoint
+from zimgkit.training.configs import DEMO, LEARNED_TOKENS
+from zimgkit.training.dataset import Dataset, read_dataset
+from zimgkit.training.diffusion import denoiser_task
+from zimgkit.training.latents import cache_latents
+from zimgkit.training.loop import STATE, Log, Settings, train
+from zimgkit.training.lora import lora_task, write_lora
+from zimgkit.training.tokenizer import train_tokenizer
+from zimgkit.training.vae import AutoencoderTask, measure, stored_autoencoder
 
 VAE = {
     "z-image": Settings(steps=2000, batch_size=4, learning_rate=3e-3, ema=0.995, warmup=50),

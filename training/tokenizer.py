@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from zimg.export.demo import CHAT_TEMPLATE, ROLES, SPECIAL_TOKENS
-from zimg.runtime.families import qwen_image, z_image
+from zimgkit.export.demo import CHAT_TEMPLATE, ROLES, SPECIAL_TOKENS
+from zimgkit.runtime.families import qwen_image, z_image
 
 REPEATS = 1000
 """How often the templates stand in what is learned from: often enough that none of their words is left in pieces."""

@@ -1,4 +1,4 @@
-"""Training of both autoencoders, in the form zimg exports: two-dimensional, whatever the checkpoint stores.
+"""Training of both autoencoders, in the form zimgkit exports: two-dimensional, whatever the checkpoint stores.
 
 The loss is the mean squared difference of pixels, of their hue more than of their lightness; the mean absolute
 difference and that of gradients, which count when the squares have become small and make edges sharp; and a little of
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zimg.export.checkpoint import Checkpoint
-from zimg.export.models.autoencoder_kl import AutoencoderKLDecoder, AutoencoderKLEncoder
-from zimg.export.models.qwen_image_vae import QwenImageVAEDecoder, QwenImageVAEEncoder
-from zimg.training.checkpoint import load_component
-from zimg.training.dataset import Dataset, draw_batch, load_pictures
+from zimgkit.export.checkpoints.checkpoint import Checkpoint
+from zimgkit.export.networks.autoencoder_kl import AutoencoderKLDecoder, AutoencoderKLEncoder
+from zimgkit.export.networks.qwen_image_vae import QwenImageVAEDecoder, QwenImageVAEEncoder
+from zimgkit.training.checkpoint import load_component
+from zimgkit.training.dataset import Dataset, draw_batch, load_pictures
 
 NETWORKS = {
     "z-image": (AutoencoderKLEncoder, AutoencoderKLDecoder),

@@ -19,14 +19,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from zimg.engines.dtypes import to_float32
-from zimg.engines.safetensors import TensorInfo, view
-
-Matrix = NDArray[np.float32]
-Rows = Callable[[int, int], Matrix]
-"""``rows(start, stop)``: those rows of a matrix, float32."""
+from zimgkit.engines.tensors.dtypes import to_float32
+from zimgkit.engines.tensors.safetensors import TensorInfo, view
+from zimgkit.export.weights.addends import Matrix, Rows
 
 
 class Change(Protocol):
@@ -199,27 +195,6 @@ class Addend:
             return difference
 
         return by_rows
-
-
-def merged(read: Rows, bounds: Sequence[tuple[int, int]], addends: Sequence[Addend]) -> Rows:
-    """W with everything added, in the order of the addends, as rows that are computed when they are asked for.
-
-    Args:
-        read: gives rows of W, float32.
-        bounds: of the rows to read at a time, where all of W is needed first.
-        addends: what is added; one or more.
-    """
-    first, *others = [addend.open(read, bounds) for addend in addends]
-
-    def rows(start: int, stop: int) -> Matrix:
-        base = read(start, stop)
-        total = first(start, base)
-        for add in others:
-            total += add(start, base)
-        total += base
-        return total
-
-    return rows
 
 
 def _shape(info: TensorInfo) -> tuple[int, int]:

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from zimg.engines.dtypes import to_float32
-from zimg.engines.errors import LoraError
-from zimg.engines.safetensors import SafetensorsError, TensorInfo, read_header, read_metadata, view
-from zimg.export.lora.deltas import Change, Factor, Hadamard, Kronecker, LowRank
-from zimg.export.lora.source import LoraFile
+from zimgkit.engines.errors import LoraError
+from zimgkit.engines.tensors.dtypes import to_float32
+from zimgkit.engines.tensors.safetensors import SafetensorsError, TensorInfo, read_header, read_metadata, view
+from zimgkit.export.lora.deltas import Change, Factor, Hadamard, Kronecker, LowRank
+from zimgkit.export.lora.source import LoraFile
 
 ROLES = (
     ("down", r"lora_A(\.[^.]+)?\.weight|lora_A|lora_down(\.weight)?|lora\.down(\.weight)?"),
@@ -174,7 +174,7 @@ def read_lora(file: LoraFile) -> Lora:
     if not parts:
         example = f" ({next(iter(infos))}, …)" if infos else ""
         raise LoraError(
-            f"{file.path} is no LoRA: none of its keys is of a format zimg knows{example}", "check the file"
+            f"{file.path} is no LoRA: none of its keys is of a format zimgkit knows{example}", "check the file"
         )
     digest = _check_values(file.path, infos)
     modules = tuple(Module(name, found) for name, found in sorted(parts.items()))

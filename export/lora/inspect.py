@@ -7,16 +7,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from zimg.export.checkpoint import PICKLES
-from zimg.export.lora.formats import read_lora
-from zimg.export.lora.names import families, squash
-from zimg.export.lora.source import SUFFIX, find_lora
-from zimg.runtime import demo
+from zimgkit.export.checkpoints.checkpoint import PICKLES
+from zimgkit.export.lora.formats import read_lora
+from zimgkit.export.lora.names import families, squash
+from zimgkit.export.lora.source import SUFFIX, find_lora
+from zimgkit.runtime import demo_models
 
 
 def is_lora(argument: str) -> bool:
     """Whether an argument names a LoRA rather than a checkpoint: a weight file, or a folder with nothing but such."""
-    path = demo.locate_lora(argument).expanduser()
+    path = demo_models.locate_lora(argument).expanduser()
     if path.is_dir():
         has_weights = any(file.suffix in (SUFFIX, *PICKLES) for file in path.iterdir())
         return has_weights and not (path / "model_index.json").exists() and not (path / "transformer").exists()
@@ -27,7 +27,7 @@ def summary(argument: str, hub: str = "huggingface") -> dict[str, Any]:
     """Describe a LoRA.
 
     Args:
-        argument: see :func:`zimg.export.lora.source.find_lora`.
+        argument: see :func:`zimgkit.export.lora.source.find_lora`.
         hub: ``"huggingface"`` or ``"modelscope"``.
 
     Raises:
@@ -60,7 +60,7 @@ def as_text(summary: dict[str, Any]) -> str:
     alphas = ", ".join(f"{alpha:g}" for alpha in summary["alphas"])
     if not summary["has_alpha"]:
         alphas = f"{alphas}, and none" if alphas else "none: the rank counts"
-    family = " or ".join(summary["families"]) or "a model that zimg does not know"
+    family = " or ".join(summary["families"]) or "a model that zimgkit does not know"
     lines = [
         f"{Path(summary['path']).name}  ({kinds}, for {family})",
         f"  path      {summary['path']}",

@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
-from zimg.engines.bundle import Defaults, MergedLora
-from zimg.engines.errors import UsageError
+from zimgkit.engines.bundle import Defaults, MergedLora
+from zimgkit.engines.errors import UsageError
 
 
 @dataclass(frozen=True)

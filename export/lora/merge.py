@@ -10,12 +10,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from zimg.engines.bundle import MergedLora
-from zimg.engines.errors import LoraError
-from zimg.export.lora.deltas import Addend, Change, Magnitude, Slice
-from zimg.export.lora.formats import Lora, Module, read_lora
-from zimg.export.lora.names import TEXT_ENCODER, Meaning, Names, Target, families
-from zimg.export.lora.source import find_lora
+from zimgkit.engines.bundle import MergedLora
+from zimgkit.engines.errors import LoraError
+from zimgkit.export.lora.deltas import Addend, Change, Magnitude, Slice
+from zimgkit.export.lora.formats import Lora, Module, read_lora
+from zimgkit.export.lora.names import TEXT_ENCODER, Meaning, Names, Target, families
+from zimgkit.export.lora.source import find_lora
 
 Addends = Mapping[str, Mapping[str, tuple[Addend, ...]]]
 """Component of the checkpoint -> canonical name of a tensor -> what is added to it."""
@@ -39,7 +39,7 @@ def read_loras(arguments: Iterable[str], hub: str = "huggingface") -> list[Lora]
     """Find, fetch and read LoRAs.
 
     Args:
-        arguments: see :func:`zimg.export.lora.source.find_lora`.
+        arguments: see :func:`zimgkit.export.lora.source.find_lora`.
         hub: ``"huggingface"`` or ``"modelscope"``.
 
     Raises:
@@ -103,7 +103,7 @@ def _unmatched(
         return [f"{lora.file.path.name}: {name}" for name in (*unmatched, *lora.unknown)]
     if not unmatched:
         raise LoraError(
-            f"{lora.file.path}: {lora.unknown[0]!r} is no key that zimg knows{_others(lora.unknown)}",
+            f"{lora.file.path}: {lora.unknown[0]!r} is no key that zimgkit knows{_others(lora.unknown)}",
             "--allow-unmatched leaves such keys out",
         )
     nearest = names.nearest(unmatched[0])

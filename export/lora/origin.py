@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from functools import cached_property
 
-from zimg.engines.bundle import Bundle
-from zimg.engines.errors import CheckpointError, ZimgError
-from zimg.engines.safetensors import TensorInfo
-from zimg.export.checkpoint import Checkpoint, canonical, open_checkpoint
+from zimgkit.engines.bundle import Bundle
+from zimgkit.engines.errors import CheckpointError, ZimgError
+from zimgkit.engines.tensors.safetensors import TensorInfo
+from zimgkit.export.checkpoints.checkpoint import Checkpoint, canonical, open_checkpoint
 
 
 class Origin:

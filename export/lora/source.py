@@ -8,10 +8,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from zimg.engines.errors import LoraError, UsageError
-from zimg.export import hub
-from zimg.export.checkpoint import PICKLES
-from zimg.runtime import demo
+from zimgkit.engines.errors import LoraError, UsageError
+from zimgkit.export.checkpoints import hub
+from zimgkit.export.checkpoints.checkpoint import PICKLES
+from zimgkit.runtime import demo_models
 
 SUFFIX = ".safetensors"
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -36,7 +36,7 @@ def find_lora(argument: str, hub_name: str = "huggingface") -> LoraFile:
 
     Args:
         argument: ``FILE``, ``FOLDER``, ``owner/name/file.safetensors``, ``owner/name:file.safetensors`` or the name
-            of one that zimg carries, and ``:SCALE`` after it for another scale than 1. What exists as a path is one.
+            of one that zimgkit carries, and ``:SCALE`` after it for another scale than 1. What exists as a path is one.
         hub_name: ``"huggingface"`` or ``"modelscope"``.
 
     Raises:
@@ -64,7 +64,7 @@ def find_lora(argument: str, hub_name: str = "huggingface") -> LoraFile:
 
 
 def _expanded(name: str) -> Path:
-    return Path(name).expanduser() if name.startswith("~/") else demo.locate_lora(name)
+    return Path(name).expanduser() if name.startswith("~/") else demo_models.locate_lora(name)
 
 
 def _split_scale(argument: str) -> tuple[str, float]:
@@ -97,4 +97,4 @@ def _in_folder(folder: Path) -> Path:
 
 def _refuse_pickle(name: str) -> None:
     if name.endswith(PICKLES):
-        raise LoraError(f"{name} is a pickle, which zimg never opens", "convert it to safetensors")
+        raise LoraError(f"{name} is a pickle, which zimgkit never opens", "convert it to safetensors")

@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 import onnx
 
-from zimg.engines.bundle import (
+from zimgkit.engines.bundle import (
     Bundle,
     CompiledEngine,
     Component,
@@ -36,20 +36,20 @@ from zimg.engines.bundle import (
     sha256,
     write_manifest,
 )
-from zimg.engines.dtypes import BY_ONNX, to_float32
-from zimg.engines.errors import BundleError, OutputError, UsageError
-from zimg.engines.safetensors import TensorInfo, read_header
-from zimg.export.checkpoint import canonical, is_dead_text
-from zimg.export.formats import SCALE
-from zimg.export.layout import base_name, graph_name, lora_name
-from zimg.export.locks import only_writer_of
-from zimg.export.lora import known
-from zimg.export.lora.merge import NOTHING, Merge, merge, read_loras
-from zimg.export.lora.names import Names
-from zimg.export.lora.origin import Origin
-from zimg.export.quantized_weights import WEIGHT_SCALE, as_stored, float_shapes
-from zimg.export.weights import Progress, Wanted, pieces, write_wanted, written_bytes
-from zimg.runtime.progress import Report, silent
+from zimgkit.engines.bundle.locks import only_writer_of
+from zimgkit.engines.errors import BundleError, OutputError, UsageError
+from zimgkit.engines.tensors.dtypes import BY_ONNX, to_float32
+from zimgkit.engines.tensors.safetensors import TensorInfo, read_header
+from zimgkit.export.checkpoints.checkpoint import canonical, is_dead_text
+from zimgkit.export.lora import known
+from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
+from zimgkit.export.lora.names import Names
+from zimgkit.export.lora.origin import Origin
+from zimgkit.export.quantization.formats import SCALE
+from zimgkit.export.quantization.quantized_weights import WEIGHT_SCALE, as_stored, float_shapes
+from zimgkit.export.weights.layout import base_name, graph_name, lora_name
+from zimgkit.export.weights.stream import Progress, Wanted, pieces, write_wanted, written_bytes
+from zimgkit.runtime.progress import Report, silent
 
 SOURCES = {
     "text_encoder": "text_encoder",
@@ -107,7 +107,7 @@ def swap(
 
     Args:
         path: the bundle's folder.
-        loras: the new set, see :func:`zimg.export.lora.source.find_lora`; none of the old set stays.
+        loras: the new set, see :func:`zimgkit.export.lora.source.find_lora`; none of the old set stays.
         out: a folder for the result, whose other files are hard links; the bundle itself is changed when None.
         overwrite: replace a bundle that is at ``out``.
         keep_base: keep what LoRAs touch without them as well, so that the next set needs no checkpoint.

@@ -1,6 +1,6 @@
 """What is special about each family on the host side: one module of constants and small pure functions each.
 
-The loop of ``zimg.runtime.pipeline`` is the same for all; what it asks of a family is written down in :class:`Family`.
+The loop is the same for all; what it asks of a family is written down in :class:`Family`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from zimg.engines.bundle import TextConfig
-from zimg.engines.errors import BundleError
-from zimg.runtime.families import qwen_image, z_image
+from zimgkit.engines.bundle import TextConfig
+from zimgkit.engines.errors import BundleError
+from zimgkit.runtime.families import qwen_image, z_image
 
 Array = NDArray[np.float32]
 Config = dict[str, dict[str, Any]]
@@ -87,10 +87,10 @@ def family(name: str) -> Family:
     """The family a bundle belongs to.
 
     Raises:
-        BundleError: this zimg does not know it.
+        BundleError: this zimgkit does not know it.
     """
     if name not in FAMILIES:
         raise BundleError(
-            f"the bundle is of family {name!r}, and this zimg knows {', '.join(FAMILIES)}", "upgrade zimg"
+            f"the bundle is of family {name!r}, and this zimgkit knows {', '.join(FAMILIES)}", "upgrade zimgkit"
         )
     return FAMILIES[name]

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zimg.engines.bundle import TextConfig
-from zimg.runtime import guidance, rope
-from zimg.runtime.latents import TokenLayout, denormalize, pack, unpack, vae_normalization
+from zimgkit.engines.bundle import TextConfig
+from zimgkit.runtime.diffusion import guidance
+from zimgkit.runtime.diffusion import positions as rope
+from zimgkit.runtime.diffusion.latents import TokenLayout, denormalize, pack, unpack, vae_normalization
 
 Array = NDArray[np.float32]
 Config = dict[str, dict[str, Any]]

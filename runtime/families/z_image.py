@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zimg.engines.bundle import TextConfig
-from zimg.runtime import guidance, rope, schedule
-from zimg.runtime.latents import TokenLayout, denormalize, pack, unpack, vae_normalization
-from zimg.runtime.time_embedding import z_image_time_embedding
+from zimgkit.engines.bundle import TextConfig
+from zimgkit.runtime.diffusion import guidance, schedule
+from zimgkit.runtime.diffusion import positions as rope
+from zimgkit.runtime.diffusion.latents import TokenLayout, denormalize, pack, unpack, vae_normalization
+from zimgkit.runtime.diffusion.time_embedding import z_image_time_embedding
 
 Array = NDArray[np.float32]
 Config = dict[str, dict[str, Any]]

@@ -7,8 +7,8 @@ import os
 import cpu_vs_diffusers as benchmark
 import pytest
 
-from zimg.engines import safetensors
-from zimg.runtime import engine_pool, pipeline
+from zimgkit.engines.tensors import safetensors
+from zimgkit.runtime import engine_pool, pipeline
 
 
 @pytest.mark.parametrize("family", ["z-image", "qwen-image"])

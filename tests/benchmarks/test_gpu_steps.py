@@ -23,8 +23,8 @@ from step_contestants import Settings
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from zimg.engines.errors import BackendError
-from zimg.export import build
+from zimgkit.engines.errors import BackendError
+from zimgkit.export import build
 
 FAMILIES = ["z-image", "qwen-image"]
 
@@ -104,7 +104,7 @@ def test_reference_is_a_float32_run(prepared):
 
 @pytest.mark.parametrize(
     ("name", "least", "most"),
-    # On the CPU zimg computes in float32, with Qwen-Image's modulation table in bfloat16.
+    # On the CPU zimgkit computes in float32, with Qwen-Image's modulation table in bfloat16.
     [("eager", 1e-3, 2e-2), ("torch.compile", 1e-3, 2e-2), ("onnxruntime", 1e-9, 1e-3), ("torch", 1e-9, 1e-3)],
 )
 def test_contestants_agree_with_float32(prepared, name, least, most, monkeypatch):

@@ -3,8 +3,8 @@ from __future__ import annotations
 import precisions
 import pytest
 
-from zimg.export.prompts import cost_prompts
-from zimg.runtime import demo
+from zimgkit.export.quantization.prompts import cost_prompts
+from zimgkit.runtime import demo_models
 
 
 def test_a_tiny_model(checkpoint_of, tmp_path, capsys):
@@ -24,7 +24,7 @@ def test_a_tiny_model(checkpoint_of, tmp_path, capsys):
     assert any(line.startswith("| int4-weights | ") for line in lines)
 
 
-@pytest.mark.parametrize("name", demo.NAMES)
+@pytest.mark.parametrize("name", demo_models.NAMES)
 def test_gates_of_the_demo_models(name, tmp_path):
     """What eight bits by the models' own recipes cost in the velocity of each of their default steps."""
     given = {

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tests import handmade
-from zimg.engines import base
-from zimg.engines.base import BACKENDS, check_feeds, open_engine
-from zimg.engines.bundle import Bundle, TensorSpec
-from zimg.engines.errors import BackendError, BundleError, UsageError
+from zimgkit.engines import base
+from zimgkit.engines.base import BACKENDS, check_feeds, open_engine
+from zimgkit.engines.bundle import Bundle, TensorSpec
+from zimgkit.engines.errors import BackendError, BundleError, UsageError
 
 INPUTS = {
     "hidden_states": TensorSpec("float32", (1, "tokens", 4)),
@@ -36,7 +36,7 @@ def bundle(tmp_path) -> Bundle:
     return Bundle.open(handmade.write_bundle(tmp_path, {"net.safetensors": b""}))
 
 
-@pytest.mark.parametrize("backend", ["openvino", "", "ONNXRuntime", "zimg.engines.torch"])
+@pytest.mark.parametrize("backend", ["openvino", "", "ONNXRuntime", "zimgkit.engines.torch.engine"])
 def test_unknown_backend(bundle, backend):
     with pytest.raises(UsageError) as caught:
         open_engine(bundle, "net", backend)
@@ -60,7 +60,9 @@ def test_the_arguments_go_to_the_backend(bundle, monkeypatch):
         def open_engine(*arguments: Any) -> Any:
             return arguments
 
-    monkeypatch.setattr(base, "import_module", {"zimg.engines.onnxruntime": Module, "zimg.engines.torch": None}.get)
+    monkeypatch.setattr(
+        base, "import_module", {"zimgkit.engines.onnxruntime.engine": Module, "zimgkit.engines.torch.engine": None}.get
+    )
     assert open_engine(bundle, "net") == (bundle, "net", None)
     assert open_engine(bundle, "net", "onnxruntime", "cuda:1") == (bundle, "net", "cuda:1")
 

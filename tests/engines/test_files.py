@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zimg.engines.files import beside, replacing
+from zimgkit.engines.files import beside, replacing
 
 
 def test_a_file_takes_its_place_at_the_end(tmp_path):

@@ -17,9 +17,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.commands import heed_interrupts, invoke
-from zimg.engines.bundle import MANIFEST, Bundle
-from zimg.export import build as builds
-from zimg.export.cli import main
+from zimgkit.engines.bundle import MANIFEST, Bundle
+from zimgkit.export import build as builds
+from zimgkit.export.cli.main import main
 
 
 @pytest.fixture(scope="module", params=["z-image", "qwen-image"])
@@ -213,7 +213,7 @@ def test_a_scheduler_zimg_does_not_implement(checkpoint, tmp_path):
 
 def test_a_broken_tokenizer(checkpoint, tmp_path):
     (checkpoint / "tokenizer" / "tokenizer.json").write_text("{}")
-    assert_refused(checkpoint, tmp_path, "holds no tokenizer zimg can read")
+    assert_refused(checkpoint, tmp_path, "holds no tokenizer zimgkit can read")
 
 
 def test_unknown_models(tmp_path):
@@ -259,7 +259,7 @@ def test_an_old_bundle_survives_a_failed_build(checkpoint, family, bundle_of, tm
 
 def start(checkpoint, out, *arguments):
     """A build in a process of its own, which has begun to write."""
-    code = "from zimg.export.cli import main; main()"
+    code = "from zimgkit.export.cli.main import main; main()"
     command = [sys.executable, "-c", code, "build", "--model", checkpoint, "--out", out, "--quiet", *arguments]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts

@@ -1,4 +1,4 @@
-"""Demo checkpoints: what diffusers loads whole, what zimg builds, and the same picture from both."""
+"""Demo checkpoints: what diffusers loads whole, what zimgkit builds, and the same picture from both."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from diffusers import QwenImagePipeline, ZImagePipeline
 from safetensors.torch import load_file
 
 from tests.commands import invoke
-from zimg.export.build import build
-from zimg.export.cli import main
-from zimg.runtime import Pipeline
+from zimgkit.export.build import build
+from zimgkit.export.cli.main import main
+from zimgkit.runtime import Pipeline
 
 CLASSES = {"z-image": ZImagePipeline, "qwen-image": QwenImagePipeline}
 

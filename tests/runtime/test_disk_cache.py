@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from zimg.engines.errors import UsageError
-from zimg.runtime import disk_cache
-from zimg.runtime.disk_cache import cached_array
+from zimgkit.engines.errors import UsageError
+from zimgkit.runtime import disk_cache
+from zimgkit.runtime.disk_cache import cached_array
 
 SHAPE, DTYPE = (4, 5), np.dtype("<f4")
 SIZE = 4 * 5 * 4 + 128 + 4
@@ -18,7 +18,7 @@ SIZE = 4 * 5 * 4 + 128 + 4
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("ZIMG_CACHE_LIMIT", raising=False)
-    return tmp_path / "cache" / "zimg" / "things"
+    return tmp_path / "cache" / "zimgkit" / "things"
 
 
 class Fill:

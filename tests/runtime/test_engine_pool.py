@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tests import handmade
-from zimg.engines.bundle import Bundle, Component
-from zimg.engines.errors import BackendError, BundleError, OutOfMemoryError
-from zimg.runtime import engine_pool
-from zimg.runtime.engine_pool import EnginePool
+from zimgkit.engines.bundle import Bundle, Component
+from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError
+from zimgkit.runtime import engine_pool
+from zimgkit.runtime.engine_pool import EnginePool
 
 SIZES = {"text_encoder": 40, "conditioner": 5, "denoiser": 100, "vae_decoder": 10}
 

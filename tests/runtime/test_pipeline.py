@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests import reference
-from zimg.engines.bundle import CompiledEngine
-from zimg.engines.errors import UsageError
-from zimg.runtime import Pipeline
+from zimgkit.engines.bundle import CompiledEngine
+from zimgkit.engines.errors import UsageError
+from zimgkit.runtime import Pipeline
 
 BOUND = 1e-3
 """On pixels from 0 to 1."""

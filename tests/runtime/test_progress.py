@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from zimg.runtime.progress import bar, silent
+from zimgkit.runtime.progress import bar, silent
 
 WORK = """
 import sys
-from zimg.runtime.progress import bar
+from zimgkit.runtime.progress import bar
 
 with bar(enabled="--quiet" not in sys.argv) as report:
     for step in range(3):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from tests import handmade
-from zimg.engines.bundle import Defaults
-from zimg.engines.errors import BundleError, UsageError
-from zimg.runtime import families
-from zimg.runtime.request import MAX_CHARACTERS, Request, check
+from zimgkit.engines.bundle import Defaults
+from zimgkit.engines.errors import BundleError, UsageError
+from zimgkit.runtime import families
+from zimgkit.runtime.request import MAX_CHARACTERS, Request, check
 
 BOTH = pytest.mark.parametrize("family", ["z-image", "qwen-image"])
 
@@ -295,6 +295,8 @@ class TestOutputType:
         assert refused(output_type=value) == f"output_type is {value!r}; choose one of pil, np, latent"
 
 
-def test_a_family_this_zimg_does_not_know():
-    with pytest.raises(BundleError, match="of family 'flux', and this zimg knows z-image, qwen-image; upgrade zimg"):
+def test_a_family_this_version_does_not_know():
+    with pytest.raises(
+        BundleError, match="of family 'flux', and this zimgkit knows z-image, qwen-image; upgrade zimgkit"
+    ):
         families.family("flux")

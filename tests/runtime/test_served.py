@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests import handmade
-from zimg.engines.bundle import Bundle, CompiledEngine, Component, Range
-from zimg.engines.errors import UsageError
-from zimg.runtime.served import check_served, largest_batch
+from zimgkit.engines.bundle import Bundle, CompiledEngine, Component, Range
+from zimgkit.engines.errors import UsageError
+from zimgkit.runtime.served import check_served, largest_batch
 
 
 def bundle_with(root: Path, *profiles: dict[str, Range], backend: str = "tensorrt") -> Bundle:

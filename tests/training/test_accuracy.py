@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from zimg.runtime import demo
-from zimg.training.accuracy import Case, accuracy, held_out_scenes, share
-from zimg.training.judge import Present, Related, judge
-from zimg.training.world.claims import claims
-from zimg.training.world.drawing import draw
-from zimg.training.world.sampling import held_out
+from zimgkit.runtime import demo_models
+from zimgkit.training.accuracy import Case, accuracy, held_out_scenes, share
+from zimgkit.training.judge import Present, Related, judge
+from zimgkit.training.world.claims import claims
+from zimgkit.training.world.drawing import draw
+from zimgkit.training.world.sampling import held_out
 
 
 @pytest.mark.parametrize("things", [1, 2])
@@ -34,16 +34,16 @@ def test_shares() -> None:
     assert share(cases, 3) == 0
 
 
-@pytest.mark.parametrize("name", demo.NAMES)
+@pytest.mark.parametrize("name", demo_models.NAMES)
 def test_the_carried_models_draw_what_they_are_asked_for(name: str) -> None:
-    """A sample of what `python -m zimg.training judge` counts in full."""
+    """A sample of what `python -m zimgkit.training judge` counts in full."""
     cases = accuracy(name, captions=24)
     assert share(cases, 1) >= 10 / 12, cases
     assert share(cases, 2) >= 8 / 12, cases
 
 
 def test_the_command_says_what_went_wrong() -> None:
-    command = [sys.executable, "-m", "zimg.training", "judge", "zimg-tiny-z", "--captions", "2"]
+    command = [sys.executable, "-m", "zimgkit.training", "judge", "zimg-tiny-z", "--captions", "2"]
     done = subprocess.run(
         [*command, "--num-inference-steps", "1", "--json"], capture_output=True, text=True, check=True
     )

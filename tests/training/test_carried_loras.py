@@ -1,4 +1,4 @@
-"""The LoRAs that zimg carries do visibly what they were trained for: the judge's own measures, with and without."""
+"""The LoRAs that zimgkit carries do visibly what they were trained for: the judge's own measures, with and without."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from PIL import Image, ImageDraw
 from PIL.ImageFilter import MaxFilter
 
 from tests.commands import invoke
-from zimg.engines.safetensors import read_header
-from zimg.export.cli import main
-from zimg.export.lora.inspect import summary
-from zimg.runtime import Pipeline, demo
-from zimg.training.judge import look
-from zimg.training.world.drawing import draw
-from zimg.training.world.scene import Scene, Thing
+from zimgkit.engines.tensors.safetensors import read_header
+from zimgkit.export.cli.main import main
+from zimgkit.export.lora.inspect import summary
+from zimgkit.runtime import Pipeline, demo_models
+from zimgkit.training.judge import look
+from zimgkit.training.world.drawing import draw
+from zimgkit.training.world.scene import Scene, Thing
 
 COLOURS = ("red", "blue", "green", "purple")
 
@@ -29,7 +29,7 @@ def with_loras(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def make(name: str, *loras: str) -> Path:
         if not loras:
-            return demo.locate(name)
+            return demo_models.locate(name)
         if (name, *loras) not in made:
             out = tmp_path_factory.mktemp("swapped") / name
             wanted = [argument for lora in loras for argument in ("--lora", f"{name}-{lora}")]
@@ -91,7 +91,7 @@ def test_the_measures() -> None:
     assert overlap(solid, TRUE_BOLT) < 0.55
 
 
-@pytest.mark.parametrize("name", demo.NAMES)
+@pytest.mark.parametrize("name", demo_models.NAMES)
 def test_outlines(name: str, with_loras: Callable[..., Path]) -> None:
     prompts = [
         f"a large {colour} {shape}"
@@ -104,7 +104,7 @@ def test_outlines(name: str, with_loras: Callable[..., Path]) -> None:
     assert sum(colour in found for colour, found in zip(COLOURS, colours, strict=True)) >= 3
 
 
-@pytest.mark.parametrize("name", demo.NAMES)
+@pytest.mark.parametrize("name", demo_models.NAMES)
 def test_bolts(name: str, with_loras: Callable[..., Path]) -> None:
     prompts = [f"a large {colour} bolt" for colour in COLOURS]
     without, bolts = (draw_all(with_loras(name, *loras), prompts) for loras in ((), ("bolt",)))
@@ -115,7 +115,7 @@ def test_bolts(name: str, with_loras: Callable[..., Path]) -> None:
     assert np.median([overlap(image, TRUE_BOLT) for image in circles]) < 0.6  # What it knew is still there.
 
 
-@pytest.mark.parametrize("name", demo.NAMES)
+@pytest.mark.parametrize("name", demo_models.NAMES)
 def test_both_at_once(name: str, with_loras: Callable[..., Path]) -> None:
     """Less is drawn than of the bolts by the concept alone, and most of it where they are."""
     prompts = [f"a large {colour} bolt" for colour in COLOURS]
@@ -128,10 +128,10 @@ def test_both_at_once(name: str, with_loras: Callable[..., Path]) -> None:
     assert np.median(inside) > 0.7
 
 
-@pytest.mark.parametrize("lora", demo.LORAS)
+@pytest.mark.parametrize("lora", demo_models.LORAS)
 def test_their_files(lora: str) -> None:
     """In DiffSynth's keys, small, and said to be what they are."""
-    path = demo.locate_lora(lora)
+    path = demo_models.locate_lora(lora)
     assert path.stat().st_size <= 300_000
     assert all(".lora_A.default.weight" in key or ".lora_B.default.weight" in key for key in read_header(path))
     found = summary(lora)
@@ -139,4 +139,4 @@ def test_their_files(lora: str) -> None:
 
 
 def test_carried_models_stay_as_they_are() -> None:
-    invoke(main, "swap-lora", "zimg-tiny-z", "--lora", "zimg-tiny-z-bolt").assert_refused("comes with zimg", 2)
+    invoke(main, "swap-lora", "zimg-tiny-z", "--lora", "zimg-tiny-z-bolt").assert_refused("comes with zimgkit", 2)

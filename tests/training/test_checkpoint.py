@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from zimg.training.checkpoint import _initialize, _look_nearby
-from zimg.training.configs import QWEN_IMAGE
+from zimgkit.training.checkpoint import _initialize, _look_nearby
+from zimgkit.training.configs import QWEN_IMAGE
 
 
 @pytest.fixture(scope="module")

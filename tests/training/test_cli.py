@@ -10,7 +10,7 @@ from tests.training import toy
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "zimg.training", *(str(argument) for argument in arguments)]
+    command = [sys.executable, "-m", "zimgkit.training", *(str(argument) for argument in arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 

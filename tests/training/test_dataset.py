@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tests.training import toy
-from zimg.training.dataset import DatasetError, draw_batch, load_pictures, read_dataset
+from zimgkit.training.dataset import DatasetError, draw_batch, load_pictures, read_dataset
 
 
 def test_rows_are_read(tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, ZImagePipeline
 
 from tests.training import toy
-from zimg.export.checkpoint import Checkpoint, open_checkpoint
-from zimg.training import prompts
-from zimg.training.checkpoint import load_component, load_tokenizer
-from zimg.training.dataset import read_dataset
-from zimg.training.diffusion import Denoiser, denoiser_task, draw_sigmas, velocity
-from zimg.training.latents import cache_latents
-from zimg.training.stages import train_model_tokenizer
+from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from zimgkit.training import prompts
+from zimgkit.training.checkpoint import load_component, load_tokenizer
+from zimgkit.training.dataset import read_dataset
+from zimgkit.training.diffusion import Denoiser, denoiser_task, draw_sigmas, velocity
+from zimgkit.training.latents import cache_latents
+from zimgkit.training.stages import train_model_tokenizer
 
 FAMILIES = list(toy.CONFIGS)
 PIPELINES = {"z-image": ZImagePipeline, "qwen-image": QwenImagePipeline}

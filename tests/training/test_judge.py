@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from zimg.training import judge as judging
-from zimg.training.judge import Counted, Placed, Present, Related, Seen, Sized, judge, look
-from zimg.training.world.claims import claims
-from zimg.training.world.drawing import draw
-from zimg.training.world.sampling import sample
-from zimg.training.world.scene import Scene
-from zimg.training.world.words import COLOURS, PLACES, SHAPES
+from zimgkit.training import judge as judging
+from zimgkit.training.judge import Counted, Placed, Present, Related, Seen, Sized, judge, look
+from zimgkit.training.world.claims import claims
+from zimgkit.training.world.drawing import draw
+from zimgkit.training.world.sampling import sample
+from zimgkit.training.world.scene import Scene
+from zimgkit.training.world.words import COLOURS, PLACES, SHAPES
 
 
 def clean(image: Image.Image, seed: int) -> Image.Image:

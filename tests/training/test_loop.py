@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from zimg.engines.errors import CheckpointError, OutputError, UsageError
-from zimg.training.loop import Settings, TrainingError, generator_of, rate_factor, train
+from zimgkit.engines.errors import CheckpointError, OutputError, UsageError
+from zimgkit.training.loop import Settings, TrainingError, generator_of, rate_factor, train
 
 SETTINGS = Settings(steps=12, batch_size=8, learning_rate=0.05, warmup=2, ema=0.9, save_every=4)
 

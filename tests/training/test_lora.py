@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.training import toy
-from zimg.engines.errors import UsageError
-from zimg.training.lora import TARGETS, LoraLinear, add_adapters, write_lora
-from zimg.training.stages import LORA, train_lora, train_model_tokenizer
+from zimgkit.engines.errors import UsageError
+from zimgkit.training.lora import TARGETS, LoraLinear, add_adapters, write_lora
+from zimgkit.training.stages import LORA, train_lora, train_model_tokenizer
 
 FAMILIES = {
     "z-image": (ZImageTransformer2DModel, ZImagePipeline, 7 * 4),

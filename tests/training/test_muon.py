@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from zimg.training.muon import Muon, orthogonalize
+from zimgkit.training.muon import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (4, 12), (12, 4), (96, 384), (1, 5)])

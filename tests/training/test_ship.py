@@ -6,13 +6,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.training import toy
-from zimg.engines.bundle import Bundle
-from zimg.engines.errors import CheckpointError, OutputError
-from zimg.export.checkpoint import open_checkpoint
-from zimg.runtime import Pipeline
-from zimg.training.checkpoint import derive_checkpoint
-from zimg.training.ship import ship
-from zimg.training.stages import train_model_tokenizer
+from zimgkit.engines.bundle import Bundle
+from zimgkit.engines.errors import CheckpointError, OutputError
+from zimgkit.export.checkpoints.checkpoint import open_checkpoint
+from zimgkit.runtime import Pipeline
+from zimgkit.training.checkpoint import derive_checkpoint
+from zimgkit.training.ship import ship
+from zimgkit.training.stages import train_model_tokenizer
 
 
 @pytest.fixture(scope="module", params=["z-image", "qwen-image"])
@@ -21,7 +21,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     begun = folder / "begun"
     train_model_tokenizer(toy.dataset(folder / "data"), begun, request.param, configs=toy.CONFIGS[request.param])
     opened = open_checkpoint(str(begun))
-    from zimg.training.checkpoint import load_component
+    from zimgkit.training.checkpoint import load_component
 
     parts = {name: load_component(opened, name) for name in ("transformer", "text_encoder", "vae")}
     derive_checkpoint(begun, folder / "toy-model", parts)

@@ -11,16 +11,24 @@ from diffusers import QwenImagePipeline, ZImagePipeline
 from safetensors.torch import load_file
 
 from tests.training import toy
-from zimg.engines.errors import CheckpointError, OutputError
-from zimg.export.build import build
-from zimg.export.checkpoint import open_checkpoint
-from zimg.runtime import Pipeline
-from zimg.training.configs import DEMO
-from zimg.training.dataset import DatasetError, read_dataset
-from zimg.training.diffusion import denoiser_task
-from zimg.training.latents import cache_latents
-from zimg.training.loop import Settings, train
-from zimg.training.stages import DIFFUSION, VAE, run_of, train_demo, train_diffusion, train_model_tokenizer, train_vae
+from zimgkit.engines.errors import CheckpointError, OutputError
+from zimgkit.export.build import build
+from zimgkit.export.checkpoints.checkpoint import open_checkpoint
+from zimgkit.runtime import Pipeline
+from zimgkit.training.configs import DEMO
+from zimgkit.training.dataset import DatasetError, read_dataset
+from zimgkit.training.diffusion import denoiser_task
+from zimgkit.training.latents import cache_latents
+from zimgkit.training.loop import Settings, train
+from zimgkit.training.stages import (
+    DIFFUSION,
+    VAE,
+    run_of,
+    train_demo,
+    train_diffusion,
+    train_model_tokenizer,
+    train_vae,
+)
 
 FAMILIES = list(toy.CONFIGS)
 QUICK: dict[str, Settings] = {

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from zimg.runtime.families import qwen_image
-from zimg.training.prompts import tokenize
-from zimg.training.tokenizer import train_tokenizer
+from zimgkit.runtime.families import qwen_image
+from zimgkit.training.prompts import tokenize
+from zimgkit.training.tokenizer import train_tokenizer
 
 CAPTIONS = [
     *(f"a {colour} {shape} left of a blue square" for colour in ("red", "green") for shape in ("circle", "triangle")),

@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from tests.training import toy
-from zimg.engines.errors import OutputError
-from zimg.export.checkpoint import open_checkpoint
-from zimg.training.dataset import load_pictures, read_dataset
-from zimg.training.latents import cache_latents
-from zimg.training.stages import VAE, train_model_tokenizer, train_vae
-from zimg.training.vae import load_autoencoder
+from zimgkit.engines.errors import OutputError
+from zimgkit.export.checkpoints.checkpoint import open_checkpoint
+from zimgkit.training.dataset import load_pictures, read_dataset
+from zimgkit.training.latents import cache_latents
+from zimgkit.training.stages import VAE, train_model_tokenizer, train_vae
+from zimgkit.training.vae import load_autoencoder
 
 CLASSES = {"z-image": AutoencoderKL, "qwen-image": AutoencoderKLQwenImage}
 FAMILIES = list(CLASSES)

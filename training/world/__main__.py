@@ -1,4 +1,4 @@
-"""``python -m zimg.training.world FOLDER --count N``: a dataset of the world."""
+"""``python -m zimgkit.training.world FOLDER --count N``: a dataset of the world."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from zimg.runtime import console
+from zimgkit.runtime.commands import console
 
 _SIDE = click.IntRange(128, 2048)
 
 
-@click.command("zimg.training.world")
+@click.command("zimgkit.training.world")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--count", required=True, type=click.IntRange(1, 1 << 32), help="How many pictures.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the scenes.")
@@ -43,8 +43,8 @@ def cli(
     quiet: bool,
 ) -> None:
     """Draw pictures of shapes with captions in English and Chinese into FOLDER, with a metadata.csv."""
-    from zimg.runtime.progress import bar
-    from zimg.training.world.render import write_dataset
+    from zimgkit.runtime.progress import bar
+    from zimgkit.training.world.render import write_dataset
 
     with bar(enabled=not quiet) as report:
         write_dataset(

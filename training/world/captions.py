@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from zimg.training.world.scene import Background, Scene, Thing
+from zimgkit.training.world.scene import Background, Scene, Thing
 
 _CHINESE_SHAPES = {
     "circle": "圆",
@@ -120,7 +120,7 @@ _CHINESE_PAIRS = {
 def caption(scene: Scene) -> str:
     """What a scene's picture is asked for with; the same for the same scene.
 
-    >>> from zimg.training.world.scene import Scene, Thing
+    >>> from zimgkit.training.world.scene import Scene, Thing
     >>> caption(Scene(128, 128, (Thing("circle", "red", 32, 64, 20), Thing("square", "blue", 96, 64, 20)), "row"))
     'a red circle left of a blue square'
     """

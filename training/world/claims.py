@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from zimg.training.judge import Claim, Counted, Placed, Present, Related, Sized
-from zimg.training.world.scene import Scene
+from zimgkit.training.judge import Claim, Counted, Placed, Present, Related, Sized
+from zimgkit.training.world.scene import Scene
 
 
 def claims(scene: Scene) -> tuple[Claim, ...]:

@@ -8,7 +8,7 @@ import math
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from zimg.training.world.scene import Background, Scene, Thing
+from zimgkit.training.world.scene import Background, Scene, Thing
 
 Colour = tuple[int, int, int]
 Outline = tuple[tuple[float, float], ...]

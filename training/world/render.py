@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from zimg.engines.bundle import atomic_folder
-from zimg.runtime.progress import Report, silent
-from zimg.training.world.captions import caption
-from zimg.training.world.drawing import draw
-from zimg.training.world.sampling import Size, Split, sample, with_concept
+from zimgkit.engines.bundle import atomic_folder
+from zimgkit.runtime.progress import Report, silent
+from zimgkit.training.world.captions import caption
+from zimgkit.training.world.drawing import draw
+from zimgkit.training.world.sampling import Size, Split, sample, with_concept
 
 METADATA = "metadata.csv"
 
@@ -32,7 +32,7 @@ def write_dataset(
         folder: where; its ``metadata.csv`` has a row ``image,prompt`` for each picture, images as paths in the folder.
         count: how many pictures.
         seed: from 0; no two seeds share a scene's seed, and the first pictures do not depend on ``count``.
-        split: ``"train"`` or ``"test"``; see :func:`zimg.training.world.sampling.sample`.
+        split: ``"train"`` or ``"test"``; see :func:`zimgkit.training.world.sampling.sample`.
         size: (width, height) in pixels of all pictures; sizes vary if None.
         outlined: draw the outlines of things alone; captions do not tell it.
         concept: make one thing of every other picture the shape that the models are not taught; with the known ones

@@ -8,9 +8,9 @@ from itertools import combinations
 from typing import Literal
 from zlib import crc32
 
-from zimg.engines.errors import UsageError
-from zimg.training.world.scene import Background, Scene, Thing, Writing
-from zimg.training.world.words import COLOURS, CONCEPT, GROUNDS, PLACES, SHAPES, TEXTURES, WRITINGS
+from zimgkit.engines.errors import UsageError
+from zimgkit.training.world.scene import Background, Scene, Thing, Writing
+from zimgkit.training.world.words import COLOURS, CONCEPT, GROUNDS, PLACES, SHAPES, TEXTURES, WRITINGS
 
 Split = Literal["train", "test"]
 Size = tuple[int, int]

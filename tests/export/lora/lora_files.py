@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from zimg.export.build import names_of
-from zimg.export.checkpoint import open_checkpoint
-from zimg.export.lora.merge import Merge, merge, read_loras
-from zimg.export.weights import Wanted, pieces
+from zimgkit.export.build import names_of
+from zimgkit.export.checkpoints.checkpoint import open_checkpoint
+from zimgkit.export.lora.merge import Merge, merge, read_loras
+from zimgkit.export.weights.stream import Wanted, pieces
 
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Module -> down (rank, in) and up (out, rank)."""

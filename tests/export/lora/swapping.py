@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from zimg.engines.bundle import MANIFEST, Bundle
-from zimg.engines.safetensors import view
-from zimg.export.lora import swap as swaps
+from zimgkit.engines.bundle import MANIFEST, Bundle
+from zimgkit.engines.tensors.safetensors import view
+from zimgkit.export.lora import swap as swaps
 
 
 def swap(bundle, *loras, **options):

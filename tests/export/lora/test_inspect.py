@@ -10,7 +10,7 @@ import torch
 
 from tests.commands import invoke
 from tests.export.lora import lora_files
-from zimg.export.cli import main
+from zimgkit.export.cli.main import main
 
 WEIGHTS = {
     "z-image": {
@@ -70,12 +70,12 @@ def test_other_kinds(tmp_path):
 def test_a_model_of_others(tmp_path):
     stored = {f"lora_unet_something_else.lora_{side}.weight": torch.ones(3, 3) for side in ("up", "down")}
     path = lora_files.write(tmp_path / "lora.safetensors", stored)
-    assert "for a model that zimg does not know" in invoke(main, "inspect", path).out
+    assert "for a model that zimgkit does not know" in invoke(main, "inspect", path).out
 
 
 def test_what_is_none(tmp_path, checkpoint_of):
     (tmp_path / "lora.pt").write_bytes(b"\x80\x04.")
-    invoke(main, "inspect", tmp_path / "lora.pt").assert_refused("is a pickle, which zimg never opens", 1)
+    invoke(main, "inspect", tmp_path / "lora.pt").assert_refused("is a pickle, which zimgkit never opens", 1)
     invoke(main, "inspect", tmp_path / "no.safetensors").assert_refused("there is no LoRA", 1)
     (file,) = (checkpoint_of("z-image") / "transformer").glob("*.safetensors")
     shutil.copy(file, tmp_path / "whole.safetensors")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from zimg.engines.bundle import Defaults, MergedLora
-from zimg.engines.errors import UsageError
-from zimg.export.lora.known import Settings, settings_for
-from zimg.runtime.schedule import calculate_mu, check_scheduler, flow_match_sigmas
+from zimgkit.engines.bundle import Defaults, MergedLora
+from zimgkit.engines.errors import UsageError
+from zimgkit.export.lora.known import Settings, settings_for
+from zimgkit.runtime.diffusion.schedule import calculate_mu, check_scheduler, flow_match_sigmas
 
 QWEN = Settings(
     Defaults(50, 4.0, 1328, 1328, " "),

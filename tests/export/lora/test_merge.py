@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.export.lora import lora_files
 from tests.export.lora.lora_files import TARGETS, assert_near, found_by, merged_by, write
-from zimg.engines.errors import LoraError, UsageError
-from zimg.export.lora.source import find_lora
+from zimgkit.engines.errors import LoraError, UsageError
+from zimgkit.export.lora.source import find_lora
 
 
 @pytest.fixture(params=["z-image", "qwen-image"])
@@ -114,7 +114,7 @@ class TestAlgebra:
     @pytest.mark.parametrize("axis", [0, 1])
     @pytest.mark.parametrize("scale", [1.0, 0.4, -1.0])
     def test_dora_scale(self, checkpoint, weights, tmp_path, axis, scale, monkeypatch):
-        from zimg.export import weights as streaming
+        from zimgkit.export.weights import stream as streaming
 
         monkeypatch.setattr(streaming, "MERGED_PIECE", 500)  # Several pieces for each tensor.
         chosen = some(weights, "to_q", "to_out.0")
@@ -204,7 +204,7 @@ class TestSeveral:
         assert merged_by(checkpoint, f"{files[0]}:0.0", f"{files[2]}:-0") == {}
 
     def test_pieces_change_no_more_than_rounding(self, checkpoint, files, monkeypatch):
-        from zimg.export import weights as streaming
+        from zimgkit.export.weights import stream as streaming
 
         whole = merged_by(checkpoint, *files)
         monkeypatch.setattr(streaming, "MERGED_PIECE", 100)
@@ -239,7 +239,7 @@ class TestBadInput:
     def test_unknown_keys(self, checkpoint, good, tmp_path):
         odd = {"transformer.something.lora_C.weight": random(2, 2)}
         self.refused(
-            checkpoint, tmp_path, good | odd, "'transformer.something.lora_C.weight' is no key that zimg knows"
+            checkpoint, tmp_path, good | odd, "'transformer.something.lora_C.weight' is no key that zimgkit knows"
         )
         assert found_by(checkpoint, tmp_path / "lora.safetensors", allow_unmatched=True).ignored
 
@@ -363,7 +363,7 @@ class TestSource:
             find_lora(name)
 
     def test_hub(self, tmp_path, monkeypatch):
-        from zimg.export.lora import source
+        from zimgkit.export.lora import source
 
         file = tmp_path / "sub" / "lora.safetensors"
         file.parent.mkdir()
@@ -394,7 +394,7 @@ class TestSource:
             f"owner/name/lora.{suffix}",
             f"owner/name:lora.{suffix}",
         ):
-            with pytest.raises(LoraError, match="is a pickle, which zimg never opens"):
+            with pytest.raises(LoraError, match="is a pickle, which zimgkit never opens"):
                 find_lora(argument)
 
     @pytest.mark.parametrize("zipped", [False, True])
@@ -409,7 +409,7 @@ class TestSource:
 
 
 def test_what_a_trainer_of_ours_writes(checkpoint_of, tmp_path):
-    from zimg.training.lora import write_lora
+    from zimgkit.training.lora import write_lora
 
     checkpoint = checkpoint_of("qwen-image")
     weights = state(checkpoint)

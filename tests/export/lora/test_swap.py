@@ -18,15 +18,15 @@ from filelock import FileLock
 
 from tests.commands import invoke
 from tests.export.lora.swapping import contents, states, swap
-from zimg.engines.base import open_engine
-from zimg.engines.bundle import MANIFEST, Bundle, CompiledEngine, FileRecord, sha256, write_manifest
-from zimg.engines.safetensors import view
-from zimg.export.build import build, parts_of
-from zimg.export.checkpoint import open_checkpoint
-from zimg.export.cli import main
-from zimg.export.lora import swap as swaps
-from zimg.export.verify import verify
-from zimg.runtime.cli import main as run
+from zimgkit.engines.base import open_engine
+from zimgkit.engines.bundle import MANIFEST, Bundle, CompiledEngine, FileRecord, sha256, write_manifest
+from zimgkit.engines.tensors.safetensors import view
+from zimgkit.export.build import build, parts_of
+from zimgkit.export.checkpoints.checkpoint import open_checkpoint
+from zimgkit.export.cli.main import main
+from zimgkit.export.lora import swap as swaps
+from zimgkit.export.quality.verify import verify
+from zimgkit.runtime.commands.cli import main as run
 
 FAMILIES = ["z-image", "qwen-image"]
 PRECISIONS = {"z-image": "bf16", "qwen-image": "fp32"}
@@ -254,8 +254,8 @@ def contents_of(bundle, component):
 
 
 def test_a_refittable_engine_takes_what_changed(refittable, loras_of, checkpoint_of, tmp_path):
-    from zimg.export.compile import _purpose
-    from zimg.export.verify import _random_inputs
+    from zimgkit.export.compilers.compile import _purpose
+    from zimgkit.export.quality.verify import _random_inputs
 
     part = parts_of(open_checkpoint(str(checkpoint_of("z-image"))))["denoiser"]
     feeds = _random_inputs(part, 0)
@@ -401,7 +401,7 @@ def test_bad_loras_leave_the_bundle_alone(bundle_of, loras_of, copy_of, tmp_path
 
 def test_a_bundle_is_swapped_by_one_at_a_time(bundle_of, copy_of):
     bundle = copy_of(bundle_of("z-image", "fp32"))
-    from zimg.export.locks import only_writer_of
+    from zimgkit.engines.bundle.locks import only_writer_of
 
     with only_writer_of(bundle):
         invoke(main, "swap-lora", bundle, "--quiet").assert_refused("another process is writing", 1)
@@ -466,7 +466,7 @@ def test_components_come_from_where_the_swap_looks(family, checkpoint_of):
 def test_no_torch_is_loaded(quantized_of, loras_of, copy_of):
     bundle = copy_of(quantized_of("z-image", "int8"))
     code = (
-        "import sys\nfrom zimg.export.cli import main\ntry:\n    main()\n"
+        "import sys\nfrom zimgkit.export.cli.main import main\ntry:\n    main()\n"
         "finally:\n    assert not {'torch', 'transformers', 'onnxruntime'} & sys.modules.keys()"
     )
     command = [sys.executable, "-c", code, "swap-lora", bundle, "--lora", f"{loras_of('z-image')[0]}:0.1", "--quiet"]
@@ -478,7 +478,7 @@ def test_no_torch_is_loaded(quantized_of, loras_of, copy_of):
 def test_the_engine_takes_what_was_swapped(bundle_of, loras_of, copy_of):
     """An engine that is open goes on with the weights it has; the next one has the new ones."""
     bundle = copy_of(bundle_of("z-image", "fp32"))
-    from zimg.export.verify import _random_inputs
+    from zimgkit.export.quality.verify import _random_inputs
 
     part = parts_of(open_checkpoint(Bundle.open(bundle).manifest.source.model))["denoiser"]
     feeds = _random_inputs(part, 0)

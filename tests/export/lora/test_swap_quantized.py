@@ -16,13 +16,13 @@ from tests import quantized
 from tests.commands import invoke
 from tests.export.lora import lora_files
 from tests.export.lora.swapping import contents, states, swap
-from zimg.engines.bundle import Bundle, write_manifest
-from zimg.export import build as builds
-from zimg.export import quantize as quantization
-from zimg.export.build import Quantizing, build
-from zimg.export.cli import main
-from zimg.export.statistics import Statistics
-from zimg.export.verify import verify
+from zimgkit.engines.bundle import Bundle, write_manifest
+from zimgkit.export import build as builds
+from zimgkit.export.build import Quantizing, build
+from zimgkit.export.cli.main import main
+from zimgkit.export.quality.verify import verify
+from zimgkit.export.quantization import quantize as quantization
+from zimgkit.export.quantization.statistics import Statistics
 
 FAMILIES = ["z-image", "qwen-image"]
 

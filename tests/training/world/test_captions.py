@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from zimg.training.world.captions import caption
-from zimg.training.world.sampling import sample
-from zimg.training.world.scene import Background, Scene, Thing, Writing
+from zimgkit.training.world.captions import caption
+from zimgkit.training.world.sampling import sample
+from zimgkit.training.world.scene import Background, Scene, Thing, Writing
 
 CIRCLE = Thing("circle", "red", 32, 64, 20)
 SQUARE = Thing("square", "blue", 96, 64, 20)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from zimg.training.judge import Counted, Placed, Present, Related, Sized
-from zimg.training.world.claims import claims
-from zimg.training.world.scene import Scene, Thing
+from zimgkit.training.judge import Counted, Placed, Present, Related, Sized
+from zimgkit.training.world.claims import claims
+from zimgkit.training.world.scene import Scene, Thing
 
 CIRCLE, SQUARE, STAR = ("circle", "red"), ("square", "blue"), ("star", "pink")
 SCENE = Scene(128, 128, tuple(Thing(*name, 0, 0, 0) for name in (CIRCLE, SQUARE, STAR)), "row")

@@ -9,11 +9,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from zimg.training.judge import to_lab
-from zimg.training.world import words
-from zimg.training.world.drawing import COLOURS, GROUNDS, draw
-from zimg.training.world.sampling import sample
-from zimg.training.world.scene import Background, Scene, Thing, Writing
+from zimgkit.training.judge import to_lab
+from zimgkit.training.world import words
+from zimgkit.training.world.drawing import COLOURS, GROUNDS, draw
+from zimgkit.training.world.sampling import sample
+from zimgkit.training.world.scene import Background, Scene, Thing, Writing
 
 AREAS = {
     "circle": math.pi,

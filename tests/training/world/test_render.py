@@ -1,4 +1,4 @@
-"""``python -m zimg.training.world``: dataset folders."""
+"""``python -m zimgkit.training.world``: dataset folders."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from tests.commands import invoke
-from zimg.engines.errors import OutputError
-from zimg.training.world.__main__ import main
-from zimg.training.world.captions import caption
-from zimg.training.world.drawing import draw
-from zimg.training.world.render import write_dataset
-from zimg.training.world.sampling import sample
+from zimgkit.engines.errors import OutputError
+from zimgkit.training.world.__main__ import main
+from zimgkit.training.world.captions import caption
+from zimgkit.training.world.drawing import draw
+from zimgkit.training.world.render import write_dataset
+from zimgkit.training.world.sampling import sample
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

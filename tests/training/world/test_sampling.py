@@ -6,11 +6,11 @@ from itertools import combinations
 
 import pytest
 
-from zimg.engines.errors import UsageError
-from zimg.training.world import words
-from zimg.training.world.captions import caption
-from zimg.training.world.sampling import SIZES, held_out, sample
-from zimg.training.world.scene import Scene
+from zimgkit.engines.errors import UsageError
+from zimgkit.training.world import words
+from zimgkit.training.world.captions import caption
+from zimgkit.training.world.sampling import SIZES, held_out, sample
+from zimgkit.training.world.scene import Scene
 
 TRAIN = [sample(seed) for seed in range(6000)]
 TEST = [sample(seed, "test") for seed in range(2000)]

@@ -1,0 +1,283 @@
+"""``bundle.json``: what a bundle consists of, as structs. Knows nothing of any model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from zimgkit.engines.errors import BundleError
+
+SCHEMA_VERSION = 1
+MANIFEST = "bundle.json"
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """One input or output of a graph: element type, and sides as numbers or the names of free sides."""
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Component(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One part of the model: its graphs, its weights, what goes in and what comes out."""
+
+    weights: tuple[str, ...]
+    """Safetensors files of the bundle that hold its tensors; where several have a name, the last one counts."""
+    graphs: dict[str, str] = {}
+    """Element type the graph computes in -> ONNX file. All of them point into the same weights."""
+    inputs: dict[str, TensorSpec] = {}
+    outputs: dict[str, TensorSpec] = {}
+    tensors: tuple[str, ...] = ()
+    """Of a component without a graph: the tensors that it consists of."""
+    parameters: int = 0
+    """How many numbers it has."""
+    weight_bytes: int = 0
+    """How many bytes of the files are its own; linked files may hold other components' tensors too."""
+    lora: str | None = None
+    """The last of ``weights``, where LoRAs were merged: the tensors they touch. The other files hold none of that."""
+    base: str | None = None
+    """A file beside ``weights``: tensors that LoRAs touch, as the checkpoint has them, for the next set of LoRAs."""
+
+
+Range = tuple[int, int, int]
+"""Of a free side: the least, the likeliest and the most it may be."""
+
+
+class Refit(msgspec.Struct, frozen=True):
+    """What an engine's weights are exchanged for whenever it is loaded."""
+
+    source: str
+    """:meth:`Bundle.source_hash` of the graph and weights that it has then."""
+    tensors: tuple[str, ...]
+    """Those that may differ from what it was compiled from."""
+
+
+class CompiledEngine(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One component, compiled ahead for one kind of device by one version of one compiler."""
+
+    component: str
+    file: str
+    """What the backend loads, in the folder of this compiler and device below ``engines/``."""
+    backend: str
+    """Which backend runs it: ``"tensorrt"`` or ``"tensorrt-rtx"``."""
+    compiler: str
+    """The module that compiled it, such as ``"tensorrt"`` or ``"tensorrt_rtx"``."""
+    version: str
+    """Of the compiler; it runs with this version only."""
+    device: str
+    """The architecture it runs on, such as ``"sm90"``, or ``"any"``."""
+    source: str
+    """:meth:`Bundle.source_hash` of what it was compiled from."""
+    profiles: tuple[dict[str, Range], ...]
+    """Each a set of ranges it serves, by free side; sides without a range take any length."""
+    memory_bytes: int = 0
+    """Device memory it needs beside the plan's own bytes, for the largest shapes, as the compiler says."""
+    weight_streaming_budget: int | None = None
+    """Bytes of weights kept on the device, the rest being streamed to it; all are kept when None."""
+    refittable: bool = False
+    """Whether it can take other weights than it was compiled from."""
+    refit: Refit | None = None
+    stripped: bool = False
+    """Whether the plan has no weights, and takes the bundle's when it is loaded."""
+    attention: tuple[int, int] = (0, 0)
+    """How many attentions became one fused kernel each, and how many did not."""
+    products: tuple[int, int] = (0, 0)
+    """How many multiplications of quantized numbers are computed in 8 bits, and how many are not."""
+    data: str | None = None
+    """A second file, which ``file`` points into."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Its files in the bundle."""
+        return (self.file,) if self.data is None else (self.file, self.data)
+
+    @property
+    def serves(self) -> str:
+        """:meth:`Bundle.source_hash` of the weights it runs with. Where the bundle's differs now, it is stale."""
+        return self.refit.source if self.refit else self.source
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    """What a file of the bundle must be."""
+
+    size: int
+    sha256: str
+
+
+class Source(msgspec.Struct, frozen=True):
+    """Where a bundle came from."""
+
+    model: str
+    """As the user named it."""
+    revision: str | None = None
+    files: dict[str, int] = {}
+    """The checkpoint's weight files and their sizes in bytes."""
+
+
+class TextConfig(msgspec.Struct, frozen=True):
+    """How a prompt becomes token ids, and which of the encoder's rows are kept."""
+
+    prefix: str
+    suffix: str
+    drop: int
+    """Leading rows of the encoder's output that belong to the template and are dropped."""
+    max_tokens: int
+    """Token ids past this many are cut, template included."""
+    max_sequence_length: int
+    """Rows kept after the drop, unless the caller asks for another number."""
+
+
+class Defaults(msgspec.Struct, frozen=True):
+    """What a call uses where the caller says nothing: the checkpoint's own recommendation."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    negative_prompt: str | None = None
+
+
+class Quantization(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a bundle's linears were quantized."""
+
+    precision: str
+    """``"fp8"``, ``"int8"``, ``"int8-weights"`` or ``"int4-weights"``."""
+    kept: dict[str, dict[str, str]] = {}
+    """Component -> the weights of linears that are stored in the bundle's precision -> why."""
+    inputs: dict[str, dict[str, str]] = {}
+    """Component -> a quantized weight -> the one after which the scales of its input are named, where it has any."""
+    range: str = ""
+    """Which range of a linear's inputs is represented: ``"max"``, ``"percentile"`` or ``"mse"``."""
+    smooth: float = 0.0
+    """SmoothQuant's alpha."""
+    calibration: dict[str, Any] = {}
+    """What the inputs' ranges were measured on."""
+    bound: float | None = None
+    """What the recipe asks of the cosine of every velocity and the float32 network's: at least this."""
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """How far pictures and what leads to them are from those of the same checkpoint in float32."""
+
+    velocity_relative: tuple[float, ...]
+    """By step: the norm of what the denoiser gives too much or too little over that of what it should give, from the
+    float32 run's latents; the mean over pictures and branches of guidance."""
+    velocity_cosine: tuple[float, ...]
+    """Likewise the cosine; the least."""
+    latents_relative: tuple[float, ...]
+    """By step: of the latents after it, each run on its own latents; the mean over pictures."""
+    latents_cosine: tuple[float, ...]
+    """Likewise the cosine; the least."""
+    psnr: float | None
+    """Of the pictures, in dB, from their mean squared error; None where there is none."""
+    ssim: float
+    """The mean over pictures."""
+    lpips: float | None = None
+    """Likewise; None where it could not be measured."""
+
+
+class Cost(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a bundle's precision costs, measured."""
+
+    prompts: tuple[str, ...]
+    first_seed: int
+    """Of the first prompt's noise; each further one has the next."""
+    width: int
+    height: int
+    num_inference_steps: int
+    backend: str
+    """What ran the bundle."""
+    difference: Difference
+    floor: Difference
+    """Of a bundle that is not quantized, in bfloat16 weights and arithmetic: what remains without quantization."""
+    captions: int = 0
+    """How many pictures were judged, where the checkpoint is one that a judge knows."""
+    accuracy: dict[str, float] = {}
+    """How many things a caption tells of -> the share of pictures that show them."""
+    float32_accuracy: dict[str, float] = {}
+    """Likewise of the float32 bundle."""
+
+    @property
+    def cosine(self) -> float:
+        """The least cosine of a velocity."""
+        return min(self.difference.velocity_cosine)
+
+
+class MergedLora(msgspec.Struct, frozen=True):
+    """A LoRA that was merged into the weights."""
+
+    source: str
+    """The file, or how its hub calls it."""
+    sha256: str
+    scale: float
+
+    @property
+    def file(self) -> str:
+        """Its file's name."""
+        return re.split(r"[/:]", self.source)[-1]
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """``bundle.json``."""
+
+    schema_version: int
+    zimg_version: str
+    family: str
+    name: str
+    """The checkpoint's short name, for people."""
+    precision: str
+    """The element type of the weights, of those that are not quantized."""
+    source: Source
+    text: TextConfig
+    defaults: Defaults
+    scheduler: dict[str, Any]
+    config: dict[str, dict[str, Any]]
+    """The checkpoint's own config per component, which the host side reads sizes and constants from."""
+    components: dict[str, Component]
+    files: dict[str, FileRecord]
+    """Every file of the bundle but the manifest itself."""
+    tools: dict[str, str] = {}
+    """Versions of what built it."""
+    engines: tuple[CompiledEngine, ...] = ()
+    """What was compiled from it."""
+    loras: tuple[MergedLora, ...] = ()
+    """What was merged into its weights."""
+    base_defaults: Defaults | None = None
+    """The defaults without LoRAs, where those or the user replaced them."""
+    base_scheduler: dict[str, Any] | None = None
+    """Likewise the scheduler."""
+    quantization: Quantization | None = None
+    cost: Cost | None = None
+    """What the precision costs, where that was measured."""
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read ``bundle.json``.
+
+    Args:
+        root: the bundle's folder.
+
+    Raises:
+        BundleError: there is none, or it is of a newer schema or no manifest.
+    """
+    path = root / MANIFEST
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        hint = "make one with: zimg-export build --model MODEL --out BUNDLE"
+        raise BundleError(f"{root} is not a bundle: it has no {MANIFEST}", hint) from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror})") from None
+    try:
+        version = msgspec.json.decode(data, type=dict[str, Any]).get("schema_version")
+        if isinstance(version, int | float) and version > SCHEMA_VERSION:
+            raise BundleError(
+                f"{root} has schema version {version}, and this zimgkit reads up to {SCHEMA_VERSION}",
+                "upgrade zimgkit, or build the bundle again with this one",
+            )
+        return msgspec.json.decode(data, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{path} is not a manifest zimgkit can read ({error})", "build the bundle again") from None

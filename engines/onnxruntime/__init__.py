@@ -1,0 +1,1 @@
+"""ONNX Runtime, with the CPU, CUDA and TensorRT-RTX providers."""

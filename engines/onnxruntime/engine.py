@@ -1,0 +1,213 @@
+"""ONNX Runtime: the default on the CPU, and the CUDA provider where it is present.
+
+On CUDA: never run on a GPU so far. Of onnxruntime-gpu 1.31 it is known which kernels it has. A bfloat16 bundle's text
+encoder, conditioner and denoiser have all of theirs, ``Attention``, ``RMSNormalization`` and ``RotaryEmbedding``
+included; its VAE lacks ``Resize``, and runs its float32 graph on the same weights.
+
+No CUDA graph is recorded. One holds for fixed shapes and addresses, while prompts differ in length and the two branches
+of guidance bind inputs of their own; and a step of these networks is thousands of large kernels, not many small ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zimgkit.engines.base import Feeds, check_feeds
+from zimgkit.engines.errors import BackendError, UsageError
+from zimgkit.engines.onnxruntime.bound import BoundSession, Place, explain, upload
+
+if TYPE_CHECKING:
+    from zimgkit.engines.bundle import Bundle, Component
+
+CUDA = "CUDAExecutionProvider"
+CUDA_OPTIONS = {
+    # Float32 is float32, as on the CPU.
+    "use_tf32": "0",
+    # The default times every algorithm anew for each shape; cuDNN's guess with all the scratch it wants is as good.
+    "cudnn_conv_algo_search": "HEURISTIC",
+    "cudnn_conv_use_max_workspace": "1",
+    # The default grows by powers of two: gigabytes that nobody asked for.
+    "arena_extend_strategy": "kSameAsRequested",
+}
+"""https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html"""
+
+FUSIONS = "QDQSelectorActionTransformer"
+"""What ONNX Runtime calls the pass that turns quantized neighbours into one operator. For float8 it makes one that has
+no kernel."""
+
+SESSION = {
+    # Without it, processors that lack VNNI add products of 8 bits in 16, which overflow.
+    "int8": {"session.x64quantprecision": "1"},
+    # By default it rounds inputs to 8 bits where weights alone are said to be rounded.
+    "int8-weights": {"session.qdq_matmulnbits_accuracy_level": "1"},
+    "int4-weights": {"session.qdq_matmulnbits_accuracy_level": "1"},
+}
+"""Precision of what is quantized -> what a session needs then, to compute what its graph says.
+
+https://github.com/microsoft/onnxruntime/blob/main/include/onnxruntime/core/session/onnxruntime_session_options_config_keys.h
+"""
+NO_KERNEL = ("not_implemented", "provider type for ")
+"""What ONNX Runtime says, in lower case, of a node that no provider has a kernel for."""
+
+
+def open_engine(bundle: Bundle, component: str, device: str | None = None) -> OnnxRuntimeEngine:
+    """Open a component on ONNX Runtime.
+
+    Args:
+        bundle: an open bundle.
+        component: a component that has a graph.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; by default CUDA where its provider is installed, else the CPU.
+
+    Raises:
+        UsageError: no such device.
+        BackendError: ONNX Runtime is not installed, has no such provider, or cannot load the graph.
+        OutOfMemoryError: the device has too little memory.
+        BundleError: the graph or its weights are broken.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError:
+        raise BackendError("onnxruntime is not installed", "pip install onnxruntime (or onnxruntime-gpu)") from None
+    on_cuda = CUDA in ort.get_available_providers()
+    place = _parse_device(device or ("cuda" if on_cuda else "cpu"))
+    if place.kind == "cuda" and not on_cuda:
+        raise BackendError("this onnxruntime has no CUDA provider", "pip install onnxruntime-gpu, or use --device cpu")
+    return OnnxRuntimeEngine(bundle, component, place)
+
+
+def _parse_device(device: str) -> Place:
+    if match := re.fullmatch(r"(cpu|cuda)(?::(\d{1,4}))?", device):
+        return Place(match[1], int(match[2] or 0))
+    raise UsageError(f"ONNX Runtime has no device {device!r}", "choose cpu, cuda or cuda:N")
+
+
+def _graphs(component: Component, kind: str) -> list[str]:
+    """The graphs to try in turn.
+
+    The CPU has no bfloat16 kernels: there the graph that computes in float32 runs, on the same weights. A GPU runs the
+    bundle's own, and the one in float32 where kernels are missing for that.
+    """
+    own = next(iter(component.graphs.values()))
+    in_float32 = component.graphs.get("float32", own)
+    return [in_float32] if kind == "cpu" else list(dict.fromkeys((own, in_float32)))
+
+
+class OnnxRuntimeEngine:
+    """One session. Use :func:`open_engine`."""
+
+    def __init__(self, bundle: Bundle, component: str, place: Place) -> None:
+        entry = bundle.component(component)
+        if not entry.graphs:
+            raise BackendError(f"{component} is a table of tensors and has no graph to run")
+        self.name = component
+        self.inputs, self.outputs = entry.inputs, entry.outputs
+        self._place = place
+        paths = [bundle.file(graph) for graph in _graphs(entry, place.kind)]
+        quantization = bundle.manifest.quantization
+        self._session = _open_session(paths, place, quantization.precision if quantization else "")
+        self._bound = None if place.kind == "cpu" else BoundSession(self._session, place, self.inputs, self.outputs)
+
+    def upload(self, feeds: Mapping[str, NDArray[Any]]) -> Feeds:
+        """Copy inputs to the device once; on the CPU they are there already.
+
+        Raises:
+            OutOfMemoryError: the device has too little memory.
+        """
+        if self._place.kind == "cpu":
+            return dict(feeds)
+        try:
+            return upload(feeds, self._place)
+        except Exception as error:
+            raise explain(error, f"ONNX Runtime cannot take the inputs of {self.name}") from None
+
+    def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
+        """Run the graph.
+
+        Raises:
+            BackendError: an input is missing or misshapen.
+            OutOfMemoryError: the device has too little memory.
+        """
+        if self._session is None:
+            raise BackendError(f"the engine of {self.name} is closed", "open it again")
+        check_feeds(self.name, self.inputs, feeds)
+        try:
+            if self._bound:
+                return self._bound.run(feeds)
+            names = list(self.outputs)
+            return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        except Exception as error:
+            raise explain(error, f"ONNX Runtime failed in {self.name}") from None
+
+    def close(self) -> None:
+        """Free the session's memory."""
+        self._session = self._bound = None
+
+
+def _open_session(paths: list[Path], place: Place, quantized: str) -> Any:
+    """Load the first graph that the device has all kernels for.
+
+    Args:
+        paths: the graphs.
+        place: the device.
+        quantized: the precision of what is quantized, or nothing.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # What fails is raised; its log would be a second message.
+    # Its plan of a first run nearly doubles the memory of a second one.
+    options.enable_mem_pattern = False
+    for key, value in SESSION.get(quantized, {}).items():
+        options.add_session_config_entry(key, value)
+    disabled = [FUSIONS] if quantized == "fp8" else []
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if place.kind == "cuda":
+        _load_cuda(ort)
+        # Weights in memory of their own: they stay, and would leave holes in what is shared between runs.
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        providers.insert(0, (CUDA, {"device_id": str(place.number), **CUDA_OPTIONS}))
+    for path in paths:
+        try:
+            session = ort.InferenceSession(
+                str(path), options, providers=providers, enable_fallback=0, disabled_optimizers=disabled
+            )
+            break
+        except Exception as error:
+            if path == paths[-1] or not any(sign in str(error).lower() for sign in NO_KERNEL):
+                raise explain(error, f"ONNX Runtime cannot load {path}") from None
+    if place.kind == "cuda" and CUDA not in session.get_providers():
+        raise _no_cuda("its provider does not load")
+    return session
+
+
+def _load_cuda(ort: ModuleType) -> None:
+    """Load the CUDA provider before any graph: ONNX Runtime would go on without it, and log the reason at most.
+
+    Raises:
+        BackendError: a library it needs is missing.
+    """
+    # CUDA and cuDNN where pip put them, which no search path names. What is not there may be elsewhere.
+    with contextlib.redirect_stdout(io.StringIO()):
+        getattr(ort, "preload_dlls", lambda directory: None)(directory="")
+    folder = Path(str(ort.__file__)).parent / "capi"
+    for name in ("libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"):
+        if (folder / name).exists():
+            try:
+                ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL)
+            except OSError as error:
+                raise _no_cuda(" ".join(str(error).split())) from None
+
+
+def _no_cuda(reason: str) -> BackendError:
+    hint = "pip install 'onnxruntime-gpu[cuda,cudnn]' and a recent NVIDIA driver, or use --device cpu"
+    return BackendError(f"ONNX Runtime could not start CUDA ({reason})", hint)

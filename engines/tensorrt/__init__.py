@@ -1,0 +1,1 @@
+"""TensorRT plans, run with TensorRT and CUDA's bindings alone."""

@@ -1,0 +1,1 @@
+"""Tensors in files: element types, and safetensors by offset."""

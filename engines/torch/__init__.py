@@ -1,0 +1,1 @@
+"""The PyTorch fallback, which interprets a component's ONNX graph."""

@@ -1,0 +1,1 @@
+"""Checkpoints: found, fetched, and read without their weights."""

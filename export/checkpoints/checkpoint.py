@@ -1,0 +1,314 @@
+"""An open checkpoint in the diffusers layout: its configs, and where each of its tensors lies. No weight is read here.
+
+The layout is ``model_index.json`` and a folder per component with its config and its weights, in one safetensors
+file or in shards with an index (https://huggingface.co/docs/diffusers/using-diffusers/other-formats).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from zimgkit.engines.bundle import Source
+from zimgkit.engines.errors import CheckpointError, UsageError
+from zimgkit.engines.tensors.safetensors import SafetensorsError, TensorInfo, read_header
+from zimgkit.export.checkpoints import catalog, hub
+from zimgkit.runtime import demo_models
+
+FAMILIES = {
+    "ZImagePipeline": "z-image",
+    "QwenImagePipeline": "qwen-image",
+    "ZImageTransformer2DModel": "z-image",
+    "QwenImageTransformer2DModel": "qwen-image",
+}
+"""Class name of a pipeline, or of its transformer -> family."""
+
+WEIGHTS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
+"""Component -> what its weight files' names begin with."""
+
+PREFIXES = {"transformer": ("model.diffusion_model.",), "text_encoder": ("model.", "language_model.")}
+"""Component -> what is taken off the stored tensor names, one after the other, to get the canonical ones.
+
+Text encoders are stored as the whole language model (``model.layers…``), as the whole vision-language model of
+older (``model.layers…``, ``visual…``) and newer transformers (``model.language_model.layers…``, ``model.visual…``),
+or bare (``layers…``).
+"""
+
+CONFIGS = ("model_index.json", "scheduler/scheduler_config.json", *(f"{component}/*.json" for component in WEIGHTS))
+"""Patterns of the files that say what a checkpoint is."""
+
+FILES = (
+    *CONFIGS,
+    *(f"tokenizer/*.{suffix}" for suffix in ("json", "txt", "jinja")),
+    *(f"{component}/{stem}{part}.safetensors" for component, stem in WEIGHTS.items() for part in ("", "-*")),
+)
+"""Patterns of the files that a build needs: no pickles, no second copies in other precisions."""
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint. Use :func:`open_checkpoint`."""
+
+    root: Path
+    name: str
+    """Its short name, for people."""
+    source: Source
+    family: str
+    """``"z-image"`` or ``"qwen-image"``."""
+
+    @cached_property
+    def _configs(self) -> dict[str, dict[str, Any]]:
+        return {}
+
+    @cached_property
+    def _tensors(self) -> dict[str, dict[str, TensorInfo]]:
+        return {}
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The config of ``"transformer"``, ``"text_encoder"``, ``"vae"`` or ``"scheduler"``.
+
+        Raises:
+            CheckpointError: it is missing or malformed.
+        """
+        if component not in self._configs:
+            name = "scheduler_config.json" if component == "scheduler" else "config.json"
+            self._configs[component] = _read_json(_folder(self.root, component) / name)
+        return self._configs[component]
+
+    def tensors(self, component: str) -> Mapping[str, TensorInfo]:
+        """Where the tensors of ``"transformer"``, ``"text_encoder"`` or ``"vae"`` lie; only headers are read.
+
+        Returns:
+            Canonical name -> its place, whose own ``name`` is the stored one. Canonical names are those of diffusers
+            for the transformer and the VAE, and those of the bare text model's state dict for the text encoder
+            (``layers.0.self_attn.q_proj.weight``), beside ``visual.…`` and ``lm_head.weight``.
+
+        Raises:
+            CheckpointError: a file is missing, cut short or no safetensors file, or lacks a tensor of the index.
+        """
+        if component not in self._tensors:
+            self._tensors[component] = _read_tensors(self.root, component)
+        return self._tensors[component]
+
+
+def open_checkpoint(model: str, *, revision: str | None = None, source: str = "huggingface") -> Checkpoint:
+    """Find a checkpoint, fetch what of it is not on this machine, and open it.
+
+    Args:
+        model: a folder, a hub id (``owner/name``), a short name, or the name of a model that comes with zimgkit. What
+            exists as a path is a path.
+        revision: for a hub: branch, tag or commit.
+        source: the hub, ``"huggingface"`` or ``"modelscope"``.
+
+    Raises:
+        CheckpointError: there is none, or it is incomplete, not in the diffusers layout, or of another family.
+        DownloadError: it cannot be fetched.
+        UsageError: no such source, or a revision of a local folder.
+    """
+    root = _find(model, revision, source, FILES)
+    return _open(root, model, revision, lambda component: list(_weight_files(root, component)))
+
+
+def open_configs(model: str, *, revision: str | None = None, source: str = "huggingface") -> Checkpoint:
+    """Open a checkpoint for its configs alone: from a hub, no weights are fetched.
+
+    The arguments and errors are those of :func:`open_checkpoint`. ``source.files`` has the components' weight files
+    that are on this machine, and leaves out a component that lacks one.
+    """
+    root = _find(model, revision, source, CONFIGS)
+
+    def present(component: str) -> list[Path]:
+        with contextlib.suppress(CheckpointError):
+            return list(_weight_files(root, component))
+        return []
+
+    return _open(root, model, revision, present)
+
+
+def _find(model: str, revision: str | None, source: str, wanted: tuple[str, ...]) -> Path:
+    """The folder of a checkpoint, after fetching the wanted files of it if it is on a hub."""
+    path = Path(model).expanduser() if model.startswith("~/") else demo_models.locate(model)
+    if model and os.path.lexists(path):
+        if revision is not None:
+            raise UsageError(f"{model} is a local folder, which has no revisions", "leave --revision out")
+        return path.absolute()
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
+        raise CheckpointError(f"{model!r} does not exist", "name a local folder, a hub id (owner/name) or a short name")
+    hub_id = catalog.resolve(model)
+    if hub_id not in {entry.hub_id for entry in catalog.SERVED}:
+        # Gigabytes are not fetched only to find that the model is of another family.
+        _family(hub.fetch(hub_id, revision=revision, source=source, allow=CONFIGS[:1]))
+    return hub.fetch(hub_id, revision=revision, source=source, allow=wanted)
+
+
+def _open(root: Path, model: str, revision: str | None, weight_files: Callable[[str], list[Path]]) -> Checkpoint:
+    # The folder that a hub's client keeps is named by the commit, or by the branch.
+    revision = root.name if root.parent.name == "snapshots" else revision
+    try:
+        family = _family(root)
+        files = [file for component in WEIGHTS for file in weight_files(component)]
+        sizes = {file.relative_to(root).as_posix(): file.stat().st_size for file in files}
+    except OSError as error:
+        raise CheckpointError(f"{root} cannot be read ({error})", "check its rights") from None
+    return Checkpoint(root, catalog.short_name(root), Source(model, revision, sizes), family)
+
+
+def check_tensors(
+    infos: Mapping[str, TensorInfo],
+    expected: Mapping[str, tuple[int, ...]],
+    component: str,
+    *,
+    ignore: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Check that a component has the tensors its network takes, of the right shapes, in float types, and no others.
+
+    Args:
+        infos: canonical name -> where it lies, as :meth:`Checkpoint.tensors` gives it.
+        expected: canonical name -> shape.
+        component: what to call it in messages.
+        ignore: whether an unexpected tensor of this name is known to be dead weight.
+
+    Raises:
+        CheckpointError: naming the first offending tensor, and counting the others.
+    """
+    missing = [name for name in expected if name not in infos]
+    unexpected = [name for name in infos if name not in expected and not ignore(name)]
+    hint = "fetch the checkpoint again, or check that its config.json is its own"
+    if 2 * len(missing) > len(expected):
+        hint = "it seems to be a checkpoint of another model"
+    if missing:
+        raise CheckpointError(f"the {component} lacks the tensor {missing[0]!r}{_others(missing)}", hint)
+    if unexpected:
+        file = infos[unexpected[0]].file
+        raise CheckpointError(f"{file}: the {component} has no use for {unexpected[0]!r}{_others(unexpected)}", hint)
+    wrong = [name for name, shape in expected.items() if infos[name].shape != tuple(shape)]
+    if wrong:
+        info, shape = infos[wrong[0]], tuple(expected[wrong[0]])
+        raise CheckpointError(
+            f"{info.file}: {info.name!r} of the {component} has shape {info.shape} instead of {shape}{_others(wrong)}",
+            "check that its config.json is its own",
+        )
+    odd = [name for name in expected if infos[name].dtype not in FLOATS]
+    if odd:
+        info = infos[odd[0]]
+        raise CheckpointError(
+            f"{info.file}: {info.name!r} of the {component} is stored in {info.dtype}{_others(odd)}",
+            f"name a checkpoint in {', '.join(FLOATS)}",
+        )
+
+
+def is_dead_text(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a tensor of the text encoder, by its canonical name, is one that no picture needs.
+
+    Args:
+        config: its ``config.json``, or the part of it that describes the language model.
+        name: of the tensor, or a part of it that ends with a dot.
+    """
+    if name.startswith(("visual.", "lm_head.")):
+        return True
+    last = config.get("num_hidden_layers", 0) - 1
+    return config.get("model_type") == "qwen3" and name.startswith(("norm.", f"layers.{last}."))
+
+
+def _others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _family(root: Path) -> str:
+    """The family that a checkpoint's ``model_index.json`` names, or where there is none, its transformer's config."""
+    for file in (root / "model_index.json", root / "transformer" / "config.json"):
+        if file.is_file():
+            name = _read_json(file).get("_class_name")
+            if not isinstance(name, str) or name not in FAMILIES:
+                served = " and ".join(dict.fromkeys(FAMILIES.values()))
+                raise CheckpointError(
+                    f"{file} names the class {name}", f"zimgkit serves text-to-image checkpoints of {served}"
+                )
+            return FAMILIES[name]
+    raise CheckpointError(f"{root} has no model_index.json", "zimgkit reads checkpoints in the diffusers layout")
+
+
+def _folder(root: Path, component: str) -> Path:
+    folder = root / component
+    if not folder.is_dir():
+        raise CheckpointError(f"{root} has no folder {component}", "fetch the checkpoint again")
+    return folder
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing", "fetch the checkpoint again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})", "fetch the file again") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is not a JSON object", "fetch the file again")
+    return data
+
+
+def _weight_files(root: Path, component: str) -> dict[Path, tuple[str, ...] | None]:
+    """The weight files of a component, each with the tensors its index promises; all it holds where there is none."""
+    folder, stem = _folder(root, component), WEIGHTS[component]
+    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+    if index.is_file():
+        return _read_index(index)
+    if single.is_file():
+        return {single: None}
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds a pickle ({pickles[0]}) where {single.name} belongs, and zimgkit never opens pickles",
+            "convert it to safetensors",
+        )
+    raise CheckpointError(f"{folder} has neither {single.name} nor {index.name}", "fetch the checkpoint again")
+
+
+def _read_index(index: Path) -> dict[Path, tuple[str, ...] | None]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index} has no readable weight_map", "fetch the file again")
+    files: dict[Path, tuple[str, ...] | None] = {}
+    for shard in dict.fromkeys(weight_map.values()):
+        # Not resolved: the caches of hubs link to their files from outside.
+        if PurePosixPath(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {shard!r}, which is no safetensors file beside it", "do not trust it")
+        if not (index.parent / shard).is_file():
+            raise CheckpointError(f"{index.parent / shard} is missing", "fetch the checkpoint again")
+        files[index.parent / shard] = tuple(name for name, file in weight_map.items() if file == shard)
+    return files
+
+
+def _read_tensors(root: Path, component: str) -> dict[str, TensorInfo]:
+    found: dict[str, TensorInfo] = {}
+    for file, promised in _weight_files(root, component).items():
+        try:
+            header = read_header(file)
+        except SafetensorsError as error:
+            raise CheckpointError(error.message, error.hint) from None
+        for stored in header if promised is None else promised:
+            if stored not in header:
+                raise CheckpointError(f"{file} has no tensor {stored!r}, which its index names", "fetch the file again")
+            name = canonical(component, stored)
+            if name in found:
+                both = f"{stored!r} and {found[name].name!r}"
+                raise CheckpointError(f"{file}: {both} are both the {component}'s {name!r}", "keep one of them")
+            found[name] = header[stored]
+    return found
+
+
+def canonical(component: str, stored: str) -> str:
+    """The canonical name of a component's tensor, see :meth:`Checkpoint.tensors`, from the one it is stored under."""
+    for prefix in PREFIXES.get(component, ()):
+        stored = stored.removeprefix(prefix)
+    return stored

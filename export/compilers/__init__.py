@@ -1,0 +1,1 @@
+"""Engines compiled ahead for a bundle."""

@@ -1,0 +1,48 @@
+"""Which precision suits which card, and which a card lacks. docs/quantization.md says why."""
+
+from __future__ import annotations
+
+from zimgkit.engines.errors import BackendError
+from zimgkit.engines.tensorrt import cuda
+
+CARDS = {"rtx4090": "sm89", "h100": "sm90"}
+"""Name on the command line -> architecture."""
+PRECISIONS = {"sm89": "int8", "sm90": "fp8"}
+"""Architecture -> the precision it multiplies fastest at the least loss; bf16 for all others."""
+OTHERWISE = "bf16"
+FP8_FROM = 89
+"""The compute capability, in tenths, of the first GPUs that multiply FP8: Ada, then Hopper."""
+
+
+def precision_for(card: str | None) -> tuple[str, str]:
+    """The precision for a card.
+
+    Args:
+        card: a key of :data:`CARDS`; the first GPU of this machine where None.
+
+    Returns:
+        The precision, and what it was chosen for.
+    """
+    if card is not None:
+        return PRECISIONS[CARDS[card]], card
+    try:
+        device = cuda.open_device()
+    except BackendError as error:
+        return OTHERWISE, error.message
+    return PRECISIONS.get(device.architecture, OTHERWISE), f"{device.name}, {device.architecture}"
+
+
+def check_multiplies(precision: str, architecture: str, name: str) -> None:
+    """Check that a GPU can run engines of a precision.
+
+    Args:
+        precision: of the bundle.
+        architecture: of the GPU, such as ``"sm90"``, or ``"any"``, which is not checked.
+        name: of the GPU, for the message.
+
+    Raises:
+        BackendError: it cannot.
+    """
+    if precision == "fp8" and architecture != "any" and int(architecture.removeprefix("sm")) < FP8_FROM:
+        message = f"{name} ({architecture}) does not multiply FP8, which begins with Ada (sm{FP8_FROM})"
+        raise BackendError(message, "build the bundle with --precision int8")

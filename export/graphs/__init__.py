@@ -1,0 +1,1 @@
+"""Networks to ONNX: blocks traced once, graphs assembled from calls."""

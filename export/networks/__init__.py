@@ -1,0 +1,1 @@
+"""The networks, in a form that traces well, and which family has which."""

@@ -1,0 +1,146 @@
+"""The language models that read the prompt, as transformers defines them, without the parts no picture needs.
+
+Z-Image takes the second-to-last hidden state of Qwen3: its last layer, final norm and head are dead. Qwen-Image takes
+the last hidden state of Qwen2.5-VL: its head is dead, and so is its vision tower where no picture is read.
+Prompts run one at a time at their exact length, so causal attention needs no mask.
+
+A network's ``forward`` only calls its children; each kind of child is traced once, see ``zimgkit.export.graphs.trace``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen3Config
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, Qwen2_5_VLRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from zimgkit.engines.errors import CheckpointError
+from zimgkit.export.checkpoints.checkpoint import is_dead_text
+from zimgkit.export.networks.layers import Border
+from zimgkit.export.networks.parts import Input, Part
+
+
+def text_config(config: Mapping[str, Any]) -> Any:
+    """Build transformers' config of the text model from ``text_encoder/config.json``, or from its text part alone.
+
+    Raises:
+        CheckpointError: another model type, or a RoPE scaling or window that zimgkit does not implement.
+    """
+    kind = config.get("model_type")
+    if kind == "qwen3":
+        parsed = Qwen3Config.from_dict(dict(config))
+    elif kind == "qwen2_5_vl":
+        parsed = Qwen2_5_VLConfig.from_dict(dict(config)).get_text_config()
+    elif kind == "qwen2_5_vl_text":
+        parsed = Qwen2_5_VLTextConfig.from_dict(dict(config))
+    else:
+        raise CheckpointError(
+            f"text_encoder/config.json has model_type {kind!r}; zimgkit supports qwen3 and qwen2_5_vl"
+        )
+    scaling = parsed.rope_parameters.get("rope_type", "default")
+    if scaling != "default":
+        raise CheckpointError(
+            f"text_encoder/config.json asks for {scaling!r} RoPE scaling, which zimgkit does not support"
+        )
+    if getattr(parsed, "use_sliding_window", False):
+        raise CheckpointError(
+            "text_encoder/config.json asks for sliding-window attention, which zimgkit does not support"
+        )
+    parsed._attn_implementation = "sdpa"
+    return parsed
+
+
+def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of ``text_encoder/config.json`` that describes the language model; older files are flat."""
+    return dict(config.get("text_config") or config)
+
+
+def _both_halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Transformers wants (1, tokens, head_dim) tables whose halves are equal."""
+    return torch.cat([cos, cos], dim=-1).unsqueeze(0), torch.cat([sin, sin], dim=-1).unsqueeze(0)
+
+
+class Qwen3Layer(Qwen3DecoderLayer):  # type: ignore[misc]
+    """A decoder layer of Qwen3."""
+
+    def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(1, tokens, hidden), tables (tokens, head_dim / 2) float32 -> (1, tokens, hidden)."""
+        tables = _both_halves(cos.to(hidden_states.dtype), sin.to(hidden_states.dtype))
+        out: Tensor = super().forward(hidden_states, position_embeddings=tables)
+        return out
+
+
+class Qwen2Layer(Qwen2_5_VLDecoderLayer):  # type: ignore[misc]
+    """A decoder layer of Qwen2.5-VL's language model."""
+
+    def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(1, tokens, hidden), tables (tokens, head_dim / 2) float32 -> (1, tokens, hidden)."""
+        tables = _both_halves(cos.to(hidden_states.dtype), sin.to(hidden_states.dtype))
+        out: Tensor = super().forward(hidden_states, position_embeddings=tables)
+        return out
+
+
+class FinalNorm(Qwen2_5_VLRMSNorm):  # type: ignore[misc]
+    """The last norm of Qwen2.5-VL; hands out float32."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(1, tokens, hidden) -> the same, float32."""
+        out: Tensor = super().forward(hidden_states)
+        return out.float()
+
+
+class TextEncoder(nn.Module):
+    """Token ids to the hidden states a picture is conditioned on."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        text = text_config(config)
+        qwen3 = text.model_type == "qwen3"
+        kind, layers = (Qwen3Layer, text.num_hidden_layers - 1) if qwen3 else (Qwen2Layer, text.num_hidden_layers)
+        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.layers = nn.ModuleList(kind(text, index) for index in range(layers))
+        self.norm = Border() if qwen3 else FinalNorm(text.hidden_size, eps=text.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """One prompt.
+
+        Args:
+            input_ids: (1, tokens) int64.
+            cos: (tokens, head_dim / 2) float32.
+            sin: as ``cos``.
+
+        Returns:
+            (1, tokens, hidden_size) float32: hidden state -2 for Qwen3, -1 (after the norm) for Qwen2.5-VL.
+        """
+        hidden_states = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, cos, sin)
+        out: Tensor = self.norm(hidden_states)
+        return out
+
+
+def is_dead(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a tensor of the checkpoint, by its canonical name, is one that no picture needs."""
+    return is_dead_text(config, name)
+
+
+def parts(config: Mapping[str, Any]) -> dict[str, Part]:
+    """The component that the text encoder becomes.
+
+    Raises:
+        CheckpointError: the config is of no network that zimgkit implements.
+    """
+    text = text_config(config)
+    half = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) // 2
+    inputs = (
+        Input("input_ids", torch.int64, (1, "tokens")),
+        Input("cos", torch.float32, ("tokens", half)),
+        Input("sin", torch.float32, ("tokens", half)),
+    )
+    sizes = ({"tokens": 34}, {"tokens": 55})
+    part = Part("text_encoder", lambda: TextEncoder(config), inputs=inputs, output="prompt_embeds", sizes=sizes)
+    return {"text_encoder": part}

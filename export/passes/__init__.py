@@ -1,1 +1,0 @@
-"""Graph passes, one per file, on onnx-ir's pass classes."""

@@ -1,0 +1,1 @@
+"""What a bundle is worth: held against its checkpoint, and what its precision costs."""

@@ -1,0 +1,313 @@
+"""What a bundle's precision costs: its pictures, and the way to them, against those of the same checkpoint in float32.
+
+All runs start from the same noise. Velocities are compared where the float32 run has been: each step is given its
+latents, so that one step's error is not the next one's input. All else is the bundle's own: what its text encoder
+makes of the prompt, and its modulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zimgkit.engines.base import Engine, Feeds, open_engine
+from zimgkit.engines.bundle import Bundle, Cost, Difference, Manifest
+from zimgkit.engines.errors import ZimgError
+from zimgkit.engines.torch.engine import TorchEngine
+from zimgkit.engines.torch.engine import open_engine as open_torch
+from zimgkit.export.quality.perceptual import lpips
+from zimgkit.export.quality.similarity import cosine, psnr, relative_error, ssim
+from zimgkit.export.quantization.prompts import cost_prompts
+from zimgkit.runtime.families import family as family_named
+from zimgkit.runtime.pipeline import Pipeline
+from zimgkit.runtime.progress import Report, silent
+
+Array = NDArray[np.float32]
+Opener = Callable[[Bundle, str, str, "str | None"], Engine]
+"""As :class:`Pipeline` takes it."""
+
+FIRST_SEED = 1000
+"""Calibrations draw from the seeds from 0 on."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The pictures that are compared. What is None, and prompts where there are none, are the bundle's own defaults."""
+
+    prompts: tuple[str, ...] = ()
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+
+    def filled(self, manifest: Manifest) -> Trial:
+        """With a bundle's defaults filled in."""
+        defaults = manifest.defaults
+        return replace(
+            self,
+            prompts=self.prompts or cost_prompts(manifest.name),
+            width=self.width or defaults.width,
+            height=self.height or defaults.height,
+            steps=self.steps or defaults.num_inference_steps,
+            guidance_scale=defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale,
+            negative_prompt=defaults.negative_prompt if self.negative_prompt is None else self.negative_prompt,
+        )
+
+
+@dataclass(frozen=True)
+class References:
+    """Bundles of the same checkpoint, with the same LoRAs, that are not quantized."""
+
+    float32: Bundle
+    bfloat16: Bundle
+
+
+@dataclass
+class Run:
+    """One picture, and the way to it."""
+
+    start: Array
+    """The noise."""
+    velocities: list[list[Array]] = field(default_factory=list)
+    """By step: those that the denoiser gave, for each branch of guidance."""
+    latents: list[Array] = field(default_factory=list)
+    """After each step."""
+    picture: Array | None = None
+    """(height, width, 3) from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What bundles of a checkpoint are held against."""
+
+    trial: Trial
+    expected: list[Run]
+    """In float32."""
+    floor: Difference
+    """In bfloat16."""
+
+
+def baseline(references: References, trial: Trial, *, device: str | None = None, report: Report = silent) -> Baseline:
+    """Draw pictures in PyTorch, in float32 and in bfloat16 arithmetic.
+
+    Args:
+        references: what draws them.
+        trial: the pictures; what it leaves open are the float32 bundle's defaults.
+        device: as torch names devices.
+        report: called with (stage, done, total).
+
+    Raises:
+        UsageError: the prompts, the size or the steps are none the model takes.
+        BackendError: PyTorch cannot run this.
+    """
+    trial = trial.filled(references.float32.manifest)
+    with drawing(references.float32, partial(open_torch_in, "float32"), device=device) as draw:
+        expected = draw(trial, report=report)
+    with drawing(references.bfloat16, partial(open_torch_in, "bfloat16"), device=device) as draw:
+        return Baseline(trial, expected, _compared(draw, trial, expected, report))
+
+
+def measure(
+    bundle: Bundle,
+    against: Baseline,
+    *,
+    backend: str = "onnxruntime",
+    device: str | None = None,
+    report: Report = silent,
+) -> Cost:
+    """Draw the same pictures with a bundle, and compare them.
+
+    Args:
+        bundle: what is measured.
+        against: what it is held against.
+        backend: what runs the bundle.
+        device: as the backend names devices.
+        report: called with (stage, done, total).
+
+    Raises:
+        BackendError: the backend cannot run this.
+        ZimgError: the bundle gives NaN or Inf.
+    """
+    trial = against.trial
+    with drawing(bundle, open_engine, backend=backend, device=device) as draw:
+        own = _compared(draw, trial, against.expected, report)
+    return Cost(
+        prompts=trial.prompts,
+        first_seed=FIRST_SEED,
+        width=trial.width or 0,
+        height=trial.height or 0,
+        num_inference_steps=trial.steps or 0,
+        backend=backend,
+        difference=own,
+        floor=against.floor,
+    )
+
+
+Draw = Callable[..., list[Run]]
+
+
+@contextmanager
+def drawing(bundle: Bundle, opener: Opener, *, backend: str = "torch", device: str | None = None) -> Iterator[Draw]:
+    """Open a bundle for several runs of trials.
+
+    Args:
+        bundle: what draws.
+        opener: opens its engines.
+        backend: as the opener is told.
+        device: likewise.
+
+    Yields:
+        ``draw(trial, along=(), forced=False, report=silent)``. The trial has nothing left open. ``along`` are earlier
+        runs of it, whose noise these start from; if ``forced``, each step is given their latents, too, and no picture
+        is decoded.
+    """
+    given: list[Array] = []
+    opened = partial(_open_recorded, opener, given)
+    with Pipeline(bundle, backend=backend, device=device, warn=lambda _: None, opener=opened) as pipeline:
+
+        def draw(
+            trial: Trial, along: Sequence[Run] = (), *, forced: bool = False, report: Report = silent
+        ) -> list[Run]:
+            found = []
+            for index, prompt in enumerate(trial.prompts):
+                report("measure", index, len(trial.prompts))
+                other = along[index] if along else None
+                found.append(_draw(pipeline, given, prompt, index, trial, other, forced=forced))
+            report("measure", len(trial.prompts), len(trial.prompts))
+            return found
+
+        yield draw
+
+
+def difference(expected: Sequence[Run], forced: Sequence[Run], free: Sequence[Run]) -> Difference:
+    """Compare runs of the same pictures.
+
+    Args:
+        expected: in float32.
+        forced: those whose velocities count.
+        free: those whose latents and pictures count.
+
+    Raises:
+        ZimgError: something is NaN or Inf.
+    """
+    velocities = velocity_errors(expected, forced)
+    latents = _by_step(free, expected, lambda run, step: [run.latents[step]])
+    pictures = [(own.picture, other.picture) for own, other in zip(free, expected, strict=True)]
+    pairs = [(own, other) for own, other in pictures if own is not None and other is not None]
+    squared = float(np.mean([np.mean((own.astype(np.float64) - other) ** 2) for own, other in pairs]))
+    result = Difference(
+        velocity_relative=tuple(float(np.mean(values)) for values, _ in velocities),
+        velocity_cosine=tuple(min(values) for _, values in velocities),
+        latents_relative=tuple(float(np.mean(values)) for values, _ in latents),
+        latents_cosine=tuple(min(values) for _, values in latents),
+        psnr=psnr(squared),
+        ssim=float(np.mean([ssim(own, other) for own, other in pairs])),
+        lpips=float(np.mean([distance(own, other) for own, other in pairs])) if (distance := lpips()) else None,
+    )
+    measured = (result.velocity_relative, result.latents_relative, (squared, result.ssim))
+    if not all(np.isfinite(value) for values in measured for value in values):
+        raise ZimgError("the bundle gives NaN or Inf where its checkpoint does not", "keep more with --recipe")
+    return result
+
+
+def velocity_errors(expected: Sequence[Run], forced: Sequence[Run]) -> list[tuple[list[float], list[float]]]:
+    """By step: the relative errors and the cosines of all velocities."""
+    return _by_step(forced, expected, lambda run, step: run.velocities[step])
+
+
+def past_bound(bundle: Bundle, cost: Cost) -> str | None:
+    """Why a cost is more than the bundle's recipe allows; None where it is not."""
+    quantization = bundle.manifest.quantization
+    bound = quantization.bound if quantization else None
+    if bound is None or cost.cosine >= bound:
+        return None
+    return f"the cosine of a velocity and the float32 network's is {cost.cosine:.5f}, and the recipe asks for {bound}"
+
+
+def _compared(draw: Draw, trial: Trial, expected: Sequence[Run], report: Report) -> Difference:
+    forced = draw(trial, expected, forced=True, report=report)
+    return difference(expected, forced, draw(trial, expected, report=report))
+
+
+def _draw(
+    pipeline: Pipeline, given: list[Array], prompt: str, index: int, trial: Trial, along: Run | None, *, forced: bool
+) -> Run:
+    """Draw one picture; ``given`` fills with what the denoiser gives."""
+    family, width, height = family_named(pipeline.bundle.manifest.family), trial.width or 0, trial.height or 0
+    start = along.start if along else pipeline.draw_noise(1, FIRST_SEED + index, height, width)
+    run = Run(start)
+
+    def after_step(_: Pipeline, step: int, __: float, tensors: dict[str, Array]) -> dict[str, Array] | None:
+        latents = tensors["latents"]
+        run.velocities.append([family.velocity(output, latents) for output in given])
+        given.clear()
+        run.latents.append(latents)
+        return {"latents": along.latents[step]} if along and forced else None
+
+    output = pipeline(
+        prompt,
+        negative_prompt=trial.negative_prompt,
+        guidance_scale=trial.guidance_scale,
+        width=width,
+        height=height,
+        num_inference_steps=trial.steps,
+        latents=start,
+        output_type="latent" if forced else "np",
+        callback_on_step_end=after_step,
+    )
+    run.picture = None if forced else output.images[0]
+    return run
+
+
+Pairs = Callable[[Run, int], Sequence[Array]]
+
+
+def _by_step(found: Sequence[Run], expected: Sequence[Run], arrays: Pairs) -> list[tuple[list[float], list[float]]]:
+    """The relative errors and the cosines of some arrays of each step, over all runs."""
+    result = []
+    for step in range(len(expected[0].latents)):
+        pairs = [
+            pair
+            for own, other in zip(found, expected, strict=True)
+            for pair in zip(arrays(own, step), arrays(other, step), strict=True)
+        ]
+        result.append(([relative_error(*pair) for pair in pairs], [cosine(*pair) for pair in pairs]))
+    return result
+
+
+def open_torch_in(compute: str, bundle: Bundle, component: str, _: str, device: str | None) -> TorchEngine:
+    """Open a component in PyTorch, in this element type."""
+    return open_torch(bundle, component, device, compute)
+
+
+def _open_recorded(
+    opener: Opener, given: list[Array], bundle: Bundle, component: str, backend: str, device: str | None
+) -> Engine:
+    engine = opener(bundle, component, backend, device)
+    return _Recorded(engine, given) if component == "denoiser" else engine
+
+
+class _Recorded:
+    """An engine whose results are kept."""
+
+    def __init__(self, engine: Engine, given: list[Array]) -> None:
+        self.inputs, self.outputs = engine.inputs, engine.outputs
+        self._engine, self._given = engine, given
+
+    def upload(self, feeds: Mapping[str, NDArray[Any]]) -> Feeds:
+        return self._engine.upload(feeds)
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        found = self._engine.run(feeds)
+        self._given.append(found["velocity"].copy())
+        return found
+
+    def close(self) -> None:
+        self._engine.close()

@@ -1,0 +1,88 @@
+"""Bundles for a while: of a checkpoint in float32 and in bfloat16, which a quantized one is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from zimgkit.engines.bundle import Bundle, MergedLora
+from zimgkit.engines.errors import OutputError, UsageError
+from zimgkit.export.build import NETWORKS, export
+from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from zimgkit.export.lora.merge import NOTHING, Merge
+from zimgkit.export.quality.cost import References
+from zimgkit.runtime.progress import Report, silent
+
+
+@contextmanager
+def references(
+    checkpoint: Checkpoint, merged: Merge, beside: Path, given: Sequence[Path] = (), report: Report = silent
+) -> Iterator[References]:
+    """Take bundles that are there, and build those that are not, to be removed at the end.
+
+    Where all weights of the checkpoint are bfloat16, one bundle has the numbers of both.
+
+    Args:
+        checkpoint: an open checkpoint.
+        merged: what LoRAs do to it.
+        beside: a folder beside which there is room.
+        given: bundles to take.
+        report: called with (stage, done, total).
+
+    Raises:
+        UsageError: one that was given is quantized, or of another checkpoint, or with other LoRAs.
+        BundleError: one is none.
+        OutputError: the disk is full.
+    """
+    found: dict[str, Bundle] = {}
+    for path in given:
+        bundle = Bundle.open(path)
+        _check(bundle, checkpoint, merged.loras)
+        found[bundle.manifest.precision] = bundle
+    weights = [info for component in NETWORKS[checkpoint.family] for info in checkpoint.tensors(component).values()]
+    same = not merged.loras and all(info.dtype == "bfloat16" for info in weights)
+    with TemporaryDirectory(prefix=f".{beside.name}.", suffix=".references", dir=beside.parent) as folder:
+        for precision in ("bfloat16", "float32"):
+            if precision not in found:
+                built = same and found.get("bfloat16")
+                found[precision] = built or _build(checkpoint, merged, Path(folder) / precision, report)
+        yield References(found["float32"], found["bfloat16"])
+
+
+@contextmanager
+def temporary_bundle(
+    model: str, revision: str | None = None, source: str = "huggingface", report: Report = silent
+) -> Iterator[Bundle]:
+    """Build a bundle of a checkpoint in bfloat16, in the working folder, to be removed at the end.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, broken, or none zimgkit serves.
+        OutputError: the disk is full.
+    """
+    checkpoint = open_checkpoint(model, revision=revision, source=source)
+    with TemporaryDirectory(prefix=".zimgkit.", suffix=".references", dir=Path.cwd()) as folder:
+        yield _build(checkpoint, NOTHING, Path(folder) / "bfloat16", report)
+
+
+def _build(checkpoint: Checkpoint, merged: Merge, folder: Path, report: Report) -> Bundle:
+    """Build one whose precision the folder is named for."""
+    try:
+        folder.mkdir()
+        export(checkpoint, folder, folder.name, report, merged=merged)
+    except OSError as error:
+        message = f"a bundle to compare with cannot be written to {folder} ({error.strerror or error})"
+        raise OutputError(message, "free some space, or name one with --reference") from None
+    return Bundle.open(folder, verify=False)
+
+
+def _check(bundle: Bundle, checkpoint: Checkpoint, loras: Sequence[MergedLora]) -> None:
+    """Check that a bundle can serve as a reference."""
+    manifest = bundle.manifest
+    if manifest.quantization is not None:
+        raise UsageError(f"{bundle.root} is quantized", "a reference is a bundle of --precision fp32 or bf16")
+    if (manifest.family, manifest.source.files) != (checkpoint.family, checkpoint.source.files):
+        raise UsageError(f"{bundle.root} is of another checkpoint", "a reference is a bundle of the same one")
+    if [(lora.sha256, lora.scale) for lora in manifest.loras] != [(lora.sha256, lora.scale) for lora in loras]:
+        raise UsageError(f"{bundle.root} has other LoRAs", "a reference has the same ones")

@@ -1,0 +1,261 @@
+"""A bundle held against its checkpoint: every hash, every weight, every network's result, and what quantizing cost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from zimgkit.engines.base import open_engine
+from zimgkit.engines.bundle import Bundle, Cost, write_manifest
+from zimgkit.engines.bundle.locks import only_writer_of
+from zimgkit.engines.errors import BundleError
+from zimgkit.export.build import names_of, parts_of, wanted_by
+from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
+from zimgkit.export.networks.parts import Part
+from zimgkit.export.quality.cost import Trial, baseline, measure, past_bound
+from zimgkit.export.quality.judged import CAPTIONS, accuracy, is_known
+from zimgkit.export.quality.references import references
+from zimgkit.export.quantization.quantize import COMPONENTS
+from zimgkit.export.quantization.quantized_weights import as_stored
+from zimgkit.export.weights.stream import Wanted, pieces
+from zimgkit.runtime.commands.inspect import cost_lines
+from zimgkit.runtime.progress import Report, silent
+
+BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
+"""Precision of the bundle -> the largest relative error of a network that passes.
+
+Rounding weights to bfloat16 alone moves the result of a deep network with random inputs by about a hundredth.
+"""
+
+KEEP_MORE = "keep more with --recipe; zimg-export sensitivity proposes one"
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How the cost of a bundle's precision is measured."""
+
+    trial: Trial = field(default_factory=Trial)
+    """The pictures that are compared."""
+    references: tuple[Path, ...] = ()
+    """Bundles of the same checkpoint in float32 and bfloat16; those that are missing are built for it."""
+    backend: str = "onnxruntime"
+    """What runs the bundle."""
+    device: str | None = None
+    """Of all runs."""
+    captions: int | None = None
+    """How many pictures a judge looks at; None takes :data:`.judged.CAPTIONS` of a checkpoint that
+    it knows, and of others none."""
+
+    def __call__(self, folder: Path, checkpoint: Checkpoint, merged: Merge, report: Report = silent) -> Cost:
+        """Measure a bundle, and write the cost into its manifest.
+
+        Args:
+            folder: the bundle's.
+            checkpoint: what it was built from.
+            merged: what LoRAs did to that.
+            report: called with (stage, done, total).
+
+        Raises:
+            ZimgError: whatever went wrong, in one line; the manifest is as it was then.
+        """
+        bundle = Bundle.open(folder, verify=False)
+        captions = self.captions
+        if captions is None:
+            captions = CAPTIONS if is_known(bundle.manifest.name) else 0
+        with references(checkpoint, merged, bundle.root, self.references, report) as found:
+            trial = self.trial.filled(bundle.manifest)
+            against = baseline(found, trial, device=self.device, report=report)
+            cost = measure(bundle, against, backend=self.backend, device=self.device, report=report)
+            if captions:
+                own = accuracy(bundle.root, captions, self.backend, report)
+                other = accuracy(found.float32.root, captions, "onnxruntime", report)
+                cost = msgspec.structs.replace(cost, captions=captions, accuracy=own, float32_accuracy=other)
+        write_manifest(bundle.root, msgspec.structs.replace(bundle.manifest, cost=cost))
+        return cost
+
+
+def verify(
+    path: Path,
+    model: str,
+    *,
+    revision: str | None = None,
+    source: str = "huggingface",
+    seed: int = 0,
+    measuring: Measuring | None = None,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Check a bundle against the checkpoint it was built from.
+
+    Args:
+        path: the bundle's folder.
+        model: the checkpoint: a folder, a hub id or a short name.
+        revision: branch, tag or commit on the hub.
+        source: ``"huggingface"`` or ``"modelscope"``.
+        seed: of the random inputs.
+        measuring: how the cost of its precision is measured, and written into the bundle where all else is right; not
+            at all when None.
+        report: called with (stage, done, total).
+
+    Returns:
+        ``components``: by name, ``tensors``, ``different`` (how many are not what the checkpoint's become), and for
+        those with a graph ``relative_error``, the largest difference from the PyTorch network in float32 with the
+        checkpoint's own weights, over the largest value, or ``not_run``, why there is none; ``bound``; ``passed``;
+        ``cost`` where it was measured, and ``past_bound``, why it is more than the recipe allows, or None.
+
+    Raises:
+        BundleError: the bundle is broken.
+        CheckpointError: the checkpoint is, or is of another family than the bundle; or a LoRA's file is gone.
+    """
+    bundle = Bundle.open(path, verify=False)
+    bundle.verify(afresh=True)
+    checkpoint = open_checkpoint(model, revision=revision, source=source)
+    precision = bundle.manifest.precision
+    if checkpoint.family != bundle.manifest.family:
+        raise BundleError(
+            f"{path} is of family {bundle.manifest.family}, and {model} of {checkpoint.family}",
+            "name its own checkpoint",
+        )
+    merged = _merged(bundle, checkpoint, source)
+    components: dict[str, Any] = {}
+    parts = parts_of(checkpoint)
+    for index, (name, part) in enumerate(parts.items()):
+        report("verify", index, len(parts))
+        wanted = wanted_by(checkpoint, part, merged.addends)
+        if name in COMPONENTS:
+            wanted = as_stored(bundle, name, wanted)
+        result: dict[str, Any] = {"tensors": len(wanted), "different": _different(bundle, name, wanted)}
+        if part.network is not None and name in COMPONENTS and bundle.manifest.quantization is not None:
+            result["not_run"] = "what its quantization costs shows in pictures, not on random inputs"
+        elif part.network is not None:
+            result |= _compare(bundle, name, part, wanted, seed)
+        components[name] = result
+    report("verify", len(parts), len(parts))
+    bound = BOUNDS[precision]
+    passed = all(not c["different"] and c.get("relative_error", 0.0) <= bound for c in components.values())
+    found: dict[str, Any] = {}
+    if measuring is not None and passed:
+        with only_writer_of(bundle.root):
+            cost = measuring(bundle.root, checkpoint, merged, report)
+        found = {"cost": msgspec.to_builtins(cost), "past_bound": past_bound(bundle, cost)}
+    return {
+        "path": str(bundle.root),
+        "precision": precision,
+        "components": components,
+        "bound": bound,
+        "passed": passed,
+    } | found
+
+
+def _merged(bundle: Bundle, checkpoint: Checkpoint, hub: str) -> Merge:
+    """What the bundle's LoRAs do, from their files."""
+    if not bundle.manifest.loras:
+        return NOTHING
+    loras = read_loras([f"{lora.source}:{lora.scale!r}" for lora in bundle.manifest.loras], hub)
+    for lora, entry in zip(loras, bundle.manifest.loras, strict=True):
+        if lora.sha256 != entry.sha256:
+            raise BundleError(f"{entry.source} is not the LoRA that {bundle.root} has", "put the file back")
+    return merge(loras, names_of(checkpoint), checkpoint.family, allow_unmatched=True)
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    """The result for people."""
+    lines = []
+    for name, entry in result["components"].items():
+        line = f"{name:<14}{entry['tensors'] - entry['different']} of {entry['tensors']} weights are the checkpoint's"
+        if "relative_error" in entry:
+            line += f", relative error {entry['relative_error']:.2e}"
+        if "not_run" in entry:
+            line += f", network not compared: {entry['not_run']}"
+        lines.append(line)
+    lines.extend(cost_lines(result["cost"]) if "cost" in result else ())
+    lines.append(f"{'passed' if result['passed'] else 'FAILED'} (bound {result['bound']:g} for {result['precision']})")
+    return "\n".join(lines)
+
+
+def refuse_failures(result: Mapping[str, Any], *, strict: bool = False) -> None:
+    """Turn a failed check into an error.
+
+    Args:
+        result: of :func:`verify`.
+        strict: whether a cost past the recipe's bound is a failure.
+
+    Raises:
+        BundleError: the check failed.
+    """
+    if not result["passed"]:
+        raise BundleError(f"{result['path']} is not what the checkpoint makes", "build it again")
+    if strict and result.get("past_bound"):
+        raise BundleError(result["past_bound"], KEEP_MORE)
+
+
+def _different(bundle: Bundle, component: str, wanted: Mapping[str, Wanted]) -> int:
+    """How many weights are not what the checkpoint's tensors become."""
+    tensors = bundle.tensors(component)
+    return sum(not _same(want, tensors, bundle.manifest.precision) for want in wanted.values())
+
+
+def _same(want: Wanted, tensors: Mapping[str, Any], precision: str) -> bool:
+    info = tensors.get(want.name)
+    if info is None or info.shape != want.shape or info.dtype != want.dtype(precision):
+        return False
+    if want.is_kept(precision) and info.offset == want.source.offset and info.file.samefile(want.source.file):
+        return True
+    with info.file.open("rb") as file:
+        file.seek(info.offset)
+        return all(
+            np.array_equal(expected.reshape(-1), np.fromfile(file, expected.dtype, expected.size))
+            for expected in pieces(want, precision)
+        )
+
+
+def _compare(bundle: Bundle, name: str, part: Part, wanted: Mapping[str, Wanted], seed: int) -> dict[str, Any]:
+    """Run a component's graph and the PyTorch network on the same random inputs."""
+    needed = 8 * sum(int(np.prod(want.shape)) for want in wanted.values())
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        return {"not_run": f"it needs {needed / 1e9:.0f} GB of memory, and {available / 1e9:.0f} GB are free"}
+    feeds = _random_inputs(part, seed)
+    network = part.build(torch.float32)
+    network.load_state_dict({key: torch.from_numpy(_values(want)) for key, want in wanted.items()}, assign=True)
+    with torch.inference_mode():
+        expected = network(*(torch.from_numpy(value) for value in feeds.values())).numpy()
+    del network
+    engine = open_engine(bundle, name)
+    try:
+        found = engine.run(feeds)[part.output]
+    finally:
+        engine.close()
+    return {"relative_error": float(np.abs(found - expected).max() / np.abs(expected).max())}
+
+
+def _values(want: Wanted) -> NDArray[np.float32]:
+    return np.concatenate([*pieces(want, "float32")]).reshape(want.shape)
+
+
+def _random_inputs(part: Part, seed: int) -> dict[str, NDArray[Any]]:
+    """Inputs of the sizes that were traced: normal numbers, cosines and sines of one angle, ids of the vocabulary."""
+    rng = np.random.default_rng(seed)
+    vocabulary = part.parameters().get("embed_tokens.weight", (1,))[0]
+    feeds: dict[str, NDArray[Any]] = {}
+    angles: NDArray[np.float32] | None = None
+    for entry in part.inputs:
+        shape = tuple(entry.example(part.sizes[0]).shape)
+        if entry.dtype == torch.int64:
+            feeds[entry.name] = rng.integers(0, vocabulary, shape)
+        elif entry.dtype == torch.bool:
+            feeds[entry.name] = np.arange(shape[0]) >= shape[0] - 3
+        elif entry.name in ("cos", "sin"):
+            angles = rng.uniform(0, 6, shape).astype(np.float32) if angles is None else angles
+            feeds[entry.name] = np.cos(angles) if entry.name == "cos" else np.sin(angles)
+        else:
+            feeds[entry.name] = rng.standard_normal(shape).astype(np.float32)
+    return feeds

@@ -1,0 +1,171 @@
+"""Run a float bundle over prompts, and note what goes into its linears.
+
+The pipeline itself runs, with all its steps and both branches of guidance, on the PyTorch interpreter of the bundle's
+graphs, which can show what a node is given. What was seen is saved after each prompt, and an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from zimgkit.engines.bundle import Bundle, MergedLora
+from zimgkit.engines.errors import OutputError, UsageError, ZimgError
+from zimgkit.engines.tensors.safetensors import SafetensorsError
+from zimgkit.engines.torch.engine import TorchEngine, open_engine
+from zimgkit.engines.torch.graph import load
+from zimgkit.export.quantization.linears import named_linears
+from zimgkit.export.quantization.prompts import calibration_prompts
+from zimgkit.export.quantization.quantize import COMPONENTS
+from zimgkit.export.quantization.statistics import BINS, Input, Statistics
+from zimgkit.runtime.pipeline import Pipeline
+from zimgkit.runtime.progress import Report, silent
+
+FEWEST_PROMPTS = 4
+"""With fewer, the largest values that were seen say little of those to come."""
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What a calibration runs."""
+
+    prompts: tuple[str, ...] = ()
+    """Where empty, a dozen that the model knows."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Width and height in pixels; the model's default where empty. Each prompt is run at each of them."""
+    steps: int | None = None
+    """Of each run; the model's default where None."""
+
+    def filled(self, name: str) -> Plan:
+        """With the prompts for a checkpoint of this name where it has none."""
+        return msgspec.structs.replace(self, prompts=self.prompts or calibration_prompts(name))
+
+
+def read_prompts(path: Path, fewest: int = FEWEST_PROMPTS) -> tuple[str, ...]:
+    """Read prompts, one a line.
+
+    Raises:
+        UsageError: the file is missing, empty, no text, or has fewer.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(f"the prompts {path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"the prompts {path} are no text in UTF-8", "give one prompt a line") from None
+    prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if len(prompts) < fewest:
+        message = f"{path} has {len(prompts)} different prompts, and this needs {fewest}"
+        raise UsageError(message, "give one prompt a line, a dozen of all kinds")
+    return prompts
+
+
+def beside(bundle: Path) -> Path:
+    """Where the statistics of a bundle lie."""
+    return bundle.with_name(f"{bundle.name}.calibration.safetensors")
+
+
+def finished(store: Path, source: Any, loras: Sequence[MergedLora], plan: Plan) -> Statistics | None:
+    """Statistics that are there already, if they are whole and of this checkpoint with these LoRAs and this plan."""
+    found = _load(store, (source, loras), plan)
+    return found if found and found.made["done"] == len(plan.prompts) else None
+
+
+def calibrate(
+    bundle: Bundle, plan: Plan, store: Path, *, device: str | None = None, report: Report = silent
+) -> Statistics:
+    """Run a bundle over prompts.
+
+    Args:
+        bundle: one that is not quantized.
+        plan: the prompts, the sizes and the steps. Prompt n starts from the noise of seed n.
+        store: where the statistics are kept; what is there of the same plan is gone on with.
+        device: as torch names devices.
+        report: called with (stage, done, total).
+
+    Raises:
+        UsageError: the bundle is quantized, or too few prompts.
+        ZimgError: an input is NaN or Inf, naming the layer.
+        OutputError: the statistics cannot be written.
+    """
+    if bundle.manifest.quantization is not None:
+        raise UsageError(f"{bundle.root} is quantized", "calibrate a bundle of --precision bf16 or fp32")
+    plan = plan.filled(bundle.manifest.name)
+    if len(plan.prompts) < FEWEST_PROMPTS:
+        raise UsageError(f"a calibration needs {FEWEST_PROMPTS} prompts, not {len(plan.prompts)}")
+    source = (bundle.manifest.source, bundle.manifest.loras)
+    statistics = _load(store, source, plan) or Statistics(made=_made(source, plan, 0))
+    opener = partial(_open_watched, statistics)
+    with Pipeline(bundle, backend="torch", device=device, warn=lambda _: None, opener=opener) as pipeline:
+        for index in range(statistics.made["done"], len(plan.prompts)):
+            report("calibrate", index, len(plan.prompts))
+            for width, height in plan.sizes or ((None, None),):
+                pipeline(
+                    plan.prompts[index],
+                    width=width,
+                    height=height,
+                    num_inference_steps=plan.steps,
+                    negative_prompt=bundle.manifest.defaults.negative_prompt,  # Or Qwen-Image is not guided.
+                    seed=index,
+                    output_type="latent",
+                )
+            statistics.made = _made(source, plan, index + 1)
+            try:
+                statistics.save(store)
+            except OSError as error:
+                raise OutputError(f"{store} cannot be written ({error.strerror or error})", "free some space") from None
+    report("calibrate", len(plan.prompts), len(plan.prompts))
+    return statistics
+
+
+def _made(of: tuple[Any, Sequence[MergedLora]], plan: Plan, done: int) -> dict[str, Any]:
+    source, loras = of
+    made = {"source": msgspec.to_builtins(source), "plan": msgspec.to_builtins(plan), "done": done}
+    # By content: the same file may lie elsewhere.
+    return made | ({"loras": [[lora.sha256, lora.scale] for lora in loras]} if loras else {})
+
+
+def _load(store: Path, source: tuple[Any, Sequence[MergedLora]], plan: Plan) -> Statistics | None:
+    """What is there of this checkpoint, these LoRAs and this plan."""
+    if not store.exists():
+        return None
+    try:
+        found = Statistics.load(store)
+    except (SafetensorsError, UsageError):
+        return None
+    wanted = _made(source, plan, 0)
+    # Through JSON, for that is where it has been: tuples are lists there.
+    same = msgspec.json.encode(found.made | {"done": 0}, order="sorted") == msgspec.json.encode(wanted, order="sorted")
+    return found if same else None
+
+
+def _open_watched(statistics: Statistics, bundle: Bundle, component: str, _: str, device: str | None) -> TorchEngine:
+    """Open a component, and watch its linears if it is one that is quantized."""
+    engine = open_engine(bundle, component, device)
+    if component in COMPONENTS:
+        inputs = statistics.inputs.setdefault(component, {})
+        readers = statistics.readers.setdefault(component, {})
+        watchers: dict[str, Callable[[Tensor], None]] = {}
+        for linear in named_linears(load(bundle, engine.graph)):
+            readers[linear.weight] = linear.leader
+            if linear.leader == linear.weight:
+                watchers[linear.label] = partial(_note, inputs, component, linear.leader)
+        engine.watch(watchers)
+    return engine
+
+
+def _note(inputs: dict[str, Input], component: str, name: str, values: Tensor) -> None:
+    """Count one input of a linear in."""
+    magnitudes = values.detach().reshape(-1, values.shape[-1]).abs().float()
+    channels = magnitudes.amax(0).cpu().numpy()
+    if not np.isfinite(channels).all():
+        message = f"calibration met NaN or Inf in the input of {name} ({component})"
+        raise ZimgError(message, "check the checkpoint: zimg-export verify")
+    entry = inputs.setdefault(name, Input.empty(len(channels)))
+    entry.add(channels, lambda top: torch.histc(magnitudes, BINS, 0, top).cpu().numpy().astype(np.float64))

@@ -1,0 +1,111 @@
+"""Quantization that can be switched on and off, linear by linear, in a float bundle that PyTorch runs.
+
+The numbers are those of a quantized bundle: values are rounded, and multiplied by their scales again, before a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zimgkit.engines.bundle import Bundle
+from zimgkit.engines.torch.engine import TorchEngine
+from zimgkit.engines.torch.graph import load
+from zimgkit.export.quantization.formats import FLOAT8, Format, block_of, scale_of
+from zimgkit.export.quantization.linears import named_linears
+from zimgkit.export.quantization.quantize import Input, Settings, quantized_inputs
+from zimgkit.export.weights.stream import Wanted
+
+
+def quantizable(bundle: Bundle, component: str, settings: Settings) -> dict[str, Wanted]:
+    """The weights of a component's linears that can be quantized, by name.
+
+    Left out are those whose result nothing reads, as far as a calibration tells, and in formats of blocks those whose
+    rows have none.
+    """
+    graph, tensors = next(iter(bundle.component(component).graphs.values())), bundle.tensors(component)
+    found = {}
+    for linear in named_linears(load(bundle, graph)):
+        info = tensors[linear.weight]
+        read = settings.statistics is None or settings.statistics.leader(component, linear.weight)
+        if read and not (settings.scheme.weights.blocks and block_of(info.shape[1]) is None):
+            found[linear.weight] = Wanted(info, info.shape)
+    return found
+
+
+def switch(engine: TorchEngine, bundle: Bundle, component: str, settings: Settings, active: Collection[str]) -> None:
+    """Quantize linears of an engine as long as their weights are in a collection, which may change between runs.
+
+    Args:
+        engine: of the component, computing in float32.
+        bundle: where it is from, not quantized.
+        component: its name.
+        settings: how linears are quantized; the recipe is not regarded.
+        active: names of weights.
+    """
+    wanted, scheme = quantizable(bundle, component, settings), settings.scheme
+    inputs: dict[str, Input] = {}
+    if scheme.activations is not None:
+        for entry in quantized_inputs(component, wanted, settings, scheme.activations).values():
+            inputs |= dict.fromkeys(entry.linears, entry)
+    engine.wrap(
+        {
+            linear.label: _Switch(
+                active, linear.weight, scheme.weights, scheme.activations, inputs.get(linear.weight), linear.operator
+            )
+            for linear in named_linears(load(bundle, engine.graph))
+            if linear.weight in wanted
+        }
+    )
+
+
+@dataclass(frozen=True)
+class _Switch:
+    """Makes a linear that is quantized while it is active."""
+
+    active: Collection[str]
+    weight: str
+    weights: Format
+    activations: Format | None
+    input: Input | None
+    operator: str
+
+    def __call__(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def product(x: Tensor, weight: Tensor, *rest: Tensor) -> Any:
+            if self.weight not in self.active:
+                return call(x, weight, *rest)
+            transposed = self.operator == "MatMul"
+            rows = weight.mT if transposed else weight
+            if self.input is not None and self.activations is not None:
+                if self.input.factors is not None:
+                    factors = torch.from_numpy(self.input.factors).to(x.device)
+                    x, rows = x / factors, rows * factors
+                x = rounded_input(x, self.input.scale, self.activations)
+            rows = rounded_weight(rows, self.weights)
+            return call(x, rows.mT if transposed else rows, *rest)
+
+        return product
+
+
+def rounded_weight(rows: Tensor, number_format: Format) -> Tensor:
+    """What a quantized bundle has of a weight (out, in), in float32."""
+    blocks = rows.reshape(len(rows), -1, block_of(rows.shape[1]) or 1) if number_format.blocks else rows[:, None]
+    largest = blocks.abs().amax(-1, keepdim=True).cpu().numpy()
+    scales = torch.from_numpy(scale_of(largest, number_format)).to(rows.device)
+    return (_rounded(blocks / scales, number_format, number_format.largest) * scales).reshape(rows.shape)
+
+
+def rounded_input(x: Tensor, scale: float, number_format: Format) -> Tensor:
+    """What a quantized bundle multiplies of an input."""
+    # Unlike a weight's, an integer input's range has one number more below zero.
+    lowest = number_format.largest + (number_format is not FLOAT8)
+    return _rounded(x / scale, number_format, lowest) * scale
+
+
+def _rounded(values: Tensor, number_format: Format, lowest: float) -> Tensor:
+    values = values.clamp(-lowest, number_format.largest)
+    return values.to(torch.float8_e4m3fn).to(values.dtype) if number_format is FLOAT8 else values.round()

@@ -1,0 +1,221 @@
+"""Put quantized weights, and quantized inputs where they are, into an assembled graph.
+
+A block is one function for all its calls, and a recipe may keep a weight in one call and not in another: a function
+gets a variant for each set of its weights that is quantized. In a variant ``DequantizeLinear`` takes the place of the
+weight; an input goes through ``QuantizeLinear`` and ``DequantizeLinear``, once for all linears that read it. Compilers
+and ONNX Runtime make one integer or float8 multiplication of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from zimgkit.engines.tensors.dtypes import BY_NAME
+from zimgkit.engines.tensors.safetensors import TensorInfo
+from zimgkit.export.graphs.external import external
+from zimgkit.export.quantization.formats import Format, Scheme, block_of
+from zimgkit.export.quantization.linears import Linear, calls, linears
+from zimgkit.export.quantization.quantized_weights import INPUT_SCALE, SMOOTH, WEIGHT_SCALE
+
+
+@dataclass(frozen=True)
+class _Variant:
+    function: ir.Function
+    scales: tuple[tuple[int, str], ...]
+    """Its further inputs: each belongs to the weight at this place of the call's inputs, and has this suffix."""
+
+
+class Quantize(ir.passes.InPlacePass):
+    """Quantize some weights of a model, and what they are multiplied with.
+
+    Args:
+        scheme: what is done to a linear.
+        tensors: where everything lies, by its name in the bundle: the quantized weights, their scales, and the scales
+            of inputs under the name of the first linear that reads them.
+        weights: the names of the weights that are quantized.
+        compute: the element type that the graph computes in.
+        folder: where the graph will lie, to which its references to files are relative.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        tensors: Mapping[str, TensorInfo],
+        weights: Collection[str],
+        compute: str,
+        folder: Path,
+    ) -> None:
+        super().__init__()
+        self._scheme = scheme
+        self._tensors = tensors
+        self._weights = frozenset(weights)
+        self._compute = ir.DataType(BY_NAME[compute].onnx)
+        self._folder = folder
+        self._variants: dict[tuple[Any, ...], _Variant] = {}
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite the model in place.
+
+        Raises:
+            RuntimeError: a weight is in no linear of the graph; a bug in a network, never a user's fault.
+        """
+        done: set[str] = set()
+        for node, function, given in calls(model):
+            found = [linear for linear in linears(function) if given[linear.weight].name in self._weights]
+            if not found:
+                continue
+            variant = self._variant(model, function, found, given)
+            node.op_type = variant.function.name
+            values = [_present(value) for value in node.inputs]
+            scales = [self._initializer(model, f"{values[index].name}{suffix}") for index, suffix in variant.scales]
+            node.resize_inputs(len(values) + len(scales))
+            for index, value in enumerate(scales, start=len(values)):
+                node.replace_input_with(index, value)
+            for linear in found:
+                self._retype(given[linear.weight])
+                done.add(str(given[linear.weight].name))
+        if missing := self._weights - done:
+            raise RuntimeError(f"{min(missing)} is in no linear of the graph")
+        called = {node.op_identifier() for node in model.graph}
+        for identifier in [key for key in model.functions if key not in called]:
+            del model.functions[identifier]
+        return ir.passes.PassResult(model, modified=bool(done))
+
+    def _initializer(self, model: ir.Model, name: str) -> ir.Value:
+        if name not in model.graph.initializers:
+            value = ir.Value(name=name)
+            self._point(value, self._tensors[name])
+            model.graph.initializers[name] = value
+        return model.graph.initializers[name]
+
+    def _retype(self, value: ir.Value) -> None:
+        self._point(value, self._tensors[str(value.name)], self._scheme.weights)
+
+    def _point(self, value: ir.Value, info: TensorInfo, number_format: Format | None = None) -> None:
+        """Make an initializer of what lies in a weight file; one of packed numbers has the shape they unpack to."""
+        dtype = ir.DataType(number_format.onnx) if number_format else None
+        data = external(info, self._folder, dtype, value.shape if number_format else None)
+        value.const_value = data
+        value.shape, value.type = data.shape, ir.TensorType(data.dtype)
+
+    def _variant(
+        self, model: ir.Model, function: ir.Function, found: list[Linear], given: Mapping[ir.Value, ir.Value]
+    ) -> _Variant:
+        inputs = list(function.inputs)
+        smoothed = frozenset(
+            inputs.index(linear.leader) for linear in found if f"{given[linear.leader].name}{SMOOTH}" in self._tensors
+        )
+        key = (function.identifier(), frozenset(inputs.index(linear.weight) for linear in found), smoothed)
+        if key not in self._variants:
+            count = sum(known[0] == function.identifier() for known in self._variants)
+            shapes = {inputs.index(linear.weight): _shape(given[linear.weight]) for linear in found}
+            variant = self._make(function, f"{function.name}_quantized{count or ''}", shapes, smoothed)
+            model.functions[variant.function.identifier()] = variant.function
+            self._variants[key] = variant
+        return self._variants[key]
+
+    def _make(
+        self, original: ir.Function, name: str, shapes: Mapping[int, tuple[int, int]], smoothed: Collection[int]
+    ) -> _Variant:
+        """A copy of a function with some of its weights quantized: those at these places, of these shapes."""
+        function = original.clone()
+        function.name = name
+        parameters = list(function.inputs)
+        scales: list[tuple[int, str]] = []
+
+        def scale(value: ir.Value, suffix: str, before: ir.Node) -> ir.Value:
+            """A further input of the function, in the element type it computes in."""
+            parameter = ir.Value(name=f"{value.name}{suffix}")
+            function.inputs.append(parameter)
+            scales.append((parameters.index(value), suffix))
+            if self._compute == ir.DataType.BFLOAT16:
+                return parameter
+            return _add(function, before, "Cast", [parameter], {"to": self._compute})
+
+        inputs: dict[ir.Value, ir.Value] = {}
+        for linear in linears(function):
+            place = parameters.index(linear.weight)
+            if place not in shapes:
+                continue
+            node, source = linear.node, linear.input
+            if self._scheme.activations is not None:
+                if source not in inputs:
+                    smooth = parameters.index(linear.leader) in smoothed
+                    inputs[source] = self._input(function, linear, scale, smooth=smooth)
+                node.replace_input_with(0, inputs[source])
+            self._weight(function, linear, scale, shapes[place])
+        return _Variant(function, tuple(scales))
+
+    def _input(self, function: ir.Function, linear: Linear, scale: Any, *, smooth: bool) -> ir.Value:
+        """An input, smoothed, quantized and dequantized."""
+        value, node, number_format = linear.input, linear.node, self._scheme.activations
+        if smooth:
+            value = _add(function, node, "Mul", [value, scale(linear.leader, SMOOTH, node)])
+        step = scale(linear.leader, INPUT_SCALE, node)
+        dtype, zero = ir.DataType(number_format.onnx if number_format else 0), 0
+        if self._compute == ir.DataType.FLOAT and dtype == ir.DataType.INT8:
+            # The same numbers, unsigned: ONNX Runtime fuses no signed input that several linears read.
+            dtype, zero = ir.DataType.UINT8, 128
+        point = _constant(function, node, np.full((), zero, dtype.numpy()))
+        quantized = _add(function, node, "QuantizeLinear", [value, step, point])
+        return _add(function, node, "DequantizeLinear", [quantized, step, point])
+
+    def _weight(self, function: ir.Function, linear: Linear, scale: Any, shape: tuple[int, int]) -> None:
+        """A weight, dequantized, in the place of the weight itself or of its cast."""
+        weight, number_format = linear.weight, self._scheme.weights
+        first = linear.cast or _first_user(function, weight)
+        attributes: dict[str, Any] = {"axis": 0}
+        if number_format.blocks:
+            attributes = {"axis": 1, "block_size": block_of(shape[1])}
+        inputs = [weight, scale(weight, WEIGHT_SCALE, first)]
+        if self._compute == ir.DataType.FLOAT and number_format.onnx == ir.DataType.INT8:
+            # ONNX Runtime's change from signed to unsigned numbers gives a scale of many values one zero point, unless
+            # there are as many already.
+            inputs.append(_constant(function, first, np.zeros(shape[:1], np.int8)))
+        users = [(use.node, use.idx) for use in (linear.cast.outputs[0] if linear.cast else weight).uses()]
+        dequantized = _add(function, first, "DequantizeLinear", inputs, attributes)
+        for user, index in users:
+            user.replace_input_with(index, dequantized)
+        if linear.cast is not None:
+            function.remove(linear.cast, safe=True)
+        weight.type = ir.TensorType(ir.DataType(number_format.onnx))
+
+
+def _add(
+    function: ir.Function, before: ir.Node, operator: str, inputs: list[ir.Value], attributes: Mapping[str, Any] = {}
+) -> ir.Value:
+    """Insert a node; its one output."""
+    node = ir.node(operator, inputs, dict(attributes))
+    function.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _first_user(function: ir.Function, value: ir.Value) -> ir.Node:
+    users = {use.node for use in value.uses()}
+    return next(node for node in function if node in users)
+
+
+def _constant(function: ir.Function, before: ir.Node, values: NDArray[Any]) -> ir.Value:
+    """Insert a constant."""
+    return _add(function, before, "Constant", [], {"value": ir.tensor(values)})
+
+
+def _shape(weight: ir.Value) -> tuple[int, int]:
+    """(out, in) of an initializer."""
+    if weight.shape is None:
+        raise RuntimeError(f"{weight.name} has no shape")
+    out, width = weight.shape.numpy()
+    return int(out), int(width)
+
+
+def _present(value: ir.Value | None) -> ir.Value:
+    if value is None:
+        raise RuntimeError("a block leaves an input out")
+    return value

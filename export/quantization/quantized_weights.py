@@ -1,0 +1,133 @@
+"""A quantized weight and its scales, and how both are made from a float one; it needs no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zimgkit.engines.bundle import Bundle
+from zimgkit.engines.errors import CheckpointError
+from zimgkit.engines.tensors.dtypes import to_float32
+from zimgkit.engines.tensors.safetensors import view
+from zimgkit.export.quantization.formats import (
+    INT8,
+    SCALE,
+    SCHEMES,
+    Array,
+    Format,
+    Scheme,
+    block_of,
+    encode,
+    stored_scales,
+    weight_scales,
+)
+from zimgkit.export.weights.stream import Encoding, Rows, Wanted
+
+ON_THE_HOST = Scheme(INT8)
+"""What is done to the linears of a component without a graph, in every precision: numpy multiplies them."""
+WEIGHT_SCALE, INPUT_SCALE, SMOOTH = ".scale", ".input_scale", ".smooth"
+"""What the names of scales have more than that of the weight; those of an input follow the first weight it meets."""
+
+
+def scheme_of(precision: str, *, on_the_host: bool) -> Scheme:
+    """What a precision does to the linears of a component.
+
+    Args:
+        precision: a key of :data:`zimgkit.export.quantization.formats.SCHEMES`.
+        on_the_host: whether the component has no graph.
+    """
+    return ON_THE_HOST if on_the_host else SCHEMES[precision]
+
+
+def weight_wanted(name: str, want: Wanted, number_format: Format, factors: Array | None = None) -> dict[str, Wanted]:
+    """A quantized weight and its scales.
+
+    Args:
+        name: of the parameter.
+        want: what it comes from, (out, in).
+        number_format: what its values are rounded to.
+        factors: (in,), what its columns are multiplied by first.
+    """
+    out, width = want.shape
+    tensor = want.source.name
+
+    def scaled(rows: Rows) -> Iterator[tuple[Array, Array]]:
+        for piece in rows:
+            values = piece if factors is None else piece * factors
+            scales = weight_scales(values, number_format)
+            if not np.isfinite(scales).all():
+                raise CheckpointError(f"{want.source.file}: {tensor} has NaN or Inf", "fetch the checkpoint again")
+            yield values, scales
+
+    def stored(rows: Rows) -> Iterator[NDArray[Any]]:
+        for values, scales in scaled(rows):
+            yield encode(values, scales, number_format)
+
+    def scales_alone(rows: Rows) -> Iterator[NDArray[Any]]:
+        for _, scales in scaled(rows):
+            yield stored_scales(scales)
+
+    packed = width // 2 if number_format.blocks else width
+    scale_shape = (out, width // (block_of(width) or 1)) if number_format.blocks else (out,)
+    return {
+        name: replace(want, shape=(out, packed), encoding=Encoding(number_format.stored, stored)),
+        name + WEIGHT_SCALE: replace(
+            want, shape=scale_shape, encoding=Encoding(SCALE, scales_alone), suffix=WEIGHT_SCALE
+        ),
+    }
+
+
+def as_stored(bundle: Bundle, component: str, wanted: Mapping[str, Wanted]) -> dict[str, Wanted]:
+    """Turn what a component takes from a checkpoint into the weights and their scales as a quantized bundle has them.
+
+    What was measured is taken from the bundle: the factors that smooth inputs.
+
+    Args:
+        bundle: an open bundle.
+        component: its name.
+        wanted: parameter -> what it comes from, under the tensor's name in the bundle.
+    """
+    quantization, tensors = bundle.manifest.quantization, bundle.tensors(component)
+    if quantization is None:
+        return dict(wanted)
+    result = dict(wanted)
+    number_format = _weight_format(bundle, component)
+    inputs = quantization.inputs.get(component, {})
+    for name, want in wanted.items():
+        tensor = want.source.name
+        if tensor + WEIGHT_SCALE in tensors:
+            smooth = tensors.get(inputs.get(tensor, tensor) + SMOOTH)
+            factors = None if smooth is None else np.reciprocal(to_float32(np.array(view(smooth)), smooth.dtype))
+            result |= weight_wanted(name, want, number_format, factors)
+    return result
+
+
+def float_shapes(bundle: Bundle, component: str, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a component's tensors as the checkpoint has them, without the scales among them.
+
+    Args:
+        bundle: an open bundle.
+        component: its name.
+        names: of its tensors.
+    """
+    tensors = bundle.tensors(component)
+    shapes = {name: tensors[name].shape for name in names}
+    if bundle.manifest.quantization is None:
+        return shapes
+    # A scale has the name of a tensor and one word more.
+    shapes = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] not in tensors}
+    if _weight_format(bundle, component).blocks:
+        packed = [name for name in shapes if name + WEIGHT_SCALE in tensors]
+        shapes |= {name: (shapes[name][0], 2 * shapes[name][1]) for name in packed}
+    return shapes
+
+
+def _weight_format(bundle: Bundle, component: str) -> Format:
+    """Of a quantized bundle's component."""
+    quantization, entry = bundle.manifest.quantization, bundle.component(component)
+    precision = quantization.precision if quantization else ""
+    return scheme_of(precision, on_the_host=not entry.graphs).weights

@@ -1,0 +1,1 @@
+"""Checkpoint tensors to bundle tensors, linked or streamed."""

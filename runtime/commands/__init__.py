@@ -1,0 +1,1 @@
+"""``zimg-run``: one file for each command."""

@@ -1,0 +1,80 @@
+"""How both commands end: one line for every error, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from zimgkit.engines.errors import ZimgError
+
+AGAIN = 0.5
+"""Seconds until an interruption that was lost comes again."""
+
+
+def run(command: click.Command) -> NoReturn:
+    """Run a command line and exit: 0 when it worked, 2 for wrong usage, 1 for a failure.
+
+    Set ``ZIMG_TRACEBACK=1`` to see where an error came from.
+    """
+    name = command.name or "zimgkit"
+    # A polite kill cleans up as Ctrl-C does.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, _interrupt)
+    try:
+        result = command.main(prog_name=name, standalone_mode=False)
+    except click.ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # Of click 8.2 and newer; older ones print the help themselves.
+            error.show()
+            sys.exit(error.exit_code)
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else name
+        _end(name, f"{error.format_message().rstrip('.')} (see {path} --help)", error.exit_code)
+    except ZimgError as error:
+        _end(name, str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _end(name, "interrupted; nothing half-written is left", 1)
+    except MemoryError:
+        _end(name, "out of memory; ask for a smaller picture, or use a machine with more", 1)
+    except OSError as error:
+        _end(name, f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
+    except Exception as error:
+        _end(
+            name, f"internal error: {type(error).__name__}: {error} (ZIMG_TRACEBACK=1 shows where; please report it)", 1
+        )
+    # What ``--help`` and ``ctx.exit`` give comes back as a number; commands give nothing.
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Raise ``KeyboardInterrupt``, and again after a moment where it was lost: Python ignores what a destructor raises.
+
+    Not while one is on its way already, which would break off the cleaning up.
+    """
+    signal.setitimer(signal.ITIMER_REAL, AGAIN)
+    if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+        raise KeyboardInterrupt
+
+
+def _end(name: str, message: str, code: int) -> NoReturn:
+    if os.environ.get("ZIMG_TRACEBACK"):
+        import traceback
+
+        traceback.print_exc()
+    click.echo(f"{name}: error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def warn(message: str) -> None:
+    """Say something on stderr that the user should know."""
+    click.echo(f"warning: {message}", err=True)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document on stdout."""
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False))

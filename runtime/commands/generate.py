@@ -1,0 +1,156 @@
+"""``zimg-run generate``: a bundle, a prompt and a file name to pictures that carry what made them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import zimgkit
+from zimgkit.engines.bundle import Manifest
+from zimgkit.engines.errors import UsageError
+from zimgkit.runtime.pictures import saving as images
+from zimgkit.runtime.pictures.parameters import Parameters, read
+from zimgkit.runtime.pipeline import Output, Pipeline
+from zimgkit.runtime.progress import Report, silent
+
+SCALES = ("guidance_scale", "cfg_scale")
+FROM_PICTURE = (
+    "prompt",
+    "negative_prompt",
+    "height",
+    "width",
+    "num_inference_steps",
+    "cfg_normalization",
+    "cfg_truncation",
+    "max_sequence_length",
+    "seed",
+)
+"""What a picture's parameters may supply; the guidance scale has two names and is treated apart."""
+
+
+def generate(
+    bundle: Path,
+    output: Path,
+    call: Mapping[str, Any],
+    *,
+    from_image: Path | None = None,
+    backend: str = "onnxruntime",
+    device: str | None = None,
+    report: Report = silent,
+    warn: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Generate pictures and save them.
+
+    Args:
+        bundle: the bundle's folder, or the name of one that zimgkit carries.
+        output: the file; several pictures get numbers before its ending.
+        call: the command's options by name, None where one was not given: ``num_images`` and parameters of
+            :meth:`Pipeline.__call__`.
+        from_image: a picture whose parameters fill in what is not given.
+        backend: as for :meth:`Pipeline.open`.
+        device: as for :meth:`Pipeline.open`.
+        report: called with (stage, done, total).
+        warn: called with what the user should know.
+
+    Returns:
+        ``images``: path, seed and index of each; ``parameters`` of the first; ``seconds``.
+
+    Raises:
+        ZimgError: whatever went wrong, in one line; no picture is half-written.
+    """
+    given = {name: value for name, value in call.items() if value is not None and name != "num_images"}
+    count = 1 if call.get("num_images") is None else int(call["num_images"])
+    if count < 1:
+        raise UsageError(f"num_images is {count}", "give 1 or more")
+    template = read(from_image) if from_image else None
+    if template:
+        given = _filled(given, template)
+    if not given.get("prompt"):
+        raise UsageError("there is nothing to draw", "give --prompt TEXT, or --from-image PICTURE")
+    paths = _numbered(output, count)
+    for path in paths:
+        images.check_target(path)
+    started = time.perf_counter()
+    with Pipeline.open(bundle, backend=backend, device=device, memory_budget=0, report=report, warn=warn) as pipeline:
+        manifest = pipeline.bundle.manifest
+        if template is None:
+            given.setdefault("negative_prompt", manifest.defaults.negative_prompt)
+        elif template.model not in (None, manifest.name):
+            warn(f"{from_image} was made by {template.model}, and this bundle is {manifest.name}")
+        elif template.model and template.loras != _loras(manifest):
+            had, has = template.loras or "no LoRA", _loras(manifest) or "no LoRA"
+            warn(f"{from_image} was made with {had}, and this bundle has {has}")
+        index, drawn = (template.image_index, template.num_images) if template and count == 1 else (0, count)
+        if index:
+            # Its noise was drawn together with that of the pictures before it, which need not be made again.
+            given["latents"] = pipeline.draw_noise(drawn, **_sizes(given, pipeline))[index : index + 1]
+        result = pipeline(**given, num_images_per_prompt=count)
+    seconds = time.perf_counter() - started
+    made = [_parameters(result, pipeline, index + i, drawn) for i in range(count)]
+    for picture, path, parameters in zip(result.images, paths, made, strict=True):
+        images.save(picture, path, parameters)
+    return {
+        "images": [
+            {"path": str(path), "seed": entry.seed, "index": entry.image_index}
+            for path, entry in zip(paths, made, strict=True)
+        ],
+        "parameters": msgspec.to_builtins(made[0]),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _filled(given: Mapping[str, Any], template: Parameters) -> dict[str, Any]:
+    known = {name: getattr(template, name) for name in FROM_PICTURE}
+    if not any(name in given for name in SCALES):
+        # The family's own convention is exact; pictures of other tools have only the other one.
+        scale = "guidance_scale" if template.guidance_scale is not None else "cfg_scale"
+        known[scale] = getattr(template, scale)
+    return {name: value for name, value in known.items() if value is not None} | dict(given)
+
+
+def _sizes(given: Mapping[str, Any], pipeline: Pipeline) -> dict[str, int]:
+    defaults = pipeline.bundle.manifest.defaults
+    return {
+        "seed": given["seed"],
+        "height": given.get("height") or defaults.height,
+        "width": given.get("width") or defaults.width,
+    }
+
+
+def _numbered(output: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(1, count + 1)]
+
+
+def _loras(manifest: Manifest) -> str | None:
+    return ", ".join(f"{lora.file}:{lora.scale:g} ({lora.sha256[:10]})" for lora in manifest.loras) or None
+
+
+def _parameters(result: Output, pipeline: Pipeline, index: int, drawn: int) -> Parameters:
+    request, manifest = result.request, pipeline.bundle.manifest
+    return Parameters(
+        prompt=request.prompts[0],
+        negative_prompt=request.negative_prompts[0] if request.negative_prompts else None,
+        height=request.height,
+        width=request.width,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        cfg_scale=pipeline.cfg_scale(request.guidance_scale),
+        cfg_normalization=request.cfg_normalization,
+        cfg_truncation=request.cfg_truncation,
+        max_sequence_length=request.max_sequence_length,
+        seed=request.seed if isinstance(request.seed, int) else None,
+        num_images=drawn,
+        image_index=index,
+        model=manifest.name,
+        family=manifest.family,
+        precision=manifest.precision,
+        loras=_loras(manifest),
+        backend=pipeline.backend,
+        version=f"zimgkit {zimgkit.__version__}",
+    )

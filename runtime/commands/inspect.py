@@ -1,0 +1,166 @@
+"""What a bundle is, as data and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from zimgkit.engines.bundle import Bundle, Quantization
+from zimgkit.runtime import demo_models
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """Describe a bundle, after checking its files.
+
+    Args:
+        path: its folder, or the name of one that zimgkit carries.
+
+    Raises:
+        BundleError: it is no bundle, or a file is not what the manifest says.
+    """
+    bundle = Bundle.open(demo_models.locate(path))
+    manifest = bundle.manifest
+    components = {}
+    for name, component in manifest.components.items():
+        components[name] = {
+            "weights": list(component.weights),
+            "parameters": component.parameters,
+            "weight_bytes": component.weight_bytes,
+            "graphs": dict(component.graphs),
+            "inputs": {key: _spec(value) for key, value in component.inputs.items()},
+            "outputs": {key: _spec(value) for key, value in component.outputs.items()},
+        }
+    return {
+        "path": str(bundle.root),
+        "name": manifest.name,
+        "family": manifest.family,
+        "precision": manifest.precision,
+        "quantization": _quantization(manifest.quantization),
+        "cost": None if manifest.cost is None else msgspec.to_builtins(manifest.cost),
+        "schema_version": manifest.schema_version,
+        "zimg_version": manifest.zimg_version,
+        "source": msgspec.to_builtins(manifest.source),
+        "defaults": msgspec.to_builtins(manifest.defaults),
+        "scheduler": manifest.scheduler,
+        "loras": [msgspec.to_builtins(lora) for lora in manifest.loras],
+        "components": components,
+        "engines": [
+            msgspec.json.decode(msgspec.json.encode(engine))
+            | {
+                "bytes": manifest.files[engine.file].size,
+                "stale": engine.serves != bundle.source_hash(engine.component),
+            }
+            for engine in manifest.engines
+        ],
+        "bytes": sum(record.size for record in manifest.files.values()),
+        "tools": manifest.tools,
+    }
+
+
+def _spec(spec: Any) -> str:
+    return f"{spec.dtype}[{', '.join(map(str, spec.shape))}]"
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    """The summary for people."""
+    defaults, source = summary["defaults"], summary["source"]
+    revision = f" at {source['revision']}" if source.get("revision") else ""
+    quantization = summary["quantization"]
+    precision = quantization["precision"] if quantization else summary["precision"]
+    lines = [
+        f"{summary['name']}  ({summary['family']}, {precision}, {_size(summary['bytes'])})",
+        f"  path      {summary['path']}",
+        f"  source    {source['model']}{revision}",
+        "  built by  "
+        + ", ".join(f"{k} {v}" for k, v in {"zimgkit": summary["zimg_version"], **summary["tools"]}.items()),
+        f"  defaults  {defaults['width']}x{defaults['height']}, {defaults['num_inference_steps']} steps, "
+        f"guidance scale {defaults['guidance_scale']:g}, negative prompt {defaults['negative_prompt']!r}",
+    ]
+    lines.extend(f"  LoRA      {lora['source']} at {lora['scale']:g}" for lora in summary["loras"])
+    lines.extend(_quantization_lines(quantization, summary["precision"]) if quantization else ())
+    lines.extend(f"  {line}" for line in (cost_lines(summary["cost"]) if summary["cost"] else ()))
+    for name, component in summary["components"].items():
+        lines.append(f"  {name}")
+        lines.append(f"    weights  {component['parameters']:,} parameters, {_size(component['weight_bytes'])}")
+        lines.extend(f"    in       {file}" for file in component["weights"])
+        for compute, file in component["graphs"].items():
+            lines.append(f"    graph    {file}, computes in {compute}")
+        lines.extend(f"    input    {key}: {spec}" for key, spec in component["inputs"].items())
+        lines.extend(f"    output   {key}: {spec}" for key, spec in component["outputs"].items())
+    for engine in summary["engines"]:
+        compiler = f"{engine['compiler']} {engine['version']}"
+        lines.append(f"  engine of {engine['component']}, {compiler}, {engine['device']}, {_size(engine['bytes'])}")
+        lines.append(f"    in       {engine['file']}")
+        for profile in engine["profiles"]:
+            lines.append("    serves   " + ", ".join(f"{side} {range_text(ends)}" for side, ends in profile.items()))
+        if engine["stale"]:
+            again = f"zimg-export compile {summary['path']} --backend {engine['backend']}"
+            lines.append(f"    stale    compiled from other weights; {again} compiles it again")
+        elif refit := engine.get("refit"):
+            lines.append(f"    takes    {len(refit['tensors'])} other weights whenever it is loaded")
+        fused, parts = engine.get("attention", (0, 0))
+        if fused + parts:
+            lines.append(f"    fused    {fused} of {fused + parts} attentions")
+        narrow, wide = engine.get("products", (0, 0))
+        if narrow + wide:
+            lines.append(f"    8 bits   {narrow} of {narrow + wide} products of quantized numbers")
+    return "\n".join(lines)
+
+
+def _quantization(quantization: Quantization | None) -> dict[str, Any] | None:
+    """How it is quantized, without the list of all weights."""
+    if quantization is None:
+        return None
+    return {key: value for key, value in msgspec.to_builtins(quantization).items() if key != "inputs"}
+
+
+def _quantization_lines(quantization: dict[str, Any], precision: str) -> list[str]:
+    """What was quantized, how, and what was kept."""
+    how = [f"ranges by {quantization['range']}"] if quantization.get("range") else []
+    if quantization.get("smooth"):
+        how.append(f"SmoothQuant {quantization['smooth']:g}")
+    if plan := quantization.get("calibration", {}).get("plan"):
+        how.append(f"calibrated on {len(plan['prompts'])} prompts")
+    lines = [f"  quantized {', '.join((quantization['precision'], *how))}"]
+    for component, kept in quantization.get("kept", {}).items():
+        lines.append(f"    kept     {len(kept)} linears of {component} in {precision}")
+    return lines
+
+
+def cost_lines(cost: dict[str, Any]) -> list[str]:
+    """What a precision costs, for people."""
+    size, steps = f"{cost['width']}x{cost['height']}", cost["num_inference_steps"]
+    pictures = f"{len(cost['prompts'])} pictures of {size} in {steps} steps"
+    lines = [f"cost      against float32, by {pictures} on {cost['backend']}"]
+    for name, entry in (("this", cost["difference"]), ("bfloat16", cost["floor"])):
+        worst = (
+            f"velocity {max(entry['velocity_relative']):.2g} off at most, cosine {min(entry['velocity_cosine']):.5f}"
+        )
+        latents = f"last latents {entry['latents_relative'][-1]:.2g} off"
+        picture = "the same" if entry["psnr"] is None else f"PSNR {entry['psnr']:.1f} dB, SSIM {entry['ssim']:.4f}"
+        if entry["psnr"] is not None and entry.get("lpips") is not None:
+            picture += f", LPIPS {entry['lpips']:.4f}"
+        lines.append(f"  {name:<8}{worst}; {latents}; {picture}")
+    if captions := cost.get("captions"):
+        told = {"one": "one thing", "two": "two things"}
+        float32 = cost["float32_accuracy"]
+        shares = [f"{share:.1%} of {told[key]} ({float32[key]:.1%})" for key, share in cost["accuracy"].items()]
+        lines.append(f"  right   {', '.join(shares)}: of {captions} captions, by the judge (and in float32)")
+    return lines
+
+
+def range_text(ends: Sequence[int]) -> str:
+    """A range of lengths, least, likeliest and most, for people."""
+    least, likely, most = ends
+    return str(most) if least == most else f"{least}…{likely}…{most}"
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"

@@ -1,0 +1,45 @@
+"""The two small models that zimgkit carries, so that it draws with no download: their names, and where they lie.
+
+Each folder is a checkpoint in the diffusers layout and a bundle made from it at once; they share their weights. Beside
+them lie LoRAs of both.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+NAMES = ("zimg-tiny-z", "zimg-tiny-qwen")
+"""One of each family: Z-Image, Qwen-Image."""
+DEFAULT = NAMES[0]
+LORAS = tuple(f"{name}-{lora}" for name in NAMES for lora in ("outlined", "bolt"))
+"""A style, outlines alone, and a concept, a shape that the models do not know, for each of them."""
+FOLDER = Path(__file__).resolve().parent
+
+
+def locate(model: str | os.PathLike[str]) -> Path:
+    """The folder of a model by its path or, where nothing has that path, by the name of one that zimgkit carries.
+
+    >>> locate("zimg-tiny-z").name
+    'zimg-tiny-z'
+    >>> locate("there-is-no-such-folder")
+    PosixPath('there-is-no-such-folder')
+    """
+    name = os.fspath(model)
+    return FOLDER / name if name in NAMES and not os.path.lexists(name) else Path(name)
+
+
+def locate_lora(name: str) -> Path:
+    """The file of a LoRA that zimgkit carries, by its name, unless something has that path.
+
+    >>> locate_lora("zimg-tiny-z-bolt").name
+    'zimg-tiny-z-bolt.safetensors'
+    >>> locate_lora("there/is/none")
+    PosixPath('there/is/none')
+    """
+    return FOLDER / "loras" / f"{name}.safetensors" if name in LORAS and not os.path.lexists(name) else Path(name)
+
+
+def is_carried(path: Path) -> bool:
+    """Whether a folder is one of those that come with zimgkit, which stay as they are."""
+    return path.parent == FOLDER

@@ -1,0 +1,1 @@
+"""The arithmetic of a diffusion loop, in numpy: pure functions of arrays and numbers."""

@@ -1,0 +1,121 @@
+"""Classifier-free guidance (Ho and Salimans 2022): from two predictions, with and without the prompt, to one.
+
+The families differ in the rule. With ``pos`` and ``neg`` the predictions for the prompt and the negative prompt:
+
+==========  ====================  =================================  =============================
+family      prediction            then                               guidance is on where
+==========  ====================  =================================  =============================
+Qwen-Image  neg + s (pos - neg)   each token gets the norm of pos's  s > 1, and a negative prompt
+Z-Image     pos + g (pos - neg)   optionally a cap on its norm       g > 0
+==========  ====================  =================================  =============================
+
+DiffSynth's ``cfg_scale`` is the ``s`` of the first form for both families, and so is g + 1 for Z-Image.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zimgkit.runtime.diffusion.schedule import z_image_time
+
+
+def qwen_image_guidance(
+    positive: NDArray[np.float32], negative: NDArray[np.float32], guidance_scale: float
+) -> NDArray[np.float32]:
+    """Combine as diffusers' ``QwenImagePipeline`` does (there ``true_cfg_scale``), norms kept token by token.
+
+    A token whose combination is zero stays zero; the reference divides by its norm and gives NaN.
+
+    Args:
+        positive: float32 (batch, tokens, channels), the packed prediction for the prompt.
+        negative: float32 of the same shape, for the negative prompt.
+        guidance_scale: 1 gives ``positive``.
+
+    Returns:
+        float32 of the same shape.
+    """
+    combined = negative + np.float32(guidance_scale) * (positive - negative)
+    norm = np.linalg.norm(combined, axis=-1, keepdims=True)
+    wanted = np.linalg.norm(positive, axis=-1, keepdims=True)
+    rescaled: NDArray[np.float32] = combined * np.divide(wanted, norm, out=np.ones_like(norm), where=norm > 0)
+    return rescaled
+
+
+def qwen_image_is_guided(guidance_scale: float) -> bool:
+    """Whether ``QwenImagePipeline`` runs the negative prompt, if there is one."""
+    return guidance_scale > 1
+
+
+def z_image_guidance(
+    positive: NDArray[np.float32],
+    negative: NDArray[np.float32],
+    guidance_scale: float,
+    cfg_normalization: float = 0.0,
+) -> NDArray[np.float32]:
+    """Combine as diffusers' ``ZImagePipeline`` does.
+
+    Args:
+        positive: float32 (batch, ...), the prediction for the prompt. The network's output and the velocity,
+            which is its negative, serve alike.
+        negative: float32 of the same shape, for the negative prompt.
+        guidance_scale: 0 gives ``positive``.
+        cfg_normalization: c > 0 (or True, which counts as 1) scales a sample down where its norm exceeds c times
+            that of ``positive``; 0 or less (or False) leaves it.
+
+    Returns:
+        float32 of the same shape.
+    """
+    combined: NDArray[np.float32] = positive + np.float32(guidance_scale) * (positive - negative)
+    if cfg_normalization <= 0:
+        return combined
+    limit = _sample_norms(positive) * np.float32(cfg_normalization)
+    norm = _sample_norms(combined)
+    # A norm above its limit is above zero, so nothing is divided by zero.
+    factor = np.divide(limit, norm, out=np.ones_like(norm), where=norm > limit)
+    capped: NDArray[np.float32] = combined * factor
+    return capped
+
+
+def _sample_norms(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The norm of each sample, shaped to broadcast: (batch, 1, ...)."""
+    norms: NDArray[np.float32] = np.linalg.norm(values.reshape(len(values), -1), axis=1)
+    return norms.reshape(-1, *[1] * (values.ndim - 1))
+
+
+def z_image_is_guided(guidance_scale: float, sigma: float, cfg_truncation: float | None = 1.0) -> bool:
+    """Whether ``ZImagePipeline`` runs the negative prompt at this noise level.
+
+    Args:
+        guidance_scale: g of the rule above.
+        sigma: the noise level of the step.
+        cfg_truncation: t <= 1 switches guidance off where 1 - sigma > t. None, or above 1, never does.
+    """
+    if guidance_scale <= 0:
+        return False
+    if cfg_truncation is None or cfg_truncation > 1:
+        return True
+    return not float(z_image_time(np.float32(sigma))) > cfg_truncation
+
+
+def qwen_image_guidance_scale(cfg_scale: float) -> float:
+    """The guidance scale of Qwen-Image that DiffSynth's ``cfg_scale`` stands for: the same number.
+
+    DiffSynth does not rescale norms, so its pictures still differ.
+    """
+    return cfg_scale
+
+
+def qwen_image_cfg_scale(guidance_scale: float) -> float:
+    """DiffSynth's ``cfg_scale`` for a guidance scale of Qwen-Image."""
+    return guidance_scale
+
+
+def z_image_guidance_scale(cfg_scale: float) -> float:
+    """The guidance scale of Z-Image that DiffSynth's ``cfg_scale`` stands for; its 1, guidance off, is 0 here."""
+    return cfg_scale - 1
+
+
+def z_image_cfg_scale(guidance_scale: float) -> float:
+    """DiffSynth's ``cfg_scale`` for a guidance scale of Z-Image."""
+    return guidance_scale + 1

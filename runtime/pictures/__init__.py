@@ -1,0 +1,1 @@
+"""Pictures: saving them, and the parameters they carry."""

@@ -1,0 +1,244 @@
+"""What made a picture, written into its file so that it can be made again.
+
+A file carries it twice. The text in the form of AUTOMATIC1111's web UI is for people and the viewers of this field: the
+prompt, ``Negative prompt: …``, and one line ``Steps: 8, Sampler: Euler, CFG scale: 4, …``. It is ambiguous where a
+prompt looks like it, so an exact copy as JSON goes beside it, and is preferred when zimgkit reads.
+
+===========  =====================================  ========================
+format       text                                   exact copy
+===========  =====================================  ========================
+PNG          text chunk ``parameters``              text chunk ``zimg``
+JPEG, WebP   EXIF ``UserComment``, in UTF-16        EXIF ``MakerNote``
+===========  =====================================  ========================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from zimgkit.engines.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+NEGATIVE = "Negative prompt:"
+PAIR = re.compile(r'(\w[\w /-]{0,60}):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
+"""One ``Key: value`` of the last line. Keys are bounded so that a long prompt is not searched over and over."""
+TEXT_CHUNK, EXACT_CHUNK = "parameters", "zimg"
+EXIF_IFD, USER_COMMENT, MAKER_NOTE = 0x8769, 0x9286, 0x927C
+UNICODE, MAKER = b"UNICODE\0", b"zimg\0"
+MAX_IMAGES = 10_000
+JPEG_EXIF_LIMIT = 65_533 - len(b"Exif\0\0")
+"""Bytes of EXIF that a JPEG segment can hold."""
+
+
+WEB_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "Steps": ("num_inference_steps", int),
+    "CFG scale": ("cfg_scale", float),
+    "Seed": ("seed", int),
+    "Model": ("model", str),
+    "Version": ("version", str),
+}
+"""Key of the web UI -> field, and how to read it."""
+OWN_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "Guidance scale": ("guidance_scale", float),
+    "CFG normalization": ("cfg_normalization", float),
+    "CFG truncation": ("cfg_truncation", float),
+    "Max sequence length": ("max_sequence_length", int),
+    "Num images": ("num_images", int),
+    "Image index": ("image_index", int),
+    "Family": ("family", str),
+    "Precision": ("precision", str),
+    "LoRAs": ("loras", str),
+    "Backend": ("backend", str),
+}
+"""Key that only zimgkit writes -> field, and how to read it."""
+
+
+class Parameters(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What made a picture, by the names of diffusers; ``None`` where it is not known, as of pictures of other tools."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    sigmas: tuple[float, ...] | None = None
+    guidance_scale: float | None = None
+    """As diffusers counts it for this family."""
+    cfg_scale: float | None = None
+    """As DiffSynth and the web UIs count it: 1 is off in every family."""
+    cfg_normalization: float | None = None
+    cfg_truncation: float | None = None
+    max_sequence_length: int | None = None
+    seed: int | None = None
+    num_images: int = 1
+    """Pictures whose noise was drawn together from this seed."""
+    image_index: int = 0
+    """Which of them this is."""
+    model: str | None = None
+    """The bundle's name."""
+    family: str | None = None
+    precision: str | None = None
+    loras: str | None = None
+    """What is merged into the bundle: files, scales and the beginnings of hashes."""
+    backend: str | None = None
+    version: str | None = None
+    """The program and its version, such as ``"zimgkit 0.1.0"``."""
+
+    def to_text(self) -> str:
+        """As the web UI writes it; what is not known is left out."""
+        size = f"{self.width}x{self.height}" if self.width and self.height else None
+        pairs = {
+            "Steps": self.num_inference_steps,
+            "Sampler": "Euler",
+            "CFG scale": self.cfg_scale,
+            "Seed": self.seed,
+            "Size": size,
+            "Model": self.model,
+            **{key: getattr(self, name) for key, (name, _) in OWN_KEYS.items()},
+            "Version": self.version,
+        }
+        if self.num_images == 1:
+            pairs |= {"Num images": None, "Image index": None}
+        last = ", ".join(f"{key}: {_quote(value)}" for key, value in pairs.items() if value is not None)
+        negative = f"\n{NEGATIVE} {self.negative_prompt}" if self.negative_prompt else ""
+        return f"{self.prompt}{negative}\n{last}".strip()
+
+    @classmethod
+    def from_text(cls, text: str) -> Parameters:
+        """Read what the web UI, or a tool that writes like it, has written.
+
+        Keys that zimgkit does not know, and values it cannot read, are passed over. Exact only for prompts that do not
+        look like the rest of the text.
+        """
+        lines = text.strip().split("\n")
+        # The web UI takes a last line for parameters if it has three of them, and else for a part of the prompt.
+        matches = PAIR.findall(lines[-1])
+        pairs = {key.strip(): _unquote(value) for key, value in matches} if len(matches) >= 3 else {}
+        body = lines[:-1] if pairs else lines
+        split = next((i for i, line in enumerate(body) if line.lstrip().startswith(NEGATIVE)), len(body))
+        negative = "\n".join(body[split:]).lstrip().removeprefix(NEGATIVE).strip()
+        found = {name: _parsed(pairs.get(key), kind) for key, (name, kind) in (WEB_KEYS | OWN_KEYS).items()}
+        width, _, height = pairs.get("Size", "").partition("x")
+        found |= {"width": _parsed(width, int), "height": _parsed(height, int)}
+        known = {name: value for name, value in found.items() if value is not None}
+        return cls(prompt="\n".join(body[:split]).strip(), negative_prompt=negative or None, **known)
+
+    def to_json(self) -> str:
+        """An exact copy."""
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Parameters:
+        """Read an exact copy.
+
+        Raises:
+            msgspec.MsgspecError, UnicodeDecodeError: it is none.
+        """
+        return msgspec.json.decode(text, type=cls)
+
+
+def _quote(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n\"]", text) else text
+
+
+def _unquote(value: str) -> str:
+    with contextlib.suppress(ValueError):
+        if value.startswith('"'):
+            return str(json.loads(value))
+    return value.strip()
+
+
+def _parsed(value: str | None, kind: Callable[[str], Any]) -> Any:
+    """A value as what it should be, or None: other tools may write anything."""
+    with contextlib.suppress(ValueError):
+        return kind(value) if value else None
+    return None
+
+
+def embedded(parameters: Parameters, kind: str) -> dict[str, Any]:
+    """What Pillow's ``save`` must be given to write parameters into a picture.
+
+    A JPEG holds 64 kB of them. Of longer ones the text is left out, and then the exact copy, rather than the picture.
+
+    Args:
+        parameters: what made the picture.
+        kind: ``"PNG"``, ``"JPEG"`` or ``"WEBP"``.
+    """
+    from PIL import Image, PngImagePlugin
+
+    text, exact = parameters.to_text(), parameters.to_json()
+    if kind == "PNG":
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_text(TEXT_CHUNK, text)  # In Latin-1 where that suffices, else as an international chunk in UTF-8.
+        chunks.add_text(EXACT_CHUNK, exact)
+        return {"pnginfo": chunks}
+    comment, note = UNICODE + text.encode("utf-16-be"), MAKER + exact.encode()
+    for tags in ({USER_COMMENT: comment, MAKER_NOTE: note}, {MAKER_NOTE: note}):
+        exif = Image.Exif()
+        exif.get_ifd(EXIF_IFD).update(tags)
+        data = exif.tobytes()
+        if kind != "JPEG" or len(data) <= JPEG_EXIF_LIMIT:
+            return {"exif": data}
+    return {}
+
+
+def read(path: Path) -> Parameters:
+    """Read what made a picture from its file: the exact copy if zimgkit wrote one, else the text of another tool.
+
+    Raises:
+        UsageError: there is no such file, it is no picture, or it carries no parameters or impossible ones.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            text, exact = _carried(image)
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist", "name a picture that zimgkit has written") from None
+    except Exception as error:  # Pillow raises many kinds at broken files.
+        raise UsageError(f"{path} is no picture zimgkit can read ({error})", "name a PNG, JPEG or WebP file") from None
+    parameters = _decoded(exact) or (Parameters.from_text(text) if text else None)
+    if parameters is None:
+        hint = "name one as it was written: editors and web sites drop them"
+        raise UsageError(f"{path} carries no generation parameters", hint)
+    if not 0 <= parameters.image_index < parameters.num_images <= MAX_IMAGES:
+        place = f"picture {parameters.image_index} of {parameters.num_images}"
+        raise UsageError(f"{path} says that it is {place}, which cannot be", "give the parameters by hand")
+    return parameters
+
+
+def _decoded(exact: str | bytes) -> Parameters | None:
+    try:
+        return Parameters.from_json(exact)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+
+
+def _carried(image: Image.Image) -> tuple[str, str | bytes]:
+    """The text and the exact copy that a picture carries; empty where it has none."""
+    if image.format == "PNG":
+        return str(image.info.get(TEXT_CHUNK, "")), str(image.info.get(EXACT_CHUNK, ""))
+    tags = image.getexif().get_ifd(EXIF_IFD)
+    comment, note = tags.get(USER_COMMENT, b""), tags.get(MAKER_NOTE, b"")
+    exact = note.removeprefix(MAKER) if isinstance(note, bytes) and note.startswith(MAKER) else b""
+    return _comment(comment) if isinstance(comment, bytes) else str(comment), exact
+
+
+def _comment(data: bytes) -> str:
+    """A ``UserComment``: eight bytes that name its encoding, then the text."""
+    kind, body = data[:8], data[8:]
+    if kind != UNICODE:
+        return body.decode("utf-8", "replace").rstrip("\0 ")
+    # The web UI writes big-endian; others follow the byte order of their file.
+    texts = [body.decode(f"utf-16-{order}", "replace") for order in ("be", "le")]
+    return next((text for text in texts if "Steps:" in text), texts[0])

@@ -1,0 +1,591 @@
+"""ONNX Runtime on hand-made bundles whose graphs point into safetensors."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from tests import handmade
+from zimgkit.engines.base import open_engine
+from zimgkit.engines.bundle import Bundle, Component, TensorSpec
+from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError
+from zimgkit.engines.onnxruntime import engine as zimg_onnxruntime
+from zimgkit.engines.onnxruntime.bound import BoundSession, Place, output_shape, upload
+from zimgkit.engines.tensors import safetensors
+
+OFFLINE = ["AzureExecutionProvider", "CPUExecutionProvider"]
+GENERATOR = np.random.default_rng(0)
+WEIGHT, BIAS = GENERATOR.standard_normal((4, 6)).astype(np.float32), GENERATOR.standard_normal(6).astype(np.float32)
+INPUTS = {"x": TensorSpec("float32", ("tokens", 4)), "scale": TensorSpec("float32", (1,))}
+OUTPUTS = {"y": TensorSpec("float32", ("tokens", 6)), "norm": TensorSpec("float32", ("tokens", 1))}
+
+
+def external(info: safetensors.TensorInfo, **changes: Any) -> TensorProto:
+    """An initializer without bytes, which lie in a safetensors file; ``changes`` say something else of where."""
+    tensor = TensorProto(name=info.name, data_type=TensorProto.FLOAT, dims=info.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    place = {"location": info.file.name, "offset": info.offset, "length": info.nbytes} | changes
+    for key, value in place.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def model(
+    initializers: list[TensorProto], nodes: list[NodeProto], inputs: Any = INPUTS, outputs: Any = OUTPUTS
+) -> bytes:
+    kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}
+    values = [
+        [helper.make_tensor_value_info(name, kinds[spec.dtype], spec.shape) for name, spec in specs.items()]
+        for specs in (inputs, outputs)
+    ]
+    graph = helper.make_graph(nodes, "net", *values, initializer=initializers)
+    made: ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    return made.SerializeToString()
+
+
+def write(root: Path, graphs: dict[str, bytes] | None = None, **changes: Any) -> Bundle:
+    """A bundle of y = scale * (x weight + bias) and the norm of its rows; ``changes`` as of :func:`external`."""
+    root.mkdir(parents=True, exist_ok=True)
+    infos = safetensors.write(
+        root / "net.safetensors",
+        {"weight": ("float32", WEIGHT.shape), "bias": ("float32", BIAS.shape)},
+        {"weight": [WEIGHT], "bias": [BIAS]},
+    )
+    nodes = [
+        helper.make_node("Gemm", ["x", "weight", "bias"], ["sum"]),
+        helper.make_node("Mul", ["sum", "scale"], ["y"]),
+        helper.make_node("ReduceL2", ["y", "axes"], ["norm"], keepdims=1),
+    ]
+    small = helper.make_tensor("axes", TensorProto.INT64, [1], [1])
+    whole = model([external(infos["weight"], **changes), external(infos["bias"]), small], nodes)
+    graphs = graphs or {"float32": whole}
+    files = {f"net.{compute}.onnx": graph for compute, graph in graphs.items()}
+    names = {compute: f"net.{compute}.onnx" for compute in graphs}
+    component = Component(("net.safetensors",), names, INPUTS, OUTPUTS)
+    weights = {"net.safetensors": (root / "net.safetensors").read_bytes()}
+    return Bundle.open(handmade.write_bundle(root, weights | files, components={"net": component}))
+
+
+@pytest.fixture(autouse=True)
+def only_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: OFFLINE)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return write(tmp_path / "bundle")
+
+
+def feeds(tokens: int, seed: int = 0) -> dict[str, np.ndarray]:
+    x = np.random.default_rng(seed).standard_normal((tokens, 4)).astype(np.float32)
+    return {"x": x, "scale": np.array([1.5], np.float32)}
+
+
+def assert_right(found: dict[str, np.ndarray], given: dict[str, np.ndarray]) -> None:
+    y = given["scale"] * (given["x"] @ WEIGHT + BIAS)
+    assert list(found) == ["y", "norm"]
+    assert all(value.dtype == np.float32 for value in found.values())
+    np.testing.assert_allclose(found["y"], y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["norm"], np.linalg.norm(y, axis=1, keepdims=True), rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("tokens", [1, 2, 33])
+def test_runs(bundle, device, tokens):
+    engine = open_engine(bundle, "net", device=device)
+    assert (engine.inputs, engine.outputs) == (INPUTS, OUTPUTS)
+    for seed in range(2):
+        given = feeds(tokens, seed)
+        assert_right(engine.run(given), given)
+
+
+def test_what_was_uploaded_serves_many_runs(bundle):
+    engine = open_engine(bundle, "net")
+    given = feeds(3)
+    constant = engine.upload({"scale": given["scale"]})
+    for seed in range(3):
+        x = feeds(5, seed)["x"]
+        assert_right(engine.run({"x": x, **constant}), {"x": x, "scale": given["scale"]})
+
+
+def test_inputs_that_lie_strided_in_memory(bundle):
+    given = feeds(1) | {"x": np.asfortranarray(feeds(10)["x"])[::2]}
+    assert not given["x"].flags.c_contiguous
+    assert_right(open_engine(bundle, "net").run(given), given)
+
+
+def test_from_another_folder(bundle, tmp_path, monkeypatch):
+    """Weights are found beside the graph, wherever the process is."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert_right(open_engine(bundle, "net").run(feeds(2)), feeds(2))
+
+
+def test_weights_may_be_a_hard_link(bundle, tmp_path):
+    weights = bundle.file("net.safetensors")
+    weights.rename(tmp_path / "checkpoint.safetensors")
+    weights.hardlink_to(tmp_path / "checkpoint.safetensors")
+    assert_right(open_engine(bundle, "net").run(feeds(2)), feeds(2))
+
+
+def test_a_closed_engine_does_not_run(bundle):
+    engine = open_engine(bundle, "net")
+    engine.close()
+    engine.close()
+    with pytest.raises(BackendError, match="the engine of net is closed; open it again"):
+        engine.run(feeds(2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": np.zeros((2, 5), np.float32)}, r"net takes 'x' in the shape \('tokens', 4\), not \(2, 5\)"),
+        ({"x": np.zeros((2, 4))}, "net takes 'x' in float32, not float64"),
+        ({"z": np.zeros(1)}, "net has no input 'z'; it has x, scale"),
+        ({"x": object()}, "ONNX Runtime failed in net: "),
+    ],
+)
+def test_inputs_that_do_not_fit(bundle, changes, message):
+    with pytest.raises(BackendError, match=message):
+        open_engine(bundle, "net").run(feeds(2) | changes)
+
+
+def test_a_missing_input(bundle):
+    with pytest.raises(BackendError, match="net needs the input 'scale'"):
+        open_engine(bundle, "net").run({"x": feeds(2)["x"]})
+
+
+def constant_graph(value: float, dtype: int = TensorProto.FLOAT) -> bytes:
+    """A graph that says which one ran: y is ``value`` everywhere, computed in ``dtype``."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["zero"]),
+        helper.make_node("Cast", ["zero"], ["inside"], to=dtype),
+        helper.make_node("Add", ["inside", "value"], ["sum"]),
+        helper.make_node("Cast", ["sum"], ["y"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMax", ["y", "axes"], ["norm"], keepdims=1),
+    ]
+    initializers = [
+        helper.make_tensor("w", TensorProto.FLOAT, [4, 6], np.zeros(24)),
+        helper.make_tensor("value", dtype, [1], [value]),
+        helper.make_tensor("axes", TensorProto.INT64, [1], [1]),
+    ]
+    return model(initializers, nodes)
+
+
+class TestGraphs:
+    """On the CPU the graph that computes in float32 runs, whatever else there is."""
+
+    @pytest.mark.parametrize("order", [["bfloat16", "float32"], ["float32", "bfloat16"]])
+    def test_float32_is_preferred(self, tmp_path, order):
+        made = {"bfloat16": constant_graph(1, TensorProto.BFLOAT16), "float32": constant_graph(2)}
+        bundle = write(tmp_path / "bundle", {compute: made[compute] for compute in order})
+        assert list(bundle.component("net").graphs) == order
+        assert (open_engine(bundle, "net").run(feeds(2))["y"] == 2).all()
+
+    def test_the_only_graph_runs(self, tmp_path):
+        bundle = write(tmp_path / "bundle", {"float16": constant_graph(3, TensorProto.FLOAT16)})
+        assert (open_engine(bundle, "net").run(feeds(2))["y"] == 3).all()
+
+    def test_a_graph_with_no_kernels_for_it(self, tmp_path):
+        product = [
+            helper.make_node("Cast", ["x"], ["half"], to=TensorProto.BFLOAT16),
+            helper.make_node("MatMul", ["half", "w"], ["product"]),
+            helper.make_node("Cast", ["product"], ["y"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceMax", ["y"], ["norm"]),
+        ]
+        weight = helper.make_tensor("w", TensorProto.BFLOAT16, [4, 6], np.zeros(24))
+        bundle = write(tmp_path / "bundle", {"bfloat16": model([weight], product)})
+        with pytest.raises(BackendError, match=r"ONNX Runtime cannot load .*onnx: .*; try --backend torch"):
+            open_engine(bundle, "net")
+
+
+class TestDevices:
+    @pytest.mark.parametrize("device", ["toaster", "gpu", "cuda:", "cuda:x", "cuda:-1", "CPU", "cuda 1"])
+    def test_unknown(self, bundle, device):
+        with pytest.raises(UsageError) as caught:
+            open_engine(bundle, "net", device=device)
+        assert str(caught.value) == f"ONNX Runtime has no device {device!r}; choose cpu, cuda or cuda:N"
+
+    @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+    def test_without_cuda(self, bundle, device):
+        with pytest.raises(BackendError) as caught:
+            open_engine(bundle, "net", device=device)
+        expected = "this onnxruntime has no CUDA provider; pip install onnxruntime-gpu, or use --device cpu"
+        assert str(caught.value) == expected
+
+    @pytest.mark.parametrize("device", [None, "cuda"])
+    def test_cuda_that_does_not_start(self, bundle, device, monkeypatch):
+        """ONNX Runtime goes on with the CPU then, and says so in a warning at most."""
+        if "CUDAExecutionProvider" in onnxruntime.capi._pybind_state.get_available_providers():
+            pytest.skip("here it starts")
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", *OFFLINE])
+        with pytest.raises(BackendError, match=r"could not start CUDA \(its provider does not load\); pip install '"):
+            open_engine(bundle, "net", device=device)
+
+    def test_cuda_without_its_libraries(self, bundle, tmp_path, monkeypatch):
+        """What is missing is named, before a graph is loaded."""
+        (tmp_path / "capi").mkdir()
+        provider = tmp_path / "capi" / "libonnxruntime_providers_cuda.so"
+        provider.write_bytes(bytes(4096))
+        monkeypatch.setattr(onnxruntime, "__file__", str(tmp_path / "__init__.py"))
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", *OFFLINE])
+        monkeypatch.setattr(onnxruntime, "preload_dlls", lambda directory: print("Failed to load"), raising=False)
+        bundle.file("net.float32.onnx").write_bytes(b"broken")
+        with pytest.raises(BackendError) as caught:
+            open_engine(bundle, "net", device="cuda")
+        assert str(caught.value).startswith(f"ONNX Runtime could not start CUDA ({provider}: ")
+        assert str(caught.value).endswith("and a recent NVIDIA driver, or use --device cpu")
+
+    def test_not_installed(self, bundle, monkeypatch):
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        with pytest.raises(BackendError, match=r"onnxruntime is not installed; pip install onnxruntime"):
+            open_engine(bundle, "net")
+
+
+class OnCuda:
+    """The CUDA provider, imitated: sessions are on the CPU, and so is the device's memory."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.options: list[Any] = []
+        self.places: list[tuple[Any, ...]] = []
+        session, value = onnxruntime.InferenceSession, onnxruntime.OrtValue
+
+        def open_session(
+            path: str, options: Any, *, providers: Any, enable_fallback: int, disabled_optimizers: Any
+        ) -> Any:
+            (name, given), rest = providers
+            assert (name, rest, enable_fallback) == ("CUDAExecutionProvider", "CPUExecutionProvider", 0)
+            assert disabled_optimizers == []
+            self.options.append(given)
+            made = session(path, options, providers=["CPUExecutionProvider"])
+            made.get_providers = lambda: [name, rest]
+            return made
+
+        def on_cpu(create: Any) -> Any:
+            def create_there(*given: Any) -> Any:
+                self.places.append(given[-2:])
+                return create(*given[:-2])
+
+            return create_there
+
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", *OFFLINE])
+        monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
+        monkeypatch.setattr(value, "ortvalue_from_numpy", on_cpu(value.ortvalue_from_numpy))
+        monkeypatch.setattr(value, "ortvalue_from_shape_and_type", on_cpu(value.ortvalue_from_shape_and_type))
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> OnCuda:
+    return OnCuda(monkeypatch)
+
+
+class TestCuda:
+    def test_it_is_the_default(self, bundle, cuda):
+        assert_right(open_engine(bundle, "net").run(feeds(3)), feeds(3))
+        assert cuda.options[0]["device_id"] == "0"
+        assert set(cuda.places) == {("cuda", 0)}
+
+    def test_float32_is_not_rounded(self, bundle, cuda):
+        open_engine(bundle, "net", device="cuda:3")
+        assert cuda.options[0]["device_id"] == "3"
+        assert cuda.options[0]["use_tf32"] == "0"
+
+    def test_options_are_those_of_the_provider(self):
+        """ONNX Runtime refuses names it does not know, but only where it has the provider."""
+        binding = onnxruntime.capi._pybind_state
+        if "CUDAExecutionProvider" not in binding.get_available_providers():
+            pytest.skip("onnxruntime-gpu is not installed")
+        providers = [("CUDAExecutionProvider", zimg_onnxruntime.CUDA_OPTIONS)]
+        onnxruntime.InferenceSession(constant_graph(1), providers=providers, enable_fallback=0)
+
+    def test_what_was_uploaded_is_copied_once(self, bundle, cuda):
+        engine = open_engine(bundle, "net", device="cuda:1")
+        constant = engine.upload({"scale": np.array([1.5], np.float32)})
+        for tokens in (2, 5, 5):
+            given = feeds(tokens) | {"x": np.asfortranarray(feeds(tokens)["x"])}
+            assert_right(engine.run({"x": given["x"], **constant}), given)
+        # The constant; x, y and the norm for 2 tokens, and once for 5.
+        assert cuda.places == [("cuda", 1)] * 7
+
+    def test_the_graph_in_float32_where_kernels_are_missing(self, tmp_path, cuda):
+        product = [
+            helper.make_node("Cast", ["x"], ["half"], to=TensorProto.BFLOAT16),
+            helper.make_node("MatMul", ["half", "w"], ["product"]),
+            helper.make_node("Cast", ["product"], ["y"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceMax", ["y"], ["norm"]),
+        ]
+        weight = helper.make_tensor("w", TensorProto.BFLOAT16, [4, 6], np.zeros(24))
+        bundle = write(tmp_path / "bundle", {"bfloat16": model([weight], product), "float32": constant_graph(2)})
+        assert (open_engine(bundle, "net", device="cuda").run(feeds(2))["y"] == 2).all()
+        assert len(cuda.options) == 2
+
+    def test_else_the_bundles_own(self, tmp_path, cuda):
+        bundle = write(
+            tmp_path / "bundle", {"float16": constant_graph(1, TensorProto.FLOAT16), "float32": constant_graph(2)}
+        )
+        assert (open_engine(bundle, "net", device="cuda").run(feeds(2))["y"] == 1).all()
+
+    def test_a_broken_graph_is_not_passed_over(self, tmp_path, cuda):
+        bundle = write(tmp_path / "bundle", {"bfloat16": b"garbage" * 20, "float32": constant_graph(2)})
+        with pytest.raises(BundleError, match="copy or build the bundle again"):
+            open_engine(bundle, "net", device="cuda")
+
+    def test_a_closed_engine_does_not_run(self, bundle, cuda):
+        engine = open_engine(bundle, "net")
+        engine.close()
+        engine.close()
+        with pytest.raises(BackendError, match="the engine of net is closed; open it again"):
+            engine.run(feeds(2))
+
+    def test_upload_without_memory(self, bundle, cuda, monkeypatch):
+        def fail(*arguments: Any) -> Any:
+            raise RuntimeError("CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size);")
+
+        engine = open_engine(bundle, "net")
+        monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", fail)
+        with pytest.raises(OutOfMemoryError, match="cannot take the inputs of net: out of memory; ask for a smaller"):
+            engine.upload({"scale": np.array([1.5], np.float32)})
+
+    @pytest.mark.parametrize(
+        ("said", "kind", "message"),
+        [
+            ("CUDA failure 100: no CUDA-capable device is detected ; GPU=-1", BackendError, "there is no NVIDIA GPU; "),
+            ("CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version", BackendError, "too old"),
+            ("CUDA failure 101: invalid device ordinal ; GPU=7", UsageError, "there is no such GPU; count from cuda:0"),
+        ],
+    )
+    def test_in_cudas_words(self, bundle, cuda, monkeypatch, said, kind, message):
+        def fail(*arguments: Any, **options: Any) -> Any:
+            raise RuntimeError(said)
+
+        monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+        with pytest.raises(kind, match=message):
+            open_engine(bundle, "net", device="cuda:7")
+
+
+MORE_INPUTS = INPUTS | {"ids": TensorSpec("int64", ("tokens",)), "mask": TensorSpec("bool", (1, "tokens"))}
+MORE_OUTPUTS = {
+    "y": TensorSpec("float32", ("tokens", 6)),
+    "twice": TensorSpec("float32", ("2*tokens", 6)),
+    "kept": TensorSpec("float32", ("as the mask says",)),
+}
+
+
+class TestBoundSession:
+    """The way of a GPU, walked on the CPU with real sessions: equal to a plain run, in buffers that stay."""
+
+    @pytest.fixture
+    def session(self) -> Any:
+        nodes = [
+            helper.make_node("MatMul", ["x", "w"], ["product"]),
+            helper.make_node("Mul", ["product", "scale"], ["y"]),
+            helper.make_node("Concat", ["y", "y"], ["twice"], axis=0),
+            helper.make_node("Cast", ["ids"], ["numbers"], to=TensorProto.FLOAT),
+            helper.make_node("Reshape", ["mask", "shape"], ["flat"]),
+            helper.make_node("Compress", ["numbers", "flat"], ["kept"], axis=0),
+        ]
+        weights = [
+            helper.make_tensor("w", TensorProto.FLOAT, [4, 6], WEIGHT.ravel()),
+            helper.make_tensor("shape", TensorProto.INT64, [1], [-1]),
+        ]
+        graph = model(weights, nodes, MORE_INPUTS, MORE_OUTPUTS)
+        return onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+
+    @pytest.fixture
+    def bound(self, session: Any) -> BoundSession:
+        return BoundSession(session, Place("cpu"), MORE_INPUTS, MORE_OUTPUTS)
+
+    def feeds(self, tokens: int, seed: int) -> dict[str, np.ndarray]:
+        random = np.random.default_rng(seed)
+        ids, mask = random.integers(0, 99, tokens), random.integers(0, 2, (1, tokens)).astype(bool)
+        return feeds(tokens, seed) | {"ids": ids, "mask": mask}
+
+    def test_equal_to_a_plain_run(self, session, bound):
+        for seed, tokens in enumerate([1, 7, 7, 3, 64, 7]):
+            given = self.feeds(tokens, seed)
+            constants = upload({name: given[name] for name in ("scale", "mask")}, Place("cpu"))
+            plain = session.run(list(MORE_OUTPUTS), given)
+            for found in (bound.run(given), bound.run(given | constants)):
+                assert list(found) == list(MORE_OUTPUTS)
+                for expected, actual in zip(plain, found.values(), strict=True):
+                    np.testing.assert_array_equal(actual, expected)
+
+    def test_buffers_stay_while_shapes_do(self, bound, monkeypatch):
+        made, create = [], onnxruntime.OrtValue.ortvalue_from_shape_and_type
+
+        def record(shape: Any, dtype: Any, *place: Any) -> Any:
+            made.append((tuple(shape), np.dtype(dtype).name, place))
+            return create(shape, dtype, *place)
+
+        monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_shape_and_type", record)
+        constants = upload({"scale": np.ones(1, np.float32)}, Place("cpu"))
+        for seed in range(4):
+            given = self.feeds(5, seed)
+            del given["scale"]
+            bound.run(given | constants)
+        here = ("cpu", 0)
+        assert sorted(made) == [
+            ((1, 5), "bool", here), ((5,), "int64", here), ((5, 4), "float32", here),
+            ((5, 6), "float32", here), ((10, 6), "float32", here),
+        ]  # fmt: skip
+        bound.run(self.feeds(6, 0) | constants)
+        assert len(made) == 10
+
+    def test_results_are_not_the_buffers(self, bound):
+        first = bound.run(self.feeds(4, 0))
+        kept = {name: value.copy() for name, value in first.items()}
+        bound.run(self.feeds(4, 1))
+        for name, value in first.items():
+            np.testing.assert_array_equal(value, kept[name])
+
+    def test_two_uploads_alternate(self, session, bound):
+        """As the two branches of guidance do."""
+        given = self.feeds(3, 0)
+        branches = [upload({"scale": np.array([scale], np.float32)}, Place("cpu")) for scale in (1.5, -2)]
+        for _ in range(3):
+            for branch, scale in zip(branches, (1.5, -2), strict=True):
+                (y,) = session.run(["y"], given | {"scale": np.array([scale], np.float32)})
+                np.testing.assert_array_equal(bound.run(given | branch)["y"], y)
+
+    def test_sides_that_do_not_agree(self, bound):
+        given = self.feeds(3, 0) | {"ids": np.zeros(4, np.int64)}
+        with pytest.raises(BackendError, match="'ids' is 4 tokens long, and another input is 3"):
+            bound.run(given)
+
+    @pytest.mark.parametrize(
+        ("shape", "expected"),
+        [
+            ((1, 3), (1, 3)),
+            (("batch", "8*height", "8*width"), (2, 40, 56)),
+            (("batch", "height+1"), None),
+            (("batch", "x*height"), None),
+            (("batch", "unknown"), None),
+            (("batch", "2*unknown"), None),
+            ((), ()),
+        ],
+    )
+    def test_shapes_of_outputs(self, shape, expected):
+        assert output_shape(TensorSpec("float32", shape), {"batch": 2, "height": 5, "width": 7}) == expected
+
+
+class TestBrokenBundles:
+    @pytest.mark.parametrize("content", [b"", b"garbage" * 20, b"\x0a\x7f half a graph"])
+    def test_graph(self, tmp_path, content):
+        bundle = write(tmp_path / "bundle", {"float32": content})
+        with pytest.raises(BundleError, match=r"cannot load .*net\.float32\.onnx: .*; copy or build the bundle again"):
+            open_engine(bundle, "net")
+
+    @pytest.mark.parametrize("keep", [0.3, 0.9])
+    def test_graph_cut_short(self, bundle, keep):
+        path = bundle.file("net.float32.onnx")
+        path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+        with pytest.raises(BundleError, match="copy or build the bundle again"):
+            open_engine(bundle, "net")
+
+    @pytest.mark.parametrize(
+        "place",
+        [
+            {"offset": 10**6}, {"offset": -8}, {"offset": 2**62}, {"length": 92}, {"length": 10**9},
+            {"location": "missing.safetensors"}, {"location": "../secret"}, {"location": "{absolute}"},
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_weights_outside_the_file_or_the_bundle(self, tmp_path, place):
+        (tmp_path / "secret").write_bytes(bytes(1000))
+        if place.get("location") == "{absolute}":
+            place = {"location": tmp_path / "secret"}
+        bundle = write(tmp_path / "bundle", **place)
+        with pytest.raises(BundleError, match=r"cannot load .*; copy or build the bundle again") as caught:
+            open_engine(bundle, "net")
+        assert "\n" not in str(caught.value)
+
+    def test_weights_cut_short(self, bundle):
+        path = bundle.file("net.safetensors")
+        path.write_bytes(path.read_bytes()[:-8])
+        with pytest.raises(BundleError, match="copy or build the bundle again"):
+            open_engine(bundle, "net")
+
+    def test_no_graph(self, tmp_path):
+        components = {"table": Component(("net.safetensors",))}
+        bundle = Bundle.open(handmade.write_bundle(tmp_path, {"net.safetensors": b""}, components=components))
+        with pytest.raises(BackendError, match="table is a table of tensors and has no graph to run"):
+            open_engine(bundle, "table")
+
+    def test_outputs_that_the_manifest_invents(self, tmp_path):
+        bundle = write(tmp_path / "bundle")
+        bundle.component("net").outputs["invented"] = TensorSpec("float32", ())
+        with pytest.raises(BackendError, match=r"ONNX Runtime failed in net: .*invented"):
+            open_engine(bundle, "net").run(feeds(2))
+
+
+class TestOutOfMemory:
+    EXPECTED = "out of memory; ask for a smaller picture, or use a bundle of lower precision"
+
+    @pytest.fixture
+    def growing(self, tmp_path: Path) -> Any:
+        """An engine whose output is as large as it is told."""
+        inputs = {"x": TensorSpec("float32", (1,)), "shape": TensorSpec("int64", ("n",))}
+        outputs = {"y": TensorSpec("float32", ("m",))}
+        graph = model([], [helper.make_node("Expand", ["x", "shape"], ["y"])], inputs, outputs)
+        component = Component((), {"float32": "net.onnx"}, inputs, outputs)
+        root = handmade.write_bundle(tmp_path, {"net.onnx": graph}, components={"net": component})
+        return open_engine(Bundle.open(root), "net")
+
+    def test_more_than_there_is(self, growing, capfd):
+        """The error is one line: ONNX Runtime's own log stays off the terminal."""
+        x = np.ones(1, np.float32)
+        with pytest.raises(BackendError) as caught:
+            growing.run({"x": x, "shape": np.array([10**13], np.int64)})
+        assert str(caught.value) == f"ONNX Runtime failed in net: {self.EXPECTED}"
+        assert capfd.readouterr() == ("", "")
+
+    def test_another_failure_is_one_line_too(self, growing, capfd):
+        with pytest.raises(BackendError, match="try --backend torch, and report this") as caught:
+            growing.run({"x": np.ones(1, np.float32), "shape": np.array([-5], np.int64)})
+        assert "\n" not in str(caught.value)
+        assert capfd.readouterr() == ("", "")
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            MemoryError(),
+            RuntimeError("std::bad_alloc"),
+            RuntimeError("CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size);"),
+            RuntimeError("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 1024"),
+            RuntimeError("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED"),
+        ],
+    )
+    def test_in_the_words_of_each_library(self, bundle, error, monkeypatch):
+        class Session:
+            def run(self, names: Any, feeds: Any) -> Any:
+                raise error
+
+        engine = open_engine(bundle, "net")
+        monkeypatch.setattr(engine, "_session", Session())
+        with pytest.raises(BackendError) as caught:
+            engine.run(feeds(2))
+        assert str(caught.value) == f"ONNX Runtime failed in net: {self.EXPECTED}"
+
+    def test_while_loading(self, bundle, monkeypatch):
+        def fail(*arguments: Any, **options: Any) -> Any:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 40000000000")
+
+        monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+        with pytest.raises(BackendError, match=f"cannot load .*: {self.EXPECTED}"):
+            open_engine(bundle, "net")
+
+    def test_ctrl_c_is_not_an_error_of_the_backend(self, bundle, monkeypatch):
+        class Session:
+            def run(self, names: Any, feeds: Any) -> Any:
+                raise KeyboardInterrupt
+
+        engine = open_engine(bundle, "net")
+        monkeypatch.setattr(engine, "_session", Session())
+        with pytest.raises(KeyboardInterrupt):
+            engine.run(feeds(2))

@@ -1,0 +1,224 @@
+"""Every graph through a real TensorRT compiler: it parses, its types are sound, it compiles, its attention is fused."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from onnx import TensorProto, helper
+
+from zimgkit.engines.bundle import Bundle, Component, TensorSpec
+from zimgkit.engines.errors import BackendError
+from zimgkit.export.build import build
+from zimgkit.export.compilers.shape_profiles import Served, profiles
+from zimgkit.export.compilers.tensorrt.compiler import PLAIN, Options, Plan, compile_plan
+from zimgkit.export.compilers.tensorrt.graph import Graph, read_graph
+from zimgkit.export.graphs.assemble import assemble
+from zimgkit.runtime.progress import silent
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+FAMILIES = ("z-image", "qwen-image")
+COMPONENTS = ("text_encoder", "conditioner", "denoiser", "vae_decoder")
+SERVED = {
+    "static": Served(sizes=((256, 256),)),
+    "two sizes": Served(sizes=((256, 256), (320, 192)), batch=2),
+    "span": Served(span=((128, 128), (256, 256), (512, 512)), max_prompt_tokens=300),
+}
+ONE_BLOCK = {
+    "z-image": {
+        "transformer": {"n_layers": 1, "n_refiner_layers": 1},
+        "text_encoder": {"num_hidden_layers": 2, "vocab_size": 1024},
+    },
+    "qwen-image": {
+        "transformer": {"num_layers": 1},
+        "text_encoder": {"num_hidden_layers": 1, "vocab_size": 1024},
+    },
+}
+"""The real configs with one block of each kind; Z-Image does not read the text encoder's last layer."""
+ATTENTIONS = {
+    "z-image": {"text_encoder": 1, "conditioner": 1, "denoiser": 2, "vae_decoder": 1},
+    "qwen-image": {"text_encoder": 1, "conditioner": 0, "denoiser": 1, "vae_decoder": 1},
+}
+"""How many there are then."""
+
+
+def compile_component(
+    bundle: Bundle, name: str, served: Served, file: Path, options: Options = PLAIN, report: Any = silent
+) -> tuple[Graph, Plan]:
+    ranges = profiles(bundle.manifest, served)[name]
+    graph = read_graph(bundle, name, ranges)
+    return graph, compile_plan(graph, bundle.component(name), ranges, file, options, report)
+
+
+@pytest.mark.parametrize("served", SERVED)
+@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiny(family, name, served, bundle_of, tmp_path):
+    seen: list[tuple[str, int, int]] = []
+    bundle, file = Bundle.open(bundle_of(family, "bf16")), tmp_path / "x.plan"
+    _, plan = compile_component(bundle, name, SERVED[served], file, report=lambda *given: seen.append(given))
+    assert plan.file == file
+    assert [path.name for path in tmp_path.iterdir()] == ["x.plan"]
+    # Weights are in it; a constant that several layers take may be in it once more.
+    assert file.stat().st_size > bundle.component(name).weight_bytes / 2
+    assert plan.layers
+    # A VAE has one head of all its channels; the others' heads are 16 wide here.
+    assert name == "vae_decoder" or plan.unfused == ()
+    assert not plan.warnings
+    done = [entry[1] for entry in seen]
+    assert {(stage, total) for stage, _, total in seen} == {(f"compile {name}", 1000)}
+    assert done == sorted(done) and done[0] >= 0
+    assert done[-1] == 1000 and done.count(1000) == 1
+    assert len(set(done)) > 20  # It moves.
+
+
+def assemble_once() -> Callable[..., Any]:
+    """``assemble`` for a component's first graph, which is given again for the one for CPUs: half of a build's time."""
+    made: dict[str, Any] = {}
+
+    def assemble_or_repeat(network: Any, inputs: Any, output: str, *given: Any) -> Any:
+        if output not in made:
+            made[output] = assemble(network, inputs, output, *given)
+        return made[output]
+
+    return assemble_or_repeat
+
+
+@pytest.fixture(scope="session")
+def one_block_of(shared_folder: Path) -> Callable[[str], Bundle]:
+    """``one_block_of(family)``: a bundle of the real widths, its weights holes; built once."""
+
+    def make(family: str) -> Bundle:
+        sys.path.append(str(Path(__file__).resolve().parents[4] / "benchmarks"))
+        import sparse_checkpoint
+
+        folder = shared_folder / f"one-block-{family}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                checkpoint = shared_folder / f"one-block-checkpoint-{family}"
+                sparse_checkpoint.write(family, checkpoint, overrides=ONE_BLOCK[family])
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr("zimgkit.export.build.assemble", assemble_once())
+                    build(str(checkpoint), folder, precision="bf16")
+        return Bundle.open(folder, verify=False)
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_real_width(family, one_block_of, tmp_path):
+    """One block of each kind at its real width, and the whole VAE; one after the other, for each takes gigabytes."""
+    bundle = one_block_of(family)
+    one_size, span = Served(sizes=((1024, 1024),)), Served(span=((512, 512), (1024, 1024), (1536, 1536)))
+    for name in COMPONENTS:
+        for served in (one_size, span):
+            if served is span and name in ("text_encoder", "conditioner"):
+                continue  # They are the same for all sizes.
+            graph, plan = compile_component(bundle, name, served, tmp_path / "x.plan")
+            plan.file.unlink()
+            # The VAE's one head of 384 or 512 numbers has no fused kernel, and that is said.
+            assert plan.unfused == (graph.attentions if name == "vae_decoder" else ())
+            assert len(graph.attentions) == ATTENTIONS[family][name]
+
+
+def test_attention_in_float32_is_computed_in_parts(bundle_of, tmp_path):
+    bundle = Bundle.open(bundle_of("qwen-image"))
+    for name in ("text_encoder", "denoiser"):
+        graph, plan = compile_component(bundle, name, SERVED["span"], tmp_path / "x.plan")
+        assert plan.unfused == graph.attentions != ()
+
+
+def net(nodes: Sequence[Any], ends: dict[str, int]) -> tuple[Graph, Component]:
+    """A graph of (n, 4) tensors, the last of which it gives."""
+    infos = [helper.make_tensor_value_info(name, kind, ["n", 4]) for name, kind in ends.items()]
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("elsewhere", 1)]
+    made = helper.make_model(helper.make_graph(nodes, "net", infos[:-1], infos[-1:]), opset_imports=opsets)
+    inputs = {name: TensorSpec("float32", ("n", 4)) for name in list(ends)[:-1]}
+    return Graph("net", made.SerializeToString(), {}, ()), Component((), {"float32": "net.onnx"}, inputs)
+
+
+FLOAT, BFLOAT16 = TensorProto.FLOAT, TensorProto.BFLOAT16
+RANGES = ({"n": (1, 2, 8)},)
+ADD = net([helper.make_node("Add", ["a", "b"], ["c"], name="sum")], {"a": FLOAT, "b": FLOAT, "c": FLOAT})
+
+
+@pytest.mark.parametrize(
+    ("graph", "said"),
+    [
+        (
+            net([helper.make_node("Add", ["a", "b"], ["c"], name="sum")], {"a": BFLOAT16, "b": FLOAT, "c": FLOAT}),
+            "TensorRT cannot read net: .*sum: .* must have same input types. But they are of types BFloat16 and Float",
+        ),
+        (
+            net([helper.make_node("Mystery", ["a"], ["c"], name="it", domain="elsewhere")], {"a": FLOAT, "c": FLOAT}),
+            r"TensorRT cannot read net: .*Plugin not found.* \(node it, Mystery\); report this",
+        ),
+        ((Graph("net", b"no graph at all", {}, ()), Component(())), "TensorRT cannot read net: .*Failed to parse the"),
+    ],
+)
+def test_a_graph_that_is_refused(graph, said, tmp_path, capfd):
+    with pytest.raises(BackendError, match=said) as caught:
+        compile_plan(*graph, RANGES, tmp_path / "x.plan")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_ranges_that_are_refused(tmp_path):
+    with pytest.raises(BackendError, match=r"cannot compile net: .*satisfy MIN<=OPT<=MAX.*; try another --work"):
+        compile_plan(*ADD, ({"n": (8, 2, 1)},), tmp_path / "x.plan")
+
+
+def test_scratch_memory_that_is_too_small(tmp_path):
+    with pytest.raises(BackendError, match=r"TensorRT cannot compile net: .*workspace.*; try another --workspace"):
+        compile_plan(*ADD, RANGES, tmp_path / "x.plan", Options(workspace_bytes=0))
+
+
+@pytest.mark.parametrize("option", ["stripped", "refittable"])
+def test_what_this_compiler_does_not_do(option, bundle_of, tmp_path):
+    bundle = Bundle.open(bundle_of("qwen-image", "bf16"))
+    with pytest.raises(BackendError, match=r"compile conditioner: .*; try it without --refittable and --stripped"):
+        compile_component(bundle, "conditioner", SERVED["static"], tmp_path / "x.plan", Options(**{option: True}))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [Options(workspace_bytes=1 << 28), Options(weight_streaming=True), Options(optimization_level=0)],
+    ids=["workspace", "streaming", "level"],
+)
+def test_options(options, bundle_of, tmp_path):
+    bundle = Bundle.open(bundle_of("qwen-image", "bf16"))
+    _, plan = compile_component(bundle, "denoiser", SERVED["static"], tmp_path / "x.plan", options)
+    assert plan.unfused == ()
+
+
+def test_the_timing_cache(tmp_path):
+    """Written beside and renamed, and read the next time."""
+    path = tmp_path / "of" / "gpu.cache"
+    for _ in range(2):
+        compile_plan(*ADD, RANGES, tmp_path / "x.plan", Options(timing_cache=path))
+        assert [entry.name for entry in path.parent.iterdir()] == ["gpu.cache"]
+        assert path.stat().st_size
+
+
+@pytest.mark.parametrize("after", [0, 50])
+def test_interrupted(after, bundle_of, tmp_path):
+    """Ctrl-C falls into the compiler's call of ``report``."""
+    calls = []
+
+    def stop(*given: Any) -> None:
+        calls.append(given)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+
+    bundle = Bundle.open(bundle_of("qwen-image", "bf16"))
+    with pytest.raises(KeyboardInterrupt):
+        compile_component(bundle, "denoiser", SERVED["static"], tmp_path / "x.plan", report=stop)
+    assert not list(tmp_path.iterdir())
+    assert len(calls) < after + 20  # It stops soon.

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.commands import invoke
+from zimgkit.engines.errors import BundleError, OutputError, UsageError
+from zimgkit.runtime import Pipeline
+from zimgkit.runtime.commands.cli import main
+from zimgkit.runtime.commands.sheet import GAP, MARGIN, PAPER, compose, read_prompts, sheet
+
+
+def pictures(*colours: str, size: tuple[int, int] = (128, 96)) -> list[Image.Image]:
+    return [Image.new("RGB", size, colour) for colour in colours]
+
+
+@pytest.mark.parametrize(("cells", "columns"), [(1, 4), (3, 2), (4, 2), (5, 4), (12, 4)])
+@pytest.mark.parametrize("bundles", [1, 2, 3])
+def test_every_picture_lies_in_its_cell(cells: int, columns: int, bundles: int) -> None:
+    names = ["red", "lime", "blue", "black", "yellow"]
+    made = [pictures(*(names[(cell + index) % 5] for index in range(bundles))) for cell in range(cells)]
+    page = compose([f"number {cell}" for cell in range(cells)], made, columns)
+    across = bundles * (128 + GAP) - GAP + 2 * MARGIN
+    rows = -(-cells // min(columns, cells))
+    assert page.width == min(columns, cells) * across
+    assert page.height % rows == 0
+    pixels = np.asarray(page)
+    for cell, own in enumerate(made):
+        row, column = divmod(cell, min(columns, cells))
+        x, y = column * across + MARGIN, row * page.height // rows + MARGIN
+        for picture in own:
+            assert np.array_equal(pixels[y : y + 96, x : x + 128], np.asarray(picture))
+            x += 128 + GAP
+        caption = pixels[y + 96 + 2 : (row + 1) * page.height // rows, column * across : (column + 1) * across]
+        assert (caption != PAPER).any(axis=-1).sum() > 30
+
+
+def test_long_captions_wrap_within_their_cell() -> None:
+    long = "a large orange crescent moon to the right of a small light green rhombus on a striped lavender background"
+    page = compose([long, "short"], [pictures("red"), pictures("blue")], 2)
+    pixels = np.asarray(page)
+    below_the_frames = MARGIN + 96 + 1
+    assert (pixels[below_the_frames:, 148 - MARGIN : 148 + MARGIN] == PAPER).all()
+    assert page.height > 96 + 2 * MARGIN + 5 * 14
+
+
+def test_a_caption_without_letters_in_the_font_is_numbered() -> None:
+    numbered = compose(["prompt 1"], [pictures("red")], 4)
+    assert np.array_equal(np.asarray(compose(["红色的圆"], [pictures("red")], 4)), np.asarray(numbered))
+
+
+def test_prompts_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeff# a comment\na red circle\n\n  红色的圆 \r\n", encoding="utf-8")
+    assert read_prompts(file) == ["a red circle", "红色的圆"]
+
+
+def test_prompts_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_prompts(tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_prompts(tmp_path / "latin.txt")
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    with pytest.raises(UsageError, match="holds 0 prompts"):
+        read_prompts(tmp_path / "empty.txt")
+    (tmp_path / "many.txt").write_text("a\n" * 1001)
+    with pytest.raises(UsageError, match="holds 1001 prompts"):
+        read_prompts(tmp_path / "many.txt")
+
+
+def test_a_sheet_of_both_models(tmp_path: Path) -> None:
+    call = {"seed": 3, "num_inference_steps": 2, "cfg_scale": None}
+    names = [Path("zimg-tiny-z"), Path("zimg-tiny-qwen")]
+    made = sheet(["a red circle", "a blue star"], tmp_path / "sheet.png", call, bundles=names, columns=1)
+    page = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert [bundle["name"] for bundle in made["bundles"]] == ["zimg-tiny-z", "zimg-tiny-qwen"]
+    assert (made["height"], made["width"]) == page.shape[:2]
+    for index, name in enumerate(names):
+        with Pipeline.open(name) as pipeline:
+            negative = pipeline.bundle.manifest.defaults.negative_prompt
+            drawn = pipeline("a red circle", seed=3, num_inference_steps=2, negative_prompt=negative).images[0]
+        x = MARGIN + index * (128 + GAP)
+        assert np.array_equal(page[MARGIN : MARGIN + 128, x : x + 128], np.asarray(drawn))
+
+
+def test_what_cannot_be_drawn(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="columns is 0"):
+        sheet(["a"], tmp_path / "s.png", {}, bundles=[Path("zimg-tiny-z")], columns=0)
+    with pytest.raises(UsageError, match="names no format"):
+        sheet(["a"], tmp_path / "s.bmp", {}, bundles=[Path("zimg-tiny-z")])
+    with pytest.raises(OutputError, match="does not exist"):
+        sheet(["a"], tmp_path / "none" / "s.png", {}, bundles=[Path("zimg-tiny-z")])
+    with pytest.raises(BundleError, match="is not a bundle"):
+        sheet(["a"], tmp_path / "s.png", {}, bundles=[tmp_path])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command(tmp_path: Path) -> None:
+    prompts, page = tmp_path / "prompts.txt", tmp_path / "s.webp"
+    prompts.write_text("a red circle\n")
+    done = invoke(main, "sheet", prompts, "--num-inference-steps", 1, "--output", page)
+    assert (done.code, done.out) == (0, f"{page}\n")
+    assert Image.open(page).width == 128 + 2 * MARGIN
+    invoke(main, "sheet", tmp_path / "none.txt").assert_refused("none.txt cannot be read", 2)
+    invoke(main, "sheet", prompts, "--columns", 0).assert_refused("columns is 0", 2)
