@@ -105,13 +105,13 @@ def real_vae(family: str) -> dict[str, Any]:
 def zimg(bundle: Path, size: int, steps: int) -> Contestant:
     """The pipeline of zimgkit. The conditioner and the modulation table are done once and counted to the steps."""
     from zimgkit.engines.base import open_engine
-    from zimgkit.runtime import engine_pool
-    from zimgkit.runtime import pipeline as module
+    from zimgkit.engines.bundle import Bundle
+    from zimgkit.runtime.families import qwen_image
+    from zimgkit.runtime.pipeline import Pipeline
 
     clock = Clock()
     names = {"text_encoder": "text encoder", "vae_decoder": "VAE decoder"}
-    table = clock.time(STEP, module.modulation_table)
-    pipeline = module.Pipeline.open(bundle)
+    table = clock.time(STEP, qwen_image.modulation_table)
     call = {"height": size, "width": size, "num_inference_steps": steps, "seed": 0, "output_type": "np"}
 
     def opened(bundle: Any, component: str, *where: Any) -> Any:
@@ -119,8 +119,10 @@ def zimg(bundle: Path, size: int, steps: int) -> Contestant:
         engine.run = clock.time(names.get(component, STEP), engine.run)  # type: ignore[method-assign]
         return engine
 
+    pipeline = Pipeline(Bundle.open(bundle), opener=opened)
+
     def draw() -> NDArray[np.float32]:
-        with patch.object(engine_pool, "open_engine", opened), patch.object(module, "modulation_table", table):
+        with patch.object(qwen_image, "modulation_table", table):
             images: NDArray[np.float32] = pipeline(
                 PROMPT, guidance_scale=_unguided(pipeline.bundle.manifest.family), **call
             ).images

@@ -59,7 +59,7 @@ def compare(
     from zimgkit.export.quality.cost import References, Trial, baseline, measure
     from zimgkit.export.quality.judged import accuracy
     from zimgkit.export.quantization.calibrate import Plan, calibrate
-    from zimgkit.runtime.commands.sheet import sheet as draw_sheet
+    from zimgkit.runtime.commands.sheet import draw_sheet
 
     names = tuple(dict.fromkeys(("fp32", "bf16", *precisions)))
     with patch.dict(os.environ, common.own_cache(folder)):

@@ -82,11 +82,12 @@ def prepare(folder: Path) -> None:
     from zimgkit.runtime.families import family as family_named
 
     settings = Settings.load(folder)
-    config, family = settings.config(), family_named(settings.family)
+    config = settings.config()
+    family = family_named(settings.family)({"transformer": config})
     card = _card(settings.device)
     random_checkpoint.write(settings.family, folder / "checkpoint", config, device=settings.device, seed=settings.seed)
     build(str(folder / "checkpoint"), folder / "bundle", precision="bf16")
-    shape = (1, *family.noise_shape({"transformer": config}, settings.height, settings.width))
+    shape = (1, *family.noise_shape(settings.height, settings.width))
     # All contestants read these, and those in bfloat16 cannot hold more.
     latents = round_to(family.from_noise(randn_tensor(shape, settings.seed)), "bfloat16")
     width = config["cap_feat_dim" if settings.family == "z-image" else "joint_attention_dim"]
@@ -200,21 +201,19 @@ def zimg(folder: Path, settings: Settings, backend: str) -> Step:
     """The bundle on a backend; the conditioner runs there once, and what stays the same is uploaded once."""
     from zimgkit.engines.base import open_engine
     from zimgkit.engines.bundle import Bundle
-    from zimgkit.runtime.diffusion.modulation import modulation_table
-    from zimgkit.runtime.families import family as family_named
+    from zimgkit.runtime.families import family_of
 
     bundle = Bundle.open(folder / "bundle", verify=False)
-    family, config = family_named(settings.family), bundle.manifest.config
+    family = family_of(bundle.manifest)
     inputs = np.load(folder / "inputs.npz")
     latents, prompt_embeds = inputs["latents"], inputs["prompt_embeds"]
     conditioner = open_engine(bundle, "conditioner", backend, settings.device)
-    (conditioning,) = conditioner.run(family.conditioner_inputs(prompt_embeds, config)).values()
+    (conditioning,) = conditioner.run(family.conditioner_inputs(prompt_embeds)).values()
     conditioner.close()
-    table = modulation_table(bundle, np.array([SIGMA])) if family.HAS_MODULATION_TABLE else None
     engine = open_engine(bundle, "denoiser", backend, settings.device)
     size = settings.height, settings.width
-    constants = engine.upload(family.denoiser_constants(conditioning, settings.tokens, config, *size))
-    changing = family.denoiser_inputs(latents, SIGMA, table[0] if table else None, config)
+    constants = engine.upload(family.denoiser_constants(conditioning, settings.tokens, *size))
+    changing = family.schedule_inputs(bundle, np.array([SIGMA]))(0) | family.denoiser_inputs(latents)
     return Step(lambda: engine.run({**constants, **changing})["velocity"], lambda out: family.velocity(out, latents))
 
 

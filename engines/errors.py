@@ -11,7 +11,8 @@
     |-- SafetensorsError      a file is not the safetensors file it should be (in ``safetensors.py``)
     |-- BackendError          a backend is not installed or cannot run this
     |   `-- OutOfMemoryError  the device has too little memory for it
-    `-- OutputError           the target exists, is busy, or the disk is full
+    |-- OutputError           the target exists, is busy, or the disk is full
+    `-- CancelledError        a picture was asked for, and not wanted any more
 
 All but :class:`UsageError` end a command with exit code 1.
 """
@@ -67,3 +68,7 @@ class OutOfMemoryError(BackendError):
 
 class OutputError(ZimgError):
     """The target exists, is being written by another process, or its disk is full."""
+
+
+class CancelledError(ZimgError):
+    """A picture was cancelled before it was finished."""

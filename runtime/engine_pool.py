@@ -1,9 +1,12 @@
-"""The engines a pipeline keeps open, within a budget of memory."""
+"""The engines a session has open, by component and device, within a budget of memory, for any number of threads."""
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zimgkit.engines.base import Engine, Feeds, open_engine
@@ -15,101 +18,198 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Result = TypeVar("Result")
+Opener = Callable[[Bundle, str, str, str | None], Engine]
+Key = tuple[str, str | None]
+"""Component and device."""
+
+
+@dataclass
+class _Entry:
+    """An engine, and how often it is borrowed now."""
+
+    opening: threading.Lock = field(default_factory=threading.Lock)
+    engine: Engine | None = None
+    borrows: int = 0
+    closing: bool = False
+    """Whether it is to be closed when the last borrow ends."""
 
 
 class EnginePool:
     """Opens the engines of a bundle's components when they are needed, and keeps them for the next time.
 
+    An engine is closed only while nobody has borrowed it: because the budget asks for it, because a device is full, or
+    because the pool is closed.
+
     Args:
         bundle: an open bundle.
         backend: as for :func:`zimgkit.engines.base.open_engine`.
-        device: likewise.
         memory_budget: bytes of weights and working memory that may stay open, as the bundle's manifest counts them.
-            The engine in use always may. None keeps all that fit the device: where one does not, the others are closed.
+            Borrowed engines always may. None keeps all that fit the device: where one does not, others are closed.
         opener: opens an engine.
     """
 
     def __init__(
-        self,
-        bundle: Bundle,
-        backend: str,
-        device: str | None,
-        memory_budget: int | None = None,
-        opener: Callable[[Bundle, str, str, str | None], Engine] | None = None,
+        self, bundle: Bundle, backend: str, memory_budget: int | None = None, opener: Opener | None = None
     ) -> None:
         self.bundle = bundle
         self.backend = backend
-        self.device = device
         self.memory_budget = memory_budget
         self._opener = opener
-        self._engines: dict[str, Engine] = {}
-        """Those that are open; the one used last is last."""
+        self._entries: dict[Key, _Entry] = {}
+        """Those that are open or being opened; the one borrowed last is last."""
+        self._wanted: Counter[Key] = Counter()
+        self._returned = threading.Condition(threading.RLock())
+        """Guards all of the above; told when an engine is given back."""
+        self._own = threading.local()
+        self._blocked = 0
+        """Borrows of threads that wait for others."""
 
     @contextmanager
-    def engine(self, component: str) -> Iterator[Borrowed]:
-        """The engine of a component, opened if it is not; kept afterwards if the budget allows.
+    def engine(self, component: str, device: str | None = None) -> Iterator[Borrowed]:
+        """Borrow the engine of a component, opened if it is not; afterwards it stays open if the budget allows.
 
         Raises:
-            BackendError: the backend cannot open it, or there is not enough memory for it alone.
+            BackendError: the backend cannot open it, or there is not enough memory for it.
             BundleError: there is no such component, or it is broken.
         """
-        if component not in self._engines:
-            self._close_beyond(reserved=engine_bytes(self.bundle, component, self.backend))
-            self._engines[component] = self.retrying(
-                component, lambda: (self._opener or open_engine)(self.bundle, component, self.backend, self.device)
-            )
-        else:
-            self._engines[component] = self._engines.pop(component)
+        key = (component, device)
+        with self._returned:
+            entry = self._entries.pop(key, None) or _Entry()
+            self._entries[key] = entry
+            entry.borrows += 1
+            self._own.borrows = self._borrows() + 1
         try:
-            yield Borrowed(self, component, self._engines[component])
+            with self._opening(entry):
+                if entry.engine is None:
+                    self._close_beyond(reserved=engine_bytes(self.bundle, component, self.backend))
+                    opener = self._opener or open_engine
+                    entry.engine = self.retrying(lambda: opener(self.bundle, component, self.backend, device))
+            yield Borrowed(self, entry.engine)
         finally:
+            self._give_back(key, entry)
+
+    def keep(self, component: str, device: str | None = None) -> None:
+        """Leave an engine open, whatever the budget says, until :meth:`let_go` is called as often as this."""
+        with self._returned:
+            self._wanted[component, device] += 1
+
+    def let_go(self, component: str, device: str | None = None) -> None:
+        """Undo one :meth:`keep`."""
+        with self._returned:
+            self._wanted[component, device] -= 1
             self._close_beyond(reserved=0)
 
-    def retrying(self, component: str, work: Callable[[], Result]) -> Result:
-        """Do something for a component; where the device is full, close all other engines and do it again."""
-        try:
-            return work()
-        except OutOfMemoryError:
-            others = [name for name in self._engines if name != component]
-            if not others:
-                raise
-            for name in others:
-                self._engines.pop(name).close()
-            return work()
+    def retrying(self, work: Callable[[], Result]) -> Result:
+        """Do something; where a device is full, close all engines that nobody has borrowed, and do it again.
+
+        Where there are none, wait until another thread gives one back, unless all of them wait.
+        """
+        while True:
+            try:
+                return work()
+            except OutOfMemoryError:
+                if not self._close_idle() and not self._wait():
+                    raise
 
     def close(self) -> None:
-        """Close all engines and free their memory."""
-        while self._engines:
-            self._engines.popitem()[1].close()
+        """Close all engines that nobody has borrowed now, and the others when they are given back."""
+        with self._returned:
+            self._close_idle()
+            for entry in self._entries.values():
+                entry.closing = True
+            self._entries.clear()
+
+    def _give_back(self, key: Key, entry: _Entry) -> None:
+        with self._returned:
+            entry.borrows -= 1
+            self._own.borrows -= 1
+            if entry.closing and not entry.borrows and entry.engine:
+                entry.engine.close()
+            elif not entry.borrows and entry.engine is None and self._entries.get(key) is entry:
+                del self._entries[key]
+            self._close_beyond(reserved=0)
+            self._returned.notify_all()
+
+    @contextmanager
+    def _opening(self, entry: _Entry) -> Iterator[None]:
+        """One thread opens an engine, the others wait for it."""
+        own = self._borrows()
+        with self._returned:
+            self._blocked += own
+        try:
+            entry.opening.acquire()
+        finally:
+            with self._returned:
+                self._blocked -= own
+        try:
+            yield
+        finally:
+            entry.opening.release()
+
+    def _borrows(self) -> int:
+        """How many engines this thread has borrowed."""
+        return int(getattr(self._own, "borrows", 0))
+
+    def _close_idle(self) -> bool:
+        with self._returned:
+            idle = [key for key, entry in self._entries.items() if entry.engine and not entry.borrows]
+            for key in idle:
+                self._close(key)
+            return bool(idle)
+
+    def _wait(self) -> bool:
+        """Wait a moment for other threads to give engines back; False where all that have some wait themselves."""
+        with self._returned:
+            own = self._borrows()
+            if sum(entry.borrows for entry in self._entries.values()) <= own + self._blocked:
+                return False
+            self._blocked += own
+            try:
+                self._returned.wait(timeout=1)
+            finally:
+                self._blocked -= own
+            return True
+
+    def _close(self, key: Key) -> None:
+        engine = self._entries.pop(key).engine
+        if engine:
+            engine.close()
 
     def _close_beyond(self, reserved: int) -> None:
         """Close the engines used longest ago until the others and what is reserved fit the budget."""
         if self.memory_budget is None:
             return
-        sizes = {name: engine_bytes(self.bundle, name, self.backend) for name in self._engines}
-        held = reserved + sum(sizes.values())
-        for name, size in sizes.items():
-            if held <= self.memory_budget:
-                return
-            self._engines.pop(name).close()
-            held -= size
+        with self._returned:
+            opened = [key for key, entry in self._entries.items() if entry.engine]
+            sizes = {key: engine_bytes(self.bundle, key[0], self.backend) for key in opened}
+            held = reserved + sum(sizes.values())
+            for key, size in sizes.items():
+                if held <= self.memory_budget:
+                    return
+                if not self._entries[key].borrows and self._wanted[key] <= 0:
+                    self._close(key)
+                    held -= size
 
 
 class Borrowed:
     """An engine in use. Working memory is taken while it runs, so that too may need other engines closed."""
 
-    def __init__(self, pool: EnginePool, component: str, engine: Engine) -> None:
+    def __init__(self, pool: EnginePool, engine: Engine) -> None:
         self._pool = pool
-        self._component = component
         self._engine = engine
+
+    @property
+    def device(self) -> str:
+        """Where it runs: handles are good for all engines there."""
+        return str(getattr(self._engine, "device", ""))
 
     def upload(self, feeds: Mapping[str, NDArray[Any]]) -> Feeds:
         """See :meth:`zimgkit.engines.base.Engine.upload`."""
-        return self._pool.retrying(self._component, lambda: self._engine.upload(feeds))
+        return self._pool.retrying(lambda: self._engine.upload(feeds))
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
         """See :meth:`zimgkit.engines.base.Engine.run`."""
-        return self._pool.retrying(self._component, lambda: self._engine.run(feeds))
+        return self._pool.retrying(lambda: self._engine.run(feeds))
 
 
 def engine_bytes(bundle: Bundle, component: str, backend: str) -> int:

@@ -1,30 +1,30 @@
-"""What a caller asks for: names of diffusers and DiffSynth, checked, with the bundle's defaults filled in."""
+"""What was asked for: a call's arguments, checked, with the bundle's defaults filled in and nothing left open."""
 
 from __future__ import annotations
 
-import math
-import operator
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.families import Family
+from zimgkit.runtime.parameters import BY_NAME, TENSORS, checked, refuse_unknown, texts
 
-OUTPUT_TYPES = ("pil", "np", "latent")
-MULTIPLE = 16
-"""A token is a patch of 16 x 16 pixels."""
-MAX_CHARACTERS = 100_000
-"""A longer prompt is a mistake: no tokenizer makes fewer than a thousand tokens of it."""
+Array = NDArray[np.float32]
+KNOWN = (*BY_NAME, *TENSORS)
 
 
 @dataclass(frozen=True)
 class Request:
-    """A checked call, nothing left open."""
+    """A checked call."""
 
     prompts: tuple[str, ...]
+    """Empty texts where ``prompt_embeds`` stand for them."""
     negative_prompts: tuple[str, ...] | None
     """One per prompt, or None where guidance is off."""
     num_images_per_prompt: int
@@ -39,150 +39,167 @@ class Request:
     """One seed for the whole batch, or one per picture."""
     max_sequence_length: int
     output_type: str
+    latents: Array | None = field(default=None, compare=False, repr=False)
+    """Float32 (batch, ...), where noise was given."""
+    prompt_embeds: tuple[Array, ...] | None = field(default=None, compare=False, repr=False)
+    """Float32 (tokens, hidden) for each prompt, where these were given."""
+    negative_prompt_embeds: tuple[Array, ...] | None = field(default=None, compare=False, repr=False)
 
     @property
     def batch(self) -> int:
         """How many pictures."""
         return len(self.prompts) * self.num_images_per_prompt
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether there is something to guide away from."""
+        return self.negative_prompts is not None
 
-def check(
-    manifest: Manifest,
-    family: Family,
-    *,
-    prompt: str | Sequence[str],
-    negative_prompt: str | Sequence[str] | None = None,
-    num_images_per_prompt: int = 1,
-    height: int | None = None,
-    width: int | None = None,
-    num_inference_steps: int | None = None,
-    sigmas: Sequence[float] | None = None,
-    guidance_scale: float | None = None,
-    true_cfg_scale: float | None = None,
-    cfg_scale: float | None = None,
-    cfg_normalization: float = 0.0,
-    cfg_truncation: float = 1.0,
-    seed: int | Sequence[int] | None = None,
-    max_sequence_length: int | None = None,
-    output_type: str = "pil",
-) -> Request:
-    """Check a call's arguments and fill in the bundle's defaults. See :meth:`zimgkit.runtime.Pipeline.__call__`.
+
+def check(manifest: Manifest, family: Family, **call: Any) -> Request:
+    """Check a call's arguments and fill in the bundle's defaults.
+
+    Args:
+        manifest: of the bundle.
+        family: of the bundle.
+        call: by the names of :data:`zimgkit.runtime.parameters.PARAMETERS` and
+            :data:`~zimgkit.runtime.parameters.TENSORS`; None counts as not given.
 
     Raises:
-        UsageError: naming the first argument that is out of its range, and what it may be.
+        UsageError: naming the first argument that is not known or out of its range, and what it may be.
     """
-    prompts = _prompts("prompt", prompt)
-    levels = _sigmas(sigmas)
-    defaults = manifest.defaults
-    scale = _guidance_scale(family, defaults.guidance_scale, guidance_scale, true_cfg_scale, cfg_scale)
-    steps = (
-        defaults.num_inference_steps
-        if num_inference_steps is None
-        else _integer("num_inference_steps", num_inference_steps, 1, 10_000)
-    )
-    if output_type not in OUTPUT_TYPES:
-        raise UsageError(f"output_type is {output_type!r}", f"choose one of {', '.join(OUTPUT_TYPES)}")
-    images = _integer("num_images_per_prompt", num_images_per_prompt, 1, 10_000)
-    longest = manifest.text.max_tokens - manifest.text.drop
-    length = manifest.text.max_sequence_length if max_sequence_length is None else max_sequence_length
+    given = {name: value for name, value in call.items() if value is not None}
+    refuse_unknown((name for name, value in given.items() if name in KNOWN or value not in ({}, ())), KNOWN)
+    defaults, text = manifest.defaults, manifest.text
+
+    def value(name: str, default: Any, *, high: float | None = None) -> Any:
+        return checked(BY_NAME[name], given.get(name, default), high=high)
+
+    embeds = _embeds("prompt_embeds", given)
+    if embeds is None:
+        prompts = texts("prompt", given.get("prompt"))
+    elif "prompt" in given:
+        raise UsageError("prompt and prompt_embeds are both given", "give only one of them")
+    else:
+        prompts = ("",) * len(embeds)
+    levels = checked(BY_NAME["sigmas"], given["sigmas"]) if "sigmas" in given else None
+    scale = _guidance_scale(family, defaults.guidance_scale, given)
+    steps = value("num_inference_steps", defaults.num_inference_steps)
+    images = value("num_images_per_prompt", 1)
+    batch = len(prompts) * images
+    height = value("height", defaults.height, high=family.MAX_SIDE)
+    width = value("width", defaults.width, high=family.MAX_SIDE)
+    negative_embeds = _embeds("negative_prompt_embeds", given)
+    negatives = _negatives(given, negative_embeds, len(prompts), family, scale)
     return Request(
         prompts=prompts,
-        negative_prompts=_negatives(negative_prompt, len(prompts), family, scale),
+        negative_prompts=negatives,
         num_images_per_prompt=images,
-        height=_side("height", defaults.height if height is None else height, family.MAX_SIDE),
-        width=_side("width", defaults.width if width is None else width, family.MAX_SIDE),
+        height=height,
+        width=width,
         num_inference_steps=len(levels) if levels else steps,
         sigmas=levels,
         guidance_scale=scale,
-        cfg_normalization=_number("cfg_normalization", cfg_normalization, 0, 1e6),
-        cfg_truncation=_number("cfg_truncation", cfg_truncation, 0, 1e6),
-        seed=_seed(seed, len(prompts) * images),
-        max_sequence_length=_integer("max_sequence_length", length, 1, longest),
-        output_type=output_type,
+        cfg_normalization=value("cfg_normalization", 0.0),
+        cfg_truncation=value("cfg_truncation", 1.0),
+        seed=_seed(given, batch),
+        max_sequence_length=value("max_sequence_length", text.max_sequence_length, high=text.max_tokens - text.drop),
+        output_type=value("output_type", "pil"),
+        latents=check_latents(given["latents"], (batch, *family.latents_shape(height, width)))
+        if "latents" in given
+        else None,
+        prompt_embeds=embeds,
+        negative_prompt_embeds=negative_embeds * (len(prompts) // len(negative_embeds))
+        if negatives and negative_embeds
+        else None,
     )
 
 
-def _prompts(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
-    values = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
-    if not values or not all(isinstance(entry, str) for entry in values):
-        raise UsageError(f"{name} must be a text, or a list of texts")
-    longest = max(len(entry) for entry in values)
-    if longest > MAX_CHARACTERS:
-        raise UsageError(f"{name} has {longest:,} characters", f"give at most {MAX_CHARACTERS:,}")
-    return values
+def check_latents(value: Any, shape: tuple[int, ...], name: str = "latents") -> Array:
+    """Latents that a caller gives, as float32.
+
+    Raises:
+        UsageError: they have another shape, or are no finite floating-point numbers.
+    """
+    given = as_array(value)
+    if given.shape != shape:
+        raise UsageError(f"{name} have the shape {given.shape}", f"this call takes {shape}")
+    if not np.issubdtype(given.dtype, np.floating) or not np.isfinite(given).all():
+        raise UsageError(f"{name} must be finite floating-point numbers")
+    return given.astype(np.float32)
 
 
-def _negatives(value: str | Sequence[str] | None, prompts: int, family: Family, scale: float) -> tuple[str, ...] | None:
-    """As in the reference pipelines: Z-Image guides against an empty prompt by default, Qwen-Image not at all."""
-    if value is None:
-        value = family.NEGATIVE_PROMPT
-    if value is None:
+def as_array(value: Any) -> NDArray[Any]:
+    """A numpy array of an array, or of a torch tensor on any device and of any element type."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+    return np.asarray(value)
+
+
+def _embeds(name: str, given: Mapping[str, Any]) -> tuple[Array, ...] | None:
+    """Rows of the text encoder: (batch, tokens, hidden), or a list of (tokens, hidden)."""
+    if name not in given:
         return None
-    values = _prompts("negative_prompt", value)
+    value = given[name]
+    rows = tuple(as_array(entry) for entry in (value if isinstance(value, list | tuple) else as_array(value)))
+    fits = rows and all(entry.ndim == 2 and len(entry) and np.issubdtype(entry.dtype, np.floating) for entry in rows)
+    if not fits or not all(np.isfinite(entry).all() for entry in rows):
+        hint = "give (batch, tokens, hidden), or a list of (tokens, hidden), of finite floating-point numbers"
+        raise UsageError(f"{name} are no rows of the text encoder", hint)
+    return tuple(entry.astype(np.float32) for entry in rows)
+
+
+def _negatives(
+    given: Mapping[str, Any], embeds: tuple[Array, ...] | None, prompts: int, family: Family, scale: float
+) -> tuple[str, ...] | None:
+    """One for each prompt: what was given, else what the family guides away from by itself, if anything."""
+    if embeds is not None:
+        if "negative_prompt" in given:
+            raise UsageError("negative_prompt and negative_prompt_embeds are both given", "give only one of them")
+        values: tuple[str, ...] = ("",) * len(embeds)
+    else:
+        value = given.get("negative_prompt", family.NEGATIVE_PROMPT)
+        if value is None:
+            return None
+        values = texts("negative_prompt", value)
     if len(values) not in (1, prompts):
         raise UsageError(f"there are {len(values)} negative prompts for {prompts} prompts", "give one, or one for each")
-    if not family.is_guided(scale, 1.0, 1.0):
+    if not family.is_guided(scale):
         return None
     return values * prompts if len(values) == 1 else values
 
 
-def _sigmas(values: Sequence[float] | None) -> tuple[float, ...] | None:
-    if values is None:
-        return None
-    try:
-        levels = tuple(values)
-    except TypeError:
-        levels = ()
-    if not levels:
-        raise UsageError(f"sigmas is {values!r}", "give a list of one or more numbers from 0 to 1, or leave it out")
-    return tuple(_number("sigmas", level, 0, 1) for level in levels)
+def _guidance_scale(family: Family, default: float, given: Mapping[str, Any]) -> float:
+    names = [name for name in ("guidance_scale", "true_cfg_scale", "cfg_scale") if name in given]
+    if len(names) > 1:
+        message = "guidance_scale, true_cfg_scale and cfg_scale are names for one thing"
+        raise UsageError(message, "give only one of them")
+    if not names:
+        return default
+    scale: float = checked(BY_NAME[names[0]], given[names[0]])
+    return family.guidance_scale(scale) if names[0] == "cfg_scale" else scale
 
 
-def _guidance_scale(family: Family, default: float, *given: float | None) -> float:
-    guidance_scale, true_cfg_scale, cfg_scale = given
-    if sum(value is not None for value in given) > 1:
-        raise UsageError(
-            "guidance_scale, true_cfg_scale and cfg_scale are names for one thing", "give only one of them"
-        )
-    for name, value in (("guidance_scale", guidance_scale), ("true_cfg_scale", true_cfg_scale)):
-        if value is not None:
-            return _number(name, value, -1000, 1000)
-    return default if cfg_scale is None else family.guidance_scale(_number("cfg_scale", cfg_scale, -1000, 1000))
-
-
-def _side(name: str, value: Any, longest: int) -> int:
-    side = _integer(name, value, MULTIPLE, longest)
-    if side % MULTIPLE:
-        near = max(MULTIPLE, round(side / MULTIPLE) * MULTIPLE)
-        raise UsageError(f"{name} is {side}, not a multiple of {MULTIPLE}", f"the nearest that is: {near}")
-    return side
-
-
-def _integer(name: str, value: Any, lowest: int, highest: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise UsageError(f"{name} is {value!r}", "give a whole number") from None
-    if not lowest <= number <= highest:
-        raise UsageError(f"{name} is {number}", f"give a number from {lowest} to {highest}")
-    return number
-
-
-def _number(name: str, value: Any, lowest: float, highest: float) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise UsageError(f"{name} is {value!r}", "give a number") from None
-    if not (math.isfinite(number) and lowest <= number <= highest):
-        raise UsageError(f"{name} is {number}", f"give a number from {lowest:g} to {highest:g}")
-    return number
-
-
-def _seed(seed: int | Sequence[int] | None, pictures: int) -> int | tuple[int, ...]:
+def _seed(given: Mapping[str, Any], pictures: int) -> int | tuple[int, ...]:
+    seed = given.get("seed")
+    if "generator" in given:
+        if seed is not None:
+            raise UsageError("seed and generator are both given", "give only one of them")
+        seed = _seed_of(given["generator"])
     if seed is None:
         return secrets.randbelow(2**32)
     if isinstance(seed, list | tuple):
         if len(seed) != pictures:
             raise UsageError(f"there are {len(seed)} seeds for {pictures} pictures", "give one, or one for each")
-        return tuple(_integer("seed", entry, -(2**63), 2**64 - 1) for entry in seed)
-    return _integer("seed", seed, -(2**63), 2**64 - 1)
+        return tuple(checked(BY_NAME["seed"], entry) for entry in seed)
+    number: int = checked(BY_NAME["seed"], seed)
+    return number
+
+
+def _seed_of(generator: Any) -> Any:
+    """The seed a torch generator was made with; a number stands for itself, a list for one each."""
+    if isinstance(generator, Sequence):
+        return [_seed_of(one) for one in generator]
+    initial_seed = getattr(generator, "initial_seed", None)
+    return initial_seed() if callable(initial_seed) else generator

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from zimgkit.export.demo import CHAT_TEMPLATE, ROLES, SPECIAL_TOKENS
-from zimgkit.runtime.families import qwen_image, z_image
+from zimgkit.runtime.families import FAMILIES
+from zimgkit.runtime.families.qwen_image import QwenImage
 
 REPEATS = 1000
 """How often the templates stand in what is learned from: often enough that none of their words is left in pieces."""
@@ -47,7 +48,7 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int) -> Any:
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = BpeTrainer(vocab_size=vocabulary, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
-    text = [part for family in (z_image, qwen_image) for part in (family.TEXT.prefix, family.TEXT.suffix)]
+    text = [part for family in FAMILIES.values() for part in (family.TEXT.prefix, family.TEXT.suffix)]
     for token in SPECIAL_TOKENS:
         text = [piece for part in text for piece in part.split(token)]
     learner.train_from_iterator([*(part for part in text if part for _ in range(REPEATS)), *captions], trainer)
@@ -76,4 +77,4 @@ def templated(prompt: str, tokenizer: Any, family: str) -> str:
         return str(
             tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=True)
         )
-    return qwen_image.TEXT.prefix + prompt + qwen_image.TEXT.suffix
+    return QwenImage.TEXT.prefix + prompt + QwenImage.TEXT.suffix

@@ -102,7 +102,7 @@ def build(
     """Build a bundle from a checkpoint, with LoRAs merged and engines compiled for it where asked."""
     _need_export()
     from zimgkit.export.build import build as work
-    from zimgkit.runtime.commands.inspect import as_text, summary
+    from zimgkit.runtime.commands.inspect import bundle_summary, bundle_text
     from zimgkit.runtime.progress import bar
 
     compiled = None
@@ -143,11 +143,11 @@ def build(
             except ZimgError as error:
                 kept = f"the bundle is whole without it: zimg-export compile {out} tries again"
                 raise type(error)(error.message, f"{error.hint}; {kept}" if error.hint else kept) from None
-    result = summary(bundle.root)
+    result = bundle_summary(bundle.root)
     if as_json:
         console.print_json(result)
         return
-    click.echo(as_text(result))
+    click.echo(bundle_text(result))
     if compiled:
         click.echo(compile_cli.as_text(compile_cli.as_data(bundle.root, compiled, detailed=detailed)))
 

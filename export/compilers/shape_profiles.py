@@ -60,7 +60,7 @@ def profiles(manifest: Manifest, served: Served) -> dict[str, tuple[dict[str, Ra
     least, likely, most = _tokens(manifest, served.max_prompt_tokens)
     if not 1 <= served.batch <= 64:
         raise UsageError(f"batch is {served.batch}", "give a number from 1 to 64")
-    sides = family(manifest.family).graph_sides
+    sides = family(manifest.family).dynamic_dimensions
     whole: list[dict[str, Range]] = []
     for sizes in spans:
         ends = [

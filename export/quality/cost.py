@@ -24,7 +24,6 @@ from zimgkit.engines.torch.engine import open_engine as open_torch
 from zimgkit.export.quality.perceptual import lpips
 from zimgkit.export.quality.similarity import cosine, psnr, relative_error, ssim
 from zimgkit.export.quantization.prompts import cost_prompts
-from zimgkit.runtime.families import family as family_named
 from zimgkit.runtime.pipeline import Pipeline
 from zimgkit.runtime.progress import Report, silent
 
@@ -240,7 +239,7 @@ def _draw(
     pipeline: Pipeline, given: list[Array], prompt: str, index: int, trial: Trial, along: Run | None, *, forced: bool
 ) -> Run:
     """Draw one picture; ``given`` fills with what the denoiser gives."""
-    family, width, height = family_named(pipeline.bundle.manifest.family), trial.width or 0, trial.height or 0
+    family, width, height = pipeline.session.family, trial.width or 0, trial.height or 0
     start = along.start if along else pipeline.draw_noise(1, FIRST_SEED + index, height, width)
     run = Run(start)
 

@@ -12,24 +12,14 @@ import msgspec
 import zimgkit
 from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.errors import UsageError
+from zimgkit.runtime.parameters import BY_NAME, PARAMETERS, checked
 from zimgkit.runtime.pictures import saving as images
-from zimgkit.runtime.pictures.parameters import Parameters, read
+from zimgkit.runtime.pictures.metadata import Parameters, Record, read
 from zimgkit.runtime.pipeline import Output, Pipeline
 from zimgkit.runtime.progress import Report, silent
 
-SCALES = ("guidance_scale", "cfg_scale")
-FROM_PICTURE = (
-    "prompt",
-    "negative_prompt",
-    "height",
-    "width",
-    "num_inference_steps",
-    "cfg_normalization",
-    "cfg_truncation",
-    "max_sequence_length",
-    "seed",
-)
-"""What a picture's parameters may supply; the guidance scale has two names and is treated apart."""
+SCALES = ("guidance_scale", "true_cfg_scale", "cfg_scale")
+"""Names of one thing, of which a call takes one."""
 
 
 def generate(
@@ -48,8 +38,7 @@ def generate(
     Args:
         bundle: the bundle's folder, or the name of one that zimgkit carries.
         output: the file; several pictures get numbers before its ending.
-        call: the command's options by name, None where one was not given: ``num_images`` and parameters of
-            :meth:`Pipeline.__call__`.
+        call: parameters of the call by name, None where one was not given.
         from_image: a picture whose parameters fill in what is not given.
         backend: as for :meth:`Pipeline.open`.
         device: as for :meth:`Pipeline.open`.
@@ -62,10 +51,8 @@ def generate(
     Raises:
         ZimgError: whatever went wrong, in one line; no picture is half-written.
     """
-    given = {name: value for name, value in call.items() if value is not None and name != "num_images"}
-    count = 1 if call.get("num_images") is None else int(call["num_images"])
-    if count < 1:
-        raise UsageError(f"num_images is {count}", "give 1 or more")
+    given = {name: value for name, value in call.items() if value is not None}
+    count = checked(BY_NAME["num_images_per_prompt"], given.pop("num_images_per_prompt", 1))
     template = read(from_image) if from_image else None
     if template:
         given = _filled(given, template)
@@ -90,12 +77,12 @@ def generate(
             given["latents"] = pipeline.draw_noise(drawn, **_sizes(given, pipeline))[index : index + 1]
         result = pipeline(**given, num_images_per_prompt=count)
     seconds = time.perf_counter() - started
-    made = [_parameters(result, pipeline, index + i, drawn) for i in range(count)]
+    made = [_record(result, pipeline, index + i, drawn) for i in range(count)]
     for picture, path, parameters in zip(result.images, paths, made, strict=True):
         images.save(picture, path, parameters)
     return {
         "images": [
-            {"path": str(path), "seed": entry.seed, "index": entry.image_index}
+            {"path": str(path), "seed": entry.call().get("seed"), "index": entry.image_index}
             for path, entry in zip(paths, made, strict=True)
         ],
         "parameters": msgspec.to_builtins(made[0]),
@@ -103,13 +90,12 @@ def generate(
     }
 
 
-def _filled(given: Mapping[str, Any], template: Parameters) -> dict[str, Any]:
-    known = {name: getattr(template, name) for name in FROM_PICTURE}
-    if not any(name in given for name in SCALES):
-        # The family's own convention is exact; pictures of other tools have only the other one.
-        scale = "guidance_scale" if template.guidance_scale is not None else "cfg_scale"
-        known[scale] = getattr(template, scale)
-    return {name: value for name, value in known.items() if value is not None} | dict(given)
+def _filled(given: Mapping[str, Any], template: Record) -> dict[str, Any]:
+    """What was given, and the rest from a picture."""
+    known = template.call()
+    # The family's own scale is exact; pictures of other tools have only the other one.
+    useless = SCALES if any(name in given for name in SCALES) else SCALES[1:] if SCALES[0] in known else ()
+    return {name: value for name, value in known.items() if name not in useless} | dict(given)
 
 
 def _sizes(given: Mapping[str, Any], pipeline: Pipeline) -> dict[str, int]:
@@ -131,20 +117,18 @@ def _loras(manifest: Manifest) -> str | None:
     return ", ".join(f"{lora.file}:{lora.scale:g} ({lora.sha256[:10]})" for lora in manifest.loras) or None
 
 
-def _parameters(result: Output, pipeline: Pipeline, index: int, drawn: int) -> Parameters:
+def _record(result: Output, pipeline: Pipeline, index: int, drawn: int) -> Record:
+    """What made one of a call's pictures."""
     request, manifest = result.request, pipeline.bundle.manifest
-    return Parameters(
-        prompt=request.prompts[0],
-        negative_prompt=request.negative_prompts[0] if request.negative_prompts else None,
-        height=request.height,
-        width=request.width,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        cfg_scale=pipeline.cfg_scale(request.guidance_scale),
-        cfg_normalization=request.cfg_normalization,
-        cfg_truncation=request.cfg_truncation,
-        max_sequence_length=request.max_sequence_length,
-        seed=request.seed if isinstance(request.seed, int) else None,
+    call = {p.name: getattr(request, p.name) for p in PARAMETERS if p.recorded and hasattr(request, p.name)}
+    call |= {
+        "prompt": request.prompts[0],
+        "negative_prompt": request.negative_prompts[0] if request.negative_prompts else None,
+        "cfg_scale": pipeline.cfg_scale(request.guidance_scale),
+        "seed": request.seed if isinstance(request.seed, int) else None,
+    }
+    record: Record = Parameters(
+        **call,
         num_images=drawn,
         image_index=index,
         model=manifest.name,
@@ -154,3 +138,4 @@ def _parameters(result: Output, pipeline: Pipeline, index: int, drawn: int) -> P
         backend=pipeline.backend,
         version=f"zimgkit {zimgkit.__version__}",
     )
+    return record

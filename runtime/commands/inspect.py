@@ -12,7 +12,7 @@ from zimgkit.engines.bundle import Bundle, Quantization
 from zimgkit.runtime import demo_models
 
 
-def summary(path: Path) -> dict[str, Any]:
+def bundle_summary(path: Path) -> dict[str, Any]:
     """Describe a bundle, after checking its files.
 
     Args:
@@ -64,7 +64,7 @@ def _spec(spec: Any) -> str:
     return f"{spec.dtype}[{', '.join(map(str, spec.shape))}]"
 
 
-def as_text(summary: dict[str, Any]) -> str:
+def bundle_text(summary: dict[str, Any]) -> str:
     """The summary for people."""
     defaults, source = summary["defaults"], summary["source"]
     revision = f" at {source['revision']}" if source.get("revision") else ""

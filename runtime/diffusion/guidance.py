@@ -1,15 +1,15 @@
 """Classifier-free guidance (Ho and Salimans 2022): from two predictions, with and without the prompt, to one.
 
-The families differ in the rule. With ``pos`` and ``neg`` the predictions for the prompt and the negative prompt:
+With ``pos`` and ``neg`` the predictions for the prompt and the negative prompt, two rules are in use:
 
-==========  ====================  =================================  =============================
-family      prediction            then                               guidance is on where
-==========  ====================  =================================  =============================
-Qwen-Image  neg + s (pos - neg)   each token gets the norm of pos's  s > 1, and a negative prompt
-Z-Image     pos + g (pos - neg)   optionally a cap on its norm       g > 0
-==========  ====================  =================================  =============================
+==================  ====================  ============================  ==========
+rule                prediction            then                          off at
+==================  ====================  ============================  ==========
+norm-preserving     neg + s (pos - neg)   each token gets pos's norm    s = 1
+norm-capped         pos + g (pos - neg)   optionally a cap on its norm  g = 0
+==================  ====================  ============================  ==========
 
-DiffSynth's ``cfg_scale`` is the ``s`` of the first form for both families, and so is g + 1 for Z-Image.
+DiffSynth's ``cfg_scale`` is the ``s`` of the first form everywhere, and so is g + 1 of the second.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from zimgkit.runtime.diffusion.schedule import z_image_time
 
-
-def qwen_image_guidance(
+def norm_preserving_guidance(
     positive: NDArray[np.float32], negative: NDArray[np.float32], guidance_scale: float
 ) -> NDArray[np.float32]:
     """Combine as diffusers' ``QwenImagePipeline`` does (there ``true_cfg_scale``), norms kept token by token.
@@ -42,12 +40,7 @@ def qwen_image_guidance(
     return rescaled
 
 
-def qwen_image_is_guided(guidance_scale: float) -> bool:
-    """Whether ``QwenImagePipeline`` runs the negative prompt, if there is one."""
-    return guidance_scale > 1
-
-
-def z_image_guidance(
+def norm_capped_guidance(
     positive: NDArray[np.float32],
     negative: NDArray[np.float32],
     guidance_scale: float,
@@ -81,41 +74,3 @@ def _sample_norms(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """The norm of each sample, shaped to broadcast: (batch, 1, ...)."""
     norms: NDArray[np.float32] = np.linalg.norm(values.reshape(len(values), -1), axis=1)
     return norms.reshape(-1, *[1] * (values.ndim - 1))
-
-
-def z_image_is_guided(guidance_scale: float, sigma: float, cfg_truncation: float | None = 1.0) -> bool:
-    """Whether ``ZImagePipeline`` runs the negative prompt at this noise level.
-
-    Args:
-        guidance_scale: g of the rule above.
-        sigma: the noise level of the step.
-        cfg_truncation: t <= 1 switches guidance off where 1 - sigma > t. None, or above 1, never does.
-    """
-    if guidance_scale <= 0:
-        return False
-    if cfg_truncation is None or cfg_truncation > 1:
-        return True
-    return not float(z_image_time(np.float32(sigma))) > cfg_truncation
-
-
-def qwen_image_guidance_scale(cfg_scale: float) -> float:
-    """The guidance scale of Qwen-Image that DiffSynth's ``cfg_scale`` stands for: the same number.
-
-    DiffSynth does not rescale norms, so its pictures still differ.
-    """
-    return cfg_scale
-
-
-def qwen_image_cfg_scale(guidance_scale: float) -> float:
-    """DiffSynth's ``cfg_scale`` for a guidance scale of Qwen-Image."""
-    return guidance_scale
-
-
-def z_image_guidance_scale(cfg_scale: float) -> float:
-    """The guidance scale of Z-Image that DiffSynth's ``cfg_scale`` stands for; its 1, guidance off, is 0 here."""
-    return cfg_scale - 1
-
-
-def z_image_cfg_scale(guidance_scale: float) -> float:
-    """DiffSynth's ``cfg_scale`` for a guidance scale of Z-Image."""
-    return guidance_scale + 1

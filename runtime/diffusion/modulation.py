@@ -1,14 +1,14 @@
-"""Qwen-Image's modulation table: all that the timestep alone decides, computed once per schedule.
+"""The modulation table: all that the timestep alone decides, computed once per schedule.
 
-A third of the network's weights do nothing but turn the timestep into shifts, scales and gates (adaLN: Peebles
-and Xie 2023). They are streamed once, a linear at a time, and only their N x 12 x layers rows are kept.
+Of some networks a third of the weights do nothing but turn the timestep into shifts, scales and gates (adaLN: Peebles
+and Xie 2023). They are streamed once, a linear at a time, and only their N x 12 x layers rows stay in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +18,9 @@ from zimgkit.engines.errors import BundleError
 from zimgkit.engines.tensors import safetensors
 from zimgkit.engines.tensors.dtypes import BY_NAME, float32_to_bfloat16, to_float32
 from zimgkit.engines.tensors.safetensors import TensorInfo
-from zimgkit.runtime.diffusion.schedule import qwen_image_time
-from zimgkit.runtime.diffusion.time_embedding import qwen_image_time_embedding
 from zimgkit.runtime.disk_cache import cached_array
 
 COMPONENT = "modulation"
-TIME_EMBEDDING = "time_text_embed.timestep_embedder"
 LAYOUT_VERSION = 1
 """Part of the cache's keys, to be raised when the rows change their order or their arithmetic."""
 
@@ -31,11 +28,22 @@ PIECE = 1 << 23
 """How many weights are held as float32 at a time."""
 
 
+class ModulationLayout(NamedTuple):
+    """What the linears of a family's modulation are called."""
+
+    time_embedding: str
+    """Two linears, ``linear_1`` and ``linear_2``, with a SiLU between and after them."""
+    streams: tuple[str, str]
+    """In each block ``transformer_blocks.N``: the modulation of the image's stream, and of the text's."""
+    output: str
+    """The one before the output's projection."""
+
+
 class ModulationTable:
     """The modulation of every step; ``table[step]`` is float32 (rows, dim), read when asked for.
 
     Rows 12 i ... 12 i + 5 are block i's shift, scale and gate of the image stream before attention, then before
-    the MLP; rows 12 i + 6 ... 12 i + 11 are those of the text stream; the last two are scale and shift of ``norm_out``.
+    the MLP; rows 12 i + 6 ... 12 i + 11 are those of the text stream; the last two are the output's scale and shift.
     """
 
     def __init__(self, stored: NDArray[Any], precision: str) -> None:
@@ -55,15 +63,22 @@ class ModulationTable:
 
 
 def modulation_table(
-    bundle: Bundle, sigmas: NDArray[np.float32], *, progress: Callable[[int, int], None] | None = None
+    bundle: Bundle,
+    layout: ModulationLayout,
+    sigmas: NDArray[np.float32],
+    time_embedding: NDArray[np.float32],
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ModulationTable:
-    """The modulation of every step of a schedule: from the cache, or computed and kept there.
+    """The modulation of every step of a schedule: from the cache, or computed and stored there.
 
     Time stays float32. A reference that runs in bfloat16 rounds it first, which moves it by up to 0.2 %.
 
     Args:
         bundle: an open bundle with a component ``modulation``.
+        layout: of its family.
         sigmas: float32 (N,), the noise level of each step, without the 0 at the end.
+        time_embedding: float32 (N, 256), the sinusoids of each step's time.
         progress: called with how many linears are done and how many there are; not at all where the table was
             in the cache.
 
@@ -74,14 +89,14 @@ def modulation_table(
     sigmas = np.ascontiguousarray(sigmas, "<f4")
     tensors = bundle.tensors(COMPONENT)
     precision = "bfloat16" if bundle.manifest.precision == "bfloat16" else "float32"
-    layers = sum(name.endswith(".img_mod.1.weight") for name in tensors)
-    linears = [(f"transformer_blocks.{i}.{stream}_mod.1", 6) for i in range(layers) for stream in ("img", "txt")]
-    linears.append(("norm_out.linear", 2))
-    dim = _find(tensors, f"{TIME_EMBEDDING}.linear_2.bias").shape[0]
+    layers = sum(name.endswith(f".{layout.streams[0]}.weight") for name in tensors)
+    linears = [(f"transformer_blocks.{i}.{stream}", 6) for i in range(layers) for stream in layout.streams]
+    linears.append((layout.output, 2))
+    dim = _find(tensors, f"{layout.time_embedding}.linear_2.bias").shape[0]
 
     def fill(table: NDArray[Any]) -> None:
-        hidden = _linear(tensors, f"{TIME_EMBEDDING}.linear_1", qwen_image_time_embedding(qwen_image_time(sigmas)), dim)
-        signal = _silu(_linear(tensors, f"{TIME_EMBEDDING}.linear_2", _silu(hidden), dim))
+        hidden = _linear(tensors, f"{layout.time_embedding}.linear_1", time_embedding, dim)
+        signal = _silu(_linear(tensors, f"{layout.time_embedding}.linear_2", _silu(hidden), dim))
         row = 0
         for done, (name, rows) in enumerate(linears, start=1):
             values = _linear(tensors, name, signal, rows * dim).reshape(len(sigmas), rows, dim)

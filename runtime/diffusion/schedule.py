@@ -24,7 +24,7 @@ REFUSED_FLAGS = (
     "use_karras_sigmas",
 )
 NUM_TRAIN_TIMESTEPS = 1000
-"""Both families' networks count time in thousandths."""
+"""Schedulers count time in thousandths."""
 
 Sigmas = TypeVar("Sigmas", np.float32, NDArray[np.float32])
 
@@ -177,19 +177,6 @@ def _steps(num_inference_steps: int) -> int:
 def timesteps(sigmas: Sigmas) -> Sigmas:
     """Sigmas in thousandths, as schedulers, callbacks and DiffSynth count time; one or an array of any shape."""
     return sigmas * np.float32(NUM_TRAIN_TIMESTEPS)
-
-
-def qwen_image_time(sigmas: Sigmas) -> Sigmas:
-    """The time that Qwen-Image's network takes in, 1 at the start and 0 at the end; one or an array.
-
-    It is sigma, but for the rounding on its way through thousandths.
-    """
-    return timesteps(sigmas) / np.float32(NUM_TRAIN_TIMESTEPS)
-
-
-def z_image_time(sigmas: Sigmas) -> Sigmas:
-    """The time that Z-Image's network takes in, 0 at the start and 1 at the end (1 - sigma); one or an array."""
-    return (np.float32(NUM_TRAIN_TIMESTEPS) - timesteps(sigmas)) / np.float32(NUM_TRAIN_TIMESTEPS)
 
 
 def euler_step(

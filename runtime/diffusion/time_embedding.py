@@ -1,7 +1,8 @@
-"""A time as 256 cosines and sines (Vaswani et al. 2017), which both families' networks take it as.
+"""A time as 256 cosines and sines (Vaswani et al. 2017), which the networks take it as.
 
-Frequencies are 10000^(-i/128). The angles go up to 1000, where the last bit of a float32 is 6e-5, so every rounding is
-the reference's; it is done here rather than in a graph, where each backend would round in its own way.
+Frequencies are 10000^(-i/128). In which order a family multiplies, its own file says. The angles go up to 1000, where
+the last bit of a float32 is 6e-5, so every rounding is the reference's; it is done here rather than in a graph, where
+each backend would round in its own way.
 """
 
 from __future__ import annotations
@@ -20,38 +21,15 @@ At the highest timestep that still turns frequency 12 by 3e-5, so the tables fol
 """
 
 
-def qwen_image_time_embedding(times: NDArray[np.float32]) -> NDArray[np.float32]:
-    """As ``get_timestep_embedding`` of diffusers makes it for Qwen-Image: 1000 x (time x frequency).
-
-    Args:
-        times: float32 (N,), in 0 ... 1.
-
-    Returns:
-        float32 (N, 256), cosines first.
-    """
-    return _embedding(np.float32(1000) * (times[:, None] * _frequencies()))
-
-
-def z_image_time_embedding(times: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
-    """As ``TimestepEmbedder`` of diffusers makes it for Z-Image: (scale x time) x frequency.
-
-    Args:
-        times: float32 (N,), in 0 ... 1.
-        scale: ``t_scale`` of the transformer's config.
-
-    Returns:
-        float32 (N, 256), cosines first.
-    """
-    return _embedding((np.float32(scale) * times)[:, None] * _frequencies())
-
-
-def _frequencies() -> NDArray[np.float32]:
+def frequencies() -> NDArray[np.float32]:
+    """10000^(-i/128) for i = 0 ... 127, float32 (128,), as torch computes them."""
     exponent = np.float32(-math.log(MAX_PERIOD)) * np.arange(FREQUENCIES, dtype=np.float32) / np.float32(FREQUENCIES)
     frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
     frequency[ROUNDED_UP] = np.nextafter(frequency[ROUNDED_UP], np.float32(1))
     return frequency
 
 
-def _embedding(angles: NDArray[np.float32]) -> NDArray[np.float32]:
+def sinusoids(angles: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Cosines, then sines, of angles float32 (N, 128): float32 (N, 256)."""
     wide = angles.astype(np.float64)
     return np.concatenate([np.cos(wide), np.sin(wide)], axis=1).astype(np.float32)

@@ -2,116 +2,170 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.engines.bundle import TextConfig
-from zimgkit.runtime.diffusion import guidance
-from zimgkit.runtime.diffusion import positions as rope
+from zimgkit.runtime.diffusion.guidance import norm_preserving_guidance
 from zimgkit.runtime.diffusion.latents import TokenLayout, denormalize, pack, unpack, vae_normalization
+from zimgkit.runtime.diffusion.modulation import ModulationLayout, modulation_table
+from zimgkit.runtime.diffusion.positions import Tables, axis_tables, grid
+from zimgkit.runtime.diffusion.schedule import NUM_TRAIN_TIMESTEPS, Sigmas, timesteps
+from zimgkit.runtime.diffusion.time_embedding import frequencies, sinusoids
+from zimgkit.runtime.families.base import Array, Family, Feeds, Progress, StepInputs
 
-Array = NDArray[np.float32]
-Config = dict[str, dict[str, Any]]
+if TYPE_CHECKING:
+    from zimgkit.engines.bundle import Bundle
 
-TEXT = TextConfig(
-    prefix="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
-    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
-    suffix="<|im_end|>\n<|im_start|>assistant\n",
-    drop=34,
-    max_tokens=1024 + 34,
-    max_sequence_length=512,
-)
-MAX_SIDE = 8192
-USES_CHAT_TEMPLATE = False
-HAS_MODULATION_TABLE = True
-NEGATIVE_PROMPT: str | None = None
 LAYOUT: TokenLayout = "c ph pw"
+THETA = 10000.0
+MODULATION = ModulationLayout("time_text_embed.timestep_embedder", ("img_mod.1", "txt_mod.1"), "norm_out.linear")
 
 
-def graph_sides(height: int, width: int, tokens: int) -> dict[str, int]:
-    """The template's tokens are encoded, and then dropped."""
-    image, text = (height // 16) * (width // 16), max(1, tokens - TEXT.drop)
-    return {
-        "tokens": tokens,
-        "text_tokens": text,
-        "image_tokens": image,
-        "all_tokens": text + image,
-        "height": height // 8,
-        "width": width // 8,
-    }
+class QwenImage(Family):
+    """Latents are packed into tokens (batch, tokens, 4 * channels); the timestep acts through the modulation table."""
+
+    NAME = "qwen-image"
+    TEXT = TextConfig(
+        prefix="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+        "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
+        suffix="<|im_end|>\n<|im_start|>assistant\n",
+        drop=34,
+        max_tokens=1024 + 34,
+        max_sequence_length=512,
+    )
+    MAX_SIDE = 8192
+    USES_CHAT_TEMPLATE = False
+    NEGATIVE_PROMPT = None
+
+    @staticmethod
+    def dynamic_dimensions(height: int, width: int, tokens: int) -> dict[str, int]:
+        """The template's tokens are encoded, and then dropped."""
+        image, text = (height // 16) * (width // 16), max(1, tokens - QwenImage.TEXT.drop)
+        return {
+            "tokens": tokens,
+            "text_tokens": text,
+            "image_tokens": image,
+            "all_tokens": text + image,
+            "height": height // 8,
+            "width": width // 8,
+        }
+
+    def base_sigmas(self, num_inference_steps: int) -> list[float] | None:
+        """The schedule's own equal steps."""
+        return None
+
+    def noise_dtype(self, precision: str) -> str:
+        """Noise is drawn in the type of the prompt embeddings, which is that of the weights."""
+        return precision
+
+    def noise_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """(1 frame, channels, height / 8, width / 8)."""
+        return (1, self.config["transformer"]["in_channels"] // 4, height // 8, width // 8)
+
+    def from_noise(self, noise: Array) -> Array:
+        """Latents are kept packed into tokens, (batch, tokens, 4 * channels)."""
+        return pack(noise[:, 0], LAYOUT)
+
+    def latents_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """(tokens, 4 * channels)."""
+        return ((height // 16) * (width // 16), self.config["transformer"]["in_channels"])
+
+    def to_vae(self, latents: Array, height: int, width: int) -> Array:
+        """Unpack, and undo the VAE's normalization."""
+        return denormalize(unpack(latents, LAYOUT, height // 8, width // 8), vae_normalization(self.config["vae"]))
+
+    def conditioner_inputs(self, prompt_embeds: Array) -> Feeds:
+        """The rows as they are."""
+        return {"prompt_embeds": prompt_embeds[None]}
+
+    def denoiser_constants(self, conditioning: Array, tokens: int, height: int, width: int) -> Feeds:
+        """The prompt's tokens, and tables for text tokens followed by image tokens."""
+        rows, columns = height // 16, width // 16
+        positions = np.concatenate([text_positions(tokens, rows, columns), image_positions(rows, columns)])
+        cos, sin = tables(positions, self.config["transformer"])
+        return {"text": conditioning, "cos": cos, "sin": sin}
+
+    def schedule_inputs(self, bundle: Bundle, sigmas: Array, progress: Progress | None = None) -> StepInputs:
+        """Each step's row of the modulation table."""
+        table = modulation_table(bundle, MODULATION, sigmas, time_embedding(network_time(sigmas)), progress=progress)
+        return lambda step: {"modulation": table[step]}
+
+    def denoiser_inputs(self, latents: Array) -> Feeds:
+        """The packed latents."""
+        return {"hidden_states": latents}
+
+    def velocity(self, output: Array, latents: Array) -> Array:
+        """The network predicts the velocity of the packed latents."""
+        return output
+
+    @staticmethod
+    def guidance_scale(cfg_scale: float) -> float:
+        """The same number. DiffSynth does not rescale norms, so its pictures still differ."""
+        return cfg_scale
+
+    @staticmethod
+    def cfg_scale(guidance_scale: float) -> float:
+        """The same number."""
+        return guidance_scale
+
+    @staticmethod
+    def is_guided(guidance_scale: float, sigma: float = 1.0, cfg_truncation: float | None = 1.0) -> bool:
+        """Guidance is on above 1, at every noise level."""
+        return guidance_scale > 1
+
+    @staticmethod
+    def guide(positive: Array, negative: Array, guidance_scale: float, cfg_normalization: float = 0.0) -> Array:
+        """``neg + s (pos - neg)`` with the norm of each token kept, as ``QwenImagePipeline`` (``true_cfg_scale``)."""
+        return norm_preserving_guidance(positive, negative, guidance_scale)
 
 
-def base_sigmas(num_inference_steps: int) -> list[float] | None:
-    """The schedule's own equal steps."""
-    return None
+def network_time(sigmas: Sigmas) -> Sigmas:
+    """The time that the network takes in, 1 at the start and 0 at the end; one or an array.
+
+    It is sigma, but for the rounding on its way through thousandths.
+    """
+    return timesteps(sigmas) / np.float32(NUM_TRAIN_TIMESTEPS)
 
 
-def noise_dtype(precision: str) -> str:
-    """Noise is drawn in the type of the prompt embeddings, which is that of the weights."""
-    return precision
+def time_embedding(times: Array) -> Array:
+    """As ``get_timestep_embedding`` of diffusers makes it: 1000 x (time x frequency); (N,) -> float32 (N, 256)."""
+    return sinusoids(np.float32(1000) * (times[:, None] * frequencies()))
 
 
-def noise_shape(config: Config, height: int, width: int) -> tuple[int, ...]:
-    """(1 frame, channels, height / 8, width / 8)."""
-    return (1, config["transformer"]["in_channels"] // 4, height // 8, width // 8)
+def image_positions(height: int, width: int) -> NDArray[np.int64]:
+    """Positions (frame, row, column) of an image's tokens, row by row, with the origin in the middle.
+
+    As ``QwenEmbedRope`` of diffusers with ``scale_rope``.
+
+    Args:
+        height: rows of the token grid (a sixteenth of the picture's), such as 83.
+        width: columns of the token grid.
+
+    Returns:
+        int64 (height * width, 3).
+    """
+    return grid(0, np.arange(height) - (height - height // 2), np.arange(width) - (width - width // 2))
 
 
-def from_noise(noise: Array) -> Array:
-    """Latents are kept packed into tokens, (batch, tokens, 4 * channels)."""
-    return pack(noise[:, 0], LAYOUT)
+def text_positions(length: int, height: int, width: int) -> NDArray[np.int64]:
+    """Positions of text tokens: the same number on all axes, counting on from the edge of the image's grid.
+
+    Args:
+        length: text tokens.
+        height: rows of the image's token grid.
+        width: columns of the image's token grid.
+
+    Returns:
+        int64 (length, 3).
+    """
+    start = max(height // 2, width // 2)
+    return np.repeat(np.arange(start, start + length)[:, None], 3, axis=1)
 
 
-def latents_shape(config: Config, height: int, width: int) -> tuple[int, ...]:
-    """(tokens, 4 * channels)."""
-    return ((height // 16) * (width // 16), config["transformer"]["in_channels"])
-
-
-def to_vae(latents: Array, config: Config, height: int, width: int) -> Array:
-    """Unpack, and undo the VAE's normalization."""
-    return denormalize(unpack(latents, LAYOUT, height // 8, width // 8), vae_normalization(config["vae"]))
-
-
-def conditioner_inputs(prompt_embeds: Array, config: Config) -> dict[str, NDArray[Any]]:
-    """The rows as they are."""
-    return {"prompt_embeds": prompt_embeds[None]}
-
-
-def denoiser_constants(
-    conditioning: Array, tokens: int, config: Config, height: int, width: int
-) -> dict[str, NDArray[Any]]:
-    """The prompt's tokens, and tables for text tokens followed by image tokens."""
-    rows, columns = height // 16, width // 16
-    text = rope.qwen_image_text_positions(tokens, rows, columns)
-    positions = np.concatenate([text, rope.qwen_image_positions(rows, columns)])
-    cos, sin = rope.qwen_image_tables(positions, config["transformer"])
-    return {"text": conditioning, "cos": cos, "sin": sin}
-
-
-def denoiser_inputs(
-    latents: Array, sigma: np.float32, modulation: Array | None, config: Config
-) -> dict[str, NDArray[Any]]:
-    """The packed latents, and the step's row of the modulation table."""
-    if modulation is None:
-        raise TypeError("Qwen-Image's denoiser needs a row of the modulation table")
-    return {"hidden_states": latents, "modulation": modulation}
-
-
-def velocity(output: Array, latents: Array) -> Array:
-    """The network predicts the velocity of the packed latents."""
-    return output
-
-
-guidance_scale = guidance.qwen_image_guidance_scale
-cfg_scale = guidance.qwen_image_cfg_scale
-
-
-def is_guided(guidance_scale: float, sigma: float, cfg_truncation: float) -> bool:
-    """Guidance is on at every noise level, or at none."""
-    return guidance.qwen_image_is_guided(guidance_scale)
-
-
-def guide(positive: Array, negative: Array, guidance_scale: float, cfg_normalization: float) -> Array:
-    """True classifier-free guidance with the norm of each token kept."""
-    return guidance.qwen_image_guidance(positive, negative, guidance_scale)
+def tables(positions: NDArray[np.int64], config: Mapping[str, Any]) -> Tables:
+    """Tables of positions (tokens, 3) for the transformer; ``config`` is its ``config.json``."""
+    return axis_tables(positions, config["axes_dims_rope"], THETA)

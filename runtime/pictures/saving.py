@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from zimgkit.engines.errors import OutputError, UsageError
 from zimgkit.engines.files import replacing
-from zimgkit.runtime.pictures.parameters import Parameters, embedded
+from zimgkit.runtime.pictures.metadata import Record, embedded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,13 +62,13 @@ def check_target(path: Path) -> str:
     return FORMATS[path.suffix.lower()]
 
 
-def save(image: Image, path: Path, parameters: Parameters | None = None) -> None:
+def save(image: Image, path: Path, parameters: Record | None = None) -> None:
     """Write a picture in the format its file's ending names: PNG, JPEG or WebP. The file is whole or absent.
 
     Args:
         image: the picture.
         path: the file; one that exists is replaced.
-        parameters: what made it, written into the file; see :func:`zimgkit.runtime.pictures.parameters.embedded`.
+        parameters: what made it, written into the file; see :func:`zimgkit.runtime.pictures.metadata.embedded`.
 
     Raises:
         UsageError: the ending names no format.

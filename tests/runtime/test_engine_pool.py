@@ -39,6 +39,8 @@ class Device:
         outer = self
 
         class Engine:
+            device = "fake"
+
             def upload(self, feeds: Any) -> Any:
                 outer.take(1)
                 return feeds
@@ -67,7 +69,7 @@ def use(pool: EnginePool, *components: str) -> None:
 
 def pool_on(device: Device, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, budget: int | None) -> EnginePool:
     monkeypatch.setattr(engine_pool, "open_engine", device.open_engine)
-    return EnginePool(bundle, "onnxruntime", None, budget)
+    return EnginePool(bundle, "onnxruntime", budget)
 
 
 def test_all_stay_open_without_a_budget(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,7 +260,9 @@ def test_pictures_of_a_prompt_are_denoised_together_where_an_engine_takes_them(f
         sizes = []
         # ONNX Runtime takes any batch; only what the manifest says of compiled engines makes the pipeline use it.
         engine = CompiledEngine("denoiser", "", "onnxruntime", "", "", "", "", ({"batch": (1, 1, 3)},))
-        ours.bundle = replace(ours.bundle, manifest=msgspec.structs.replace(ours.bundle.manifest, engines=(engine,)))
+        ours.session.bundle = replace(
+            ours.bundle, manifest=msgspec.structs.replace(ours.bundle.manifest, engines=(engine,))
+        )
         together = ours(
             ["a", "a longer one"],
             **call,

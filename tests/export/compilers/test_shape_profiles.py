@@ -17,7 +17,6 @@ from zimgkit.export.build import NETWORKS
 from zimgkit.export.compilers.shape_profiles import Served, parse_size, profiles
 from zimgkit.export.networks.text_encoder import text_part
 from zimgkit.runtime import families
-from zimgkit.runtime.diffusion.positions import text_encoder_tables
 from zimgkit.runtime.text.tokenizer import PromptTokenizer, keep_rows
 
 CONFIGS = {"z-image": demo.Z_IMAGE, "qwen-image": demo.QWEN_IMAGE}
@@ -60,19 +59,21 @@ def arrays(
     manifest: Manifest, tokenizer: PromptTokenizer, letters: int, size: tuple[int, int], batch: int, most: int
 ) -> dict[str, dict[str, Any]]:
     """What a call gives each graph, as the pipeline makes it."""
-    family, config, (width, height) = families.family(manifest.family), manifest.config, size
+    family, (width, height) = families.family_of(manifest), size
     ids = tokenizer.encode("a" * letters)[:, : manifest.text.drop + most]
-    cos, sin = text_encoder_tables(ids.shape[1], config["text_encoder"])
     rows = keep_rows(np.zeros((ids.shape[1], 8), np.float32), manifest.text, most)
-    conditioner = family.conditioner_inputs(rows, config)
-    constants = family.denoiser_constants(conditioner["prompt_embeds"], len(rows), config, height, width)
-    latents = family.from_noise(np.zeros((batch, *family.noise_shape(config, height, width)), np.float32))
-    steps = family.denoiser_inputs(latents, np.float32(0.5), np.zeros((1, 1), np.float32), config)
+    conditioner = family.conditioner_inputs(rows)
+    constants = family.denoiser_constants(conditioner["prompt_embeds"], len(rows), height, width)
+    latents = family.from_noise(np.zeros((batch, *family.noise_shape(height, width)), np.float32))
+    # What follows from the schedule has no dynamic dimension.
+    scheduled = {name: np.zeros((1, 1), np.float32) for name in ("sinusoids", "modulation")}
+    own = manifest.components["denoiser"].inputs
+    steps = family.denoiser_inputs(latents) | {name: rows for name, rows in scheduled.items() if name in own}
     return {
-        "text_encoder": {"input_ids": ids, "cos": cos, "sin": sin},
+        "text_encoder": family.text_encoder_inputs(ids),
         "conditioner": conditioner,
         "denoiser": {**constants, **steps},
-        "vae_decoder": {"latents": family.to_vae(latents[:1], config, height, width)},
+        "vae_decoder": {"latents": family.to_vae(latents[:1], height, width)},
     }
 
 

@@ -10,7 +10,7 @@ from diffusers import QwenImageTransformer2DModel
 from tests.reference import randomize
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.export.networks.qwen_image import QwenImageConditioner, QwenImageDenoiser, check_config, modulation_tensors
-from zimgkit.runtime.families import qwen_image as family
+from zimgkit.runtime.families.qwen_image import QwenImage
 
 TINY = {
     "patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16,
@@ -63,12 +63,12 @@ def test_matches_diffusers(config, height, width, tokens, batch, sigma, seed):
     conditioner, denoiser = QwenImageConditioner(config), QwenImageDenoiser(config)
     for network in (conditioner, denoiser):
         network.load_state_dict({name: state[name] for name in network.state_dict()})
-    settings = {"transformer": config}
-    inputs = family.conditioner_inputs(embeds.numpy(), settings)
+    family = QwenImage({"transformer": config})
+    inputs = family.conditioner_inputs(embeds.numpy())
     text = conditioner(torch.from_numpy(inputs["prompt_embeds"]))
-    constants = family.denoiser_constants(text.numpy(), tokens, settings, 16 * height, 16 * width)
+    constants = family.denoiser_constants(text.numpy(), tokens, 16 * height, 16 * width)
     rows = modulation(reference, sigma).numpy()
-    feeds = {**family.denoiser_inputs(latents.numpy(), np.float32(sigma), rows, settings), **constants}
+    feeds = {**family.denoiser_inputs(latents.numpy()), **constants, "modulation": rows}
     names = ("hidden_states", "text", "modulation", "cos", "sin")
     found = denoiser(*(torch.from_numpy(feeds[name]) for name in names)).numpy()
     assert found.shape == expected.shape

@@ -10,7 +10,7 @@ from diffusers import ZImageTransformer2DModel
 from tests.reference import randomize
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.export.networks.z_image import ZImageConditioner, ZImageDenoiser, check_config
-from zimgkit.runtime.families import z_image as family
+from zimgkit.runtime.families.z_image import ZImage, network_time, time_embedding
 
 TINY = {
     "all_patch_size": (2,), "all_f_patch_size": (1,), "in_channels": 16, "dim": 48, "n_layers": 2,
@@ -34,12 +34,13 @@ def run(config, reference, latents, prompt_embeds, sigma):
     for network in networks:
         network.load_state_dict({name: state[name] for name in network.state_dict()})
     conditioner, denoiser = networks
-    settings = {"transformer": config}
-    inputs = family.conditioner_inputs(prompt_embeds, settings)
+    family = ZImage({"transformer": config})
+    inputs = family.conditioner_inputs(prompt_embeds)
     caption = conditioner(*(torch.from_numpy(value) for value in inputs.values()))
     height, width = 8 * latents.shape[2], 8 * latents.shape[3]
-    constants = family.denoiser_constants(caption.numpy(), len(prompt_embeds), settings, height, width)
-    feeds = {**family.denoiser_inputs(latents, np.float32(sigma), None, settings), **constants}
+    constants = family.denoiser_constants(caption.numpy(), len(prompt_embeds), height, width)
+    sinusoids = time_embedding(network_time(np.array([sigma], np.float32)), config["t_scale"])
+    feeds = {**family.denoiser_inputs(latents), **constants, "sinusoids": sinusoids}
     names = ("hidden_states", "sinusoids", "caption", "cos", "sin", "pad")
     output = denoiser(*(torch.from_numpy(feeds[name]) for name in names))
     return family.velocity(output.numpy(), latents)

@@ -68,7 +68,7 @@ def test_what_is_compared(family, bundle_of):
     assert len(expected.velocities) == len(expected.latents) == 2
     assert len(velocities) == len(recorder.runs)
     for velocity, (_, other) in zip(velocities, recorder.runs, strict=True):
-        latents = families.family(family).velocity(other, expected.latents[0])
+        latents = families.family_of(bundle.manifest).velocity(other, expected.latents[0])
         np.testing.assert_allclose(velocity, latents, atol=1e-3)
 
 

@@ -13,7 +13,7 @@ from tests.commands import invoke
 from zimgkit.engines.bundle import MANIFEST
 from zimgkit.runtime import Pipeline
 from zimgkit.runtime.commands.cli import main
-from zimgkit.runtime.pictures.parameters import read
+from zimgkit.runtime.pictures.metadata import read
 
 SMALL = ("--height", 32, "--width", 48, "--num-inference-steps", 2, "--quiet")
 
@@ -116,7 +116,7 @@ def test_a_prompt_that_is_cut_is_said(bundle, tmp_path):
         (("--prompt", "a", "--height", 100), "height is 100, not a multiple of 16; the nearest that is: 96", 2),
         (("--prompt", "a", "--width", 10_000), "width is 10000; give a number from 16 to 8192", 2),
         (("--prompt", "a", "--num-inference-steps", 0), "num_inference_steps is 0; give a number from 1", 2),
-        (("--prompt", "a", "--num-images", 0), "num_images is 0", 2),
+        (("--prompt", "a", "--num-images", 0), "num_images_per_prompt is 0", 2),
         (("--prompt", "a", "--seed", "x"), "'x' is not a valid integer", 2),
         (("--prompt", "a", "--seed", 2**70), "seed is", 2),
         (("--prompt", "a", "--guidance-scale", "nan"), "guidance_scale is nan", 2),

@@ -13,7 +13,7 @@ import pytest
 from tests import handmade
 from zimgkit.engines.bundle import Bundle, CompiledEngine, Component, Refit, Source, TensorSpec
 from zimgkit.engines.errors import BundleError
-from zimgkit.runtime.commands.inspect import as_text, summary
+from zimgkit.runtime.commands.inspect import bundle_summary, bundle_text
 
 
 def write(root: Path, **changes: Any) -> Path:
@@ -43,7 +43,7 @@ def write(root: Path, **changes: Any) -> Path:
 def test_as_data(tmp_path):
     source = Source("Qwen/Qwen-Image", "abc123", {"vae/model.safetensors": 5})
     root = write(tmp_path / "bundle", family="qwen-image", source=source)
-    found = summary(root)
+    found = bundle_summary(root)
     assert json.loads(json.dumps(found)) == found  # Goes through --json whole.
     assert found["path"] == str(root.resolve())
     assert (found["family"], found["precision"], found["name"]) == ("qwen-image", "bfloat16", "Handmade")
@@ -63,7 +63,7 @@ def test_as_data(tmp_path):
 def test_as_text(tmp_path):
     root = write(tmp_path / "bundle")
     assert (
-        as_text(summary(root))
+        bundle_text(bundle_summary(root))
         == f"""\
 Handmade  (z-image, bfloat16, 1.51 kB)
   path      {root.resolve()}
@@ -86,7 +86,7 @@ Handmade  (z-image, bfloat16, 1.51 kB)
 
 
 def test_revision_and_tools_may_be_absent(tmp_path):
-    text = as_text(summary(write(tmp_path / "bundle", tools={}, source=Source("m", "main"))))
+    text = bundle_text(bundle_summary(write(tmp_path / "bundle", tools={}, source=Source("m", "main"))))
     assert "  source    m at main\n  built by  zimgkit 0.0.0\n" in text
 
 
@@ -100,17 +100,17 @@ def test_revision_and_tools_may_be_absent(tmp_path):
 def test_sizes(tmp_path, size, text):
     component = Component((), parameters=1, weight_bytes=size)
     root = handmade.write_bundle(tmp_path / "bundle", {}, components={"net": component})
-    assert f"    weights  1 parameters, {text}" in as_text(summary(root)).splitlines()
+    assert f"    weights  1 parameters, {text}" in bundle_text(bundle_summary(root)).splitlines()
 
 
 def test_files_are_checked(tmp_path):
     root = write(tmp_path / "bundle")
     (root / "denoiser.onnx").write_bytes(b"Graph")
     with pytest.raises(BundleError, match=r"denoiser\.onnx was changed"):
-        summary(root)
+        bundle_summary(root)
     shutil.rmtree(root)
     with pytest.raises(BundleError, match="is not a bundle"):
-        summary(root)
+        bundle_summary(root)
 
 
 def test_engines(tmp_path):
@@ -129,11 +129,11 @@ def test_engines(tmp_path):
     files = {"engines/x.plan": b"x" * 2000, "denoiser.onnx": b"graph"}
     components = {"denoiser": Component((), {"float32": "denoiser.onnx"})}
     root = handmade.write_bundle(tmp_path / "bundle", files, components=components, engines=(engine,))
-    found = summary(root)
+    found = bundle_summary(root)
     assert json.loads(json.dumps(found)) == found
     assert (found["engines"][0]["bytes"], found["engines"][0]["stale"]) == (2000, True)
     assert found["engines"][0]["profiles"] == [{"image_tokens": [4096] * 3, "text_tokens": [1, 128, 512]}] * 2
-    lines = as_text(found).splitlines()
+    lines = bundle_text(found).splitlines()
     assert lines[-6:] == [
         "  engine of denoiser, tensorrt 11.4.0, sm90, 2 kB",
         "    in       engines/x.plan",
@@ -148,7 +148,7 @@ def test_engines(tmp_path):
         msgspec.structs.replace(engine, refit=Refit(now, ("w",))),
     ):
         handmade.write_bundle(root, files, components=components, engines=(fresh,))
-        found = summary(root)
+        found = bundle_summary(root)
         assert found["engines"][0]["stale"] is False
-        takes = "    takes    1 other weights whenever it is loaded" in as_text(found).splitlines()
+        takes = "    takes    1 other weights whenever it is loaded" in bundle_text(found).splitlines()
         assert takes == (fresh.refit is not None)

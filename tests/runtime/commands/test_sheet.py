@@ -10,7 +10,8 @@ from tests.commands import invoke
 from zimgkit.engines.errors import BundleError, OutputError, UsageError
 from zimgkit.runtime import Pipeline
 from zimgkit.runtime.commands.cli import main
-from zimgkit.runtime.commands.sheet import GAP, MARGIN, PAPER, compose, read_prompts, sheet
+from zimgkit.runtime.commands.sheet import draw_sheet, read_prompts
+from zimgkit.runtime.pictures.sheet import GAP, MARGIN, PAPER, compose
 
 
 def pictures(*colours: str, size: tuple[int, int] = (128, 96)) -> list[Image.Image]:
@@ -75,7 +76,7 @@ def test_prompts_that_cannot_be_read(tmp_path: Path) -> None:
 def test_a_sheet_of_both_models(tmp_path: Path) -> None:
     call = {"seed": 3, "num_inference_steps": 2, "cfg_scale": None}
     names = [Path("zimg-tiny-z"), Path("zimg-tiny-qwen")]
-    made = sheet(["a red circle", "a blue star"], tmp_path / "sheet.png", call, bundles=names, columns=1)
+    made = draw_sheet(["a red circle", "a blue star"], tmp_path / "sheet.png", call, bundles=names, columns=1)
     page = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert [bundle["name"] for bundle in made["bundles"]] == ["zimg-tiny-z", "zimg-tiny-qwen"]
     assert (made["height"], made["width"]) == page.shape[:2]
@@ -89,13 +90,13 @@ def test_a_sheet_of_both_models(tmp_path: Path) -> None:
 
 def test_what_cannot_be_drawn(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="columns is 0"):
-        sheet(["a"], tmp_path / "s.png", {}, bundles=[Path("zimg-tiny-z")], columns=0)
+        draw_sheet(["a"], tmp_path / "s.png", {}, bundles=[Path("zimg-tiny-z")], columns=0)
     with pytest.raises(UsageError, match="names no format"):
-        sheet(["a"], tmp_path / "s.bmp", {}, bundles=[Path("zimg-tiny-z")])
+        draw_sheet(["a"], tmp_path / "s.bmp", {}, bundles=[Path("zimg-tiny-z")])
     with pytest.raises(OutputError, match="does not exist"):
-        sheet(["a"], tmp_path / "none" / "s.png", {}, bundles=[Path("zimg-tiny-z")])
+        draw_sheet(["a"], tmp_path / "none" / "s.png", {}, bundles=[Path("zimg-tiny-z")])
     with pytest.raises(BundleError, match="is not a bundle"):
-        sheet(["a"], tmp_path / "s.png", {}, bundles=[tmp_path])
+        draw_sheet(["a"], tmp_path / "s.png", {}, bundles=[tmp_path])
     assert not list(tmp_path.iterdir())
 
 

@@ -11,23 +11,11 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, ZImagePipeline
 
-from zimgkit.runtime.diffusion.guidance import (
-    qwen_image_cfg_scale,
-    qwen_image_guidance,
-    qwen_image_guidance_scale,
-    qwen_image_is_guided,
-    z_image_cfg_scale,
-    z_image_guidance,
-    z_image_guidance_scale,
-    z_image_is_guided,
-)
-from zimgkit.runtime.diffusion.schedule import (
-    euler_step,
-    flow_match_sigmas,
-    linspace_float32,
-    qwen_image_time,
-    z_image_time,
-)
+from zimgkit.runtime.diffusion.guidance import norm_capped_guidance, norm_preserving_guidance
+from zimgkit.runtime.diffusion.schedule import euler_step, flow_match_sigmas, linspace_float32
+from zimgkit.runtime.families import qwen_image, z_image
+from zimgkit.runtime.families.qwen_image import QwenImage
+from zimgkit.runtime.families.z_image import ZImage
 
 QWEN_SCHEDULER = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192}
 Z_SCHEDULER = {"shift": 3.0}
@@ -94,9 +82,11 @@ def test_qwen_image_pipeline(seed, scale, batch):
     ).images
     sigmas = flow_match_sigmas(4, QWEN_SCHEDULER, mu=scheduler_mu(6))
     for sigma, following in itertools.pairwise(sigmas):
-        velocity = predict(latents, qwen_image_time(sigma), positive)
-        if qwen_image_is_guided(scale):
-            velocity = qwen_image_guidance(velocity, predict(latents, qwen_image_time(sigma), negative), scale)
+        velocity = predict(latents, qwen_image.network_time(sigma), positive)
+        if QwenImage.is_guided(scale):
+            velocity = norm_preserving_guidance(
+                velocity, predict(latents, qwen_image.network_time(sigma), negative), scale
+            )
         assert velocity.dtype == np.float32
         latents = euler_step(latents, velocity, sigma, following)
     np.testing.assert_allclose(latents, expected.numpy(), rtol=0, atol=5e-6)
@@ -129,9 +119,11 @@ def test_z_image_pipeline(seed, scale, normalization, truncation):
     ).images
     sigmas = flow_match_sigmas(5, Z_SCHEDULER, mu=None, sigmas=linspace_float32(5))
     for sigma, following in itertools.pairwise(sigmas):
-        output = predict(latents, z_image_time(sigma), positive)
-        if z_image_is_guided(scale, sigma, truncation):
-            output = z_image_guidance(output, predict(latents, z_image_time(sigma), negative), scale, normalization)
+        output = predict(latents, z_image.network_time(sigma), positive)
+        if ZImage.is_guided(scale, sigma, truncation):
+            output = norm_capped_guidance(
+                output, predict(latents, z_image.network_time(sigma), negative), scale, normalization
+            )
         assert output.dtype == np.float32
         latents = euler_step(latents, -output, sigma, following)
     np.testing.assert_allclose(latents, expected.numpy(), rtol=0, atol=5e-6)
@@ -141,19 +133,19 @@ def test_truncation_at_its_edge():
     """With shift 3 and 8 steps the reference's 1 - sigma passes 0.25 exactly; it is not above it."""
     sigmas = flow_match_sigmas(8, Z_SCHEDULER, mu=None, sigmas=linspace_float32(8))
     assert sigmas[4] == 0.75
-    assert z_image_is_guided(1.0, sigmas[4], 0.25)
-    assert not z_image_is_guided(1.0, sigmas[5], 0.25)
+    assert ZImage.is_guided(1.0, sigmas[4], 0.25)
+    assert not ZImage.is_guided(1.0, sigmas[5], 0.25)
 
 
 def test_zero_tokens_stay_zero():
     positive = np.float32([[[0, 0], [1, 1], [3, 4]]])
     negative = np.float32([[[0, 0], [2, 2], [3, 4]]])
     # The second token's combination is 2 + 2 (1 - 2) = 0; both norms of the first are 0.
-    np.testing.assert_array_equal(qwen_image_guidance(positive, negative, 2.0), [[[0, 0], [0, 0], [3, 4]]])
+    np.testing.assert_array_equal(norm_preserving_guidance(positive, negative, 2.0), [[[0, 0], [0, 0], [3, 4]]])
     zeros = np.zeros((2, 3, 4), np.float32)
-    np.testing.assert_array_equal(z_image_guidance(zeros, zeros, 3.0, 1.0), zeros)
+    np.testing.assert_array_equal(norm_capped_guidance(zeros, zeros, 3.0, 1.0), zeros)
     ones = np.ones((2, 3, 4), np.float32)
-    np.testing.assert_array_equal(z_image_guidance(zeros, ones, 3.0, 1.0), zeros)
+    np.testing.assert_array_equal(norm_capped_guidance(zeros, ones, 3.0, 1.0), zeros)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.5, 4.0])
@@ -162,10 +154,10 @@ def test_diffsynth_scales(scale):
     rng = np.random.default_rng(0)
     positive, negative = rng.standard_normal((2, 1, 4, 8), np.float32)
     expected = negative + scale * (positive - negative)
-    ours = z_image_guidance(positive, negative, z_image_guidance_scale(scale))
+    ours = norm_capped_guidance(positive, negative, ZImage.guidance_scale(scale))
     np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6)
-    assert z_image_cfg_scale(z_image_guidance_scale(scale)) == scale
-    assert qwen_image_cfg_scale(qwen_image_guidance_scale(scale)) == scale
-    direction = qwen_image_guidance(positive, negative, qwen_image_guidance_scale(scale))
+    assert ZImage.cfg_scale(ZImage.guidance_scale(scale)) == scale
+    assert QwenImage.cfg_scale(QwenImage.guidance_scale(scale)) == scale
+    direction = norm_preserving_guidance(positive, negative, QwenImage.guidance_scale(scale))
     cosine = (direction * expected).sum(-1) / np.linalg.norm(direction, axis=-1) / np.linalg.norm(expected, axis=-1)
     np.testing.assert_allclose(cosine, 1, rtol=1e-6)

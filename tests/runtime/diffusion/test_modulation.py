@@ -21,13 +21,19 @@ from zimgkit.engines.errors import BundleError, UsageError
 from zimgkit.engines.tensors import safetensors
 from zimgkit.engines.tensors.dtypes import float32_to_bfloat16, round_to
 from zimgkit.runtime.diffusion import modulation
-from zimgkit.runtime.diffusion.modulation import modulation_table
+from zimgkit.runtime.diffusion.modulation import ModulationTable
+from zimgkit.runtime.families.qwen_image import MODULATION, network_time, time_embedding
 
 SCHEDULES = {
     "qwen": {"use_dynamic_shifting": True, "shift_terminal": 0.02},
     "layered": {"use_dynamic_shifting": True, "time_shift_type": "linear"},
     "static": {"shift": 3.0},
 }
+
+
+def modulation_table(bundle, sigmas, **options) -> ModulationTable:
+    embedding = time_embedding(network_time(np.asarray(sigmas, np.float32)))
+    return modulation.modulation_table(bundle, MODULATION, sigmas, embedding, **options)
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,9 @@ from zimgkit.runtime.diffusion.schedule import (
     euler_step,
     flow_match_sigmas,
     linspace_float32,
-    qwen_image_time,
     timesteps,
-    z_image_time,
 )
+from zimgkit.runtime.families import qwen_image, z_image
 
 QWEN: dict[str, Any] = {
     "base_image_seq_len": 256,
@@ -195,5 +194,5 @@ def test_euler_steps(name, seed):
 def test_network_times():
     sigmas = flow_match_sigmas(50, QWEN, mu=0.7)[:-1]
     t = torch.from_numpy(sigmas) * 1000
-    np.testing.assert_array_equal(qwen_image_time(sigmas), (t / 1000).numpy())
-    np.testing.assert_array_equal(z_image_time(sigmas), ((1000 - t) / 1000).numpy())
+    np.testing.assert_array_equal(qwen_image.network_time(sigmas), (t / 1000).numpy())
+    np.testing.assert_array_equal(z_image.network_time(sigmas), ((1000 - t) / 1000).numpy())

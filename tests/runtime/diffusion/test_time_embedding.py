@@ -8,17 +8,17 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.transformers.transformer_z_image import TimestepEmbedder
 
-from zimgkit.runtime.diffusion.time_embedding import qwen_image_time_embedding, z_image_time_embedding
+from zimgkit.runtime.families import qwen_image, z_image
 
 TIMES = np.float32([0, 1, 0.5, 1e-3, *np.random.default_rng(0).random(500)])
 
 
 def test_qwen_image():
     expected = get_timestep_embedding(torch.from_numpy(TIMES), 256, True, 0, scale=1000)
-    np.testing.assert_allclose(qwen_image_time_embedding(TIMES), expected.numpy(), rtol=0, atol=1.2e-7)
+    np.testing.assert_allclose(qwen_image.time_embedding(TIMES), expected.numpy(), rtol=0, atol=1.2e-7)
 
 
 @pytest.mark.parametrize("scale", [1000.0, 1.0, 730.5])
 def test_z_image(scale):
     expected = TimestepEmbedder.timestep_embedding(torch.from_numpy(TIMES) * scale, 256)
-    np.testing.assert_allclose(z_image_time_embedding(TIMES, scale), expected.numpy(), rtol=0, atol=1.2e-7)
+    np.testing.assert_allclose(z_image.time_embedding(TIMES, scale), expected.numpy(), rtol=0, atol=1.2e-7)

@@ -13,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from zimgkit.engines.errors import OutputError, UsageError
-from zimgkit.runtime.pictures.parameters import Parameters
+from zimgkit.runtime.pictures.metadata import Parameters
 from zimgkit.runtime.pictures.saving import check_target, from_vae, save, to_pil
 
 SHAPES = [(1, 3, 8, 8), (2, 3, 16, 24), (3, 3, 33, 7)]

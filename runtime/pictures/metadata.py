@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from zimgkit.engines.errors import UsageError
+from zimgkit.runtime.parameters import PARAMETERS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,46 +40,29 @@ JPEG_EXIF_LIMIT = 65_533 - len(b"Exif\0\0")
 """Bytes of EXIF that a JPEG segment can hold."""
 
 
-WEB_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "Steps": ("num_inference_steps", int),
-    "CFG scale": ("cfg_scale", float),
-    "Seed": ("seed", int),
-    "Model": ("model", str),
-    "Version": ("version", str),
-}
-"""Key of the web UI -> field, and how to read it."""
-OWN_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "Guidance scale": ("guidance_scale", float),
-    "CFG normalization": ("cfg_normalization", float),
-    "CFG truncation": ("cfg_truncation", float),
-    "Max sequence length": ("max_sequence_length", int),
+PROVENANCE: dict[str, tuple[str, type]] = {
     "Num images": ("num_images", int),
     "Image index": ("image_index", int),
     "Family": ("family", str),
     "Precision": ("precision", str),
     "LoRAs": ("loras", str),
     "Backend": ("backend", str),
+    "Model": ("model", str),
+    "Version": ("version", str),
 }
-"""Key that only zimgkit writes -> field, and how to read it."""
+"""Key in the text -> field that is no parameter of a call."""
+WEB_ORDER = ("Steps", "Sampler", "CFG scale", "Seed", "Size", "Model")
+"""Keys that the web UI writes, in its order; the others follow, and the version comes last."""
+KEYS: dict[str, tuple[str, type]] = {
+    **{parameter.key: (parameter.name, parameter.type) for parameter in PARAMETERS if parameter.key},
+    **PROVENANCE,
+}
+"""Key in the text -> field, and its type."""
 
 
-class Parameters(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What made a picture, by the names of diffusers; ``None`` where it is not known, as of pictures of other tools."""
+class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What made a picture, beside the parameters of the call; ``None`` where it is not known."""
 
-    prompt: str
-    negative_prompt: str | None = None
-    height: int | None = None
-    width: int | None = None
-    num_inference_steps: int | None = None
-    sigmas: tuple[float, ...] | None = None
-    guidance_scale: float | None = None
-    """As diffusers counts it for this family."""
-    cfg_scale: float | None = None
-    """As DiffSynth and the web UIs count it: 1 is off in every family."""
-    cfg_normalization: float | None = None
-    cfg_truncation: float | None = None
-    max_sequence_length: int | None = None
-    seed: int | None = None
     num_images: int = 1
     """Pictures whose noise was drawn together from this seed."""
     image_index: int = 0
@@ -93,57 +77,75 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     version: str | None = None
     """The program and its version, such as ``"zimgkit 0.1.0"``."""
 
+    def call(self) -> dict[str, Any]:
+        """The parameters of the call that are known, by name."""
+        found = {p.name: getattr(self, p.name) for p in PARAMETERS if p.recorded}
+        return {name: value for name, value in found.items() if value is not None}
+
     def to_text(self) -> str:
         """As the web UI writes it; what is not known is left out."""
-        size = f"{self.width}x{self.height}" if self.width and self.height else None
-        pairs = {
-            "Steps": self.num_inference_steps,
-            "Sampler": "Euler",
-            "CFG scale": self.cfg_scale,
-            "Seed": self.seed,
-            "Size": size,
-            "Model": self.model,
-            **{key: getattr(self, name) for key, (name, _) in OWN_KEYS.items()},
-            "Version": self.version,
-        }
+        known = self.call()
+        size = f"{known['width']}x{known['height']}" if known.get("width") and known.get("height") else None
+        pairs = {key: getattr(self, name) for key, (name, _) in KEYS.items()} | {"Sampler": "Euler", "Size": size}
         if self.num_images == 1:
             pairs |= {"Num images": None, "Image index": None}
-        last = ", ".join(f"{key}: {_quote(value)}" for key, value in pairs.items() if value is not None)
-        negative = f"\n{NEGATIVE} {self.negative_prompt}" if self.negative_prompt else ""
-        return f"{self.prompt}{negative}\n{last}".strip()
-
-    @classmethod
-    def from_text(cls, text: str) -> Parameters:
-        """Read what the web UI, or a tool that writes like it, has written.
-
-        Keys that zimgkit does not know, and values it cannot read, are passed over. Exact only for prompts that do not
-        look like the rest of the text.
-        """
-        lines = text.strip().split("\n")
-        # The web UI takes a last line for parameters if it has three of them, and else for a part of the prompt.
-        matches = PAIR.findall(lines[-1])
-        pairs = {key.strip(): _unquote(value) for key, value in matches} if len(matches) >= 3 else {}
-        body = lines[:-1] if pairs else lines
-        split = next((i for i, line in enumerate(body) if line.lstrip().startswith(NEGATIVE)), len(body))
-        negative = "\n".join(body[split:]).lstrip().removeprefix(NEGATIVE).strip()
-        found = {name: _parsed(pairs.get(key), kind) for key, (name, kind) in (WEB_KEYS | OWN_KEYS).items()}
-        width, _, height = pairs.get("Size", "").partition("x")
-        found |= {"width": _parsed(width, int), "height": _parsed(height, int)}
-        known = {name: value for name, value in found.items() if value is not None}
-        return cls(prompt="\n".join(body[:split]).strip(), negative_prompt=negative or None, **known)
+        version = pairs.pop("Version")
+        ordered = {key: pairs.pop(key) for key in WEB_ORDER} | pairs | {"Version": version}
+        last = ", ".join(f"{key}: {_quote(value)}" for key, value in ordered.items() if value is not None)
+        negative = f"\n{NEGATIVE} {known['negative_prompt']}" if known.get("negative_prompt") else ""
+        return f"{known['prompt']}{negative}\n{last}".strip()
 
     def to_json(self) -> str:
         """An exact copy."""
         return msgspec.json.encode(self).decode()
 
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Parameters:
-        """Read an exact copy.
 
-        Raises:
-            msgspec.MsgspecError, UnicodeDecodeError: it is none.
-        """
-        return msgspec.json.decode(text, type=cls)
+Parameters: Any = msgspec.defstruct(
+    "Parameters",
+    [("prompt", str)]
+    + [
+        (p.name, (tuple[float, ...] if p.type is tuple else p.type) | None, None)
+        for p in PARAMETERS
+        if p.recorded and p.name != "prompt"
+    ],
+    bases=(Record,),
+    module=__name__,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+)
+"""A :class:`Record` with a field for each parameter of a call that pictures carry."""
+
+
+def from_text(text: str) -> Record:
+    """Read what the web UI, or a tool that writes like it, has written.
+
+    Keys that zimgkit does not know, and values it cannot read, are passed over. Exact only for prompts that do not
+    look like the rest of the text.
+    """
+    lines = text.strip().split("\n")
+    # The web UI takes a last line for parameters if it has three of them, and else for a part of the prompt.
+    matches = PAIR.findall(lines[-1])
+    pairs = {key.strip(): _unquote(value) for key, value in matches} if len(matches) >= 3 else {}
+    body = lines[:-1] if pairs else lines
+    split = next((i for i, line in enumerate(body) if line.lstrip().startswith(NEGATIVE)), len(body))
+    negative = "\n".join(body[split:]).lstrip().removeprefix(NEGATIVE).strip()
+    found = {name: _parsed(pairs.get(key), kind) for key, (name, kind) in KEYS.items()}
+    width, _, height = pairs.get("Size", "").partition("x")
+    found |= {"width": _parsed(width, int), "height": _parsed(height, int)}
+    known = {name: value for name, value in found.items() if value is not None}
+    record: Record = Parameters(prompt="\n".join(body[:split]).strip(), negative_prompt=negative or None, **known)
+    return record
+
+
+def from_json(text: str | bytes) -> Record:
+    """Read an exact copy.
+
+    Raises:
+        msgspec.MsgspecError, UnicodeDecodeError: it is none.
+    """
+    record: Record = msgspec.json.decode(text, type=Parameters)
+    return record
 
 
 def _quote(value: Any) -> str:
@@ -165,7 +167,7 @@ def _parsed(value: str | None, kind: Callable[[str], Any]) -> Any:
     return None
 
 
-def embedded(parameters: Parameters, kind: str) -> dict[str, Any]:
+def embedded(parameters: Record, kind: str) -> dict[str, Any]:
     """What Pillow's ``save`` must be given to write parameters into a picture.
 
     A JPEG holds 64 kB of them. Of longer ones the text is left out, and then the exact copy, rather than the picture.
@@ -192,7 +194,7 @@ def embedded(parameters: Parameters, kind: str) -> dict[str, Any]:
     return {}
 
 
-def read(path: Path) -> Parameters:
+def read(path: Path) -> Record:
     """Read what made a picture from its file: the exact copy if zimgkit wrote one, else the text of another tool.
 
     Raises:
@@ -207,7 +209,7 @@ def read(path: Path) -> Parameters:
         raise UsageError(f"{path} does not exist", "name a picture that zimgkit has written") from None
     except Exception as error:  # Pillow raises many kinds at broken files.
         raise UsageError(f"{path} is no picture zimgkit can read ({error})", "name a PNG, JPEG or WebP file") from None
-    parameters = _decoded(exact) or (Parameters.from_text(text) if text else None)
+    parameters = _decoded(exact) or (from_text(text) if text else None)
     if parameters is None:
         hint = "name one as it was written: editors and web sites drop them"
         raise UsageError(f"{path} carries no generation parameters", hint)
@@ -217,9 +219,9 @@ def read(path: Path) -> Parameters:
     return parameters
 
 
-def _decoded(exact: str | bytes) -> Parameters | None:
+def _decoded(exact: str | bytes) -> Record | None:
     try:
-        return Parameters.from_json(exact)
+        return from_json(exact)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from zimgkit.engines.errors import UsageError
-from zimgkit.runtime.pictures.parameters import Parameters, read
+from zimgkit.runtime.pictures.metadata import Parameters, from_json, from_text, read
 from zimgkit.runtime.pictures.saving import save
 
 SUFFIXES = [".png", ".jpg", ".webp"]
@@ -94,14 +94,14 @@ def test_the_web_ui_understands_the_text(prompt: str, negative: str | None) -> N
     assert (fields["Steps"], fields["Seed"], fields["Size"]) == ("9", str(2**64 - 1), "48x64")
     assert float(fields["CFG scale"]) == 0.1 + 0.2
     assert fields["Model"] == 'odd: "name", really'
-    assert Parameters.from_text(parameters.to_text()) == parameters
+    assert from_text(parameters.to_text()) == parameters
 
 
 def test_text_and_back() -> None:
-    assert Parameters.from_text(FULL.to_text()) == FULL
-    assert Parameters.from_text(Parameters(prompt="").to_text()) == Parameters(prompt="Sampler: Euler")
+    assert from_text(FULL.to_text()) == FULL
+    assert from_text(Parameters(prompt="").to_text()) == Parameters(prompt="Sampler: Euler")
     empty = Parameters(prompt="", seed=1, num_inference_steps=2)
-    assert Parameters.from_text(empty.to_text()) == empty
+    assert from_text(empty.to_text()) == empty
 
 
 WEB_UI = (
@@ -115,7 +115,7 @@ WEB_UI = (
 
 
 def test_text_of_the_web_ui() -> None:
-    assert Parameters.from_text(WEB_UI) == Parameters(
+    assert from_text(WEB_UI) == Parameters(
         prompt="masterpiece, (best quality:1.2), <lora:add_detail:0.5>, night: city\nsecond line",
         negative_prompt="lowres, bad anatomy\nsecond negative line",
         height=768,
@@ -144,7 +144,7 @@ def test_text_of_the_web_ui() -> None:
     ],
 )
 def test_text_of_any_tool_is_read_as_far_as_it_goes(text: str, expected: dict[str, Any]) -> None:
-    assert Parameters.from_text(text) == Parameters(**expected)
+    assert from_text(text) == Parameters(**expected)
 
 
 @pytest.mark.parametrize(("piece", "end"), [("word ", ""), (" " * 5, "x"), ('a:"', ""), ("key: value, ", "")])
@@ -156,7 +156,7 @@ def test_long_text_is_read_in_time_that_grows_with_its_length(piece: str, end: s
         text, found = piece * count + end, []
         for _ in range(3):
             start = time.thread_time()
-            Parameters.from_text(text)
+            from_text(text)
             found.append(time.thread_time() - start)
         return min(found)
 
@@ -190,7 +190,7 @@ any_parameters = st.builds(
 @given(parameters=any_parameters)
 @settings(max_examples=300, deadline=None)
 def test_the_exact_copy_is_exact(parameters: Parameters) -> None:
-    assert Parameters.from_json(parameters.to_json()) == parameters
+    assert from_json(parameters.to_json()) == parameters
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -266,7 +266,7 @@ def exif(comment: bytes) -> dict[str, Any]:
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])
 def test_comments_of_other_tools(tmp_path: Path, suffix: str, comment: bytes) -> None:
     PICTURE.save(tmp_path / f"other{suffix}", **exif(comment))
-    assert read(tmp_path / f"other{suffix}") == Parameters.from_text(WEB_UI)
+    assert read(tmp_path / f"other{suffix}") == from_text(WEB_UI)
 
 
 @pytest.mark.parametrize("exact", [None, "", "{}", "not json", '{"prompt": 3}', '{"prompt": "a", "seed": "b"}'])
@@ -276,7 +276,7 @@ def test_png_of_other_tools_or_with_a_broken_exact_copy(tmp_path: Path, exact: s
     if exact is not None:
         chunks.add_text("zimg", exact)
     PICTURE.save(tmp_path / "other.png", pnginfo=chunks)
-    assert read(tmp_path / "other.png") == Parameters.from_text(WEB_UI)
+    assert read(tmp_path / "other.png") == from_text(WEB_UI)
 
 
 def test_a_newer_exact_copy_with_fields_unknown_here(tmp_path: Path) -> None:

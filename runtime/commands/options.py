@@ -1,0 +1,52 @@
+"""Options of the command line that are parameters of a call, derived from their one list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import click
+
+from zimgkit.engines.base import BACKENDS
+from zimgkit.runtime.parameters import PARAMETERS, RECOMMENDED
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+BACKEND = click.option(
+    "--backend",
+    type=click.Choice(list(BACKENDS)),
+    default="onnxruntime",
+    show_default=True,
+    help="What runs the networks.",
+)
+DEVICE = click.option("--device", help="cpu, cuda or cuda:N. [default: the best one present]")
+QUIET = click.option("--quiet", is_flag=True, help="No progress bar.")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def call_options(leave_out: Collection[str] = (), defaults: Mapping[str, Any] = {}) -> Decorator:
+    """Add an option for every parameter of a call that the command line has, named as the parameter is.
+
+    Args:
+        leave_out: names of parameters that this command does not take.
+        defaults: of those that have one here; the others are None where they are not given.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for parameter in reversed(PARAMETERS):
+            if not parameter.option or parameter.name in leave_out:
+                continue
+            default, text = defaults.get(parameter.name), parameter.help
+            if default is None and parameter.name != "prompt":
+                text += f" [default: {parameter.default or RECOMMENDED}]"
+            command = click.option(
+                f"--{parameter.option}",
+                parameter.name,
+                type=parameter.type,
+                default=default,
+                show_default=default is not None,
+                help=text,
+            )(command)
+        return command
+
+    return decorate

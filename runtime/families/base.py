@@ -1,0 +1,142 @@
+"""What the loop asks of a family on the host side."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zimgkit.runtime.diffusion.positions import text_encoder_tables
+
+if TYPE_CHECKING:
+    from zimgkit.engines.bundle import Bundle, TextConfig
+
+Array = NDArray[np.float32]
+Config = Mapping[str, Mapping[str, Any]]
+"""The checkpoint's config per component, as in ``Manifest.config``."""
+Feeds = dict[str, NDArray[Any]]
+StepInputs = Callable[[int], Feeds]
+"""Step -> some of the denoiser's inputs."""
+Progress = Callable[[int, int], None]
+"""Called with how much is done, and how much there is."""
+
+
+class Family(ABC):
+    """A family's host side, for one checkpoint. Sizes are of the picture, in pixels.
+
+    Args:
+        config: the checkpoint's config per component.
+    """
+
+    NAME: ClassVar[str]
+    """As manifests call it."""
+    TEXT: ClassVar[TextConfig]
+    """The prompt template and its limits, where the checkpoint does not bring its own."""
+    USES_CHAT_TEMPLATE: ClassVar[bool]
+    """Whether the reference pipeline renders the tokenizer's own chat template."""
+    MAX_SIDE: ClassVar[int]
+    """The longest side the position tables allow, in pixels."""
+    NEGATIVE_PROMPT: ClassVar[str | None]
+    """What guidance uses where no negative prompt is given; None if there is no guidance then."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @staticmethod
+    @abstractmethod
+    def dynamic_dimensions(height: int, width: int, tokens: int) -> dict[str, int]:
+        """How long the dynamic dimensions of all graphs are, but for the batch.
+
+        Args:
+            height: of the picture.
+            width: of the picture.
+            tokens: token ids of the prompt, template included.
+        """
+
+    @abstractmethod
+    def base_sigmas(self, num_inference_steps: int) -> list[float] | None:
+        """The noise levels the reference pipeline gives its scheduler; None for the schedule's own equal steps."""
+
+    @abstractmethod
+    def noise_dtype(self, precision: str) -> str:
+        """The element type the reference pipeline draws its noise in, for weights of this precision."""
+
+    @abstractmethod
+    def noise_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """The shape of one picture's noise as the reference pipeline draws it."""
+
+    @abstractmethod
+    def from_noise(self, noise: Array) -> Array:
+        """Drawn noise (batch, ...) to latents in the form the reference pipeline keeps them."""
+
+    @abstractmethod
+    def latents_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """The shape of one picture's latents in that form."""
+
+    @abstractmethod
+    def to_vae(self, latents: Array, height: int, width: int) -> Array:
+        """Latents to the VAE decoder's input, (batch, channels, height / 8, width / 8)."""
+
+    def text_encoder_inputs(self, input_ids: NDArray[np.int64]) -> Feeds:
+        """Inputs of ``text_encoder`` for the token ids (1, tokens) of one prompt."""
+        cos, sin = text_encoder_tables(input_ids.shape[1], self.config["text_encoder"])
+        return {"input_ids": input_ids, "cos": cos, "sin": sin}
+
+    @abstractmethod
+    def conditioner_inputs(self, prompt_embeds: Array) -> Feeds:
+        """Inputs of ``conditioner`` for one prompt's rows (tokens, hidden)."""
+
+    @abstractmethod
+    def denoiser_constants(self, conditioning: Array, tokens: int, height: int, width: int) -> Feeds:
+        """Inputs of ``denoiser`` that stay the same over all steps.
+
+        Args:
+            conditioning: what the conditioner gave.
+            tokens: rows of the prompt that it was given.
+            height: of the picture.
+            width: of the picture.
+        """
+
+    @abstractmethod
+    def schedule_inputs(self, bundle: Bundle, sigmas: Array, progress: Progress | None = None) -> StepInputs:
+        """Inputs of ``denoiser`` that follow from the schedule alone.
+
+        Args:
+            bundle: an open bundle.
+            sigmas: float32 (N,), the noise level of each step, without the 0 at the end.
+            progress: called while a long computation runs.
+
+        Returns:
+            Step -> its inputs.
+        """
+
+    @abstractmethod
+    def denoiser_inputs(self, latents: Array) -> Feeds:
+        """Inputs of ``denoiser`` that change with the latents."""
+
+    @abstractmethod
+    def velocity(self, output: Array, latents: Array) -> Array:
+        """The denoiser's output as a velocity in the form of the latents."""
+
+    @staticmethod
+    @abstractmethod
+    def guidance_scale(cfg_scale: float) -> float:
+        """DiffSynth's ``cfg_scale`` as this family's ``guidance_scale``."""
+
+    @staticmethod
+    @abstractmethod
+    def cfg_scale(guidance_scale: float) -> float:
+        """This family's ``guidance_scale`` as DiffSynth's ``cfg_scale``."""
+
+    @staticmethod
+    @abstractmethod
+    def is_guided(guidance_scale: float, sigma: float = 1.0, cfg_truncation: float | None = 1.0) -> bool:
+        """Whether guidance is on at this noise level."""
+
+    @staticmethod
+    @abstractmethod
+    def guide(positive: Array, negative: Array, guidance_scale: float, cfg_normalization: float = 0.0) -> Array:
+        """Combine the velocities with and without the prompt, (batch, ...) each."""

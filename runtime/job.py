@@ -1,0 +1,127 @@
+"""One picture under way, and what its steps share with those of other pictures."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zimgkit.engines.base import Feeds
+from zimgkit.engines.errors import CancelledError
+from zimgkit.runtime.request import Request
+
+Array = NDArray[np.float32]
+
+
+class Uploads(Protocol):
+    """What conditions are brought to a device with."""
+
+    @property
+    def device(self) -> str:
+        """Which device."""
+
+    def upload(self, feeds: Mapping[str, NDArray[Any]]) -> Feeds:
+        """Copy arrays there."""
+
+
+class Conditions:
+    """What a prompt adds to every step of its pictures: inputs of the denoiser that stay the same.
+
+    All jobs of a prompt share one of these. Its inputs are uploaded when the first of them takes its first step, and
+    leave the device with the last of them, when nothing refers to this any more.
+
+    Args:
+        make: computes the inputs when they are first needed.
+    """
+
+    def __init__(self, make: Callable[[], Mapping[str, NDArray[Any]]]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._uploaded: tuple[str, Feeds] | None = None
+
+    def on(self, engine: Uploads) -> Feeds:
+        """The inputs as handles on an engine's device."""
+        with self._lock:
+            if self._uploaded is None or self._uploaded[0] != engine.device:
+                self._uploaded = engine.device, engine.upload(self._make())
+            return self._uploaded[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The noise levels of a run, and what follows from them alone. All jobs of a request share it."""
+
+    sigmas: Array
+    """Float32 (steps + 1,), the last one 0."""
+    inputs: Callable[[int], Feeds]
+    """Step -> inputs of the denoiser."""
+
+    def __len__(self) -> int:
+        return len(self.sigmas) - 1
+
+
+@dataclass(eq=False)
+class Job:
+    """One picture under way. One thread at a time may step it; any may cancel it."""
+
+    request: Request
+    index: int
+    """Which of the request's pictures."""
+    latents: Array
+    """Float32 (1, ...), in the form the reference pipeline keeps them."""
+    schedule: Schedule
+    positive: Conditions | None
+    """None once nothing is left to denoise."""
+    negative: Conditions | None
+    releases: list[Callable[[], None]] = field(default_factory=list, repr=False)
+    """Called once each, when the job needs the denoiser no more."""
+    step: int = 0
+    """Steps that are done."""
+    denoised: Array | None = None
+    """After a step: the clean latents that it aimed at."""
+    velocity: Array | None = None
+    """After a step: what it moved along."""
+    cancelled: bool = False
+
+    @property
+    def is_denoised(self) -> bool:
+        """Whether all steps are done."""
+        return self.step == len(self.schedule)
+
+    @property
+    def sigma(self) -> float:
+        """The noise level of the latents now."""
+        return float(self.schedule.sigmas[self.step])
+
+    @property
+    def progress(self) -> float:
+        """The share of steps that are done, from 0 to 1."""
+        return self.step / len(self.schedule)
+
+    def cancel(self) -> None:
+        """Take no further step. One that another thread is taking now is finished; its result is not used."""
+        self.cancelled = True
+        self.release()
+
+    def check(self) -> None:
+        """Refuse to go on with what was cancelled.
+
+        Raises:
+            CancelledError: it was.
+        """
+        if self.cancelled:
+            raise CancelledError(f"picture {self.index + 1} of {self.request.batch} was cancelled")
+
+    def release(self) -> None:
+        """Let go of the conditions and the denoiser; a second call does nothing."""
+        self.positive = self.negative = None
+        while True:
+            try:
+                release = self.releases.pop()  # Only one thread gets it.
+            except IndexError:
+                return
+            release()

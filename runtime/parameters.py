@@ -1,0 +1,285 @@
+"""The parameters of a call: the one list that the command line, the Python call, pictures and servers are derived from.
+
+Names are those of diffusers' pipelines; DiffSynth's are accepted where they differ.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zimgkit.engines.errors import UsageError
+
+MULTIPLE = 16
+"""A token is a patch of 16 x 16 pixels."""
+RECOMMENDED = "the checkpoint's"
+MAX_CHARACTERS = 100_000
+"""A longer prompt is a mistake: no tokenizer makes fewer than a thousand tokens of it."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a call."""
+
+    name: str
+    type: type
+    """``str``, ``int``, ``float``, or ``tuple`` for several numbers."""
+    help: str
+    default: str = ""
+    """What is used where it is not given, in words; empty where the value is the bundle's own recommendation."""
+    low: float = -math.inf
+    high: float = math.inf
+    multiple: int = 1
+    choices: tuple[str, ...] = ()
+    option: str = ""
+    """What the command line calls it; empty where it does not have it."""
+    key: str = ""
+    """What the text in a picture calls it; empty where it has a form of its own there, or none."""
+    recorded: bool = False
+    """Whether a picture carries it, so that it can be drawn again."""
+
+
+PARAMETERS = (
+    Parameter("prompt", str, "What to draw.", option="prompt", recorded=True),
+    Parameter(
+        "negative_prompt",
+        str,
+        "What to guide away from.",
+        "the checkpoint's recommendation",
+        option="negative-prompt",
+        recorded=True,
+    ),
+    Parameter("height", int, "In pixels, a multiple of 16.", low=16, multiple=MULTIPLE, option="height", recorded=True),
+    Parameter("width", int, "In pixels, a multiple of 16.", low=16, multiple=MULTIPLE, option="width", recorded=True),
+    Parameter(
+        "num_inference_steps",
+        int,
+        "Denoising steps.",
+        low=1,
+        high=10_000,
+        option="num-inference-steps",
+        key="Steps",
+        recorded=True,
+    ),
+    Parameter("sigmas", tuple, "Noise levels before the shift.", "equal steps", low=0, high=1, recorded=True),
+    Parameter(
+        "guidance_scale",
+        float,
+        "As diffusers counts it for this family.",
+        low=-1000,
+        high=1000,
+        option="guidance-scale",
+        key="Guidance scale",
+        recorded=True,
+    ),
+    Parameter("true_cfg_scale", float, "Another name of guidance_scale.", "guidance_scale", low=-1000, high=1000),
+    Parameter(
+        "cfg_scale",
+        float,
+        "As DiffSynth counts it, instead of the guidance scale; 1 is off.",
+        "the guidance scale",
+        low=-1000,
+        high=1000,
+        option="cfg-scale",
+        key="CFG scale",
+        recorded=True,
+    ),
+    Parameter(
+        "cfg_normalization",
+        float,
+        "A bound on the guided velocity's norm, in norms of the unguided; 0 is none.",
+        "0",
+        low=0,
+        high=1e6,
+        option="cfg-normalization",
+        key="CFG normalization",
+        recorded=True,
+    ),
+    Parameter(
+        "cfg_truncation",
+        float,
+        "Guidance is off once 1 - sigma exceeds this.",
+        "1",
+        low=0,
+        high=1e6,
+        option="cfg-truncation",
+        key="CFG truncation",
+        recorded=True,
+    ),
+    Parameter("num_images_per_prompt", int, "Pictures of each prompt.", "1", low=1, high=10_000, option="num-images"),
+    Parameter(
+        "seed",
+        int,
+        "Of the noise.",
+        "a random one, which is told",
+        low=-(2**63),
+        high=2**64 - 1,
+        option="seed",
+        key="Seed",
+        recorded=True,
+    ),
+    Parameter(
+        "max_sequence_length",
+        int,
+        "Prompt tokens that are read.",
+        low=1,
+        option="max-sequence-length",
+        key="Max sequence length",
+        recorded=True,
+    ),
+    Parameter(
+        "output_type",
+        str,
+        "PIL images, arrays or torch tensors of 0 ... 1, or latents.",
+        '"pil"',
+        choices=("pil", "np", "pt", "latent"),
+    ),
+)
+BY_NAME = {parameter.name: parameter for parameter in PARAMETERS}
+
+TENSORS = {
+    "generator": "a torch generator, or one for each picture, whose ``initial_seed()`` is the seed",
+    "latents": "noise to start from instead of the seed's, in the reference pipeline's own form",
+    "prompt_embeds": "rows of the text encoder instead of a prompt",
+    "negative_prompt_embeds": "rows of the text encoder instead of a negative prompt",
+}
+"""What only a call in Python can take."""
+
+INSTEAD = {
+    "batch_size": "num_images_per_prompt",
+    "cfg": "cfg_scale",
+    "guidance": "guidance_scale",
+    "n": "num_images_per_prompt",
+    "num_images": "num_images_per_prompt",
+    "num_steps": "num_inference_steps",
+    "size": "height and width",
+    "steps": "num_inference_steps",
+    "timesteps": "sigmas, which are noise levels from 1 to 0",
+    "callback": "callback_on_step_end",
+    "callback_steps": "callback_on_step_end, which is called after every step",
+    "attention_kwargs": "a bundle with LoRAs merged: zimg-export swap-lora",
+    "cross_attention_kwargs": "a bundle with LoRAs merged: zimg-export swap-lora",
+    "joint_attention_kwargs": "a bundle with LoRAs merged: zimg-export swap-lora",
+    "prompt_embeds_mask": "prompt_embeds without the rows that the mask leaves out",
+    "negative_prompt_embeds_mask": "negative_prompt_embeds without the rows that the mask leaves out",
+    "rand_device": "seed, whose noise is always that of a generator on the CPU",
+    "torch_dtype": "a bundle of another precision: zimg-export build --precision",
+    "exponential_shift_mu": "sigmas, or a bundle with another scheduler",
+}
+"""Arguments of other pipelines -> what serves instead."""
+PICTURES = (
+    *("image", "input_image", "edit_image", "mask_image", "inpaint_mask", "strength", "denoising_strength"),
+    *("control_image", "controlnet_inputs", "blockwise_controlnet_inputs", "controlnet_conditioning_scale"),
+    *("context_image", "eligen_entity_prompts", "eligen_entity_masks", "layer_num"),
+)
+"""Arguments of pipelines that take pictures."""
+
+
+def checked(parameter: Parameter, value: Any, *, high: float | None = None) -> Any:
+    """A value of one parameter, as its type, within its range.
+
+    Args:
+        parameter: which.
+        value: what was given.
+        high: a lower bound on its largest value than its own.
+
+    Raises:
+        UsageError: it is of another type or out of range; naming the parameter, and what it may be.
+    """
+    highest = parameter.high if high is None else high
+    if parameter.type is int:
+        return _multiple(parameter, _integer(parameter.name, value, int(parameter.low), highest), highest)
+    if parameter.type is float:
+        return _number(parameter.name, value, parameter.low, highest)
+    if parameter.type is tuple:
+        return _numbers(parameter, value)
+    if parameter.choices and value not in parameter.choices:
+        raise UsageError(f"{parameter.name} is {value!r}", f"choose one of {', '.join(parameter.choices)}")
+    return value
+
+
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    """A text, or several.
+
+    Raises:
+        UsageError: it is neither, or one is too long.
+    """
+    values = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
+    if not values or not all(isinstance(entry, str) for entry in values):
+        raise UsageError(f"{name} must be a text, or a list of texts")
+    longest = max(len(entry) for entry in values)
+    if longest > MAX_CHARACTERS:
+        raise UsageError(f"{name} has {longest:,} characters", f"give at most {MAX_CHARACTERS:,}")
+    return values
+
+
+def refuse_unknown(given: Iterable[str], known: Collection[str]) -> None:
+    """Refuse arguments that there are not, and name what serves instead.
+
+    Raises:
+        UsageError: naming the first.
+    """
+    for name in given:
+        if name in known:
+            continue
+        if name in PICTURES:
+            raise UsageError(f"there is no argument {name!r} here", "this bundle draws from text alone")
+        if name in INSTEAD:
+            raise UsageError(f"there is no argument {name!r}", f"use {INSTEAD[name]}")
+        close = difflib.get_close_matches(name, known, n=1)
+        raise UsageError(f"there is no argument {name!r}", f"did you mean {close[0]}?" if close else "leave it out")
+
+
+def document(names: Iterable[str]) -> str:
+    """The named parameters as the ``Args`` of a docstring."""
+    lines = []
+    for name in names:
+        parameter = BY_NAME.get(name)
+        if parameter is None:
+            lines.append(f"    {name}: {TENSORS[name]}.")
+        else:
+            lines.append(f"    {name}: {parameter.help} [default: {parameter.default or RECOMMENDED}]")
+    return "\n".join(lines)
+
+
+def _multiple(parameter: Parameter, number: int, highest: float) -> int:
+    step = parameter.multiple
+    if number % step:
+        near = max(step, round(number / step) * step)
+        raise UsageError(f"{parameter.name} is {number}, not a multiple of {step}", f"the nearest that is: {near}")
+    return number
+
+
+def _integer(name: str, value: Any, low: int, high: float) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise UsageError(f"{name} is {value!r}", "give a whole number") from None
+    if not low <= number <= high:
+        raise UsageError(f"{name} is {number}", f"give a number from {low} to {high}")
+    return number
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"{name} is {value!r}", "give a number") from None
+    if not (math.isfinite(number) and low <= number <= high):
+        raise UsageError(f"{name} is {number}", f"give a number from {low:g} to {high:g}")
+    return number
+
+
+def _numbers(parameter: Parameter, value: Any) -> tuple[float, ...]:
+    try:
+        numbers = tuple(value)
+    except TypeError:
+        numbers = ()
+    if not numbers:
+        hint = f"give a list of one or more numbers from {parameter.low:g} to {parameter.high:g}, or leave it out"
+        raise UsageError(f"{parameter.name} is {value!r}", hint)
+    return tuple(_number(parameter.name, number, parameter.low, parameter.high) for number in numbers)

@@ -1,0 +1,283 @@
+"""A bundle's engines at work on jobs: encode a prompt, take steps, decode. Any number of threads may share a session.
+
+``begin`` turns a request into jobs, one for each picture; ``step`` takes some of them one step further; ``finish``
+gives a picture. Between two steps jobs may be cancelled, previewed, or left lying while others go on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zimgkit.engines.bundle import Bundle
+from zimgkit.engines.errors import UsageError
+from zimgkit.engines.tensors.dtypes import round_to
+from zimgkit.runtime.diffusion.noise import randn_tensor
+from zimgkit.runtime.diffusion.schedule import calculate_mu, euler_step, flow_match_sigmas
+from zimgkit.runtime.engine_pool import EnginePool, Opener
+from zimgkit.runtime.families import family_of
+from zimgkit.runtime.job import Array, Conditions, Job, Schedule
+from zimgkit.runtime.pictures.saving import from_vae
+from zimgkit.runtime.progress import Report, silent
+from zimgkit.runtime.request import Request
+from zimgkit.runtime.served import check_served, largest_batch
+from zimgkit.runtime.text.tokenizer import PromptTokenizer, keep_rows
+
+Device = str | Mapping[str, str] | None
+"""Of all components, or component -> its device; None and what is not named take the best one present."""
+
+
+class Session:
+    """The engines of one bundle, and the jobs that run on them.
+
+    Args:
+        bundle: an open bundle.
+        backend: as for :func:`zimgkit.engines.base.open_engine`.
+        device: likewise, of all components or of each by its name.
+        memory_budget: see :class:`zimgkit.runtime.engine_pool.EnginePool`.
+        report: called with (stage, done, total) while something long runs.
+        warn: called with what the caller should know, such as a prompt that was cut.
+        opener: opens an engine.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        backend: str = "onnxruntime",
+        device: Device = None,
+        memory_budget: int | None = None,
+        report: Report = silent,
+        warn: Callable[[str], None] = warnings.warn,
+        opener: Opener | None = None,
+    ) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self.device = device
+        self.report = report
+        self.warn = warn
+        self.family = family_of(bundle.manifest)
+        self.engines = EnginePool(bundle, backend, memory_budget, opener)
+        self._tokenizer = PromptTokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text)
+
+    def begin(self, request: Request) -> list[Job]:
+        """Read a request's prompts, draw its noise and lay out its schedule.
+
+        Returns:
+            A job for each picture, those of the first prompt first.
+
+        Raises:
+            UsageError: a prompt is no text, or what was compiled does not serve the size.
+            BackendError: an engine failed.
+            BundleError: a component is missing or broken.
+        """
+        if not request.is_guided and self.family.is_guided(request.guidance_scale):
+            self.warn(
+                "guidance is off, for there is no negative prompt; "
+                "give one (the models' authors use ' '), or a guidance_scale of 1"
+            )
+        if request.latents is None:
+            latents = self.draw_noise(request.batch, request.seed, request.height, request.width)
+        else:
+            latents = request.latents
+        positive, negative = self._encode(request)
+        schedule = self._schedule(request)
+        jobs = []
+        for index in range(request.batch):
+            prompt = index // request.num_images_per_prompt
+            self.engines.keep("denoiser", self.device_of("denoiser"))
+            jobs.append(
+                Job(
+                    request,
+                    index,
+                    latents[index : index + 1],
+                    schedule,
+                    positive[prompt],
+                    negative[prompt] if negative else None,
+                    [partial(self.engines.let_go, "denoiser", self.device_of("denoiser"))],
+                )
+            )
+        return jobs
+
+    def step(self, jobs: Sequence[Job]) -> None:
+        """Take jobs one step further.
+
+        Those that share their prompts, size and noise level go through the denoiser together, as many as it takes.
+
+        Raises:
+            CancelledError: one of them was cancelled; no other has taken a step then.
+            ValueError: one of them has no step left.
+            BackendError: an engine failed; jobs it had not reached are as they were.
+        """
+        for job in jobs:
+            job.check()
+            if job.is_denoised:
+                raise ValueError(f"{job} has no step left")
+        for group in self.groups(jobs):
+            self._step(group)
+
+    def groups(self, jobs: Iterable[Job]) -> Iterator[list[Job]]:
+        """Jobs that can take a step together, in the order given, no more at once than the denoiser takes."""
+        most = largest_batch(self.bundle, "denoiser", self.backend)
+        groups: dict[tuple[int, ...], list[Job]] = {}
+        for job in jobs:
+            key = (id(job.positive), id(job.negative), id(job.schedule), job.step)
+            groups.setdefault(key, []).append(job)
+        for group in groups.values():
+            for start in range(0, len(group), most):
+                yield group[start : start + most]
+
+    def finish(self, job: Job) -> Array:
+        """Decode a job's latents; all steps must be done.
+
+        Returns:
+            The picture, float32 (H, W, 3) from 0 to 1.
+
+        Raises:
+            CancelledError: it was cancelled.
+            ValueError: it has steps left.
+            BackendError: an engine failed.
+        """
+        job.check()
+        if not job.is_denoised:
+            raise ValueError(f"{job} has steps left")
+        picture: Array = self.decode(job.latents, job.request.height, job.request.width)[0]
+        return picture
+
+    def decode(self, latents: Array, height: int, width: int) -> Array:
+        """Latents of pictures of this size in pixels as pixels, float32 (N, H, W, 3) from 0 to 1.
+
+        Raises:
+            BackendError: the engine failed.
+        """
+        raw = self.family.to_vae(latents, height, width)
+        with self.engines.engine("vae_decoder", self.device_of("vae_decoder")) as engine:
+            decoded = [engine.run({"latents": raw[index : index + 1]})["image"] for index in range(len(raw))]
+        return from_vae(np.concatenate(decoded))
+
+    def draw_noise(self, pictures: int, seed: int | Sequence[int], height: int, width: int) -> Array:
+        """The noise that pictures start from, float32 (pictures, ...), in the form their latents have.
+
+        Args:
+            pictures: how many are drawn together.
+            seed: one for all of them, or one each.
+            height: of the pictures, in pixels.
+            width: as ``height``.
+        """
+        noise = randn_tensor((pictures, *self.family.noise_shape(height, width)), seed)
+        return self.family.from_noise(round_to(noise, self.family.noise_dtype(self.bundle.manifest.precision)))
+
+    def device_of(self, component: str) -> str | None:
+        """Where a component runs; None for the best device present."""
+        return self.device.get(component) if isinstance(self.device, Mapping) else self.device
+
+    def close(self) -> None:
+        """Close all engines; those in use when they are given back. The session can go on, and opens them anew."""
+        self.engines.close()
+
+    def _schedule(self, request: Request) -> Schedule:
+        scheduler = self.bundle.manifest.scheduler
+        mu = calculate_mu((request.height // 16) * (request.width // 16), scheduler)
+        base = request.sigmas or self.family.base_sigmas(request.num_inference_steps)
+        sigmas = flow_match_sigmas(request.num_inference_steps, scheduler, mu=mu, sigmas=base)
+        progress = partial(self.report, "modulation")
+        return Schedule(sigmas, self.family.schedule_inputs(self.bundle, sigmas[:-1], progress))
+
+    def _encode(self, request: Request) -> tuple[list[Conditions], list[Conditions] | None]:
+        """The conditions of each prompt and of each negative prompt; equal ones share theirs."""
+        asked: list[list[str | Array]] = []
+        for texts, embeds in (
+            (request.prompts, request.prompt_embeds),
+            (request.negative_prompts or (), request.negative_prompt_embeds),
+        ):
+            asked.append([*texts] if embeds is None else [*embeds])
+        rows: dict[str | int, Array] = {id(entry): entry for entry in asked[0] + asked[1] if not isinstance(entry, str)}
+        for given in rows.values():
+            self._check_embeds(given)
+            self._check_served(request, self.bundle.manifest.text.drop + len(given))
+        rows.update(self._read(request, [entry for entry in asked[0] + asked[1] if isinstance(entry, str)]))
+        conditions = {}
+        with self.engines.engine("conditioner", self.device_of("conditioner")) as engine:
+            for key, prompt_embeds in rows.items():
+                (conditioning,) = engine.run(self.family.conditioner_inputs(prompt_embeds)).values()
+                conditions[key] = Conditions(
+                    partial(
+                        self.family.denoiser_constants,
+                        conditioning,
+                        len(prompt_embeds),
+                        request.height,
+                        request.width,
+                    )
+                )
+        self.report("encode", len(rows), len(rows))
+        positive, negative = (
+            [conditions[entry if isinstance(entry, str) else id(entry)] for entry in entries] for entries in asked
+        )
+        return positive, negative or None
+
+    def _read(self, request: Request, texts: Iterable[str]) -> dict[str, Array]:
+        """The text encoder's rows of each different text, float32 (tokens, hidden)."""
+        tokens = self._tokenize(request, texts)
+        rows: dict[str, Array] = {}
+        if not tokens:
+            return rows
+        with self.engines.engine("text_encoder", self.device_of("text_encoder")) as engine:
+            for index, (text, ids) in enumerate(tokens.items()):
+                self.report("encode", index, len(tokens))
+                hidden = engine.run(self.family.text_encoder_inputs(ids))["prompt_embeds"][0]
+                rows[text] = keep_rows(hidden, self.bundle.manifest.text, request.max_sequence_length)
+        return rows
+
+    def _tokenize(self, request: Request, texts: Iterable[str]) -> dict[str, NDArray[np.int64]]:
+        """The token ids of each different text; what is past the limit is cut."""
+        text = self.bundle.manifest.text
+        most = min(text.drop + request.max_sequence_length, text.max_tokens)
+        tokens = {}
+        for prompt in dict.fromkeys(texts):
+            ids = self._tokenizer.encode(prompt)
+            if ids.shape[1] > most:
+                self.warn(f"the prompt has more than {most - text.drop} tokens; the rest is not read")
+            # The encoder is causal: no row that is kept depends on what is cut here.
+            tokens[prompt] = ids[:, :most]
+            self._check_served(request, tokens[prompt].shape[1])
+        return tokens
+
+    def _check_embeds(self, embeds: Array) -> None:
+        """Check that rows are those of this bundle's text encoder, and no more than it gives."""
+        width = self.bundle.component("conditioner").inputs["prompt_embeds"].shape[-1]
+        most = self.bundle.manifest.text.max_tokens - self.bundle.manifest.text.drop
+        if embeds.shape[1] != width or len(embeds) > most:
+            hint = f"this bundle takes at most {most} rows of {width} numbers"
+            raise UsageError(f"prompt_embeds have {len(embeds)} rows of {embeds.shape[1]} numbers", hint)
+
+    def _check_served(self, request: Request, tokens: int) -> None:
+        dimensions = self.family.dynamic_dimensions(request.height, request.width, tokens)
+        check_served(self.bundle, self.backend, dimensions, request.width, request.height)
+
+    def _step(self, group: Sequence[Job]) -> None:
+        """One step of jobs that share everything but their latents."""
+        first, family = group[0], self.family
+        schedule, request = first.schedule, first.request
+        positive, negative = first.positive, first.negative
+        sigma, sigma_next = schedule.sigmas[first.step : first.step + 2]
+        latents = np.concatenate([job.latents for job in group])
+        inputs = {**schedule.inputs(first.step), **family.denoiser_inputs(latents)}
+        if positive is None:
+            return  # It was cancelled meanwhile.
+        with self.engines.engine("denoiser", self.device_of("denoiser")) as engine:
+            velocity = family.velocity(engine.run({**positive.on(engine), **inputs})["velocity"], latents)
+            if negative and family.is_guided(request.guidance_scale, sigma, request.cfg_truncation):
+                away = family.velocity(engine.run({**negative.on(engine), **inputs})["velocity"], latents)
+                velocity = family.guide(velocity, away, request.guidance_scale, request.cfg_normalization)
+        denoised = latents - sigma * velocity
+        moved = euler_step(latents, velocity, sigma, sigma_next)
+        for index, job in enumerate(group):
+            own = slice(index, index + 1)
+            job.latents, job.denoised, job.velocity = moved[own], denoised[own], velocity[own]
+            job.step += 1
+            if job.is_denoised:
+                job.release()
