@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,13 +23,18 @@ Key = tuple[str, str | None]
 """Component and device."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
-    """An engine, and how often it is borrowed now."""
+    """An engine, and who uses it."""
 
-    opening: threading.Lock = field(default_factory=threading.Lock)
     engine: Engine | None = None
     borrows: int = 0
+    opening: bool = False
+    """Whether a thread is opening it now."""
+    waiting: int = 0
+    """Borrows of threads that can go on only when another thread does something."""
+    behind: list[list[_Entry]] = field(default_factory=list)
+    """What else threads have borrowed that wait for this to be opened."""
     closing: bool = False
     """Whether it is to be closed when the last borrow ends."""
 
@@ -57,12 +62,14 @@ class EnginePool:
         self._opener = opener
         self._entries: dict[Key, _Entry] = {}
         """Those that are open or being opened; the one borrowed last is last."""
+        self._leaving: list[_Entry] = []
+        """Those to be closed when they are given back."""
         self._wanted: Counter[Key] = Counter()
+        self._changes = 0
+        """Counts engines that were given back or closed."""
         self._returned = threading.Condition(threading.RLock())
-        """Guards all of the above; told when an engine is given back."""
+        """Guards all of the above; told when an engine is given back or opened."""
         self._own = threading.local()
-        self._blocked = 0
-        """Borrows of threads that wait for others."""
 
     @contextmanager
     def engine(self, component: str, device: str | None = None) -> Iterator[Borrowed]:
@@ -77,14 +84,9 @@ class EnginePool:
             entry = self._entries.pop(key, None) or _Entry()
             self._entries[key] = entry
             entry.borrows += 1
-            self._own.borrows = self._borrows() + 1
+            self._borrowed().append(entry)
         try:
-            with self._opening(entry):
-                if entry.engine is None:
-                    self._close_beyond(reserved=engine_bytes(self.bundle, component, self.backend))
-                    opener = self._opener or open_engine
-                    entry.engine = self.retrying(lambda: opener(self.bundle, component, self.backend, device))
-            yield Borrowed(self, entry.engine)
+            yield Borrowed(self, self._opened(key, entry))
         finally:
             self._give_back(key, entry)
 
@@ -105,11 +107,14 @@ class EnginePool:
         Where there are none, wait until another thread gives one back, unless all of them wait.
         """
         while True:
+            before = self._changes
             try:
                 return work()
             except OutOfMemoryError:
-                if not self._close_idle() and not self._wait():
-                    raise
+                with self._returned:
+                    # What another thread gave back or closed meanwhile may be room enough.
+                    if self._changes == before and not self._close_idle() and not self._wait():
+                        raise
 
     def close(self) -> None:
         """Close all engines that nobody has borrowed now, and the others when they are given back."""
@@ -117,38 +122,57 @@ class EnginePool:
             self._close_idle()
             for entry in self._entries.values():
                 entry.closing = True
+            self._leaving.extend(self._entries.values())
             self._entries.clear()
+
+    def _borrowed(self) -> list[_Entry]:
+        """What this thread has borrowed."""
+        if not hasattr(self._own, "entries"):
+            self._own.entries = []
+        entries: list[_Entry] = self._own.entries
+        return entries
+
+    def _opened(self, key: Key, entry: _Entry) -> Engine:
+        """The engine of an entry: one thread opens it, the others wait for that."""
+        with self._returned:
+            while entry.opening:
+                outer = [other for other in self._borrowed() if other is not entry]
+                entry.behind.append(outer)
+                _mark(outer, 1)
+                while entry.opening:
+                    self._returned.wait()
+            if entry.engine is not None:
+                return entry.engine
+            entry.opening = True
+        try:
+            component, device = key
+            self._close_beyond(reserved=engine_bytes(self.bundle, component, self.backend))
+            opener = self._opener or open_engine
+            entry.engine = self.retrying(lambda: opener(self.bundle, component, self.backend, device))
+            return entry.engine
+        finally:
+            with self._returned:
+                entry.opening = False
+                # Here, and not where they wake up: until then they would count as waiting.
+                for outer in entry.behind:
+                    _mark(outer, -1)
+                entry.behind.clear()
+                self._returned.notify_all()
 
     def _give_back(self, key: Key, entry: _Entry) -> None:
         with self._returned:
             entry.borrows -= 1
-            self._own.borrows -= 1
-            if entry.closing and not entry.borrows and entry.engine:
-                entry.engine.close()
-            elif not entry.borrows and entry.engine is None and self._entries.get(key) is entry:
-                del self._entries[key]
+            self._borrowed().remove(entry)
+            self._changes += 1
+            if not entry.borrows:
+                if entry.closing:
+                    self._leaving.remove(entry)
+                    if entry.engine:
+                        entry.engine.close()
+                elif entry.engine is None and self._entries.get(key) is entry:
+                    del self._entries[key]
             self._close_beyond(reserved=0)
             self._returned.notify_all()
-
-    @contextmanager
-    def _opening(self, entry: _Entry) -> Iterator[None]:
-        """One thread opens an engine, the others wait for it."""
-        own = self._borrows()
-        with self._returned:
-            self._blocked += own
-        try:
-            entry.opening.acquire()
-        finally:
-            with self._returned:
-                self._blocked -= own
-        try:
-            yield
-        finally:
-            entry.opening.release()
-
-    def _borrows(self) -> int:
-        """How many engines this thread has borrowed."""
-        return int(getattr(self._own, "borrows", 0))
 
     def _close_idle(self) -> bool:
         with self._returned:
@@ -160,17 +184,19 @@ class EnginePool:
     def _wait(self) -> bool:
         """Wait a moment for other threads to give engines back; False where all that have some wait themselves."""
         with self._returned:
-            own = self._borrows()
-            if sum(entry.borrows for entry in self._entries.values()) <= own + self._blocked:
-                return False
-            self._blocked += own
+            own = self._borrowed()
+            _mark(own, 1)
             try:
+                others = (*self._entries.values(), *self._leaving)
+                if not any(_is_active(entry) for entry in others):
+                    return False
                 self._returned.wait(timeout=1)
+                return True
             finally:
-                self._blocked -= own
-            return True
+                _mark(own, -1)
 
     def _close(self, key: Key) -> None:
+        self._changes += 1
         engine = self._entries.pop(key).engine
         if engine:
             engine.close()
@@ -189,6 +215,18 @@ class EnginePool:
                 if not self._entries[key].borrows and self._wanted[key] <= 0:
                     self._close(key)
                     held -= size
+
+
+def _mark(entries: Iterable[_Entry], change: int) -> None:
+    for entry in entries:
+        entry.waiting += change
+
+
+def _is_active(entry: _Entry) -> bool:
+    """Whether a thread that has borrowed it will give it back without the help of another."""
+    if entry.engine is None:
+        return entry.opening and not entry.waiting
+    return entry.borrows > entry.waiting
 
 
 class Borrowed:
