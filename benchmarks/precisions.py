@@ -115,7 +115,13 @@ def time_steps(bundles: Mapping[str, Any], trial: Any, repeats: int) -> dict[str
         engine = open_engine(bundle, component, *where)
         if component == "denoiser":
             run = engine.run
-            engine.run = lambda feeds: fed.append({k: np.array(v) for k, v in feeds.items()}) or run(feeds)  # type: ignore
+
+            def recorded(feeds: Any, keep: Any = ()) -> Any:
+                hosted = {k: np.array(v) if isinstance(v, np.ndarray) else engine.download(v) for k, v in feeds.items()}
+                fed.append(hosted)
+                return run(feeds, keep)
+
+            engine.run = recorded  # type: ignore[method-assign]
         return engine
 
     with Pipeline(first, opener=recording, warn=lambda _: None) as pipeline:

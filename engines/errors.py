@@ -72,3 +72,26 @@ class OutputError(ZimgError):
 
 class CancelledError(ZimgError):
     """A picture was cancelled before it was finished."""
+
+
+OUT_OF_MEMORY = (
+    "out of memory",
+    "outofmemory",
+    "failed to allocate memory",
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "alloc_failed",
+    "memoryallocation",
+)
+"""What the C++ library, ONNX Runtime, torch, TensorRT and CUDA's libraries say, in lower case."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether something that a library raised means that memory ran out."""
+    return isinstance(error, MemoryError) or says_out_of_memory(str(error))
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether that is what a library's words mean."""
+    return any(sign in text.lower() for sign in OUT_OF_MEMORY)

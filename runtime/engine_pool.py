@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from zimgkit.engines.base import Engine, Feeds, open_engine
+from zimgkit.engines.base import Engine, Feeds, Handle, open_engine
 from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import OutOfMemoryError
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 Result = TypeVar("Result")
@@ -239,15 +238,15 @@ class Borrowed:
     @property
     def device(self) -> str:
         """Where it runs: handles are good for all engines there."""
-        return str(getattr(self._engine, "device", ""))
+        return self._engine.device
 
-    def upload(self, feeds: Mapping[str, NDArray[Any]]) -> Feeds:
+    def upload(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, Handle]:
         """See :meth:`zimgkit.engines.base.Engine.upload`."""
         return self._pool.retrying(lambda: self._engine.upload(feeds))
 
-    def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
+    def run(self, feeds: Feeds, keep: Collection[str] = ()) -> dict[str, Any]:
         """See :meth:`zimgkit.engines.base.Engine.run`."""
-        return self._pool.retrying(lambda: self._engine.run(feeds))
+        return self._pool.retrying(lambda: self._engine.run(feeds, keep))
 
 
 def engine_bytes(bundle: Bundle, component: str, backend: str) -> int:

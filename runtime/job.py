@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from zimgkit.engines.base import Feeds
+from zimgkit.engines.base import Feeds, Handle
 from zimgkit.engines.errors import CancelledError
 from zimgkit.runtime.request import Request
 
@@ -24,7 +24,7 @@ class Uploads(Protocol):
     def device(self) -> str:
         """Which device."""
 
-    def upload(self, feeds: Mapping[str, NDArray[Any]]) -> Feeds:
+    def upload(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, Handle]:
         """Copy arrays there."""
 
 

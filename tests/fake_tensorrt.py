@@ -3,7 +3,8 @@
 Device memory is memory of the host, and a plan names an ONNX model, which ONNX Runtime runs on the bound addresses.
 Work queued in a stream is done when the stream is waited for, as late as CUDA may do it. What a GPU would answer with a
 wrong picture or a crash raises :class:`Misuse` here: an address that is not the device's, a buffer too small or freed,
-a shape not set or out of the profile, a graph whose context or memory has changed since.
+a shape not set or out of the profile, a graph whose context or memory has changed since. Threads may use it, each with
+a current device of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ctypes
 import json
 import math
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
@@ -29,7 +31,7 @@ from zimgkit.engines.bundle import Bundle, CompiledEngine, Range, record_files, 
 VERSION = "11.4.0.106"
 POISON = 0xA5
 ALIGNMENT = 256
-KINDS = {"float32": np.float32, "int64": np.int64, "bool": np.bool_}
+KINDS = {"float32": np.float32, "int64": np.int64, "bool": np.bool_, "bfloat16": np.uint16}
 OUT_OF_MEMORY, NOT_CAPTURABLE, INSUFFICIENT_DRIVER, NO_DEVICE, INVALID_DEVICE = 2, 900, 35, 100, 101
 
 
@@ -51,9 +53,19 @@ class Allocation:
 
 
 @dataclass
+class Work:
+    """What is queued, and the addresses of the device that it uses."""
+
+    act: Callable[[], None]
+    addresses: frozenset[int]
+
+
+@dataclass
 class Stream:
-    pending: list[Callable[[], None]] = field(default_factory=list)
-    capture: list[Callable[[], None]] | None = None
+    pending: list[Work] = field(default_factory=list)
+    capture: list[Work] | None = None
+    captured_by: int = 0
+    """The thread."""
     closed: bool = False
 
 
@@ -72,9 +84,11 @@ class Machine:
     """Functions called, in order."""
     allocations: dict[int, Allocation] = field(default_factory=dict)
     streams: dict[int, Stream] = field(default_factory=dict)
-    graphs: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
-    executables: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
-    current: int | None = None
+    graphs: dict[int, list[Work]] = field(default_factory=dict)
+    executables: dict[int, list[Work]] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """One call at a time."""
+    local: threading.local = field(default_factory=threading.local)
     reserved: int = 0
     """Device memory of plans."""
     contexts: int = 0
@@ -82,6 +96,15 @@ class Machine:
     numbers: int = 1000
     reject: set[str] = field(default_factory=set)
     """Methods of TensorRT that refuse."""
+
+    @property
+    def current(self) -> int | None:
+        """The device that the thread has chosen."""
+        return getattr(self.local, "current", None)
+
+    @current.setter
+    def current(self, index: int) -> None:
+        self.local.current = index
 
     def number(self) -> int:
         self.numbers += 1
@@ -100,8 +123,7 @@ class Machine:
         return [allocation for allocation in self.allocations.values() if not allocation.freed]
 
     def allocate(self, nbytes: int, pinned: bool) -> int:
-        if any(stream.capture is not None for stream in self.streams.values()):
-            raise Misuse("memory is allocated while a stream captures")
+        self.check_capture("allocated")
         if not pinned and self.used + nbytes > self.memory:
             raise CudaError(OUT_OF_MEMORY)
         store = (ctypes.c_ubyte * (nbytes + ALIGNMENT))()
@@ -111,12 +133,18 @@ class Machine:
         self.allocations[address] = Allocation(address, nbytes, pinned, store)
         return address
 
+    def check_capture(self, what: str) -> None:
+        if any(s.capture is not None and s.captured_by == threading.get_ident() for s in self.streams.values()):
+            raise Misuse(f"memory is {what} while a stream captures")
+
     def free(self, address: int, pinned: bool) -> None:
-        if any(stream.pending for stream in self.streams.values()):
-            raise Misuse("memory is freed while work is under way")
+        self.check_capture("freed")
         allocation = self.find(address, 0, pinned)
         if allocation.address != address:
             raise Misuse("what is freed was not allocated")
+        used = {used for stream in self.streams.values() for work in stream.pending for used in work.addresses}
+        if any(address <= other < address + max(1, allocation.nbytes) for other in used):
+            raise Misuse("memory is freed while work is under way")
         allocation.freed = True
         ctypes.memset(address, POISON, allocation.nbytes)
 
@@ -132,8 +160,8 @@ class Machine:
                 return allocation
         raise Misuse(f"{address:#x} is no memory of the device or pinned")
 
-    def queue(self, handle: int, work: Callable[[], None]) -> None:
-        stream = self.stream(handle)
+    def queue(self, handle: int, act: Callable[[], None], *addresses: int) -> None:
+        stream, work = self.stream(handle), Work(act, frozenset(addresses))
         (stream.pending if stream.capture is None else stream.capture).append(work)
 
     def stream(self, handle: int) -> Stream:
@@ -165,6 +193,10 @@ def fake_runtime(machine: Machine) -> ModuleType:
 
         def wrap(body: Callable[..., Any]) -> Callable[..., Any]:
             def call(*arguments: Any) -> tuple[Any, ...]:
+                with machine.lock:
+                    return answer(*arguments)
+
+            def answer(*arguments: Any) -> tuple[Any, ...]:
                 machine.calls.append(body.__name__)
                 if needs_device and machine.current is None:
                     raise Misuse(f"{body.__name__} before a device was chosen")
@@ -234,17 +266,28 @@ def fake_runtime(machine: Machine) -> ModuleType:
         machine.free(address, pinned=True)
 
     @function()
+    def cudaMemcpy(target: int, source: int, nbytes: int, kind: int) -> None:
+        if kind != 2:
+            raise Misuse("only copies to the host are waited for")
+        machine.find(source, nbytes, pinned=False)
+        ctypes.memmove(target, source, nbytes)
+
+    @function()
     def cudaMemcpyAsync(target: int, source: int, nbytes: int, kind: int, handle: int) -> None:
+        on_device = {1: [target], 2: [source], 3: [target, source]}[kind]
+
         def work() -> None:
-            machine.find(source if kind == 2 else target, nbytes, pinned=False)
+            for address in on_device:
+                machine.find(address, nbytes, pinned=False)
             ctypes.memmove(target, source, nbytes)
 
-        machine.find(source if kind == 2 else target, nbytes, pinned=False)
+        for address in on_device:
+            machine.find(address, nbytes, pinned=False)
         if kind == 2:
             # Until it is done, what is there is not what will be.
             machine.find(target, nbytes, pinned=True)
             ctypes.memset(target, POISON, nbytes)
-        machine.queue(handle, work)
+        machine.queue(handle, work, target, source)
 
     @function(1)
     def cudaStreamCreateWithFlags(flags: int) -> int:
@@ -261,7 +304,7 @@ def fake_runtime(machine: Machine) -> ModuleType:
             raise Misuse("a stream that captures is waited for")
         pending, stream.pending = stream.pending, []
         for work in pending:
-            work()
+            work.act()
 
     @function()
     def cudaStreamDestroy(handle: int) -> None:
@@ -272,7 +315,7 @@ def fake_runtime(machine: Machine) -> ModuleType:
         stream = machine.stream(handle)
         if stream.capture is not None:
             raise Misuse("the stream captures already")
-        stream.capture = []
+        stream.capture, stream.captured_by = [], threading.get_ident()
 
     @function(1)
     def cudaStreamEndCapture(handle: int) -> int:
@@ -299,20 +342,20 @@ def fake_runtime(machine: Machine) -> ModuleType:
         if executable not in machine.executables:
             raise Misuse("no such graph")
         for work in machine.executables[executable]:
-            machine.queue(handle, work)
+            machine.queue(handle, work.act, *work.addresses)
 
     @function()
     def cudaGraphExecDestroy(executable: int) -> None:
-        if any(stream.pending for stream in machine.streams.values()):
+        acts = [work.act for work in machine.executables.pop(executable)]
+        if any(work.act in acts for stream in machine.streams.values() for work in stream.pending):
             raise Misuse("a graph is dropped while work is under way")
-        del machine.executables[executable]
 
     module.cudaGetErrorString = lambda status: (Error.cudaSuccess, status.name.encode())  # type: ignore[attr-defined]
     module.cudaGetLastError = lambda: (Error.cudaSuccess,)  # type: ignore[attr-defined]
     module.cudaError_t = Error  # type: ignore[attr-defined]
     module.cudaStreamNonBlocking = 1  # type: ignore[attr-defined]
     module.cudaMemcpyKind = SimpleNamespace(  # type: ignore[attr-defined]
-        cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2
+        cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
     )
     module.cudaDeviceAttr = SimpleNamespace(  # type: ignore[attr-defined]
         cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76
@@ -408,6 +451,26 @@ class Engine:
             options.add_external_initializers(list(weights), values)
         self.session = ort.InferenceSession(self.content["graph"], options)
 
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the graph on the host; bfloat16 goes in and out as 16-bit patterns."""
+        import onnxruntime as ort
+
+        values = {}
+        for name, array in inputs.items():
+            if self.ends[name][0] == "bfloat16":
+                values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.copy(), 16)
+            else:
+                values[name] = ort.OrtValue.ortvalue_from_numpy(array.copy())
+        names = list(self.content["outputs"])
+        found = {}
+        for name, value in zip(names, self.session.run_with_ort_values(names, values), strict=True):
+            if self.ends[name][0] == "bfloat16":
+                found[name] = np.empty(value.shape(), np.uint16)
+                ort.OrtValue.ortvalue_from_numpy_with_onnx_type(found[name], 16).update_inplace(value)
+            else:
+                found[name] = np.array(value.numpy())
+        return found
+
     def refuse(self, method: str, message: str = "it was told to refuse") -> bool:
         if method in self.machine.reject:
             self.log.log(Severity.ERROR, f"[{method}]\n  {message}")
@@ -496,8 +559,8 @@ class Context:
         ranges = self.engine.content["profiles"][self.profile]
         _, sides = self.engine.content["inputs"][name]
         for side, length in zip(sides, shape, strict=True):
-            least, _, most = ranges.get(side, (1, 1, 1 << 40)) if isinstance(side, str) else (side, side, side)
-            if not least <= length <= most:
+            low, _, high = ranges.get(side, (1, 1, 1 << 40)) if isinstance(side, str) else (side, side, side)
+            if not low <= length <= high:
                 raise Misuse(f"{name} {shape} is out of profile {self.profile}")
         self.shapes[name] = shape
         self.needed = None
@@ -542,6 +605,10 @@ class Context:
         return True
 
     def execute_async_v3(self, stream_handle: int) -> bool:
+        with self.machine.lock:
+            return self.enqueue(stream_handle)
+
+    def enqueue(self, stream_handle: int) -> bool:
         self.machine.calls.append("execute_async_v3")
         capturing = self.machine.stream(stream_handle).capture is not None
         if capturing and self.engine.refuse("capture"):
@@ -567,7 +634,7 @@ class Context:
             self.compute(shapes)
 
         self.flushed = self.version
-        self.machine.queue(stream_handle, work)
+        self.machine.queue(stream_handle, work, self.scratch[0], *self.addresses.values())
         return True
 
     def compute(self, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -581,10 +648,8 @@ class Context:
             self.machine.find(self.addresses[name], nbytes, pinned=False)
             raw = (ctypes.c_ubyte * nbytes).from_address(self.addresses[name])
             views[name] = np.ndarray(shape, kind, memoryview(raw))
-        names = list(self.engine.content["outputs"])
-        found = self.engine.session.run(names, {name: views[name].copy() for name in self.engine.content["inputs"]})
-        for name, value in zip(names, found, strict=True):
-            if value.shape != shapes[name] or value.dtype != np.float32:
+        for name, value in self.engine.run({name: views[name] for name in self.engine.content["inputs"]}).items():
+            if value.shape != shapes[name] or value.dtype != views[name].dtype:
                 raise Misuse(f"{name} is {value.shape}, and was to be {shapes[name]}")
             views[name][...] = value
 
@@ -730,7 +795,7 @@ def compile_bundle(
 
     Args:
         root: the bundle's folder, which is changed.
-        profiles: ranges of free sides; a component takes those of its own sides. All lengths are served without.
+        profiles: of dynamic dimensions; a component takes those of its own. All sizes are served without.
         plan: what the plans say of themselves otherwise; see :func:`write_plan`.
         entry: fields of the manifest's entries.
     """
@@ -739,8 +804,8 @@ def compile_bundle(
     for name, component in bundle.manifest.components.items():
         if not component.graphs:
             continue
-        free = {side for spec in component.inputs.values() for side in spec.shape if isinstance(side, str)}
-        own = [{side: ends for side, ends in ranges.items() if side in free} for ranges in profiles]
+        dynamic = {side for spec in component.inputs.values() for side in spec.shape if isinstance(side, str)}
+        own = [{side: ends for side, ends in ranges.items() if side in dynamic} for ranges in profiles]
         file = f"engines/{name}.plan"
         graph = component.graphs.get("float32") or next(iter(component.graphs.values()))
         ends, stripped = (component.inputs, component.outputs), entry.get("stripped", False)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from zimgkit.engines.base import open_engine
+from zimgkit.engines.base import Handle, open_engine
 from zimgkit.engines.bundle import Bundle
 from zimgkit.export.quantization.calibrate import Plan
 from zimgkit.runtime.pipeline import Pipeline
@@ -30,9 +30,13 @@ class Recorder:
         if component == self.component:
             run = engine.run
 
-            def recorded(feeds: Any) -> Any:
-                result = run(feeds)
-                self.runs.append(({name: np.array(value) for name, value in feeds.items()}, *result.values()))
+            def recorded(feeds: Any, keep: Any = ()) -> Any:
+                result = run(feeds, keep)
+                arrays = {
+                    name: engine.download(value) if isinstance(value, Handle) else np.array(value)
+                    for name, value in {**feeds, **result}.items()
+                }
+                self.runs.append(({name: arrays[name] for name in feeds}, *[arrays[name] for name in result]))
                 return result
 
             engine.run = recorded  # type: ignore[method-assign]

@@ -5,21 +5,18 @@ Any provider that has device memory serves: the CUDA provider, and plugins for N
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zimgkit.engines.base import Feeds
-from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError, ZimgError
+from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError, ZimgError, is_out_of_memory
+from zimgkit.engines.onnxruntime.values import Place, converted, element_types, empty, fill
+from zimgkit.engines.shapes import Shape, output_shape
 
 if TYPE_CHECKING:
     from zimgkit.engines.bundle import TensorSpec
-
-OUT_OF_MEMORY = ("failed to allocate memory", "out of memory", "bad_alloc", "alloc_failed")
-"""What ONNX Runtime, the C++ library and CUDA's libraries say, in lower case."""
 
 CUDA_SAYS = {
     "no cuda-capable device": ("there is no NVIDIA GPU", "use --device cpu with --backend onnxruntime"),
@@ -29,120 +26,71 @@ CUDA_SAYS = {
 """What CUDA says of a GPU it cannot use, in lower case, what that means and what to do."""
 
 
-class Place(NamedTuple):
-    """Where buffers lie, as ONNX Runtime calls it."""
-
-    kind: str
-    """``"cpu"``, or ``"cuda"`` for the memory of an NVIDIA GPU, whichever provider runs there."""
-    number: int = 0
-
-
 class BoundSession:
     """A session whose inputs and outputs are bound to buffers in one place.
 
-    What was uploaded is read where it lies. Other inputs, and the outputs, have a buffer each, which is kept as long
-    as its shape stays the same. A run waits for the device once, at its end, which the provider does by itself; copies
-    to and from the device are finished when they return.
+    Handles are read where they lie. Other inputs, and the outputs, have a buffer each, which is kept as long as its
+    shape stays the same; outputs that are to stay on the device have a new one each time. A run waits for the device
+    once, at its end, which the provider does by itself; copies to and from the device are finished when they return.
+
+    One thread at a time: the buffers are shared.
 
     Args:
         session: an ``onnxruntime.InferenceSession``.
         place: where its inputs and outputs are.
-        inputs: of the graph.
         outputs: of the graph.
     """
 
-    def __init__(
-        self, session: Any, place: Place, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
-    ) -> None:
-        self._session, self._place = session, place
-        self._inputs, self._outputs = inputs, outputs
+    def __init__(self, session: Any, place: Place, outputs: Mapping[str, TensorSpec]) -> None:
+        self._session, self._place, self._outputs = session, place, outputs
+        self._types = element_types([*session.get_inputs(), *session.get_outputs()])
         self._binding = session.io_binding()
         self._buffers: dict[str, Any] = {}
 
-    def run(self, feeds: Feeds, options: Any = None) -> dict[str, NDArray[np.float32]]:
+    def run(self, feeds: Feeds, keep: Collection[str], sizes: Mapping[str, int], options: Any = None) -> dict[str, Any]:
         """Run the graph once.
 
         Args:
-            feeds: every input, as an array or as :func:`upload` gave it.
+            feeds: every input, as an array or as a handle.
+            keep: outputs that no later run may change.
+            sizes: of the inputs' dynamic dimensions.
             options: ``onnxruntime.RunOptions``.
 
         Returns:
-            The outputs, as arrays of their own.
+            The outputs, on the device. Those that are not in ``keep`` are valid until the next run.
         """
         for name, value in feeds.items():
-            self._binding.bind_ortvalue_input(name, self._filled(name, value))
-        sides = side_lengths(self._inputs, feeds)
+            self._binding.bind_ortvalue_input(name, self._input(name, value))
         for name, spec in self._outputs.items():
-            shape = output_shape(spec, sides)
+            shape = output_shape(spec, sizes)
             if shape is None:
                 self._binding.bind_output(name, *self._place)
+            elif name in keep:
+                self._binding.bind_ortvalue_output(name, empty(shape, self._types[name], self._place))
             else:
-                self._binding.bind_ortvalue_output(name, self._buffer(name, shape, spec.dtype))
+                self._binding.bind_ortvalue_output(name, self._buffer(name, shape))
         self._session.run_with_iobinding(self._binding, options)
-        # On the CPU the array would be the buffer itself.
-        found = [np.array(value.numpy()) for value in self._binding.get_outputs()]
-        return dict(zip(self._outputs, found, strict=True))
+        found = dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
+        for name in keep:
+            # The binding would hold it until the next run.
+            self._binding.bind_output(name, *self._place)
+        return found
 
-    def _filled(self, name: str, value: Any) -> Any:
+    def _input(self, name: str, value: Any) -> Any:
         if not isinstance(value, np.ndarray):
-            return value
-        buffer = self._buffer(name, value.shape, value.dtype.name)
-        buffer.update_inplace(value)
+            return converted(value.value, self._types[name], self._place)
+        buffer = self._buffer(name, value.shape)
+        fill(buffer, value)
         return buffer
 
-    def _buffer(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
-        import onnxruntime as ort
-
+    def _buffer(self, name: str, shape: Shape) -> Any:
         buffer = self._buffers.get(name)
         if buffer is None or tuple(buffer.shape()) != shape:
             # The old one first, so that both never need memory at once.
             del buffer
             self._buffers.pop(name, None)
-            create = ort.OrtValue.ortvalue_from_shape_and_type
-            self._buffers[name] = create(list(shape), np.dtype(dtype), *self._place)
+            self._buffers[name] = empty(shape, self._types[name], self._place)
         return self._buffers[name]
-
-
-def upload(feeds: Mapping[str, NDArray[Any]], place: Place) -> dict[str, Any]:
-    """Copy arrays to the device, for many runs; they stay there until the last handle is gone."""
-    import onnxruntime as ort
-
-    return {
-        name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), *place) for name, value in feeds.items()
-    }
-
-
-def side_lengths(inputs: Mapping[str, TensorSpec], feeds: Feeds) -> dict[str, int]:
-    """How long the free sides of the inputs are.
-
-    Raises:
-        BackendError: two inputs do not agree on a side.
-    """
-    lengths: dict[str, int] = {}
-    for name, value in feeds.items():
-        shape = value.shape if isinstance(value, np.ndarray) else getattr(value, "shape", tuple)()
-        for side, length in zip(inputs[name].shape, shape, strict=False):
-            if isinstance(side, str) and lengths.setdefault(side, length) != length:
-                raise BackendError(f"{name!r} is {length} {side} long, and another input is {lengths[side]}")
-    return lengths
-
-
-def output_shape(spec: TensorSpec, sides: Mapping[str, int]) -> tuple[int, ...] | None:
-    """The shape of an output, whose sides are numbers, sides of inputs, or multiples of these such as ``"8*height"``.
-
-    Returns:
-        None where a side is none of these: only the graph can tell.
-    """
-    shape = []
-    for side in spec.shape:
-        if isinstance(side, int):
-            shape.append(side)
-            continue
-        factor, name = re.fullmatch(r"(?:(\d+)\*)?(.*)", side, re.DOTALL).groups()  # type: ignore[union-attr]
-        if name not in sides:
-            return None
-        shape.append(int(factor or 1) * sides[name])
-    return tuple(shape)
 
 
 def explain(error: Exception, what: str, hint: str = "try --backend torch, and report this") -> Exception:
@@ -157,7 +105,7 @@ def explain(error: Exception, what: str, hint: str = "try --backend torch, and r
         return error
     text = " ".join(str(error).split())
     lower = text.lower()
-    if isinstance(error, MemoryError) or any(sign in lower for sign in OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         return OutOfMemoryError(
             f"{what}: out of memory", "ask for a smaller picture, or use a bundle of lower precision"
         )

@@ -14,7 +14,7 @@ import contextlib
 import ctypes
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zimgkit.engines.base import Feeds, check_feeds
+from zimgkit.engines.base import BaseEngine, Feeds, Handle
 from zimgkit.engines.errors import BackendError, UsageError
-from zimgkit.engines.onnxruntime.bound import BoundSession, Place, explain, upload
+from zimgkit.engines.onnxruntime.bound import BoundSession, explain
+from zimgkit.engines.onnxruntime.values import BFLOAT16, Place, converted, download, element_types, on_host, upload
 
 if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle, Component
@@ -87,7 +88,7 @@ def open_engine(bundle: Bundle, component: str, device: str | None = None) -> On
 
 def _parse_device(device: str) -> Place:
     if match := re.fullmatch(r"(cpu|cuda)(?::(\d{1,4}))?", device):
-        return Place(match[1], int(match[2] or 0))
+        return Place(match[1], int(match[2] or 0) if match[1] == "cuda" else 0)
     raise UsageError(f"ONNX Runtime has no device {device!r}", "choose cpu, cuda or cuda:N")
 
 
@@ -102,54 +103,59 @@ def _graphs(component: Component, kind: str) -> list[str]:
     return [in_float32] if kind == "cpu" else list(dict.fromkeys((own, in_float32)))
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(BaseEngine):
     """One session. Use :func:`open_engine`."""
+
+    backend = "onnxruntime"
 
     def __init__(self, bundle: Bundle, component: str, place: Place) -> None:
         entry = bundle.component(component)
         if not entry.graphs:
             raise BackendError(f"{component} is a table of tensors and has no graph to run")
-        self.name = component
-        self.inputs, self.outputs = entry.inputs, entry.outputs
+        super().__init__(component, entry, place.device)
         self._place = place
         paths = [bundle.file(graph) for graph in _graphs(entry, place.kind)]
         quantization = bundle.manifest.quantization
         self._session = _open_session(paths, place, quantization.precision if quantization else "")
-        self._bound = None if place.kind == "cpu" else BoundSession(self._session, place, self.inputs, self.outputs)
+        # The graph's own: one that computes in float32 also takes and gives float32 where the manifest has bfloat16.
+        self._types = element_types(self._session.get_inputs())
+        self._bound = None if place.kind == "cpu" else BoundSession(self._session, place, self.outputs)
 
-    def upload(self, feeds: Mapping[str, NDArray[Any]]) -> Feeds:
-        """Copy inputs to the device once; on the CPU they are there already.
-
-        Raises:
-            OutOfMemoryError: the device has too little memory.
-        """
-        if self._place.kind == "cpu":
-            return dict(feeds)
+    def _upload(self, name: str, array: NDArray[Any]) -> Any:
+        dtype = "bfloat16" if self._types.get(name) == BFLOAT16 else str(array.dtype)
         try:
-            return upload(feeds, self._place)
+            return upload(array, dtype, self._place)
         except Exception as error:
             raise explain(error, f"ONNX Runtime cannot take the inputs of {self.name}") from None
 
-    def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
-        """Run the graph.
-
-        Raises:
-            BackendError: an input is missing or misshapen.
-            OutOfMemoryError: the device has too little memory.
-        """
-        if self._session is None:
-            raise BackendError(f"the engine of {self.name} is closed", "open it again")
-        check_feeds(self.name, self.inputs, feeds)
+    def _run(self, feeds: Feeds, keep: Collection[str], sizes: Mapping[str, int]) -> dict[str, Any]:
         try:
-            if self._bound:
-                return self._bound.run(feeds)
-            names = list(self.outputs)
-            return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+            found = self._bound.run(feeds, keep, sizes) if self._bound else self._run_on_host(feeds)
+            return {
+                name: self._kept(name, value.shape(), value) if name in keep else download(value)
+                for name, value in found.items()
+            }
         except Exception as error:
             raise explain(error, f"ONNX Runtime failed in {self.name}") from None
 
-    def close(self) -> None:
-        """Free the session's memory."""
+    def _run_on_host(self, feeds: Feeds) -> dict[str, Any]:
+        """Run it on arrays where they lie; every output gets memory of its own."""
+        values = {
+            name: on_host(feed, self._types[name])
+            if isinstance(feed, np.ndarray)
+            else converted(feed.value, self._types[name], self._place)
+            for name, feed in feeds.items()
+        }
+        names = list(self.outputs)
+        return dict(zip(names, self._session.run_with_ort_values(names, values), strict=True))
+
+    def _download(self, handle: Handle) -> NDArray[Any]:
+        try:
+            return download(handle.value)
+        except Exception as error:
+            raise explain(error, f"ONNX Runtime cannot give back what {self.name} has on {self.device}") from None
+
+    def _close(self) -> None:
         self._session = self._bound = None
 
 

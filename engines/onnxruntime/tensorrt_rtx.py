@@ -4,7 +4,7 @@ What ``zimg-export compile --backend tensorrt-rtx`` put into the bundle is loade
 compiled when it first runs, for the shapes it then meets, and again for more shapes when it meets others.
 
 Never run on a GPU so far: of the real plugin it is known that it registers, and that it compiles every component of
-a bfloat16 bundle as one engine. No CUDA graph is recorded, for the reasons given in ``onnxruntime.py``.
+a bfloat16 bundle as one engine. No CUDA graph is recorded, for the reasons given in ``engine.py``.
 Documentation: https://nvidia.github.io/TensorRT-RTX-EP-ABI/
 """
 
@@ -13,24 +13,25 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from platformdirs import user_cache_path
 
-from zimgkit.engines.base import Feeds, check_feeds
+from zimgkit.engines.base import BaseEngine, Feeds, Handle
 from zimgkit.engines.errors import BackendError, OutOfMemoryError, UsageError
-from zimgkit.engines.onnxruntime.bound import BoundSession, Place, explain, side_lengths, upload
-from zimgkit.engines.tensorrt.plan import choose_profile
+from zimgkit.engines.onnxruntime.bound import BoundSession, explain
+from zimgkit.engines.onnxruntime.values import Place, download, upload
+from zimgkit.engines.shapes import Profile, choose_profile
 
 if TYPE_CHECKING:
-    from zimgkit.engines.bundle import Bundle, CompiledEngine, Range, TensorSpec
+    from numpy.typing import NDArray
+
+    from zimgkit.engines.bundle import Bundle, CompiledEngine, TensorSpec
 
 BACKEND = "tensorrt-rtx"
 PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
@@ -40,7 +41,6 @@ NVIDIA = 0x10DE
 CARDS = "it needs a GeForce or RTX card of compute capability 8.6, 8.9, or 12.0 and up"
 OTHERS = "use --backend tensorrt, onnxruntime or torch"
 
-Profile = Mapping[str, "Range"]
 Built = TypeVar("Built")
 
 
@@ -206,7 +206,7 @@ def session_options(
         ort: ONNX Runtime.
         device: where it runs.
         inputs: of the graph.
-        profiles: sets of ranges to compile for, of all free sides each; none for a graph that is compiled already.
+        profiles: to compile for, each of all dynamic dimensions; none for a graph that is compiled already.
         provider_options: more of the plugin's options.
     """
     options = ort.SessionOptions()
@@ -218,10 +218,10 @@ def session_options(
         "nv_multi_profile_enable": str(int(len(profiles) > 1)),
         **provider_options,
     }
-    if len(profiles) == 1 and all(least == most for least, _, most in profiles[0].values()):
-        # All sides or none: TensorRT refuses rotary tables of free length for rows of a fixed one.
-        for side, (length, _, _) in profiles[0].items():
-            options.add_free_dimension_override_by_name(side, length)
+    if len(profiles) == 1 and all(low == high for low, _, high in profiles[0].values()):
+        # All dimensions or none: TensorRT refuses rotary tables of dynamic length for rows of a fixed one.
+        for dimension, (size, _, _) in profiles[0].items():
+            options.add_free_dimension_override_by_name(dimension, size)
     elif profiles:
         for position, end in enumerate(("min", "opt", "max")):
             given[f"nv_profile_{end}_shapes"] = ",".join(_shapes(inputs, profile, position) for profile in profiles)
@@ -230,11 +230,11 @@ def session_options(
 
 
 def _shapes(inputs: Mapping[str, TensorSpec], profile: Profile, position: int) -> str:
-    """``name:1x256x64,…``: every input with its least, likeliest or largest sides."""
-    sides = {
-        name: [profile[s][position] if isinstance(s, str) else s for s in spec.shape] for name, spec in inputs.items()
+    """``name:1x256x64,…``: every input in its min, opt or max shape."""
+    shapes = {
+        name: [profile[d][position] if isinstance(d, str) else d for d in spec.shape] for name, spec in inputs.items()
     }
-    return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in sides.items())
+    return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
 
 
 def build(make: Callable[[dict[str, str]], Built]) -> Built:
@@ -257,61 +257,61 @@ def build(make: Callable[[dict[str, str]], Built]) -> Built:
             raise error from None
 
 
-class TensorRTRTXEngine:
-    """One session of the plugin. Use :func:`open_engine`."""
+class TensorRTRTXEngine(BaseEngine):
+    """One session of the plugin. Use :func:`open_engine`.
+
+    What was not compiled ahead is compiled by the first run, and again for more shapes when it meets others.
+    """
+
+    backend = BACKEND
 
     def __init__(self, bundle: Bundle, component: str, device: Device, entry: CompiledEngine | None) -> None:
-        self.name = component
-        self.inputs, self.outputs = bundle.component(component).inputs, bundle.component(component).outputs
-        self._bundle, self._device, self._entry = bundle, device, entry
         self._place = Place("cuda", device.index)
+        super().__init__(component, bundle.component(component), self._place.device)
+        self._bundle, self._accepted, self._entry = bundle, device, entry
         self._profiles: tuple[Profile, ...] = entry.profiles if entry else ()
         self._bound: BoundSession | None = None
-        self._closed = False
         if entry:
             if entry.data:
                 bundle.file(entry.data)  # Which the plugin opens by itself.
             several = {"nv_multi_profile_enable": str(int(len(entry.profiles) > 1))}
             self._bound = self._load(bundle.file(entry.file), (), several)
 
-    def upload(self, feeds: Mapping[str, NDArray[Any]]) -> Feeds:
-        """Copy inputs to the device once.
-
-        Raises:
-            OutOfMemoryError: the GPU has too little memory.
-        """
+    def _upload(self, name: str, array: NDArray[Any]) -> Any:
+        in_bfloat16 = name in self.inputs and self.inputs[name].dtype == "bfloat16"
         try:
-            return upload(feeds, self._place)
+            return upload(array, "bfloat16" if in_bfloat16 else str(array.dtype), self._place)
         except Exception as error:
             raise explain(error, f"TensorRT for RTX cannot take the inputs of {self.name}", OTHERS) from None
 
-    def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
-        """Run the graph; the first run of a component that was not compiled ahead compiles it.
-
-        Raises:
-            BackendError: an input is missing or misshapen, or not what the engine was compiled for.
-            OutOfMemoryError: the GPU has too little memory.
-        """
-        if self._closed:
-            raise BackendError(f"the engine of {self.name} is closed", "open it again")
-        check_feeds(self.name, self.inputs, feeds)
+    def _run(self, feeds: Feeds, keep: Collection[str], sizes: Mapping[str, int]) -> dict[str, Any]:
         try:
-            bound = self._ready(side_lengths(self.inputs, feeds))
-            return bound.run(feeds, self._run_options(feeds))
+            bound = self._ready(sizes)
+            found = bound.run(feeds, keep, sizes, self._run_options(sizes))
+            return {
+                name: self._kept(name, value.shape(), value) if name in keep else download(value)
+                for name, value in found.items()
+            }
         except Exception as error:
             raise explain(error, f"TensorRT for RTX failed in {self.name}", OTHERS) from None
 
-    def close(self) -> None:
-        """Free the session's memory."""
-        self._bound, self._closed = None, True
+    def _download(self, handle: Handle) -> NDArray[Any]:
+        try:
+            return download(handle.value)
+        except Exception as error:
+            what = f"TensorRT for RTX cannot give back what {self.name} has on {self.device}"
+            raise explain(error, what, OTHERS) from None
 
-    def _ready(self, sides: Mapping[str, int]) -> BoundSession:
-        """The session; what was not compiled ahead is compiled for these sides and all that came before."""
-        known = self._profiles[0] if self._profiles else {side: (n, n, n) for side, n in sides.items()}
-        served = self._entry or all(known[side][0] <= length <= known[side][2] for side, length in sides.items())
+    def _close(self) -> None:
+        self._bound = None
+
+    def _ready(self, sizes: Mapping[str, int]) -> BoundSession:
+        """The session; what was not compiled ahead is compiled for these sizes and all that came before."""
+        known = self._profiles[0] if self._profiles else {dimension: (n, n, n) for dimension, n in sizes.items()}
+        served = self._entry or all(known[name][0] <= size <= known[name][2] for name, size in sizes.items())
         if self._bound is None or not served:
             self._bound = None  # The old one first: both at once may not fit.
-            profile = {side: (min(known[side][0], n), n, max(known[side][2], n)) for side, n in sides.items()}
+            profile = {name: (min(known[name][0], n), n, max(known[name][2], n)) for name, n in sizes.items()}
             graph = self._bundle.file(next(iter(self._bundle.component(self.name).graphs.values())))
             self._bound = build(lambda options: self._load(graph, (profile,), options))
             self._profiles = (profile,)
@@ -326,21 +326,20 @@ class TensorRTRTXEngine:
             # What the driver's compiler makes of the engine for the very GPU.
             provider_options = {"nv_runtime_cache_path": str(cache), **provider_options}
         try:
-            options = session_options(ort, self._device, self.inputs, profiles, provider_options)
+            options = session_options(ort, self._accepted, self.inputs, profiles, provider_options)
             session = ort.InferenceSession(str(path), options, enable_fallback=0)
         except Exception as error:
             hint = f"compile it again: {compile_command(self._bundle)}" if self._entry else OTHERS
             raise explain(error, f"TensorRT for RTX cannot load {path}", hint) from None
-        return BoundSession(session, self._place, self.inputs, self.outputs)
+        return BoundSession(session, self._place, self.outputs)
 
-    def _run_options(self, feeds: Feeds) -> Any:
-        """Which of the engine's profiles serves these inputs."""
+    def _run_options(self, sizes: Mapping[str, int]) -> Any:
+        """Which of the engine's profiles serves these sizes."""
         import onnxruntime as ort
 
         command = compile_command(self._bundle)
         hint = f"compile it for that too, with --size, --max-size or --max-prompt-tokens: {command}"
-        shapes = {name: tuple(v.shape if isinstance(v, np.ndarray) else v.shape()) for name, v in feeds.items()}
-        profile = choose_profile(self.name, self.inputs, self._profiles, shapes, hint)
+        profile = choose_profile(self.name, self.inputs, self._profiles, sizes, hint)
         options = ort.RunOptions()
         if len(self._profiles) > 1:
             options.add_run_config_entry("nv_profile_index", str(profile))

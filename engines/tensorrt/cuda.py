@@ -139,6 +139,11 @@ class DeviceBuffer:
                 _call("cudaFree", address)
 
 
+def read(address: int, array: NDArray[Any]) -> None:
+    """Fill an array, which is contiguous, from an address of the current GPU; it is done on return."""
+    _call("cudaMemcpy", array.ctypes.data, address, array.nbytes, _runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost)
+
+
 class PinnedBuffer:
     """Memory of the host that a GPU copies from and to by itself."""
 
@@ -191,6 +196,11 @@ class Stream:
     def to_host(self, target: int, source: int, nbytes: int) -> None:
         """Queue a copy from an address of the GPU to one of the host."""
         _call("cudaMemcpyAsync", target, source, nbytes, _runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost, self._stream)
+
+    def on_device(self, target: int, source: int, nbytes: int) -> None:
+        """Queue a copy from an address of the GPU to another."""
+        kind = _runtime().cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        _call("cudaMemcpyAsync", target, source, nbytes, kind, self._stream)
 
     def synchronize(self) -> None:
         """Wait until all that was queued is done.

@@ -1,18 +1,19 @@
 """TensorRT: runs the plans that ``zimg-export compile`` put into a bundle, with TensorRT and CUDA's bindings alone.
 
-A run copies its inputs through pinned memory into buffers that stay, and its outputs back; what was uploaded is read
-where it lies. The second run of the same shapes in the same buffers is recorded as a CUDA graph, which later ones
-replay.
+A run copies its inputs through pinned memory into buffers that stay, and its outputs back; handles are read where they
+lie. The second run of the same shapes in the same buffers is recorded as a CUDA graph, which later ones replay. It
+writes its outputs into the same buffers each time: those that stay on the device are copied there into memory of their
+own.
 Tested against an imitation of TensorRT and CUDA only: it never ran on a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
-import weakref
-from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zimgkit.engines.base import Feeds, check_feeds
+from zimgkit.engines.base import BaseEngine, Feeds, Handle
 from zimgkit.engines.errors import BackendError, UsageError
+from zimgkit.engines.shapes import Shape, choose_profile
 from zimgkit.engines.tensorrt import api as tensorrt_api
 from zimgkit.engines.tensorrt import cuda
-from zimgkit.engines.tensorrt.plan import Plan, Shape, choose_plan, choose_profile, compile_command
+from zimgkit.engines.tensorrt.memory import Memory, Pool, pool_of
+from zimgkit.engines.tensorrt.plan import Plan, choose_plan, compile_command
+from zimgkit.engines.tensors.dtypes import BY_NAME, bfloat16_to_float32, float32_to_bfloat16
 
 if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle
@@ -33,7 +37,6 @@ MAX_GRAPHS = 8
 """Runs an engine remembers. A loop with guidance alternates between two."""
 SCRATCH = ""
 """Among the device's buffers, which bear the names of inputs and outputs: what TensorRT computes in."""
-FLOAT32 = np.dtype(np.float32)
 
 Key = tuple[int, tuple[tuple[Shape, int], ...]]
 """What makes a run the same as another: the profile, and shape and address of every input."""
@@ -59,23 +62,22 @@ def open_engine(bundle: Bundle, component: str, device: str | None = None) -> Te
     trt = tensorrt_api.load()
     found = cuda.open_device(index)  # First: without a driver TensorRT's runtime crashes the process.
     entry = choose_plan(bundle, component, tensorrt_api.name(trt), tensorrt_api.version(trt), found.architecture)
-    return TensorRTEngine(bundle, component, Plan(trt, bundle, entry), index)
+    pool = pool_of(index)
+    pool.trim()  # The weights are not the pool's to make room for.
+    with contextlib.ExitStack() as undo:
+        plan = Plan(trt, bundle, entry)
+        undo.callback(plan.close)
+        stream = cuda.Stream()
+        undo.callback(stream.close)
+        engine = TensorRTEngine(bundle, component, plan, _Context(plan), stream, pool)
+        undo.pop_all()
+    return engine
 
 
 def _parse_device(device: str) -> int:
     if match := re.fullmatch(r"cuda(?::(\d{1,4}))?", device):
         return int(match[1] or 0)
     raise UsageError(f"TensorRT has no device {device!r}", "choose cuda or cuda:N")
-
-
-class Uploaded:
-    """An input on the device, for many runs of one engine. Its memory is reused or freed after it is dropped."""
-
-    def __init__(self, owner: TensorRTEngine, address: int, array: NDArray[Any]) -> None:
-        self.owner = owner
-        self.address = address
-        self.like: NDArray[Any] = np.broadcast_to(np.zeros((), array.dtype), array.shape)
-        """Its element type and shape, as an array without content."""
 
 
 class _Context:
@@ -146,152 +148,117 @@ class _Recorded:
     """All memory it uses."""
 
 
-class TensorRTEngine:
+class TensorRTEngine(BaseEngine):
     """One plan on one GPU. Use :func:`open_engine`."""
 
-    def __init__(self, bundle: Bundle, component: str, plan: Plan, index: int) -> None:
-        self._plan: Plan | None = plan
-        self._index = index
-        self._context: _Context | None = None
-        self._stream: cuda.Stream | None = None
+    backend = "tensorrt"
+
+    def __init__(
+        self, bundle: Bundle, component: str, plan: Plan, context: _Context, stream: cuda.Stream, pool: Pool
+    ) -> None:
+        super().__init__(component, bundle.component(component), f"cuda:{pool.index}")
+        self._plan, self._context, self._stream = plan, context, stream
+        self._pool, self._frees = pool, pool.frees
         self._device: dict[str, cuda.DeviceBuffer] = {}
         self._pinned: dict[str, cuda.PinnedBuffer] = {}
-        self._uploads: dict[int, cuda.DeviceBuffer] = {}
-        # Names and addresses of uploads nobody holds any more: noted at any time, reused or freed between runs.
-        self._dropped: deque[tuple[str, int]] = deque()
         # The latest last; None where it ran once, and is recorded when it comes again.
         self._runs: OrderedDict[Key, _Recorded | None] = OrderedDict()
         self._records = True
         self._hint = f"compile it for this too: {compile_command(bundle)}"
-        self.name = component
-        self.inputs, self.outputs = bundle.component(component).inputs, bundle.component(component).outputs
-        try:
-            self._stream = cuda.Stream()
-            self._context = _Context(plan)
-        except BaseException:
-            self.close()
-            raise
+        pool.enter()
 
     @property
     def memory_bytes(self) -> int:
-        """Memory of the device it holds: weights, buffers, and what was uploaded."""
-        buffers = [*self._device.values(), *self._uploads.values()]
-        return sum(buffer.nbytes for buffer in buffers) + (self._plan.memory_bytes if self._plan else 0)
+        """Memory of the device it holds: weights and buffers. Handles are not its own."""
+        return sum(buffer.nbytes for buffer in self._device.values()) + (0 if self._closed else self._plan.memory_bytes)
 
-    def upload(self, feeds: Mapping[str, NDArray[Any]]) -> Feeds:
-        """Copy inputs to the device once; runs then read them where they lie.
+    def __del__(self) -> None:
+        self.close()
 
-        Raises:
-            OutOfMemoryError: the GPU has too little memory.
-        """
-        _, _, stream = self._open()
-        handles = {}
-        for name, value in feeds.items():
-            array = np.asarray(value, order="C")
-            address = self._place(name, array.nbytes)
-            handles[name] = Uploaded(self, address, array)
-            weakref.finalize(handles[name], self._dropped.append, (name, address)).atexit = False
-            stream.to_device(address, array.ctypes.data, array.nbytes)
-            stream.synchronize()
-        return handles
+    def _upload(self, name: str, array: NDArray[Any]) -> Memory:
+        self._begin()
+        in_bfloat16 = name in self.inputs and self.inputs[name].dtype == "bfloat16" and array.dtype == np.float32
+        content = float32_to_bfloat16(array) if in_bfloat16 else np.asarray(array, order="C")
+        memory = self._pool.allocate(content.nbytes)
+        self._stream.to_device(memory.address, content.ctypes.data, content.nbytes)
+        self._stream.synchronize()
+        return memory
 
-    def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
-        """Run the plan.
-
-        Raises:
-            OutOfMemoryError: the GPU has too little memory for these shapes.
-            BackendError: an input is missing or misshapen, the plan does not serve its shape, or the GPU failed.
-        """
-        plan, context, stream = self._open()
-        while self._dropped:
-            self._free(self._uploads.pop(self._dropped.popleft()[1]))
-        arrays = {name: self._array(name, value) for name, value in feeds.items()}
-        check_feeds(self.name, self.inputs, arrays)
-        shapes = {name: arrays[name].shape for name in self.inputs}
-        profile = choose_profile(self.name, self.inputs, plan.entry.profiles, shapes, self._hint)
+    def _run(self, feeds: Feeds, keep: Collection[str], sizes: Mapping[str, int]) -> dict[str, Any]:
+        self._begin()
+        stream = self._stream
+        if self._frees != self._pool.frees:
+            self._frees = self._pool.frees
+            self._forget_freed()
+        profile = choose_profile(self.name, self.inputs, self._plan.entry.profiles, sizes, self._hint)
         # All memory is got before anything is queued: where there is too little, nothing has begun.
+        shapes: dict[str, Shape] = {name: feeds[name].shape for name in self.inputs}
         fresh = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
-        addresses = {
-            name: self._reserve(name, fresh[name].nbytes) if name in fresh else feeds[name].address
-            for name in self.inputs
-        }
+        addresses = {name: feeds[name].value.address for name in self.inputs if name not in fresh}
+        for name in fresh:
+            addresses[name] = self._grow(name, self._nbytes(name, shapes[name])).address
+            self._pin(name, self._nbytes(name, shapes[name]))
         key = (profile, tuple((shapes[name], addresses[name]) for name in self.inputs))
         if recorded := self._runs.get(key):
             self._runs.move_to_end(key)
-            return self._execute(stream, partial(stream.launch, recorded.graph), fresh, recorded.outputs)
-        own = self._own_context(plan) if key in self._runs else None
-        context = own or context
+            return self._execute(partial(stream.launch, recorded.graph), fresh, recorded.outputs, keep)
+        own = self._own_context() if key in self._runs else None
+        context = own or self._context
         context.shape(profile, shapes, stream)
         outputs = {name: context.output_shape(name) for name in self.outputs}
         for name, shape in outputs.items():
-            addresses[name] = self._reserve(name, FLOAT32.itemsize * int(np.prod(shape)))
+            addresses[name] = self._grow(name, self._nbytes(name, shape)).address
         scratch = self._grow(SCRATCH, context.scratch_bytes)
         context.bind(addresses, scratch)
-        results = self._execute(stream, partial(context.enqueue, stream), fresh, outputs)
+        results = self._execute(partial(context.enqueue, stream), fresh, outputs, keep)
         if own:
             # After a plain run, in which TensorRT settles what new shapes ask for.
-            self._record(stream, key, own, outputs, frozenset([*addresses.values(), scratch.address]))
+            self._record(key, own, outputs, frozenset([*addresses.values(), scratch.address]))
         elif self._records:
             self._runs[key] = None
         while len(self._runs) > MAX_GRAPHS:
             self._forget(next(iter(self._runs)))
         return results
 
-    def close(self) -> None:
-        """Free all memory of the device. A closed engine cannot run again."""
-        if self._plan is None:
-            return
+    def _download(self, handle: Handle) -> NDArray[Any]:
+        cuda.use(self._pool.index)
+        array = np.empty(handle.shape, BY_NAME[handle.dtype].storage)
+        cuda.read(handle.value.address, array)
+        return bfloat16_to_float32(array) if handle.dtype == "bfloat16" else array
+
+    def _close(self) -> None:
         with contextlib.suppress(BackendError):
-            cuda.use(self._index)
+            cuda.use(self._pool.index)
         for key in list(self._runs):
             self._forget(key)
         # Contexts go before the engine they are of, and both before the memory they use.
-        self._context = None
+        del self._context
         self._plan.close()
-        self._plan = None
-        for buffer in (*self._device.values(), *self._uploads.values()):
+        for buffer in self._device.values():
             buffer.free()
         for pinned in self._pinned.values():
             pinned.free()
-        self._device, self._pinned, self._uploads = {}, {}, {}
-        if self._stream:
-            self._stream.close()
+        self._device, self._pinned = {}, {}
+        self._stream.close()
+        self._pool.leave()
 
-    def __del__(self) -> None:
-        self.close()
-
-    def _open(self) -> tuple[Plan, _Context, cuda.Stream]:
-        if not (self._plan and self._context and self._stream):
-            raise BackendError(f"the engine of {self.name} is closed", "open it again")
-        cuda.use(self._index)
+    def _begin(self) -> None:
+        """Before anything is asked of the GPU or of TensorRT."""
+        cuda.use(self._pool.index)
         self._plan.errors.clear()
-        return self._plan, self._context, self._stream
 
-    def _array(self, name: str, value: Any) -> NDArray[Any]:
-        if isinstance(value, np.ndarray):
-            return value
-        if isinstance(value, Uploaded) and value.owner is self:
-            return value.like
-        raise BackendError(f"{self.name} takes {name!r} as an array, or as this engine's own upload gave it")
+    def _nbytes(self, name: str, shape: Shape) -> int:
+        """Of an input or output of that shape."""
+        spec = self.inputs.get(name) or self.outputs[name]
+        return math.prod(shape) * BY_NAME[spec.dtype].storage.itemsize
 
-    def _place(self, name: str, nbytes: int) -> int:
-        """The address for an upload: that of a dropped one alike, which recorded runs know, or a new one."""
-        for noted in list(self._dropped):
-            if noted[0] == name and self._uploads[noted[1]].nbytes == nbytes:
-                self._dropped.remove(noted)
-                return noted[1]
-        buffer = cuda.DeviceBuffer(nbytes)
-        self._uploads[buffer.address] = buffer
-        return buffer.address
-
-    def _reserve(self, name: str, nbytes: int) -> int:
-        """The address of a buffer for an input or output, with pinned memory to match."""
+    def _pin(self, name: str, nbytes: int) -> None:
+        """See to it that there is pinned memory for an input or output."""
         pinned = self._pinned.get(name)
         if pinned is None or pinned.nbytes < nbytes:
             if pinned:
                 self._pinned.pop(name).free()
             self._pinned[name] = cuda.PinnedBuffer(nbytes)
-        return self._grow(name, nbytes).address
 
     def _grow(self, name: str, nbytes: int) -> cuda.DeviceBuffer:
         """The device's buffer of that name; another where it is too small."""
@@ -299,7 +266,7 @@ class TensorRTEngine:
         if buffer is None or buffer.nbytes < nbytes:
             if buffer:
                 self._free(self._device.pop(name))
-            buffer = self._device[name] = cuda.DeviceBuffer(nbytes)
+            buffer = self._device[name] = self._pool.buffer(nbytes)
         return buffer
 
     def _free(self, buffer: cuda.DeviceBuffer) -> None:
@@ -310,41 +277,68 @@ class TensorRTEngine:
                 self._forget(key)
         buffer.free()
 
+    def _forget_freed(self) -> None:
+        """Forget the runs that read handles whose memory was freed."""
+        own = {buffer.address for buffer in self._device.values()}
+        for key in list(self._runs):
+            if not all(address in own or self._pool.holds(address) for _, address in key[1]):
+                self._forget(key)
+
     def _forget(self, key: Key) -> None:
         if recorded := self._runs.pop(key):
             recorded.graph.close()
 
     def _execute(
-        self, stream: cuda.Stream, enqueue: Callable[[], None], fresh: Feeds, outputs: Mapping[str, Shape]
-    ) -> dict[str, NDArray[np.float32]]:
-        """Copy inputs in, compute, copy outputs out; wait for it all."""
+        self,
+        enqueue: Callable[[], None],
+        fresh: Mapping[str, NDArray[Any]],
+        outputs: Mapping[str, Shape],
+        keep: Collection[str],
+    ) -> dict[str, Any]:
+        """Copy inputs in, compute, copy outputs out or aside; wait for it all."""
+        stream, sizes = self._stream, {name: self._nbytes(name, shape) for name, shape in outputs.items()}
+        kept = {name: self._pool.allocate(sizes[name]) for name in outputs if name in keep}
+        for name in outputs.keys() - kept.keys():
+            self._pin(name, sizes[name])
         try:
             for name, value in fresh.items():
-                staged = self._pinned[name]
-                np.copyto(staged.view(value.shape, value.dtype), value)
-                stream.to_device(self._device[name].address, staged.address, value.nbytes)
+                staged = self._staged(name, value.shape)
+                np.copyto(staged, float32_to_bfloat16(value) if self.inputs[name].dtype == "bfloat16" else value)
+                stream.to_device(self._device[name].address, self._pinned[name].address, staged.nbytes)
             enqueue()
-            found = {name: self._pinned[name].view(shape, FLOAT32) for name, shape in outputs.items()}
-            for name, array in found.items():
-                stream.to_host(self._pinned[name].address, self._device[name].address, array.nbytes)
+            for name, nbytes in sizes.items():
+                if name in kept:
+                    stream.on_device(kept[name].address, self._device[name].address, nbytes)
+                else:
+                    stream.to_host(self._pinned[name].address, self._device[name].address, nbytes)
         finally:
             stream.synchronize()
-        return {name: array.copy() for name, array in found.items()}
+        return {
+            name: self._kept(name, shape, kept[name]) if name in kept else self._result(name, shape)
+            for name, shape in outputs.items()
+        }
 
-    def _own_context(self, plan: Plan) -> _Context | None:
+    def _staged(self, name: str, shape: Shape) -> NDArray[Any]:
+        """The pinned memory of an input or output, as an array of bits where numpy has no such type."""
+        spec = self.inputs.get(name) or self.outputs[name]
+        return self._pinned[name].view(shape, BY_NAME[spec.dtype].storage)
+
+    def _result(self, name: str, shape: Shape) -> NDArray[np.float32]:
+        staged = self._staged(name, shape)
+        return bfloat16_to_float32(staged) if self.outputs[name].dtype == "bfloat16" else staged.copy()
+
+    def _own_context(self) -> _Context | None:
         """A context for one run to be recorded; None where there cannot be one."""
         try:
-            return _Context(plan)
+            return _Context(self._plan)
         except BackendError:
             self._record_no_more()
             return None
 
-    def _record(
-        self, stream: cuda.Stream, key: Key, context: _Context, outputs: dict[str, Shape], addresses: frozenset[int]
-    ) -> None:
+    def _record(self, key: Key, context: _Context, outputs: dict[str, Shape], addresses: frozenset[int]) -> None:
         """Record the run that ``context`` has just done."""
         try:
-            graph = stream.capture(partial(context.enqueue, stream))
+            graph = self._stream.capture(partial(context.enqueue, self._stream))
         except BackendError:
             self._record_no_more()
         else:

@@ -1,27 +1,25 @@
-"""TensorRT plans of a bundle: which one fits this machine, loading it, and which of its shape profiles fits a run."""
+"""TensorRT plans of a bundle: which one fits this machine, and loading it."""
 
 from __future__ import annotations
 
-import math
 import mmap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
 from numpy.typing import NDArray
 
-from zimgkit.engines.bundle import Bundle, CompiledEngine, Range, TensorSpec
-from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError
+from zimgkit.engines.bundle import Bundle, CompiledEngine
+from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, says_out_of_memory
 from zimgkit.engines.tensorrt import api as tensorrt_api
 from zimgkit.engines.tensorrt.cuda import SMALLER
 from zimgkit.engines.tensors import safetensors
 
 BACKEND = "tensorrt"
-DTYPES = {"float32": "FLOAT", "int64": "INT64", "bool": "BOOL"}
+DTYPES = {"float32": "FLOAT", "bfloat16": "BF16", "int64": "INT64", "bool": "BOOL"}
 """Element types of the inputs and outputs of a bundle's graphs, and TensorRT's names of them."""
 WEIGHTS = {"float32": "FLOAT", "bfloat16": "BF16"}
 """Likewise of weights that can be exchanged."""
-Shape = tuple[int, ...]
 
 
 def compile_command(bundle: Bundle) -> str:
@@ -125,8 +123,7 @@ class Plan:
         """Why TensorRT did not do as asked, in its own words."""
         said = self.errors[:]
         self.errors.clear()
-        text = " ".join(said).lower()
-        if "out of memory" in text or "outofmemory" in text or "cudaerrormemoryallocation" in text:
+        if says_out_of_memory(" ".join(said)):
             return OutOfMemoryError(f"TensorRT cannot {what}: the GPU is out of memory", SMALLER)
         # The first error is the cause, those after it are its consequences.
         return BackendError(f"TensorRT cannot {what}: {said[0][:600] if said else 'it gives no reason'}", self._hint)
@@ -183,52 +180,3 @@ class Plan:
         wanted |= {name: (False, DTYPES.get(spec.dtype)) for name, spec in component.outputs.items()}
         if found != wanted or engine.num_optimization_profiles != max(1, len(self.entry.profiles)):
             raise BundleError(f"{file} is not what the manifest of {bundle.root} describes", self._hint)
-
-
-def choose_profile(
-    component: str,
-    inputs: Mapping[str, TensorSpec],
-    profiles: Sequence[Mapping[str, Range]],
-    shapes: Mapping[str, Shape],
-    hint: str,
-) -> int:
-    """The index of the narrowest profile that serves the shapes of a run.
-
-    Args:
-        component: for messages.
-        inputs: names and shapes with free sides, which ``shapes`` have been checked against.
-        profiles: of the plan: the ranges of free sides. A plan without any serves every shape.
-        shapes: of the inputs of this run.
-        hint: what to do where no profile serves them.
-
-    Raises:
-        BackendError: a side has two lengths, or no profile serves them.
-    """
-    sides: dict[str, int] = {}
-    for name, spec in inputs.items():
-        for side, length in zip(spec.shape, shapes[name], strict=True):
-            if isinstance(side, str) and sides.setdefault(side, length) != length:
-                raise BackendError(f"{component} got {name!r} of {length} {side}, and another input of {sides[side]}")
-    if not profiles:
-        return 0
-    widths = [math.prod(most - least + 1 for least, _, most in ranges.values()) for ranges in profiles]
-    for index in sorted(range(len(profiles)), key=widths.__getitem__):
-        if _serves(profiles[index], sides):
-            return index
-
-    def own(name: str) -> dict[str, int]:
-        return {side: sides[side] for side in inputs[name].shape if isinstance(side, str)}
-
-    free = [name for name in inputs if own(name)]
-    culprit = next((name for name in free if not any(_serves(ranges, own(name)) for ranges in profiles)), free[0])
-    served = ", or ".join(" and ".join(_range(side, ends) for side, ends in ranges.items()) for ranges in profiles)
-    raise BackendError(f"{component} was compiled for {served}, not for {culprit!r} of shape {shapes[culprit]}", hint)
-
-
-def _serves(ranges: Mapping[str, Range], sides: Mapping[str, int]) -> bool:
-    return all(least <= sides[side] <= most for side, (least, _, most) in ranges.items() if side in sides)
-
-
-def _range(side: str, ends: Range) -> str:
-    least, _, most = ends
-    return f"{least} {side}" if least == most else f"{least} to {most} {side}"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zimgkit.engines.base import Feeds, check_feeds
-from zimgkit.engines.errors import BackendError, BundleError, UsageError
+from zimgkit.engines.base import BaseEngine, Feeds, Handle
+from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError, is_out_of_memory
 
 try:
     import torch
@@ -22,7 +23,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from zimgkit.engines.bundle import Bundle, Component, TensorSpec
+    from zimgkit.engines.bundle import Bundle, Component
 
 
 def open_engine(bundle: Bundle, component: str, device: str | None = None, compute: str | None = None) -> TorchEngine:
@@ -40,7 +41,8 @@ def open_engine(bundle: Bundle, component: str, device: str | None = None, compu
     Raises:
         UsageError: no such kind of device.
         BundleError: the graph or its weights are broken.
-        BackendError: the device is not there or too small, or the graph has an operator that is not covered.
+        BackendError: the device is not there, or the graph has an operator that is not covered.
+        OutOfMemoryError: the device has too little memory.
     """
     entry = bundle.component(component)
     place = _device(device)
@@ -63,45 +65,22 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = f"torch finds {torch.cuda.device_count()} CUDA devices"
         raise BackendError(f"device {device} is not there: {found}", "use --device cpu, or a CUDA build of torch")
-    return device
+    if device.type == "cuda":
+        return torch.device("cuda", device.index or 0)
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
-class TorchEngine:
+class TorchEngine(BaseEngine):
     """One compiled graph on one device; see :class:`zimgkit.engines.base.Engine`."""
 
+    backend = "torch"
+
     def __init__(self, name: str, component: Component, program: Program, device: torch.device, graph: str) -> None:
-        self.inputs: Mapping[str, TensorSpec] = component.inputs
-        self.outputs: Mapping[str, TensorSpec] = component.outputs
+        super().__init__(name, component, str(device))
         self.graph = graph
         """The file of the bundle that it runs."""
-        self._name = name
-        self._program: Program | None = program
-        self._device = device
-
-    def upload(self, feeds: Mapping[str, NDArray[Any]]) -> Feeds:
-        """Copy inputs to the device, once for many runs."""
-        program = self._open()
-        with torch.inference_mode(), _errors(f"uploading to {self._name!r}", self._device):
-            return {name: self._tensor(program, name, array, copy=True) for name, array in feeds.items()}
-
-    def run(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
-        """Run the graph on all of its inputs, arrays or handles from ``upload``.
-
-        Raises:
-            BackendError: an input is missing or misshapen, or memory ran out.
-        """
-        program = self._open()
-        check_feeds(self._name, self.inputs, feeds)
-        # By default cuDNN rounds the convolutions of a float32 graph to TF32, ten bits of mantissa.
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with torch.inference_mode(), exact, _errors(f"running {self._name!r}", self._device):
-            found = run(program, {name: self._tensor(program, name, feed) for name, feed in feeds.items()})
-            # A copy always: an output may be a view of an input or of a weight.
-            order = torch.contiguous_format
-            return {
-                name: tensor.to("cpu", torch.float32, copy=True, memory_format=order).numpy()
-                for name, tensor in found.items()
-            }
+        self._program = program
+        self._place = device
 
     def watch(self, watchers: Mapping[str, Callable[[torch.Tensor], None]]) -> None:
         """Show the first input of some nodes to functions, in every run from now on.
@@ -118,29 +97,49 @@ class TorchEngine:
         Args:
             wrappers: by operator and node, as in :meth:`watch`: what makes the new function from the old.
         """
-        program = self._open()
-        for index, step in enumerate(program.steps):
-            if wrapper := wrappers.get(step.label):
-                program.steps[index] = step._replace(call=wrapper(step.call))
+        with self._open():
+            steps = self._program.steps
+            for index, step in enumerate(steps):
+                if wrapper := wrappers.get(step.label):
+                    steps[index] = step._replace(call=wrapper(step.call))
 
-    def close(self) -> None:
-        """Drop the weights. A closed engine cannot run again."""
-        self._program = None
-        if self._device.type == "cuda":
+    def _upload(self, name: str, array: NDArray[Any]) -> torch.Tensor:
+        with torch.inference_mode(), _errors(f"uploading to {self.name!r}", self._place):
+            return self._tensor(name, array, copy=True)
+
+    def _run(self, feeds: Feeds, keep: Collection[str], sizes: Mapping[str, int]) -> dict[str, Any]:
+        # By default cuDNN rounds the convolutions of a float32 graph to TF32, ten bits of mantissa.
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.inference_mode(), exact, _errors(f"running {self.name!r}", self._place):
+            found = run(self._program, {name: self._tensor(name, feed) for name, feed in feeds.items()})
+            # A copy always: an output may be a view of an input or of a weight.
+            order = torch.contiguous_format
+            return {
+                name: self._kept(name, tuple(tensor.shape), tensor.clone(memory_format=order))
+                if name in keep
+                else tensor.to("cpu", torch.float32, copy=True, memory_format=order).numpy()
+                for name, tensor in ((name, found[name]) for name in self.outputs)
+            }
+
+    def _download(self, handle: Handle) -> NDArray[Any]:
+        tensor: torch.Tensor = handle.value
+        with torch.inference_mode(), _errors(f"downloading from {self.name!r}", self._place):
+            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+            return tensor.to("cpu", dtype, copy=True).numpy()
+
+    def _close(self) -> None:
+        """Drop the weights."""
+        del self._program
+        if self._place.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _open(self) -> Program:
-        if self._program is None:
-            raise BackendError(f"{self._name!r} was closed", "open it again")
-        return self._program
-
-    def _tensor(
-        self, program: Program, name: str, feed: NDArray[Any] | torch.Tensor, *, copy: bool = False
-    ) -> torch.Tensor:
-        if isinstance(feed, torch.Tensor):
-            return feed
+    def _tensor(self, name: str, feed: NDArray[Any] | Handle, *, copy: bool = False) -> torch.Tensor:
+        """An input where the graph takes it, in the element type of the graph, which may not be the manifest's."""
+        if isinstance(feed, Handle):
+            tensor: torch.Tensor = feed.value
+            return tensor.to(self._program.dtypes[name])
         writable = torch.from_numpy(np.require(feed, requirements=["C", "W"]))
-        return writable.to(self._device, program.dtypes.get(name), copy=copy)
+        return writable.to(self._place, self._program.dtypes.get(name), copy=copy)
 
 
 def _watched(watcher: Callable[[torch.Tensor], None], call: Callable[..., Any], *inputs: torch.Tensor) -> Any:
@@ -153,9 +152,10 @@ def _errors(doing: str, device: torch.device) -> Iterator[None]:
     """Turn what torch raises into one line that says where, and what would help."""
     try:
         yield
-    except (RuntimeError, IndexError, TypeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    except (RuntimeError, IndexError, TypeError, ValueError, MemoryError) as error:
+        if is_out_of_memory(error):
+            traceback.clear_frames(error.__traceback__)  # They hold tensors that filled the memory.
             hint = "make a smaller picture, free the device's memory, or build the bundle in a smaller precision"
-            raise BackendError(f"{device} ran out of memory {doing}", hint) from None
+            raise OutOfMemoryError(f"{device} ran out of memory {doing}", hint) from None
         where = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
         raise BackendError(f"torch failed {doing}{where}: {str(error).partition(chr(10))[0]}") from None

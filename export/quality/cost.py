@@ -7,7 +7,7 @@ makes of the prompt, and its modulation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zimgkit.engines.base import Engine, Feeds, open_engine
+from zimgkit.engines.base import Engine, Feeds, Handle, open_engine
 from zimgkit.engines.bundle import Bundle, Cost, Difference, Manifest
 from zimgkit.engines.errors import ZimgError
 from zimgkit.engines.torch.engine import TorchEngine
@@ -297,16 +297,20 @@ class _Recorded:
     """An engine whose results are kept."""
 
     def __init__(self, engine: Engine, given: list[Array]) -> None:
-        self.inputs, self.outputs = engine.inputs, engine.outputs
+        self.inputs, self.outputs, self.device = engine.inputs, engine.outputs, engine.device
         self._engine, self._given = engine, given
 
-    def upload(self, feeds: Mapping[str, NDArray[Any]]) -> Feeds:
+    def upload(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, Handle]:
         return self._engine.upload(feeds)
 
-    def run(self, feeds: Feeds) -> dict[str, Array]:
-        found = self._engine.run(feeds)
-        self._given.append(found["velocity"].copy())
+    def run(self, feeds: Feeds, keep: Collection[str] = ()) -> dict[str, Any]:
+        found = self._engine.run(feeds, keep)
+        velocity = found["velocity"]
+        self._given.append(self.download(velocity) if isinstance(velocity, Handle) else velocity.copy())
         return found
+
+    def download(self, handle: Handle) -> NDArray[Any]:
+        return self._engine.download(handle)
 
     def close(self) -> None:
         self._engine.close()

@@ -45,7 +45,7 @@ class Device:
                 outer.take(1)
                 return feeds
 
-            def run(self, feeds: Any) -> Any:
+            def run(self, feeds: Any, keep: Any = ()) -> Any:
                 outer.take(outer.working.get(component, 0))
                 return {"component": component}
 

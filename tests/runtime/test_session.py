@@ -259,7 +259,5 @@ def test_components_have_devices_of_their_own(bundle: Bundle) -> None:
 
 def test_rows_of_another_text_encoder_are_refused(session: Session) -> None:
     width = session.bundle.component("conditioner").inputs["prompt_embeds"].shape[-1]
-    with pytest.raises(
-        UsageError, match=f"3 rows of 5 numbers; this bundle takes .* rows of {width} numbers"
-    ):
+    with pytest.raises(UsageError, match=f"3 rows of 5 numbers; this bundle takes .* rows of {width} numbers"):
         session.begin(ask(session, prompt=None, prompt_embeds=[np.zeros((3, 5), np.float32)]))

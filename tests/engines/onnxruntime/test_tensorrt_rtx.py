@@ -314,7 +314,10 @@ class TestRuns:
         [
             ({"x": np.zeros((2, 5), np.float32)}, "net takes 'x' in the shape"),
             ({"z": np.zeros(1)}, "net has no input 'z'"),
-            ({"x": object()}, "TensorRT for RTX failed in net: "),
+            (
+                {"x": object()},
+                "net takes .x. as a numpy array, or as a handle of tensorrt-rtx on cuda:0, not",
+            ),
         ],
     )
     def test_inputs_that_do_not_fit(self, tmp_path, plugin, changes, message):
@@ -329,15 +332,15 @@ class TestRuns:
             engine.run(feeds(2))
 
     def test_without_memory(self, tmp_path, plugin, monkeypatch):
-        def fail(*given: Any) -> Any:
+        def fail(*given: Any, **more: Any) -> Any:
             raise RuntimeError("CUDA failure 2: out of memory")
 
         engine = open_engine(write(tmp_path), "net", "tensorrt-rtx")
-        monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", fail)
+        monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_shape_and_type", fail)
         with pytest.raises(OutOfMemoryError, match="cannot take the inputs of net: out of memory; ask for a smaller"):
             engine.upload({"scale": np.ones(1, np.float32)})
         monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
-        with pytest.raises(BackendError):
+        with pytest.raises(OutOfMemoryError):
             engine.run(feeds(2))
 
 
@@ -460,7 +463,7 @@ class TestRealPlugin:
 
     def open_device(self, **environment: str) -> str:
         code = (
-            "from zimgkit.engines import tensorrt_rtx\nfrom zimgkit.engines.errors import ZimgError\n"
+            "from zimgkit.engines.onnxruntime import tensorrt_rtx\nfrom zimgkit.engines.errors import ZimgError\n"
             "try: print(tensorrt_rtx.open_device())\nexcept ZimgError as error: print(error)"
         )
         done = subprocess.run(
