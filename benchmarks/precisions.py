@@ -58,13 +58,13 @@ def compare(
     from zimgkit.export.build import Quantizing, build
     from zimgkit.export.quality.cost import References, Trial, baseline, measure
     from zimgkit.export.quality.judged import accuracy
-    from zimgkit.export.quantization.calibrate import Plan, calibrate
+    from zimgkit.export.quantization.calibrate import CalibrationSet, calibrate
     from zimgkit.runtime.commands.sheet import draw_sheet
 
     names = tuple(dict.fromkeys(("fp32", "bf16", *precisions)))
     with patch.dict(os.environ, common.own_cache(folder)):
         bundles = {name: build(str(checkpoint), folder / name, precision=name) for name in names[:2]}
-        plan = Plan(sizes=((size, size),) if size else (), steps=steps)
+        plan = CalibrationSet(sizes=((size, size),) if size else (), steps=steps)
         found = calibrate(bundles["bf16"], plan, folder / "calibration.safetensors")
         for name in names[2:]:
             settings = Quantizing(calibration=found)

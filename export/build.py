@@ -39,10 +39,10 @@ from zimgkit.export.lora.merge import NOTHING, Addends, Merge, merge, read_loras
 from zimgkit.export.lora.names import Names
 from zimgkit.export.networks import autoencoder_kl, qwen_image, qwen_image_vae, text_encoder, z_image
 from zimgkit.export.networks.parts import Part
-from zimgkit.export.quantization.calibrate import Plan, beside, calibrate, finished
+from zimgkit.export.quantization.calibrate import CalibrationSet, calibrate, load_finished, statistics_path
 from zimgkit.export.quantization.formats import SCHEMES, Scheme
 from zimgkit.export.quantization.graph_pass import Quantize
-from zimgkit.export.quantization.quantize import COMPONENTS, Quantized, Settings, linears, quantize
+from zimgkit.export.quantization.quantize import COMPONENTS, QuantizationSettings, Quantized, linear_weights, quantize
 from zimgkit.export.quantization.recipe import Recipe, family_recipe
 from zimgkit.export.quantization.statistics import Statistics
 from zimgkit.export.weights.layout import base_name, graph_name, lora_name
@@ -59,7 +59,7 @@ class Quantizing:
 
     recipe: Recipe | None = None
     """Which linears stay as they are; the family's own recipe where None."""
-    calibration: Plan | Statistics = field(default_factory=Plan)
+    calibration: CalibrationSet | Statistics = field(default_factory=CalibrationSet)
     """What inputs are measured on where they are quantized, or what was measured."""
     from_bundle: Path | None = None
     """A float bundle of the same checkpoint to calibrate on; one is built for it where None."""
@@ -154,15 +154,15 @@ def build(
 
 def _settings(
     checkpoint: Checkpoint, merged: Merge, precision: str, given: Quantizing, out: Path, report: Report
-) -> Settings:
+) -> QuantizationSettings:
     """How a checkpoint's linears are quantized, after a calibration where that is needed and not there yet."""
     recipe = given.recipe or family_recipe(checkpoint.family, checkpoint.name)
-    settings = Settings(precision, recipe, range=given.range, smooth=given.smooth)
+    settings = QuantizationSettings(precision, recipe, range=given.range, smooth=given.smooth)
     settings.check()
     parts = parts_of(checkpoint)
     for name, part in parts.items():
         if name in COMPONENTS:
-            recipe.kept(precision, name, linears(part))  # What is wrong is better said before hours of work.
+            recipe.kept(precision, name, linear_weights(part))  # What is wrong is better said before hours of work.
     if settings.scheme.activations is None:
         return settings
     if isinstance(given.calibration, Statistics):
@@ -172,16 +172,18 @@ def _settings(
         if float_bundle.manifest.family != checkpoint.family:
             found = f"{given.from_bundle} is of family {float_bundle.manifest.family}"
             raise UsageError(f"{found}, and the checkpoint of {checkpoint.family}", "name a bundle of this checkpoint")
-        found_at = beside(float_bundle.root)
+        found_at = statistics_path(float_bundle.root)
         statistics = calibrate(float_bundle, given.calibration, found_at, device=given.device, report=report)
         return replace(settings, statistics=statistics)
-    known_statistics = finished(beside(out), checkpoint.source, merged.loras, given.calibration.filled(checkpoint.name))
+    known_statistics = load_finished(
+        statistics_path(out), checkpoint.source, merged.loras, given.calibration.filled(checkpoint.name)
+    )
     if known_statistics is None:
         with TemporaryDirectory(prefix=f".{out.name}.", suffix=".float", dir=out.parent) as folder:
             export(checkpoint, Path(folder), "bfloat16", report, merged=merged)
             float_bundle = Bundle.open(folder, verify=False)
             known_statistics = calibrate(
-                float_bundle, given.calibration, beside(out), device=given.device, report=report
+                float_bundle, given.calibration, statistics_path(out), device=given.device, report=report
             )
     return replace(settings, statistics=known_statistics)
 
@@ -192,7 +194,7 @@ def export(
     precision: str,
     report: Report = silent,
     *,
-    quantization: Settings | None = None,
+    quantization: QuantizationSettings | None = None,
     merged: Merge = NOTHING,
     keep_base: bool = False,
     chosen: Mapping[str, Any] | None = None,
@@ -361,7 +363,7 @@ def _quantize_graph(
     Quantize(scheme, by_name, [tensors[name].name for name in weights], compute, folder)(model)
 
 
-def _record(settings: Settings, quantized: Mapping[str, Quantized]) -> Quantization:
+def _record(settings: QuantizationSettings, quantized: Mapping[str, Quantized]) -> Quantization:
     """What the manifest says of how linears were quantized."""
     kept = {name: dict(entry.kept) for name, entry in quantized.items() if entry.kept}
     bounds = settings.recipe.bounds.get(settings.precision)

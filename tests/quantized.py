@@ -9,11 +9,11 @@ import numpy as np
 
 from zimgkit.engines.base import Handle, open_engine
 from zimgkit.engines.bundle import Bundle
-from zimgkit.export.quantization.calibrate import Plan
+from zimgkit.export.quantization.calibrate import CalibrationSet
 from zimgkit.runtime.pipeline import Pipeline
 
 PROMPTS = ("a red cube", "two small blue dogs on a hill", "山水", "the word OPEN in neon")
-PLAN = Plan(PROMPTS, ((64, 64), (64, 96)), 2)
+PLAN = CalibrationSet(PROMPTS, ((64, 64), (64, 96)), 2)
 PRECISIONS = ("fp8", "int8", "int8-weights", "int4-weights")
 
 

@@ -17,7 +17,7 @@ from zimgkit.export.compilers.tensorrt import layers
 from zimgkit.runtime.commands.inspect import range_text
 
 if TYPE_CHECKING:
-    from zimgkit.export.compilers.compile import Compiled
+    from zimgkit.export.compilers.compile import CompiledComponent
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -26,9 +26,9 @@ MOST = 1 << 63
 
 OPTIONS = (
     click.option("--size", "sizes", multiple=True, metavar="WxH", help="Serve this size, fastest; may be repeated."),
-    click.option("--min-size", metavar="WxH", help="With --max-size: the least. [default: 256x256]"),
-    click.option("--opt-size", metavar="WxH", help="With --max-size: the likeliest. [default: the checkpoint's]"),
-    click.option("--max-size", metavar="WxH", help="Serve every size up to this one."),
+    click.option("--min-size", metavar="WxH", help="The min of the range up to --max-size. [default: 256x256]"),
+    click.option("--opt-size", metavar="WxH", help="The size that range is optimized for. [default: the checkpoint's]"),
+    click.option("--max-size", metavar="WxH", help="Serve a range of sizes, up to this one."),
     click.option("--max-prompt-tokens", type=int, metavar="N", help="Of a prompt. [default: 512]"),
     click.option("--batch", type=int, default=1, show_default=True, help="Pictures of a prompt denoised together."),
     click.option("--component", "components", multiple=True, metavar="NAME", help="Only this one; may be repeated."),
@@ -99,19 +99,19 @@ def settings(
     """The options as arguments of :func:`zimgkit.export.compilers.compile.compile_bundle`.
 
     Raises:
-        UsageError: a size or an amount that is none, or a least or likeliest size without a largest one.
+        UsageError: a size or an amount that is none, or a min or opt size without a max.
     """
-    from zimgkit.export.compilers.shape_profiles import Served, parse_size
-    from zimgkit.export.compilers.tensorrt.compiler import Options
+    from zimgkit.export.compilers.shape_profiles import ServedShapes, parse_size
+    from zimgkit.export.compilers.tensorrt.compiler import CompilerOptions
 
     if (min_size or opt_size) and not max_size:
         raise UsageError("--min-size and --opt-size need --max-size", "give all three, or --size")
-    least, likely = (parse_size(text) if text else None for text in (min_size, opt_size))
-    span = (least, likely, parse_size(max_size)) if max_size else None
+    smallest, optimal = (parse_size(text) if text else None for text in (min_size, opt_size))
+    size_range = (smallest, optimal, parse_size(max_size)) if max_size else None
     return {
-        "served": Served(tuple(map(parse_size, sizes)), span, max_prompt_tokens, batch),
+        "shapes": ServedShapes(tuple(map(parse_size, sizes)), size_range, max_prompt_tokens, batch),
         "components": tuple(components),
-        "options": Options(
+        "options": CompilerOptions(
             workspace_bytes=parse_bytes(workspace),
             refittable=refittable,
             stripped=stripped,
@@ -122,7 +122,7 @@ def settings(
     }
 
 
-def as_data(bundle: Path, compiled: Sequence[Compiled], *, detailed: bool) -> dict[str, Any]:
+def as_data(bundle: Path, compiled: Sequence[CompiledComponent], *, detailed: bool) -> dict[str, Any]:
     """What was compiled, for machines."""
     engines = []
     for entry in compiled:
@@ -132,7 +132,7 @@ def as_data(bundle: Path, compiled: Sequence[Compiled], *, detailed: bool) -> di
             found |= {
                 "layer_kinds": layers.kinds(entry.plan.layers),
                 "unfused_attention": list(entry.plan.unfused),
-                "not_in_8_bits": list(entry.plan.widened),
+                "not_in_8_bits": list(entry.plan.not_in_8_bits),
                 "warnings": list(entry.plan.warnings),
             }
             if detailed:
@@ -154,9 +154,9 @@ def as_text(data: dict[str, Any]) -> str:
             lines.append(f"  attention  {fused} of {fused + parts} in one fused kernel each")
         if engine.get("unfused_attention"):
             lines.append(f"  in parts   {', '.join(engine['unfused_attention'])}")
-        narrow, wide = engine.get("products", (0, 0))
-        if narrow + wide:
-            lines.append(f"  products   {narrow} of {narrow + wide} of quantized numbers in 8 bits")
+        in_8_bits, wide = engine.get("products", (0, 0))
+        if in_8_bits + wide:
+            lines.append(f"  products   {in_8_bits} of {in_8_bits + wide} of quantized numbers in 8 bits")
         if engine.get("not_in_8_bits"):
             lines.append(f"  wider      {', '.join(engine['not_in_8_bits'])}")
         if engine.get("layer_kinds"):

@@ -163,15 +163,15 @@ def calibrate(bundle: Path, quiet: bool, **options: Any) -> None:
     """
     _need_export()
     from zimgkit.engines.bundle import Bundle
-    from zimgkit.export.quantization.calibrate import beside
     from zimgkit.export.quantization.calibrate import calibrate as work
+    from zimgkit.export.quantization.calibrate import statistics_path
     from zimgkit.runtime.progress import bar
 
     plan, device = quantization_cli.plan(**options)
     opened = Bundle.open(bundle)
     with bar(enabled=not quiet) as report:
-        work(opened, plan, beside(opened.root), device=device, report=report)
-    click.echo(beside(opened.root))
+        work(opened, plan, statistics_path(opened.root), device=device, report=report)
+    click.echo(statistics_path(opened.root))
 
 
 @cli.command(name="compile")
@@ -310,7 +310,7 @@ def verify(
     """Check a bundle against its checkpoint: every hash, every weight, every network's result.
 
     What the precision of a quantized bundle costs is measured as well, and written into it: its pictures, and each
-    step's velocity, against float32 and beside what bfloat16 costs.
+    step's velocity, against float32 and statistics_path what bfloat16 costs.
     """
     _need_export()
     from zimgkit.export.quality import verify as work

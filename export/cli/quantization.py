@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from zimgkit.export.quality.cost import Trial
     from zimgkit.export.quality.sensitivity import Sensitivity
     from zimgkit.export.quality.verify import Measuring
-    from zimgkit.export.quantization.calibrate import Plan
+    from zimgkit.export.quantization.calibrate import CalibrationSet
     from zimgkit.runtime.progress import Report
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -87,7 +87,9 @@ _SENSITIVITY = (
     click.option(
         "--steps", "cost_steps", type=click.IntRange(1), default=4, show_default=True, help="Of each picture."
     ),
-    click.option("--calibration", type=FILE, help="For fp8 and int8: statistics.  [default: those beside the bundle]"),
+    click.option(
+        "--calibration", type=FILE, help="For fp8 and int8: statistics.  [default: those statistics_path the bundle]"
+    ),
     click.option("--device", help="Such as cpu or cuda:1."),
 )
 
@@ -127,25 +129,25 @@ def find_sensitivity(
         ZimgError: whatever went wrong, in one line.
     """
     from zimgkit.export.quality.sensitivity import sensitivity
-    from zimgkit.export.quantization.calibrate import Plan, beside, calibrate
-    from zimgkit.export.quantization.quantize import Settings
+    from zimgkit.export.quantization.calibrate import CalibrationSet, calibrate, statistics_path
+    from zimgkit.export.quantization.quantize import QuantizationSettings
     from zimgkit.export.quantization.recipe import Recipe, family_recipe
     from zimgkit.export.quantization.statistics import Statistics
 
     pictures, statistics = trial(cost_prompts, cost_size, cost_steps), None
     if calibration is not None and precision not in CALIBRATED:
         raise UsageError(f"--calibration is not for --precision {precision}", f"it is for {', '.join(CALIBRATED)}")
-    if calibration is None and beside(bundle.root).exists():
-        calibration = beside(bundle.root)
+    if calibration is None and statistics_path(bundle.root).exists():
+        calibration = statistics_path(bundle.root)
     if calibration is not None and precision in CALIBRATED:
         statistics = Statistics.load(calibration)
     elif precision in CALIBRATED:
         sizes = ((pictures.width, pictures.height),) if pictures.width and pictures.height else ()
-        plan = Plan(sizes=sizes, steps=cost_steps)
-        statistics = calibrate(bundle, plan, beside(bundle.root), device=device, report=report)
+        plan = CalibrationSet(sizes=sizes, steps=cost_steps)
+        statistics = calibrate(bundle, plan, statistics_path(bundle.root), device=device, report=report)
     if target is None:
         target = family_recipe(bundle.manifest.family, bundle.manifest.name).bounds[precision].cosine
-    settings = Settings(precision, Recipe(), statistics)
+    settings = QuantizationSettings(precision, Recipe(), statistics)
     return sensitivity(bundle, settings, pictures, target, by=by, device=device, report=report)
 
 
@@ -223,17 +225,17 @@ def plan(
     calibration_size: Sequence[str],
     calibration_steps: int | None,
     calibration_device: str | None,
-) -> tuple[Plan, str | None]:
+) -> tuple[CalibrationSet, str | None]:
     """What a calibration runs, and on which device.
 
     Raises:
         UsageError: the prompts cannot be read or are too few, or a size is none.
     """
     from zimgkit.export.compilers.shape_profiles import parse_size
-    from zimgkit.export.quantization.calibrate import Plan, read_prompts
+    from zimgkit.export.quantization.calibrate import CalibrationSet, read_prompts
 
     texts = () if prompts is None else read_prompts(prompts)
-    return Plan(texts, tuple(map(parse_size, calibration_size)), calibration_steps), calibration_device
+    return CalibrationSet(texts, tuple(map(parse_size, calibration_size)), calibration_steps), calibration_device
 
 
 def take(precision: str, given: dict[str, Any]) -> Quantizing:
@@ -263,7 +265,7 @@ def take(precision: str, given: dict[str, Any]) -> Quantizing:
         if clash := sorted(used & {"from_bundle", "calibration_size", "calibration_steps", "calibration_device"}):
             option = clash[0].replace("_", "-")
             raise UsageError(f"--{option} is for a calibration from prompts", f"{calibration} holds one that was run")
-        found: Statistics | Plan = Statistics.load(calibration)
+        found: Statistics | CalibrationSet = Statistics.load(calibration)
     else:
         found, device = plan(
             calibration, mine["calibration_size"], mine["calibration_steps"], mine["calibration_device"]

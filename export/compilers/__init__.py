@@ -1,1 +1,1 @@
-"""Engines compiled ahead for a bundle."""
+"""Compile a bundle's graphs ahead of time into engines of TensorRT and TensorRT for RTX."""

@@ -1,4 +1,4 @@
-"""Which precision suits which card, and which a card lacks. docs/quantization.md says why."""
+"""Which precision a GPU multiplies fastest, and which it cannot multiply. docs/quantization.md says why."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from zimgkit.engines.tensorrt import cuda
 CARDS = {"rtx4090": "sm89", "h100": "sm90"}
 """Name on the command line -> architecture."""
 PRECISIONS = {"sm89": "int8", "sm90": "fp8"}
-"""Architecture -> the precision it multiplies fastest at the least loss; bf16 for all others."""
-OTHERWISE = "bf16"
+"""Architecture -> the precision it multiplies fastest at the least loss."""
+DEFAULT_PRECISION = "bf16"
+"""Of all other architectures, and where there is no GPU."""
 FP8_FROM = 89
-"""The compute capability, in tenths, of the first GPUs that multiply FP8: Ada, then Hopper."""
+"""Ten times the compute capability of the first GPUs that multiply FP8: Ada, then Hopper."""
 
 
 def precision_for(card: str | None) -> tuple[str, str]:
-    """The precision for a card.
+    """Choose a precision for a card.
 
     Args:
         card: a key of :data:`CARDS`; the first GPU of this machine where None.
 
     Returns:
-        The precision, and what it was chosen for.
+        The precision, and what it was chosen for: the card, or why no GPU could be asked.
     """
     if card is not None:
         return PRECISIONS[CARDS[card]], card
     try:
         device = cuda.open_device()
     except BackendError as error:
-        return OTHERWISE, error.message
-    return PRECISIONS.get(device.architecture, OTHERWISE), f"{device.name}, {device.architecture}"
+        return DEFAULT_PRECISION, error.message
+    return PRECISIONS.get(device.architecture, DEFAULT_PRECISION), f"{device.name}, {device.architecture}"
 
 
 def check_multiplies(precision: str, architecture: str, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Engines for a bundle: each component compiled for the device at hand, and entered into the manifest."""
+"""Compile the components of a bundle for the device at hand, and register the engines in its manifest."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from zimgkit.engines.errors import OutputError, UsageError
 from zimgkit.engines.tensorrt import api as tensorrt_api
 from zimgkit.engines.tensorrt import cuda
 from zimgkit.export.compilers.cards import check_multiplies
-from zimgkit.export.compilers.shape_profiles import RECOMMENDED, Served, profiles
-from zimgkit.export.compilers.tensorrt.compiler import PLAIN, Options, Plan, compile_plan
+from zimgkit.export.compilers.shape_profiles import RECOMMENDED, ServedShapes, shape_profiles
+from zimgkit.export.compilers.tensorrt.compiler import DEFAULT_OPTIONS, CompiledPlan, CompilerOptions, compile_plan
 from zimgkit.export.compilers.tensorrt.graph import read_graph
 from zimgkit.runtime.progress import Report, silent
 
 FOLDER = "engines"
-DECIDED_AFTERWARDS = {"file": "", "memory_bytes": 0, "attention": (0, 0), "products": (0, 0)}
-"""Fields of an engine's entry that do not say what it was compiled for."""
+RESULT_FIELDS = {"file": "", "memory_bytes": 0, "attention": (0, 0), "products": (0, 0)}
+"""The fields of an engine's entry that only its compilation tells, with their defaults."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What engines are compiled with, and for."""
+    """The compiler that makes engines, and the device they are for."""
 
     compiler: str
     version: str
@@ -39,25 +39,26 @@ class Target:
 
     @property
     def folder(self) -> str:
-        """Where its engines lie in a bundle."""
+        """The folder of its engines, relative to the bundle's."""
         return f"{FOLDER}/{self.compiler}-{self.version}-{self.device}"
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledComponent:
     """One component, compiled now or found up to date."""
 
     engine: CompiledEngine
     is_new: bool
-    """False where it was up to date."""
-    plan: Plan | None = None
-    """What TensorRT said of it, where it compiled."""
+    """False where the bundle had an engine that was up to date."""
+    plan: CompiledPlan | None = None
+    """What TensorRT reported, where it has just compiled."""
 
 
 def find_target() -> Target:
-    """The installed TensorRT, and the GPU it compiles for.
+    """Find the installed TensorRT and the GPU it compiles for.
 
-    TensorRT measures on the GPU that will run the engine. TensorRT for RTX compiles ahead, for all GPUs it serves.
+    TensorRT times kernels on the GPU that will run the engine. TensorRT for RTX needs no GPU, and compiles for all GPUs
+    that it supports.
 
     Raises:
         BackendError: no TensorRT is installed, or it needs a GPU and there is none.
@@ -71,7 +72,7 @@ def find_target() -> Target:
 
 
 def check_ready(backend: str) -> None:
-    """Check that a backend's engines can be compiled here.
+    """Check that a backend's engines can be compiled on this machine.
 
     Raises:
         BackendError: what is missing.
@@ -88,46 +89,47 @@ def compile_bundle(
     path: Path,
     *,
     backend: str = "tensorrt",
-    served: Served = RECOMMENDED,
+    shapes: ServedShapes = RECOMMENDED,
     components: Sequence[str] = (),
-    options: Options = PLAIN,
+    options: CompilerOptions = DEFAULT_OPTIONS,
     weight_streaming_budget: int | None = None,
     force: bool = False,
     report: Report = silent,
-) -> list[Compiled]:
-    """Compile a bundle's components; each is entered into the manifest as soon as it is done.
+) -> list[CompiledComponent]:
+    """Compile a bundle's components, and register each engine in the manifest as soon as it is compiled.
 
-    What is there already, compiled from the same graph and weights for the same device and shapes, stays as it is.
-    Engines for other devices stay as well.
+    An engine that the bundle has already, compiled from the same graph and weights for the same device and shapes, is
+    not compiled again. Engines for other devices stay in the bundle.
 
     Args:
         path: the bundle's folder.
         backend: ``"tensorrt"``, or ``"tensorrt-rtx"``, ONNX Runtime's plugin, which has none of the options.
-        served: sizes, prompt lengths and batches to serve.
+        shapes: the picture sizes, prompt lengths and batch sizes to serve.
         components: which ones; all that have a graph when empty.
-        options: of the compiler. Its timing cache is the one of this compiler and GPU unless it names another.
-        weight_streaming_budget: bytes of weights to keep on the device, the rest being streamed to it; None keeps all.
-        force: compile what is up to date as well.
+        options: of the compiler. The timing cache is that of this compiler and GPU unless the options name another.
+        weight_streaming_budget: how many bytes of weights stay on the device, while the rest is streamed to it in each
+            run; None keeps all there.
+        force: compile engines that are up to date as well.
         report: called with (stage, done, total).
 
     Raises:
-        UsageError: a size, a token count or a component that cannot be.
+        UsageError: a size, a token count or a component is not one of this bundle.
         BackendError: TensorRT is missing or refuses a graph, or there is no GPU where it needs one.
         OutputError: the disk is full, or another process writes the bundle.
     """
     path = path.expanduser().absolute()
-    # Opened under the lock: what another process has just finished is then known, and not taken for a stray.
+    # Opened under the lock: an engine that another process has just registered is then not removed as unlisted.
     with only_writer_of(path):
         bundle = Bundle.open(path)
-        ranges = profiles(bundle.manifest, served)
-        if unknown := [name for name in components if name not in ranges]:
-            raise UsageError(f"the bundle has no graph called {unknown[0]!r}", f"it has {', '.join(ranges)}")
+        profiles = shape_profiles(bundle.manifest, shapes)
+        if unknown := [name for name in components if name not in profiles]:
+            raise UsageError(f"the bundle has no graph called {unknown[0]!r}", f"it has {', '.join(profiles)}")
         if weight_streaming_budget is not None and weight_streaming_budget < 0:
             raise UsageError(f"the weight streaming budget is {weight_streaming_budget}", "give 0 bytes or more")
         if backend == "tensorrt-rtx":
-            if options != PLAIN or weight_streaming_budget is not None:
+            if options != DEFAULT_OPTIONS or weight_streaming_budget is not None:
                 raise UsageError("the tensorrt-rtx backend has no options", "leave them out, or use --backend tensorrt")
-            return _compile_contexts(bundle, components or tuple(ranges), ranges, force=force, report=report)
+            return _compile_contexts(bundle, components or tuple(profiles), profiles, force=force, report=report)
         target = find_target()
         if quantization := bundle.manifest.quantization:
             check_multiplies(quantization.precision, target.device, target.device_name)
@@ -135,7 +137,7 @@ def compile_bundle(
             # TensorRT for RTX would compile for the one GPU that was measured.
             options = replace(options, timing_cache=timing_cache(target))
         options = replace(options, weight_streaming=weight_streaming_budget is not None)
-        _clear_strays(path)
+        _remove_unlisted_files(path)
         return [
             _compile(
                 Bundle.open(path, verify=False),
@@ -147,7 +149,7 @@ def compile_bundle(
                     version=target.version,
                     device=target.device,
                     source=bundle.source_hash(name),
-                    profiles=ranges[name],
+                    profiles=profiles[name],
                     weight_streaming_budget=weight_streaming_budget,
                     refittable=options.refittable,
                     stripped=options.stripped,
@@ -156,27 +158,27 @@ def compile_bundle(
                 force=force,
                 report=report,
             )
-            for name in components or ranges
+            for name in components or profiles
         ]
 
 
 def _compile_contexts(
     bundle: Bundle,
     components: Sequence[str],
-    ranges: Mapping[str, tuple[dict[str, Range], ...]],
+    profiles: Mapping[str, tuple[dict[str, Range], ...]],
     *,
     force: bool,
     report: Report,
-) -> list[Compiled]:
-    """The same for ONNX Runtime's plugin."""
+) -> list[CompiledComponent]:
+    """As :func:`compile_bundle`, for ONNX Runtime's TensorRT for RTX plugin."""
     from zimgkit.engines.onnxruntime import tensorrt_rtx
     from zimgkit.export.compilers.tensorrt_rtx import compile_contexts
 
     device = tensorrt_rtx.open_device()
-    _clear_strays(bundle.root)
+    _remove_unlisted_files(bundle.root)
     done = []
     for name in components:
-        current = (device.version, device.architecture, bundle.source_hash(name), ranges[name])
+        current = (device.version, device.architecture, bundle.source_hash(name), profiles[name])
         found = [
             engine
             for engine in bundle.engines(name, tensorrt_rtx.BACKEND)
@@ -184,23 +186,25 @@ def _compile_contexts(
         ]
         is_new = not found
         if is_new:
-            found = compile_contexts(bundle, [name], ranges, bundle.root, report)
-            enter(Bundle.open(bundle.root, verify=False), found)
-        done.append(Compiled(found[0], is_new))
+            found = compile_contexts(bundle, [name], profiles, bundle.root, report)
+            register_engines(Bundle.open(bundle.root, verify=False), found)
+        done.append(CompiledComponent(found[0], is_new))
     return done
 
 
 def timing_cache(target: Target) -> Path:
-    """Where what was measured is kept: one file per compiler, version and GPU."""
+    """The file of kernel timings in the user's cache: one per compiler, version and GPU."""
     gpu = re.sub(r"[^a-z0-9]+", "-", target.device_name.lower()).strip("-")
     return user_cache_path("zimgkit") / "timing" / f"{target.compiler}-{target.version}-{target.device}-{gpu}.cache"
 
 
-def _compile(bundle: Bundle, wanted: CompiledEngine, options: Options, *, force: bool, report: Report) -> Compiled:
-    """Compile one component, unless the bundle has just what is wanted."""
+def _compile(
+    bundle: Bundle, wanted: CompiledEngine, options: CompilerOptions, *, force: bool, report: Report
+) -> CompiledComponent:
+    """Compile one component, unless the bundle has an engine of it that is up to date."""
     for engine in bundle.engines(wanted.component, wanted.backend):
-        if not force and _purpose(engine) == _purpose(wanted):
-            return Compiled(engine, is_new=False)
+        if not force and _compiled_for(engine) == _compiled_for(wanted):
+            return CompiledComponent(engine, is_new=False)
     graph = read_graph(bundle, wanted.component, wanted.profiles)
     final = bundle.root / wanted.file
     part = final.with_suffix(".part")
@@ -209,52 +213,54 @@ def _compile(bundle: Bundle, wanted: CompiledEngine, options: Options, *, force:
         plan = compile_plan(graph, bundle.component(wanted.component), wanted.profiles, part, options, report)
         part.rename(final)
         fused = len(graph.attentions) - len(plan.unfused)
-        narrow = len(graph.products) - len(plan.widened)
+        in_8_bits = len(graph.products) - len(plan.not_in_8_bits)
         engine = msgspec.structs.replace(
             wanted,
             attention=(fused, len(plan.unfused)),
-            products=(narrow, len(plan.widened)),
+            products=(in_8_bits, len(plan.not_in_8_bits)),
             memory_bytes=plan.memory_bytes,
         )
-        enter(bundle, [engine])
+        register_engines(bundle, [engine])
     except OSError as error:
         raise OutputError(f"{final} cannot be written ({error.strerror or error})", "free some space") from None
     finally:
-        _clear_strays(bundle.root)
-    return Compiled(engine, is_new=True, plan=plan)
+        _remove_unlisted_files(bundle.root)
+    return CompiledComponent(engine, is_new=True, plan=plan)
 
 
-def enter(bundle: Bundle, engines: Sequence[CompiledEngine]) -> None:
-    """Enter engines whose files are there into the manifest, and remove those they replace.
+def register_engines(bundle: Bundle, engines: Sequence[CompiledEngine]) -> None:
+    """Write engines whose files are in place into the manifest, and delete those they replace.
 
     An engine replaces another one of the same component, backend, compiler and device. The manifest is replaced in one
-    step: a crash leaves the old one, and at worst a file that nothing names.
+    step: a crash leaves the old one, and at worst a file that it does not list.
     """
     manifest = bundle.manifest
-    replaced = [old for old in manifest.engines if any(_place(old) == _place(engine) for engine in engines)]
-    kept = tuple(old for old in manifest.engines if old not in replaced)
-    gone = {name for old in replaced for name in old.files}
-    files = {name: record for name, record in manifest.files.items() if name not in gone}
+    replaced = [old for old in manifest.engines if any(_slot(old) == _slot(engine) for engine in engines)]
+    others = tuple(old for old in manifest.engines if old not in replaced)
+    removed = {name for old in replaced for name in old.files}
+    files = {name: record for name, record in manifest.files.items() if name not in removed}
     for engine in engines:
         for name in engine.files:
             path = bundle.root / name
             files[name] = FileRecord(path.stat().st_size, sha256(path))
-    write_manifest(bundle.root, msgspec.structs.replace(manifest, engines=(*kept, *engines), files=files))
-    for name in gone:
+    write_manifest(bundle.root, msgspec.structs.replace(manifest, engines=(*others, *engines), files=files))
+    for name in removed:
         (bundle.root / name).unlink(missing_ok=True)
     Bundle.open(bundle.root, verify=False).trust()
 
 
-def _purpose(engine: CompiledEngine) -> CompiledEngine:
-    return msgspec.structs.replace(engine, source=engine.serves, refit=None, **DECIDED_AFTERWARDS)
+def _compiled_for(engine: CompiledEngine) -> CompiledEngine:
+    """The entry without its results: equal for engines that were compiled from and for the same."""
+    return msgspec.structs.replace(engine, source=engine.serves, refit=None, **RESULT_FIELDS)
 
 
-def _place(engine: CompiledEngine) -> tuple[str, ...]:
+def _slot(engine: CompiledEngine) -> tuple[str, ...]:
+    """What a bundle has at most one engine for."""
     return engine.component, engine.backend, engine.compiler, engine.version, engine.device
 
 
-def _clear_strays(root: Path) -> None:
-    """Remove engines that the manifest does not name: a compilation that fails or is killed leaves them."""
+def _remove_unlisted_files(root: Path) -> None:
+    """Delete engine files that the manifest does not list: a compilation that fails or is killed leaves them."""
     bundle = Bundle.open(root, verify=False)
     for path in (bundle.root / FOLDER).rglob("*"):
         if path.is_file() and path.relative_to(bundle.root).as_posix() not in bundle.manifest.files:

@@ -1,46 +1,51 @@
-"""Which pictures and prompts an engine shall serve, and what that means for the free sides of each graph."""
+"""Shape profiles: min, opt and max length of each dynamic dimension, from the picture sizes and prompts to serve."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zimgkit.engines.bundle import Manifest, Range
+from zimgkit.engines.bundle import Component, Manifest, Range
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.families import family
 
 Size = tuple[int, int]
 """Width and height in pixels."""
-LIKELY_TOKENS = 128
-"""A prompt of a few sentences."""
-LEAST = (256, 256)
+OPT_TOKENS = 128
+"""The prompt length that a profile is optimized for: a few sentences."""
+MIN_SIZE = (256, 256)
+"""The smallest picture of a size range that names none."""
 MULTIPLE = 16
+"""Widths and heights are multiples of so many pixels."""
 
 
 @dataclass(frozen=True)
-class Served:
-    """What engines are compiled for."""
+class ServedShapes:
+    """The picture sizes, prompt lengths and batch sizes that engines are compiled for."""
 
     sizes: tuple[Size, ...] = ()
-    """Each gets a profile of its own. The bundle's recommended size where this and ``span`` are empty."""
-    span: tuple[Size | None, Size | None, Size] | None = None
-    """The least, likeliest and largest size of one more profile, which serves all between; None leaves one open."""
+    """Each gets a shape profile of its own. The bundle's recommended size where this and ``size_range`` are empty."""
+    size_range: tuple[Size | None, Size | None, Size] | None = None
+    """Min, opt and max size of one more profile, which serves all sizes between. A min of None is :data:`MIN_SIZE`, an
+    opt of None the bundle's recommended size, or max where the recommended size is outside the range."""
     max_prompt_tokens: int | None = None
-    """Rows of the text encoder's output a prompt may have; the bundle's ``max_sequence_length`` when None."""
+    """How many rows of the text encoder's output a prompt may have; the bundle's ``max_sequence_length`` when None."""
     batch: int = 1
     """How many pictures of one prompt are denoised together at most."""
 
 
-RECOMMENDED = Served()
-"""The bundle's recommended size."""
+RECOMMENDED = ServedShapes()
+"""The bundle's recommended size, and prompts of every length."""
 
 
 def parse_size(text: str) -> Size:
-    """``"1024x768"`` to width and height.
+    """Parse a size such as ``"1024x768"``.
+
+    Returns:
+        Width and height in pixels.
 
     Raises:
-        UsageError: it is no such text.
+        UsageError: the text is not WIDTHxHEIGHT.
     """
     match = re.fullmatch(r"(\d{1,6})[x×X](\d{1,6})", text.strip())
     if not match:
@@ -48,70 +53,84 @@ def parse_size(text: str) -> Size:
     return int(match[1]), int(match[2])
 
 
-def profiles(manifest: Manifest, served: Served) -> dict[str, tuple[dict[str, Range], ...]]:
-    """The shape profiles of every component that has a graph: free side -> least, likeliest, most.
+def shape_profiles(manifest: Manifest, shapes: ServedShapes) -> dict[str, tuple[dict[str, Range], ...]]:
+    """Compute the shape profiles of every component that has a graph.
 
-    A component gets one profile per different set of ranges; one that does not depend on the picture gets one.
+    A component gets one profile for each different set of ranges; one that does not depend on the picture gets one.
+
+    Args:
+        manifest: of the bundle.
+        shapes: the sizes, prompts and batches to serve.
+
+    Returns:
+        Component -> its profiles, each of them: dynamic dimension -> (min, opt, max) length.
 
     Raises:
-        UsageError: a size is not a multiple of 16, too large, or not between the others; tokens or batch out of range.
+        UsageError: a size is not a multiple of 16, too large, or not in rising order; tokens or batch out of range.
     """
-    spans = _spans(manifest, served)
-    least, likely, most = _tokens(manifest, served.max_prompt_tokens)
-    if not 1 <= served.batch <= 64:
-        raise UsageError(f"batch is {served.batch}", "give a number from 1 to 64")
-    sides = family(manifest.family).dynamic_dimensions
+    size_ranges = _size_ranges(manifest, shapes)
+    tokens = _token_range(manifest, shapes.max_prompt_tokens)
+    if not 1 <= shapes.batch <= 64:
+        raise UsageError(f"batch is {shapes.batch}", "give a number from 1 to 64")
+    lengths_of = family(manifest.family).dynamic_dimensions
     whole: list[dict[str, Range]] = []
-    for sizes in spans:
-        ends = [
-            sides(height, width, tokens) for (width, height), tokens in zip(sizes, (least, likely, most), strict=True)
-        ]
-        ranges = {side: (ends[0][side], ends[1][side], ends[2][side]) for side in ends[0]}
-        whole.append(ranges | {"batch": (1, 1, served.batch)})
+    for size_range in size_ranges:
+        at_min, at_opt, at_max = (
+            lengths_of(height, width, count) for (width, height), count in zip(size_range, tokens, strict=True)
+        )
+        ranges = {dimension: (at_min[dimension], at_opt[dimension], at_max[dimension]) for dimension in at_min}
+        whole.append(ranges | {"batch": (1, 1, shapes.batch)})
     found = {}
     for name, component in manifest.components.items():
         if component.graphs:
-            free = dict.fromkeys(s for spec in component.inputs.values() for s in spec.shape if isinstance(s, str))
-            own = [{side: ranges[side] for side in free} for ranges in whole]
+            own = [{dimension: ranges[dimension] for dimension in dynamic_dimensions(component)} for ranges in whole]
             found[name] = tuple(ranges for index, ranges in enumerate(own) if ranges not in own[:index])
     return found
 
 
-def _spans(manifest: Manifest, served: Served) -> list[tuple[Size, Size, Size]]:
-    spans: list[tuple[Size, Size, Size]] = [(size, size, size) for size in dict.fromkeys(served.sizes)]
+def dynamic_dimensions(component: Component) -> tuple[str, ...]:
+    """The names of the dynamic dimensions of a component's inputs, each once."""
+    return tuple(dict.fromkeys(d for spec in component.inputs.values() for d in spec.shape if isinstance(d, str)))
+
+
+def _size_ranges(manifest: Manifest, shapes: ServedShapes) -> list[tuple[Size, Size, Size]]:
+    """The min, opt and max size of each profile."""
+    found: list[tuple[Size, Size, Size]] = [(size, size, size) for size in dict.fromkeys(shapes.sizes)]
     recommended = (manifest.defaults.width, manifest.defaults.height)
-    if served.span:
-        least, likely, most = served.span
-        least = least or _smaller(LEAST, most)
-        likely = likely or (recommended if _between(least, recommended, most) else most)
-        if not _between(least, likely, most):
-            order = ", ".join(f"{w}x{h}" for w, h in (least, likely, most))
-            raise UsageError(f"the least, likeliest and largest size are {order}", "give them in rising order")
-        spans.append((least, likely, most))
-    spans = spans or [(recommended, recommended, recommended)]
+    if shapes.size_range:
+        min_size, opt_size, max_size = shapes.size_range
+        min_size = min_size or _smaller(MIN_SIZE, max_size)
+        opt_size = opt_size or (recommended if _between(min_size, recommended, max_size) else max_size)
+        if not _between(min_size, opt_size, max_size):
+            order = ", ".join(f"{w}x{h}" for w, h in (min_size, opt_size, max_size))
+            raise UsageError(f"the min, opt and max size are {order}", "give them in rising order")
+        found.append((min_size, opt_size, max_size))
+    found = found or [(recommended, recommended, recommended)]
     longest = family(manifest.family).MAX_SIDE
-    for size in dict.fromkeys(size for span in spans for size in span):
-        if any(side % MULTIPLE or not MULTIPLE <= side <= longest for side in size):
+    for size in dict.fromkeys(size for sizes in found for size in sizes):
+        if any(pixels % MULTIPLE or not MULTIPLE <= pixels <= longest for pixels in size):
             raise UsageError(
                 f"the size {size[0]}x{size[1]} cannot be drawn",
-                f"give sides that are multiples of {MULTIPLE}, up to {longest}",
+                f"give a width and a height that are multiples of {MULTIPLE}, up to {longest}",
             )
-    return spans
+    return found
 
 
-def _between(least: Size, size: Size, most: Size) -> bool:
-    return all(a <= b <= c for a, b, c in zip(least, size, most, strict=True))
+def _between(low: Size, size: Size, high: Size) -> bool:
+    """Whether both the width and the height are within those of two sizes."""
+    return all(a <= b <= c for a, b, c in zip(low, size, high, strict=True))
 
 
 def _smaller(a: Size, b: Size) -> Size:
+    """The smaller width with the smaller height of two sizes."""
     return min(a[0], b[0]), min(a[1], b[1])
 
 
-def _tokens(manifest: Manifest, max_prompt_tokens: int | None) -> Sequence[int]:
-    """Token ids of the shortest, a likely and the longest prompt, with the part of the template that is dropped."""
+def _token_range(manifest: Manifest, max_prompt_tokens: int | None) -> tuple[int, int, int]:
+    """Min, opt and max number of token ids, with the part of the template whose rows are dropped."""
     text = manifest.text
     longest = text.max_tokens - text.drop
-    most = text.max_sequence_length if max_prompt_tokens is None else max_prompt_tokens
-    if not 1 <= most <= longest:
-        raise UsageError(f"max_prompt_tokens is {most}", f"give a number from 1 to {longest}")
-    return [text.drop + rows for rows in (1, min(LIKELY_TOKENS, most), most)]
+    rows = text.max_sequence_length if max_prompt_tokens is None else max_prompt_tokens
+    if not 1 <= rows <= longest:
+        raise UsageError(f"max_prompt_tokens is {rows}", f"give a number from 1 to {longest}")
+    return text.drop + 1, text.drop + min(OPT_TOKENS, rows), text.drop + rows

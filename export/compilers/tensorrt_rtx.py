@@ -1,6 +1,6 @@
-"""Engine contexts for ONNX Runtime's TensorRT for RTX plugin: a graph of one node, and beside it the engine it runs.
+"""Compile engine contexts for ONNX Runtime's TensorRT for RTX plugin: a graph of one node, and the engine it runs.
 
-On Linux the plugin compiles for a GPU of the machine only: that it could compile for another one (``nv_target_sm``)
+On Linux the plugin compiles for a GPU of the machine only: the option to compile for another one (``nv_target_sm``)
 is read on Windows alone.
 """
 
@@ -17,6 +17,7 @@ from zimgkit.engines.bundle import Bundle, CompiledEngine, Range
 from zimgkit.engines.errors import BackendError, OutputError, UsageError
 from zimgkit.engines.onnxruntime import tensorrt_rtx
 from zimgkit.engines.onnxruntime.bound import explain
+from zimgkit.export.compilers.shape_profiles import dynamic_dimensions
 from zimgkit.runtime.progress import Report, silent
 
 NODE = "EPContext"
@@ -26,40 +27,41 @@ Profiles = Sequence[dict[str, Range]]
 
 
 def compile_contexts(
-    bundle: Bundle, components: Sequence[str], ranges: Mapping[str, Profiles], folder: Path, report: Report = silent
+    bundle: Bundle, components: Sequence[str], profiles: Mapping[str, Profiles], folder: Path, report: Report = silent
 ) -> list[CompiledEngine]:
     """Compile components for the first GPU that the plugin accepts.
 
     Args:
         bundle: an open bundle.
         components: which ones.
-        ranges: component -> the shape profiles to serve, each of all its free sides; see ``export/ranges.py``.
-        folder: files go below it, to ``engines/tensorrt-rtx-<version>-<architecture>/``.
+        profiles: component -> its shape profiles, each of all its dynamic dimensions, as
+            :func:`zimgkit.export.compilers.shape_profiles.shape_profiles` gives them.
+        folder: the bundle's; files are written to its ``engines/tensorrt-rtx-<version>-<architecture>/``.
         report: called with (stage, done, total).
 
     Returns:
-        An entry for the manifest per component, its ``file`` and ``data`` relative to ``folder``.
+        One manifest entry per component, its ``file`` and ``data`` relative to ``folder``.
 
     Raises:
         BackendError: the plugin or a GPU for it is missing, or it refuses a graph. The first two before any work.
         OutOfMemoryError: the GPU has too little memory to compile.
-        UsageError: a free side has no range.
+        UsageError: a profile has no range for a dynamic dimension.
         OutputError: the folder cannot be written.
     """
     device = tensorrt_rtx.open_device()
     for component in components:
         tensorrt_rtx.check_component(bundle, component)
-        _check_ranges(bundle, component, ranges[component])
-    return [_compile(bundle, component, ranges[component], device, folder, report) for component in components]
+        _check_profiles(bundle, component, profiles[component])
+    return [_compile(bundle, component, profiles[component], device, folder, report) for component in components]
 
 
-def _check_ranges(bundle: Bundle, component: str, profiles: Profiles) -> None:
-    free = [
-        side for spec in bundle.component(component).inputs.values() for side in spec.shape if isinstance(side, str)
-    ]
+def _check_profiles(bundle: Bundle, component: str, profiles: Profiles) -> None:
+    dimensions = dynamic_dimensions(bundle.component(component))
     for profile in profiles:
-        if missing := [side for side in free if side not in profile]:
-            raise UsageError(f"{component} has the free side {missing[0]!r}, which has no range", "give one")
+        if missing := [dimension for dimension in dimensions if dimension not in profile]:
+            raise UsageError(
+                f"{component} has the dynamic dimension {missing[0]!r}, which has no range", "give its min, opt and max"
+            )
 
 
 def _compile(
@@ -124,7 +126,7 @@ def _compile_into(
 
 
 def _point_to(context: Path, engine: str) -> None:
-    """Name the engine's file in the context, which the plugin does after its own fashion."""
+    """Set the name of the engine's file in the context: the plugin chose another one."""
     model = onnx.load(context, load_external_data=False)
     for attribute in model.graph.node[0].attribute:
         if attribute.name == ENGINE:

@@ -23,7 +23,7 @@ from zimgkit.engines.torch.engine import TorchEngine
 from zimgkit.export.build import NETWORKS
 from zimgkit.export.quality.cost import Draw, Run, Trial, drawing, open_torch_in, velocity_errors
 from zimgkit.export.quantization.fake_quantization import quantizable, switch
-from zimgkit.export.quantization.quantize import Settings, linears
+from zimgkit.export.quantization.quantize import QuantizationSettings, linear_weights
 from zimgkit.export.quantization.recipe import DIGITS
 from zimgkit.runtime.progress import Report, silent
 
@@ -77,7 +77,7 @@ class Sensitivity:
 
 def sensitivity(
     bundle: Bundle,
-    settings: Settings,
+    settings: QuantizationSettings,
     trial: Trial,
     target: float,
     *,
@@ -190,7 +190,7 @@ def as_text(found: Sensitivity) -> str:
     return "\n".join(lines)
 
 
-def _groups(bundle: Bundle, settings: Settings, by: str) -> list[Group]:
+def _groups(bundle: Bundle, settings: QuantizationSettings, by: str) -> list[Group]:
     """What is quantized together, in the order of the graphs."""
     manifest = bundle.manifest
     groups: list[Group] = []
@@ -198,7 +198,7 @@ def _groups(bundle: Bundle, settings: Settings, by: str) -> list[Group]:
         for component, part in module.parts(manifest.config[source]).items():
             if component not in COMPONENTS:
                 continue
-            parameters = linears(part)
+            parameters = linear_weights(part)
             weights = quantizable(bundle, component, settings)
             members: dict[str, list[str]] = defaultdict(list)
             for weight in weights:
@@ -223,7 +223,7 @@ def _parameter(tensor: str, parameters: Iterable[str]) -> str:
 
 
 def _open_switched(
-    settings: Settings,
+    settings: QuantizationSettings,
     active: dict[str, set[str]],
     bundle: Bundle,
     component: str,

@@ -24,7 +24,7 @@ from zimgkit.engines.torch.graph import load
 from zimgkit.export.quantization.linears import named_linears
 from zimgkit.export.quantization.prompts import calibration_prompts
 from zimgkit.export.quantization.quantize import COMPONENTS
-from zimgkit.export.quantization.statistics import BINS, Input, Statistics
+from zimgkit.export.quantization.statistics import BINS, InputStatistics, Statistics
 from zimgkit.runtime.pipeline import Pipeline
 from zimgkit.runtime.progress import Report, silent
 
@@ -32,7 +32,7 @@ FEWEST_PROMPTS = 4
 """With fewer, the largest values that were seen say little of those to come."""
 
 
-class Plan(msgspec.Struct, frozen=True):
+class CalibrationSet(msgspec.Struct, frozen=True):
     """What a calibration runs."""
 
     prompts: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Plan(msgspec.Struct, frozen=True):
     steps: int | None = None
     """Of each run; the model's default where None."""
 
-    def filled(self, name: str) -> Plan:
+    def filled(self, name: str) -> CalibrationSet:
         """With the prompts for a checkpoint of this name where it has none."""
         return msgspec.structs.replace(self, prompts=self.prompts or calibration_prompts(name))
 
@@ -66,26 +66,28 @@ def read_prompts(path: Path, fewest: int = FEWEST_PROMPTS) -> tuple[str, ...]:
     return prompts
 
 
-def beside(bundle: Path) -> Path:
+def statistics_path(bundle: Path) -> Path:
     """Where the statistics of a bundle lie."""
     return bundle.with_name(f"{bundle.name}.calibration.safetensors")
 
 
-def finished(store: Path, source: Any, loras: Sequence[MergedLora], plan: Plan) -> Statistics | None:
-    """Statistics that are there already, if they are whole and of this checkpoint with these LoRAs and this plan."""
-    found = _load(store, (source, loras), plan)
-    return found if found and found.made["done"] == len(plan.prompts) else None
+def load_finished(
+    store: Path, source: Any, loras: Sequence[MergedLora], calibration_set: CalibrationSet
+) -> Statistics | None:
+    """Statistics that are there already, if they are whole and of this checkpoint with these LoRAs and this set."""
+    found = _load(store, (source, loras), calibration_set)
+    return found if found and found.made["done"] == len(calibration_set.prompts) else None
 
 
 def calibrate(
-    bundle: Bundle, plan: Plan, store: Path, *, device: str | None = None, report: Report = silent
+    bundle: Bundle, calibration_set: CalibrationSet, store: Path, *, device: str | None = None, report: Report = silent
 ) -> Statistics:
     """Run a bundle over prompts.
 
     Args:
         bundle: one that is not quantized.
-        plan: the prompts, the sizes and the steps. Prompt n starts from the noise of seed n.
-        store: where the statistics are kept; what is there of the same plan is gone on with.
+        calibration_set: the prompts, the sizes and the steps. Prompt n starts from the noise of seed n.
+        store: where the statistics are kept; what is there of the same set is gone on with.
         device: as torch names devices.
         report: called with (stage, done, total).
 
@@ -96,50 +98,50 @@ def calibrate(
     """
     if bundle.manifest.quantization is not None:
         raise UsageError(f"{bundle.root} is quantized", "calibrate a bundle of --precision bf16 or fp32")
-    plan = plan.filled(bundle.manifest.name)
-    if len(plan.prompts) < FEWEST_PROMPTS:
-        raise UsageError(f"a calibration needs {FEWEST_PROMPTS} prompts, not {len(plan.prompts)}")
+    calibration_set = calibration_set.filled(bundle.manifest.name)
+    if len(calibration_set.prompts) < FEWEST_PROMPTS:
+        raise UsageError(f"a calibration needs {FEWEST_PROMPTS} prompts, not {len(calibration_set.prompts)}")
     source = (bundle.manifest.source, bundle.manifest.loras)
-    statistics = _load(store, source, plan) or Statistics(made=_made(source, plan, 0))
+    statistics = _load(store, source, calibration_set) or Statistics(made=_made(source, calibration_set, 0))
     opener = partial(_open_watched, statistics)
     with Pipeline(bundle, backend="torch", device=device, warn=lambda _: None, opener=opener) as pipeline:
-        for index in range(statistics.made["done"], len(plan.prompts)):
-            report("calibrate", index, len(plan.prompts))
-            for width, height in plan.sizes or ((None, None),):
+        for index in range(statistics.made["done"], len(calibration_set.prompts)):
+            report("calibrate", index, len(calibration_set.prompts))
+            for width, height in calibration_set.sizes or ((None, None),):
                 pipeline(
-                    plan.prompts[index],
+                    calibration_set.prompts[index],
                     width=width,
                     height=height,
-                    num_inference_steps=plan.steps,
+                    num_inference_steps=calibration_set.steps,
                     negative_prompt=bundle.manifest.defaults.negative_prompt,  # Or Qwen-Image is not guided.
                     seed=index,
                     output_type="latent",
                 )
-            statistics.made = _made(source, plan, index + 1)
+            statistics.made = _made(source, calibration_set, index + 1)
             try:
                 statistics.save(store)
             except OSError as error:
                 raise OutputError(f"{store} cannot be written ({error.strerror or error})", "free some space") from None
-    report("calibrate", len(plan.prompts), len(plan.prompts))
+    report("calibrate", len(calibration_set.prompts), len(calibration_set.prompts))
     return statistics
 
 
-def _made(of: tuple[Any, Sequence[MergedLora]], plan: Plan, done: int) -> dict[str, Any]:
+def _made(of: tuple[Any, Sequence[MergedLora]], calibration_set: CalibrationSet, done: int) -> dict[str, Any]:
     source, loras = of
-    made = {"source": msgspec.to_builtins(source), "plan": msgspec.to_builtins(plan), "done": done}
+    made = {"source": msgspec.to_builtins(source), "plan": msgspec.to_builtins(calibration_set), "done": done}
     # By content: the same file may lie elsewhere.
     return made | ({"loras": [[lora.sha256, lora.scale] for lora in loras]} if loras else {})
 
 
-def _load(store: Path, source: tuple[Any, Sequence[MergedLora]], plan: Plan) -> Statistics | None:
-    """What is there of this checkpoint, these LoRAs and this plan."""
+def _load(store: Path, source: tuple[Any, Sequence[MergedLora]], calibration_set: CalibrationSet) -> Statistics | None:
+    """What is there of this checkpoint, these LoRAs and this set."""
     if not store.exists():
         return None
     try:
         found = Statistics.load(store)
     except (SafetensorsError, UsageError):
         return None
-    wanted = _made(source, plan, 0)
+    wanted = _made(source, calibration_set, 0)
     # Through JSON, for that is where it has been: tuples are lists there.
     same = msgspec.json.encode(found.made | {"done": 0}, order="sorted") == msgspec.json.encode(wanted, order="sorted")
     return found if same else None
@@ -153,19 +155,19 @@ def _open_watched(statistics: Statistics, bundle: Bundle, component: str, _: str
         readers = statistics.readers.setdefault(component, {})
         watchers: dict[str, Callable[[Tensor], None]] = {}
         for linear in named_linears(load(bundle, engine.graph)):
-            readers[linear.weight] = linear.leader
-            if linear.leader == linear.weight:
-                watchers[linear.label] = partial(_note, inputs, component, linear.leader)
+            readers[linear.weight] = linear.first_reader
+            if linear.first_reader == linear.weight:
+                watchers[linear.label] = partial(_note, inputs, component, linear.first_reader)
         engine.watch(watchers)
     return engine
 
 
-def _note(inputs: dict[str, Input], component: str, name: str, values: Tensor) -> None:
+def _note(inputs: dict[str, InputStatistics], component: str, name: str, values: Tensor) -> None:
     """Count one input of a linear in."""
     magnitudes = values.detach().reshape(-1, values.shape[-1]).abs().float()
     channels = magnitudes.amax(0).cpu().numpy()
     if not np.isfinite(channels).all():
         message = f"calibration met NaN or Inf in the input of {name} ({component})"
         raise ZimgError(message, "check the checkpoint: zimg-export verify")
-    entry = inputs.setdefault(name, Input.empty(len(channels)))
+    entry = inputs.setdefault(name, InputStatistics.empty(len(channels)))
     entry.add(channels, lambda top: torch.histc(magnitudes, BINS, 0, top).cpu().numpy().astype(np.float64))

@@ -17,11 +17,11 @@ from zimgkit.engines.torch.engine import TorchEngine
 from zimgkit.engines.torch.graph import load
 from zimgkit.export.quantization.formats import FLOAT8, Format, block_of, scale_of
 from zimgkit.export.quantization.linears import named_linears
-from zimgkit.export.quantization.quantize import Input, Settings, quantized_inputs
+from zimgkit.export.quantization.quantize import QuantizationSettings, QuantizedInput, quantized_inputs
 from zimgkit.export.weights.stream import Wanted
 
 
-def quantizable(bundle: Bundle, component: str, settings: Settings) -> dict[str, Wanted]:
+def quantizable(bundle: Bundle, component: str, settings: QuantizationSettings) -> dict[str, Wanted]:
     """The weights of a component's linears that can be quantized, by name.
 
     Left out are those whose result nothing reads, as far as a calibration tells, and in formats of blocks those whose
@@ -31,13 +31,15 @@ def quantizable(bundle: Bundle, component: str, settings: Settings) -> dict[str,
     found = {}
     for linear in named_linears(load(bundle, graph)):
         info = tensors[linear.weight]
-        read = settings.statistics is None or settings.statistics.leader(component, linear.weight)
+        read = settings.statistics is None or settings.statistics.first_reader(component, linear.weight)
         if read and not (settings.scheme.weights.blocks and block_of(info.shape[1]) is None):
             found[linear.weight] = Wanted(info, info.shape)
     return found
 
 
-def switch(engine: TorchEngine, bundle: Bundle, component: str, settings: Settings, active: Collection[str]) -> None:
+def switch(
+    engine: TorchEngine, bundle: Bundle, component: str, settings: QuantizationSettings, active: Collection[str]
+) -> None:
     """Quantize linears of an engine as long as their weights are in a collection, which may change between runs.
 
     Args:
@@ -48,7 +50,7 @@ def switch(engine: TorchEngine, bundle: Bundle, component: str, settings: Settin
         active: names of weights.
     """
     wanted, scheme = quantizable(bundle, component, settings), settings.scheme
-    inputs: dict[str, Input] = {}
+    inputs: dict[str, QuantizedInput] = {}
     if scheme.activations is not None:
         for entry in quantized_inputs(component, wanted, settings, scheme.activations).values():
             inputs |= dict.fromkeys(entry.linears, entry)
@@ -71,7 +73,7 @@ class _Switch:
     weight: str
     weights: Format
     activations: Format | None
-    input: Input | None
+    input: QuantizedInput | None
     operator: str
 
     def __call__(self, call: Callable[..., Any]) -> Callable[..., Any]:

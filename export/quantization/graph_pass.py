@@ -110,7 +110,9 @@ class Quantize(ir.passes.InPlacePass):
     ) -> _Variant:
         inputs = list(function.inputs)
         smoothed = frozenset(
-            inputs.index(linear.leader) for linear in found if f"{given[linear.leader].name}{SMOOTH}" in self._tensors
+            inputs.index(linear.first_reader)
+            for linear in found
+            if f"{given[linear.first_reader].name}{SMOOTH}" in self._tensors
         )
         key = (function.identifier(), frozenset(inputs.index(linear.weight) for linear in found), smoothed)
         if key not in self._variants:
@@ -147,7 +149,7 @@ class Quantize(ir.passes.InPlacePass):
             node, source = linear.node, linear.input
             if self._scheme.activations is not None:
                 if source not in inputs:
-                    smooth = parameters.index(linear.leader) in smoothed
+                    smooth = parameters.index(linear.first_reader) in smoothed
                     inputs[source] = self._input(function, linear, scale, smooth=smooth)
                 node.replace_input_with(0, inputs[source])
             self._weight(function, linear, scale, shapes[place])
@@ -157,8 +159,8 @@ class Quantize(ir.passes.InPlacePass):
         """An input, smoothed, quantized and dequantized."""
         value, node, number_format = linear.input, linear.node, self._scheme.activations
         if smooth:
-            value = _add(function, node, "Mul", [value, scale(linear.leader, SMOOTH, node)])
-        step = scale(linear.leader, INPUT_SCALE, node)
+            value = _add(function, node, "Mul", [value, scale(linear.first_reader, SMOOTH, node)])
+        step = scale(linear.first_reader, INPUT_SCALE, node)
         dtype, zero = ir.DataType(number_format.onnx if number_format else 0), 0
         if self._compute == ir.DataType.FLOAT and dtype == ir.DataType.INT8:
             # The same numbers, unsigned: ONNX Runtime fuses no signed input that several linears read.

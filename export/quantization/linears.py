@@ -19,7 +19,7 @@ class Linear:
     """The function's input, (out, in)."""
     cast: ir.Node | None
     """The cast it goes through, in functions that compute in another element type than it is stored in."""
-    leader: ir.Value
+    first_reader: ir.Value
     """The weight of the first linear of the function that reads the same input."""
 
     @property
@@ -41,7 +41,7 @@ def linears(function: ir.Function) -> list[Linear]:
     """
     parameters = set(function.inputs)
     found: list[Linear] = []
-    leaders: dict[ir.Value, ir.Value] = {}
+    first_readers: dict[ir.Value, ir.Value] = {}
     for node in function:
         if node.domain or node.op_type not in ("MatMul", "Gemm"):
             continue
@@ -58,31 +58,31 @@ def linears(function: ir.Function) -> list[Linear]:
             right = _present(cast.inputs[0])
         if right not in parameters:
             continue
-        leader = leaders.setdefault(_present(node.inputs[0]), right)
-        found.append(Linear(node, right, cast, leader))
+        first_reader = first_readers.setdefault(_present(node.inputs[0]), right)
+        found.append(Linear(node, right, cast, first_reader))
     return found
 
 
-class Named(NamedTuple):
+class NamedLinear(NamedTuple):
     """One linear of a network."""
 
     label: str
     """Operator and node, as the PyTorch fallback calls its step."""
     weight: str
     """The name of its weight, (out, in)."""
-    leader: str
+    first_reader: str
     """That of the first linear which reads the same input."""
     operator: str
     """``"MatMul"``, which gets the weight transposed, or ``"Gemm"``."""
 
 
-def named_linears(model: ir.Model) -> Iterator[Named]:
+def named_linears(model: ir.Model) -> Iterator[NamedLinear]:
     """The linears of all calls of a graph's blocks."""
     for node, function, given in calls(model):
         for linear in linears(function):
             label = f"{linear.node.op_type} {f'{node.name}/{linear.label}'!r}"
-            weight, leader = str(given[linear.weight].name), str(given[linear.leader].name)
-            yield Named(label, weight, leader, linear.node.op_type)
+            weight, first_reader = str(given[linear.weight].name), str(given[linear.first_reader].name)
+            yield NamedLinear(label, weight, first_reader, linear.node.op_type)
 
 
 def calls(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Function, dict[ir.Value, ir.Value]]]:

@@ -24,7 +24,7 @@ COMPONENTS = ("text_encoder", "modulation", "denoiser")
 
 
 @dataclass(frozen=True)
-class Settings:
+class QuantizationSettings:
     """How a bundle is quantized."""
 
     precision: str
@@ -81,7 +81,7 @@ class Quantized:
     """The quantized weights, by the checkpoint's names, and those whose names the scales of their inputs bear."""
 
 
-def linears(part: Part) -> list[str]:
+def linear_weights(part: Part) -> list[str]:
     """The names of the weights of all linears of a part."""
     if part.network is None:
         return [name for name, shape in part.shapes.items() if len(shape) == 2]
@@ -89,7 +89,7 @@ def linears(part: Part) -> list[str]:
     return [f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)]
 
 
-def quantize(component: str, part: Part, wanted: Mapping[str, Wanted], settings: Settings) -> Quantized:
+def quantize(component: str, part: Part, wanted: Mapping[str, Wanted], settings: QuantizationSettings) -> Quantized:
     """Turn what a component takes from a checkpoint into what it takes in a quantized bundle.
 
     Args:
@@ -102,17 +102,19 @@ def quantize(component: str, part: Part, wanted: Mapping[str, Wanted], settings:
         UsageError: the recipe names a linear that is not there, or the calibration is of another model.
         CheckpointError: a weight has NaN or Inf.
     """
-    names = linears(part)
+    names = linear_weights(part)
     scheme = scheme_of(settings.precision, on_the_host=part.network is None)
     kept = settings.recipe.kept(settings.precision, component, names)
-    leaders: dict[str, str | None] = {}
+    first_readers: dict[str, str | None] = {}
     if scheme.weights.blocks:
         reason = "its rows have no blocks that divide them"
         kept |= {name: reason for name in names if name not in kept and block_of(wanted[name].shape[1]) is None}
     if scheme.activations is not None:
         reason = "nothing reads its result"
-        leaders = {name: _statistics(settings).leader(component, wanted[name].source.name) for name in names}
-        kept |= {name: reason for name in names if name not in kept and leaders[name] is None}
+        first_readers = {
+            name: _statistics(settings).first_reader(component, wanted[name].source.name) for name in names
+        }
+        kept |= {name: reason for name in names if name not in kept and first_readers[name] is None}
     chosen = tuple(name for name in names if name not in kept)
     result = dict(wanted)
     factors: dict[str, Array] = {}
@@ -124,18 +126,18 @@ def quantize(component: str, part: Part, wanted: Mapping[str, Wanted], settings:
         result,
         chosen,
         {wanted[name].source.name: reason for name, reason in kept.items()},
-        {wanted[name].source.name: leader for name in chosen if (leader := leaders.get(name))},
+        {wanted[name].source.name: first_reader for name in chosen if (first_reader := first_readers.get(name))},
     )
 
 
-def _statistics(settings: Settings) -> Statistics:
+def _statistics(settings: QuantizationSettings) -> Statistics:
     if settings.statistics is None:
         raise UsageError(f"{settings.precision} needs a calibration", "name prompts or statistics with --calibration")
     return settings.statistics
 
 
 @dataclass(frozen=True)
-class Input:
+class QuantizedInput:
     """How one input of linears is quantized."""
 
     linears: tuple[str, ...]
@@ -146,8 +148,8 @@ class Input:
 
 
 def quantized_inputs(
-    component: str, chosen: Mapping[str, Wanted], settings: Settings, number_format: Format
-) -> dict[str, Input]:
+    component: str, chosen: Mapping[str, Wanted], settings: QuantizationSettings, number_format: Format
+) -> dict[str, QuantizedInput]:
     """How the inputs of some linears are quantized.
 
     Args:
@@ -165,41 +167,43 @@ def quantized_inputs(
     statistics = _statistics(settings)
     readers: dict[str, list[str]] = defaultdict(list)
     for name, want in chosen.items():
-        readers[statistics.leader(component, want.source.name) or ""].append(name)
+        readers[statistics.first_reader(component, want.source.name) or ""].append(name)
     result = {}
-    for leader, names in readers.items():
-        entry = statistics.inputs[component][leader]
+    for first_reader, names in readers.items():
+        entry = statistics.inputs[component][first_reader]
         wants = [chosen[name] for name in names]
         if len(entry.channels) != wants[0].shape[1]:
-            message = f"the calibration has {len(entry.channels)} channels before {leader}, not {wants[0].shape[1]}"
+            message = (
+                f"the calibration has {len(entry.channels)} channels before {first_reader}, not {wants[0].shape[1]}"
+            )
             raise UsageError(message, "it is of another model: calibrate this one")
         largest, factors = entry.range(settings.range, number_format), None
         if settings.alpha:
             columns = np.max([_columns(want) for want in wants], axis=0)
             factors = smoothing(entry.channels, columns, settings.alpha)
             largest = float((entry.channels / factors).max())
-        result[leader] = Input(tuple(names), scale_for(largest, number_format), factors)
+        result[first_reader] = QuantizedInput(tuple(names), scale_for(largest, number_format), factors)
     return result
 
 
 def _inputs(
     component: str,
     chosen: Mapping[str, Wanted],
-    settings: Settings,
+    settings: QuantizationSettings,
     number_format: Format,
     result: dict[str, Wanted],
 ) -> dict[str, Array]:
     """Add the scales of the inputs of linears to what is wanted; give the factors of each linear's columns."""
     by_tensor = {want.source.name: want for want in chosen.values()}
     factors: dict[str, Array] = {}
-    for leader, entry in quantized_inputs(component, chosen, settings, number_format).items():
+    for first_reader, entry in quantized_inputs(component, chosen, settings, number_format).items():
         # The name of the input's scales follows its first reader, whether that one is quantized or not.
         first = chosen[entry.linears[0]]
-        owner = by_tensor.get(leader) or replace(first, source=replace(first.source, name=leader))
+        owner = by_tensor.get(first_reader) or replace(first, source=replace(first.source, name=first_reader))
         if entry.factors is not None:
             factors |= dict.fromkeys(entry.linears, entry.factors)
-            result[leader + SMOOTH] = _constant(owner, np.reciprocal(entry.factors), SMOOTH)
-        result[leader + INPUT_SCALE] = _constant(owner, np.array(entry.scale, np.float32), INPUT_SCALE)
+            result[first_reader + SMOOTH] = _constant(owner, np.reciprocal(entry.factors), SMOOTH)
+        result[first_reader + INPUT_SCALE] = _constant(owner, np.array(entry.scale, np.float32), INPUT_SCALE)
     return factors
 
 

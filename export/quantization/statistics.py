@@ -25,7 +25,7 @@ CLIPS = tuple(n / 64 for n in range(16, 65))
 
 
 @dataclass
-class Input:
+class InputStatistics:
     """One input of linears, over all runs."""
 
     channels: Array
@@ -36,7 +36,7 @@ class Input:
     """A power of two, at or above the largest magnitude."""
 
     @classmethod
-    def empty(cls, width: int) -> Input:
+    def empty(cls, width: int) -> InputStatistics:
         """Of no values yet."""
         return cls(np.zeros(width, np.float32), np.zeros(BINS), 2.0**-20)
 
@@ -89,24 +89,24 @@ RANGES = ("max", "percentile", "mse")
 class Statistics:
     """Of all components that were calibrated."""
 
-    inputs: dict[str, dict[str, Input]] = field(default_factory=dict)
+    inputs: dict[str, dict[str, InputStatistics]] = field(default_factory=dict)
     """Component -> the first linear that reads an input, by its weight's name -> the input."""
     readers: dict[str, dict[str, str]] = field(default_factory=dict)
     """Component -> every linear, by its weight's name -> the first one that reads the same input."""
     made: dict[str, Any] = field(default_factory=dict)
     """What they were made from and with."""
 
-    def leader(self, component: str, weight: str) -> str | None:
+    def first_reader(self, component: str, weight: str) -> str | None:
         """The first linear that reads the input of this one, by its weight's name; None where neither ever ran.
 
         Raises:
             UsageError: the linear is none of those that were calibrated.
         """
-        leader = self.readers.get(component, {}).get(weight)
-        if leader is None:
+        first_reader = self.readers.get(component, {}).get(weight)
+        if first_reader is None:
             message = f"the calibration has nothing of {weight} of {component}: it is of another model"
             raise UsageError(message, "calibrate this one: zimg-export calibrate")
-        return leader if leader in self.inputs.get(component, {}) else None
+        return first_reader if first_reader in self.inputs.get(component, {}) else None
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file, beside it first."""
@@ -139,13 +139,13 @@ class Statistics:
             if (metadata["kind"], metadata["version"]) != (KIND, str(VERSION)):
                 raise ValueError("of another kind or version")
             readers, made = json.loads(metadata["readers"]), json.loads(metadata["made"])
-            inputs: dict[str, dict[str, Input]] = {}
+            inputs: dict[str, dict[str, InputStatistics]] = {}
             for key in header:
                 component, name, what = key.split("/")
                 if what == "channels":
                     parts = [np.array(view(header[f"{component}/{name}/{part}"])) for part in ("channels", "histogram")]
                     top = float(view(header[f"{component}/{name}/top"])[0])
-                    inputs.setdefault(component, {})[name] = Input(parts[0], parts[1], top)
+                    inputs.setdefault(component, {})[name] = InputStatistics(parts[0], parts[1], top)
         except (KeyError, ValueError, TypeError) as error:
             message = f"{path} holds no calibration that this zimgkit reads ({error})"
             raise UsageError(message, "make one with: zimg-export calibrate") from None

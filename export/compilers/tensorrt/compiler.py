@@ -1,4 +1,4 @@
-"""One graph to one TensorRT plan."""
+"""Compile one graph into one TensorRT plan."""
 
 from __future__ import annotations
 
@@ -18,41 +18,44 @@ from zimgkit.export.compilers.tensorrt.graph import Graph
 from zimgkit.runtime.progress import Report, silent
 
 THOUSANDTHS = 1000
-"""What a plan's progress is counted in."""
+"""The progress of a compilation is reported in steps of a thousandth."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """How plans are compiled."""
+class CompilerOptions:
+    """Options of the compiler."""
 
     workspace_bytes: int | None = None
-    """The most scratch memory a layer may take; the whole device's where None."""
+    """The most scratch memory in bytes that a layer may take; all of the device's where None."""
     weight_streaming: bool = False
+    """Let the plan stream weights to the device, within a budget that is set when it is loaded."""
     refittable: bool = False
+    """Let the plan take other weights when it is loaded."""
     stripped: bool = False
+    """Leave the weights out of the plan; it takes them when it is loaded."""
     optimization_level: int | None = None
     """0 compiles fastest, 5 searches longest; the compiler's own choice where None."""
     timing_cache: Path | None = None
-    """Read if it is there, and written back with what was measured."""
+    """A file of kernel timings: read if it exists, and written back with those that were measured."""
 
 
-PLAIN = Options()
+DEFAULT_OPTIONS = CompilerOptions()
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What was compiled."""
+class CompiledPlan:
+    """A plan file and what the compiler reported of it."""
 
     file: Path
     layers: list[layers.Layer]
     unfused: tuple[str, ...]
-    """Attentions that are not one fused kernel."""
-    widened: tuple[str, ...]
-    """Multiplications of quantized numbers that are not computed in 8 bits."""
+    """The calls whose attention is not one fused kernel."""
+    not_in_8_bits: tuple[str, ...]
+    """Matrix products of quantized inputs that are not computed in 8 bits, each as ``node | call``."""
     memory_bytes: int
-    """Device memory it needs beside the plan itself; 0 where there is no GPU to tell."""
+    """Device memory in bytes that the plan needs beside its weights; 0 where there is no GPU to ask."""
     warnings: tuple[str, ...]
-    """What the compiler said on the way."""
+    """The compiler's warnings, each once."""
 
 
 def compile_plan(
@@ -60,17 +63,17 @@ def compile_plan(
     component: Component,
     profiles: Sequence[dict[str, Range]],
     file: Path,
-    options: Options = PLAIN,
+    options: CompilerOptions = DEFAULT_OPTIONS,
     report: Report = silent,
-) -> Plan:
+) -> CompiledPlan:
     """Compile a graph into a plan file.
 
     Args:
         graph: what to compile.
         component: its entry in the manifest, for its inputs.
-        profiles: sets of ranges, free side -> least, likeliest, most.
-        file: where to write.
-        options: how.
+        profiles: the shape profiles: dynamic dimension -> (min, opt, max) length.
+        file: where the plan is written.
+        options: of the compiler.
         report: called with (stage, done, total).
 
     Raises:
@@ -80,7 +83,7 @@ def compile_plan(
     module = tensorrt_api.load()
     log = tensorrt_api.make_logger(module)
     builder = _builder(module, log)
-    # What a graph says is what is computed; TensorRT 11 knows no other way.
+    # Every tensor is computed in the type that the graph gives it; TensorRT 11 has no other kind of network.
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = module.OnnxParser(network, log)
     _parse(parser, graph, log)
@@ -99,12 +102,12 @@ def compile_plan(
     found, memory = _inspect(module, log, plan) or (layers.from_log(log.layers), 0)
     times = 1 if memory else len(profiles)
     unfused = layers.unfused(found, graph.attentions, times)
-    widened = layers.widened(found, graph.products, times)
-    return Plan(file, found, unfused, widened, memory, tuple(dict.fromkeys(log.warnings)))
+    not_in_8_bits = layers.not_in_8_bits(found, graph.products, times)
+    return CompiledPlan(file, found, unfused, not_in_8_bits, memory, tuple(dict.fromkeys(log.warnings)))
 
 
 def _inspect(module: ModuleType, log: Any, plan: Any) -> tuple[list[layers.Layer], int] | None:
-    """The layers and the memory of a plan as the runtime tells them, which needs a GPU."""
+    """The layers of a plan and its device memory in bytes, which the runtime tells; None without a GPU."""
     try:
         cuda.open_device()
     except BackendError:
@@ -128,7 +131,7 @@ def _builder(module: ModuleType, log: Any) -> Any:
 
 
 def _parse(parser: Any, graph: Graph, log: Any) -> None:
-    """Weights go to the parser by address, from the bundle's mapped files; no protobuf ever holds them."""
+    """Parse a graph; its weights go to the parser by address, from the mapped files: no protobuf holds them."""
     ok = parser.load_model_proto(graph.model)
     for name, data in graph.weights.items():
         ok = ok and parser.load_initializer(name, data.ctypes.data, data.nbytes)
@@ -148,7 +151,7 @@ def _refusal(graph: Graph, log: Any, what: str, hint: str) -> BackendError:
     return BackendError(f"TensorRT cannot {what} {graph.component}: {reason[:600]}", hint)
 
 
-def _advice(options: Options) -> str:
+def _advice(options: CompilerOptions) -> str:
     if options.refittable or options.stripped:
         return "try it without --refittable and --stripped, which not every TensorRT supports"
     return "try another --workspace or a smaller --max-size, and report this if it stays"
@@ -160,7 +163,7 @@ def _config(
     network: Any,
     component: Component,
     profiles: Sequence[dict[str, Range]],
-    options: Options,
+    options: CompilerOptions,
 ) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
@@ -190,8 +193,8 @@ def _config(
         for index in range(network.num_inputs):
             name = network.get_input(index).name
             shape = component.inputs[name].shape
-            ends = [[ranges[side][end] if isinstance(side, str) else side for side in shape] for end in range(3)]
-            profile.set_shape(name, *ends)
+            shapes = [[ranges[dim][bound] if isinstance(dim, str) else dim for dim in shape] for bound in range(3)]
+            profile.set_shape(name, *shapes)  # Min, opt and max.
         config.add_optimization_profile(profile)
     return config
 
@@ -203,7 +206,7 @@ def _save_timings(config: Any, path: Path) -> None:
 
 
 def _progress(module: ModuleType, stage: str, report: Report) -> Any:
-    """Turns the compiler's nested phases into one fraction, and Ctrl-C into the end of the build."""
+    """Make a monitor that reports the compiler's nested phases as one fraction, and ends the build on Ctrl-C."""
 
     class Progress(module.IProgressMonitor):  # type: ignore[name-defined,misc]
         def __init__(self) -> None:

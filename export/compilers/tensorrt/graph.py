@@ -1,4 +1,4 @@
-"""A bundle's graph as TensorRT's parser takes it: no weights in it, and attention that may be decomposed."""
+"""Prepare a bundle's graph for TensorRT's parser: weights by name only, and attention that may be decomposed."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 
 @dataclass(frozen=True)
 class Graph:
-    """What a plan is compiled from."""
+    """A graph and its weights, as a plan is compiled from them."""
 
     component: str
     model: bytes
-    """The ONNX model, its weights named only."""
+    """The ONNX model, which has the names of its weights and not their data."""
     weights: dict[str, NDArray[Any]]
-    """Initializer -> its data, mapped from the bundle's files."""
+    """Initializer -> its data, memory-mapped from the bundle's files."""
     attentions: tuple[str, ...]
-    """Where attention is computed, by the call of its block."""
+    """The names of the nodes that call a block with attention."""
     products: tuple[str, ...] = ()
-    """Where quantized numbers are multiplied, each as ``node | call``."""
+    """The matrix products of quantized inputs, each as ``node | call``."""
 
 
 def read_graph(bundle: Bundle, component: str, profiles: Sequence[Mapping[str, Range]] = ()) -> Graph:
-    """Read a component's graph in the bundle's own precision; its weights are mapped, not read.
+    """Read a component's graph in the bundle's own precision; its weights are memory-mapped.
 
     Args:
         bundle: an open bundle.
         component: one that has a graph.
-        profiles: what it will be compiled for. Sides that have one and the same length in all of them become fixed,
-            before the parser sees them: what it computes from shapes then folds away.
+        profiles: the shape profiles it will be compiled for. A dynamic dimension that has one length in all of them
+            becomes static before the parser sees it, so what the graph computes from shapes is folded.
 
     Raises:
         BundleError: the graph is broken, or names a weight that the bundle does not have.
@@ -59,27 +59,28 @@ def read_graph(bundle: Bundle, component: str, profiles: Sequence[Mapping[str, R
         if initializer.data_location == onnx.TensorProto.EXTERNAL:
             if initializer.name not in tensors:
                 raise BundleError(
-                    f"{path} takes {initializer.name}, which is in no file of it", "build the bundle again"
+                    f"{path} takes {initializer.name}, which is in none of its weight files", "build the bundle again"
                 )
             weights[initializer.name] = view(tensors[initializer.name])
     for value in model.graph.input:
-        for side in value.type.tensor_type.shape.dim:
-            if length := _fixed(side.dim_param, profiles):
-                side.dim_value = length
-    holding = {(function.domain, function.name) for function in model.functions if _allow_parts(function)}
-    calls = [node for node in model.graph.node if (node.domain, node.op_type) in holding]
+        for dim in value.type.tensor_type.shape.dim:
+            if length := _static_length(dim.dim_param, profiles):
+                dim.dim_value = length
+    with_attention = {(function.domain, function.name) for function in model.functions if _make_decomposable(function)}
+    calls = [node for node in model.graph.node if (node.domain, node.op_type) in with_attention]
     products = _products(model)
-    _name_apart(model)
+    _make_names_unique(model)
     return Graph(component, model.SerializeToString(), weights, tuple(call.name for call in calls), products)
 
 
-def _fixed(side: str, profiles: Sequence[Mapping[str, Range]]) -> int | None:
-    lengths = {length for ranges in profiles for length in ranges.get(side, ())}
+def _static_length(dimension: str, profiles: Sequence[Mapping[str, Range]]) -> int | None:
+    """The one length that a dynamic dimension has in all profiles; None where it has several."""
+    lengths = {length for ranges in profiles for length in ranges.get(dimension, ())}
     return lengths.pop() if len(lengths) == 1 else None
 
 
-def _allow_parts(function: onnx.FunctionProto) -> bool:
-    """Mark a function's attention as decomposable; whether it has any."""
+def _make_decomposable(function: onnx.FunctionProto) -> bool:
+    """Let TensorRT decompose a function's attention where it has no fused kernel; returns whether there is any."""
     found = [node for node in function.node if node.op_type == "Attention"]
     for node in found:
         node.attribute.append(helper.make_attribute(DECOMPOSABLE, 1))
@@ -87,7 +88,7 @@ def _allow_parts(function: onnx.FunctionProto) -> bool:
 
 
 def _products(model: onnx.ModelProto) -> tuple[str, ...]:
-    """The multiplications whose first input is quantized, in all calls of all functions."""
+    """The matrix products whose first input is quantized, in all calls of all functions, each as ``node | call``."""
     found: dict[tuple[str, str], list[str]] = {}
     for function in model.functions:
         makers = {output: node for node in function.node for output in node.output}
@@ -105,10 +106,10 @@ def _products(model: onnx.ModelProto) -> tuple[str, ...]:
     )
 
 
-def _name_apart(model: onnx.ModelProto) -> None:
-    """Give each call of a function that quantizes a function of its own, with names of its own.
+def _make_names_unique(model: onnx.ModelProto) -> None:
+    """Give each call of a function with Q/DQ nodes a copy of that function, whose Q/DQ nodes have unique names.
 
-    TensorRT's parser makes the names of all other layers unique itself, and refuses a second of these.
+    TensorRT's parser makes the names of all other layers unique itself, and refuses a second Q/DQ layer of one name.
     """
     functions = {(function.domain, function.name): function for function in model.functions}
     for call in model.graph.node:

@@ -1,4 +1,4 @@
-"""What a plan is made of: its layers, which attentions became one fused kernel, what is multiplied in 8 bits."""
+"""The layers of a plan, which attentions are one fused kernel, and which products are computed in 8 bits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ FUSED = "mha"
 """Part of the names of TensorRT's fused attention kernels, such as ``_gemm_mha_v2``."""
 
 MULTIPLICATION = "gemm"
-"""What TensorRT calls layers that multiply matrices."""
+"""TensorRT's kind of layers that multiply matrices."""
 EIGHT_BITS = (("Int8",), ("FP8",))
-"""What it calls the types of the first input of those that do it in 8 bits."""
+"""The type of the first input of those that compute in 8 bits, in TensorRT's words."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Layer:
     nodes: tuple[str, ...]
     """The ONNX nodes it computes, each as ``node | call (function)``."""
     inputs: tuple[str, ...] = ()
-    """The element types of what it reads, constants aside, as the compiler calls them."""
+    """The element types of its inputs, without constants, in the compiler's words."""
 
 
 def from_log(lines: Iterable[str]) -> list[Layer]:
-    """The layers that the compiler lists in its log."""
+    """Parse the layers that the compiler lists in its log."""
     layers = []
     for line in lines:
         if match := re.match(r"Name: (.*?), LayerType: (\w+)", line):
@@ -42,7 +42,7 @@ def from_log(lines: Iterable[str]) -> list[Layer]:
 
 
 def from_inspector(text: str) -> list[Layer]:
-    """The layers in what ``EngineInspector.get_engine_information`` gives as JSON."""
+    """Parse the layers in the JSON of ``EngineInspector.get_engine_information``."""
     entries = json.loads(text).get("Layers", [])
     return [
         Layer(
@@ -57,24 +57,24 @@ def from_inspector(text: str) -> list[Layer]:
 
 
 def _type_of(tensor: Any) -> str:
-    """The element type of a tensor in the inspector's JSON, which has it in words: ``Row major linear Int8 format``."""
+    """The element type of a tensor in the inspector's JSON, such as ``Int8`` of ``Row major linear Int8 format``."""
     words = str(tensor.get("Datatype") or tensor.get("Format/Datatype")) if isinstance(tensor, dict) else ""
     found = re.search(r"\b(?:Int8|FP8|BFloat16|Half|Float|Int64|Int32|Bool)\b", words)
     return found[0] if found else words
 
 
 def _nodes(metadata: str) -> tuple[str, ...]:
-    """Split ``[ONNX Layer: node | call (function)]…``, in which nodes of functions are followed by where they are."""
+    """Split ``[ONNX Layer: node | call (function)]…``; a function's node is followed by the call and function."""
     return tuple(re.findall(r"\[ONNX Layer: ([^\]]+)\]", metadata))
 
 
 def unfused(layers: Sequence[Layer], attentions: Sequence[str], times: int = 1) -> tuple[str, ...]:
-    """Which attentions are not one fused kernel.
+    """Find the attentions that are not one fused kernel.
 
     Args:
         layers: of the plan.
-        attentions: where attention is computed, by the call of its block.
-        times: how often the plan holds each block, which is once for each profile that was compiled apart.
+        attentions: the names of the calls in which attention is computed.
+        times: how many copies of each block the plan has: one for each profile that was compiled separately.
     """
     counts = Counter(
         call for layer in layers if FUSED in layer.name for call in dict.fromkeys(map(_call_of, layer.nodes))
@@ -82,13 +82,13 @@ def unfused(layers: Sequence[Layer], attentions: Sequence[str], times: int = 1) 
     return tuple(call for call in attentions if counts[call] < times)
 
 
-def widened(layers: Sequence[Layer], products: Sequence[str], times: int = 1) -> tuple[str, ...]:
-    """Which multiplications of quantized numbers are not computed in 8 bits.
+def not_in_8_bits(layers: Sequence[Layer], products: Sequence[str], times: int = 1) -> tuple[str, ...]:
+    """Find the matrix products of quantized inputs that are not computed in 8 bits.
 
     Args:
         layers: of the plan.
-        products: the nodes, each as ``node | call``.
-        times: how often the plan holds each block.
+        products: the nodes of the products, each as ``node | call``.
+        times: how many copies of each block the plan has.
     """
     counts = Counter(
         node.rpartition(" (")[0]
@@ -100,10 +100,10 @@ def widened(layers: Sequence[Layer], products: Sequence[str], times: int = 1) ->
 
 
 def _call_of(node: str) -> str:
-    """The call that a node of a function stands in."""
+    """The call in ``node | call (function)``."""
     return node.partition(" | ")[2].rpartition(" (")[0]
 
 
 def kinds(layers: Sequence[Layer]) -> dict[str, int]:
-    """How many layers there are of each kind, most frequent first."""
+    """Count the layers of each kind, most frequent first."""
     return dict(Counter(layer.kind for layer in layers).most_common())

@@ -20,8 +20,8 @@ from zimgkit.engines.bundle import MANIFEST, Bundle
 from zimgkit.engines.errors import BackendError, UsageError
 from zimgkit.engines.tensorrt import api as tensorrt_api
 from zimgkit.export.cli.compile import as_text, parse_bytes, settings
-from zimgkit.export.compilers.shape_profiles import Served
-from zimgkit.export.compilers.tensorrt.compiler import Options
+from zimgkit.export.compilers.shape_profiles import ServedShapes
+from zimgkit.export.compilers.tensorrt.compiler import CompilerOptions
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "gb": 10**9, "KiB": 2**10, "mib": 2**20, "GiB": 2**30}
 PLAIN: dict[str, Any] = {
@@ -55,7 +55,8 @@ def test_what_is_no_amount(text):
 
 def test_options_become_settings():
     assert settings(**PLAIN) == {
-        "served": Served(), "components": (), "options": Options(), "weight_streaming_budget": None, "force": False,
+        "shapes": ServedShapes(), "components": (), "options": CompilerOptions(), "weight_streaming_budget": None,
+        "force": False,
     }  # fmt: skip
     options = {
         "sizes": ("1024x768", "64x64"), "min_size": "256x256", "max_size": "2048x1024", "max_prompt_tokens": 77,
@@ -63,9 +64,9 @@ def test_options_become_settings():
         "optimization_level": 5, "refittable": True, "stripped": True, "force": True,
     }  # fmt: skip
     assert settings(**(PLAIN | options)) == {
-        "served": Served(((1024, 768), (64, 64)), ((256, 256), None, (2048, 1024)), 77, 4),
+        "shapes": ServedShapes(((1024, 768), (64, 64)), ((256, 256), None, (2048, 1024)), 77, 4),
         "components": ("denoiser",),
-        "options": Options(workspace_bytes=1 << 29, refittable=True, stripped=True, optimization_level=5),
+        "options": CompilerOptions(workspace_bytes=1 << 29, refittable=True, stripped=True, optimization_level=5),
         "weight_streaming_budget": 8 * 10**9,
         "force": True,
     }

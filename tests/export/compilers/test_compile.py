@@ -20,12 +20,12 @@ from zimgkit.engines.bundle.locks import only_writer_of
 from zimgkit.engines.errors import BackendError, BundleError, OutputError, UsageError
 from zimgkit.engines.tensorrt import api as tensorrt_api
 from zimgkit.engines.tensorrt import cuda
-from zimgkit.export.compilers.compile import Target, compile_bundle, enter, find_target, timing_cache
-from zimgkit.export.compilers.shape_profiles import Served
-from zimgkit.export.compilers.tensorrt.compiler import Options
+from zimgkit.export.compilers.compile import Target, compile_bundle, find_target, register_engines, timing_cache
+from zimgkit.export.compilers.shape_profiles import ServedShapes
+from zimgkit.export.compilers.tensorrt.compiler import CompilerOptions
 from zimgkit.runtime import Pipeline
 
-SMALL, OTHER = Served(sizes=((64, 64),)), Served(sizes=((128, 64),), max_prompt_tokens=100)
+SMALL, OTHER = ServedShapes(sizes=((64, 64),)), ServedShapes(sizes=((128, 64),), max_prompt_tokens=100)
 COMPONENTS = ["text_encoder", "conditioner", "denoiser", "vae_decoder"]
 
 
@@ -42,8 +42,8 @@ def compiled(compiler, bundle) -> Bundle:
     return Bundle.open(bundle.root)
 
 
-def compile_conditioner(bundle: Bundle, served: Served = SMALL, **options: Any) -> compiling.Compiled:
-    (done,) = compile_bundle(bundle.root, served=served, components=["conditioner"], **options)
+def compile_conditioner(bundle: Bundle, shapes: ServedShapes = SMALL, **options: Any) -> compiling.CompiledComponent:
+    (done,) = compile_bundle(bundle.root, shapes=shapes, components=["conditioner"], **options)
     return done
 
 
@@ -60,7 +60,7 @@ def never(*given: Any) -> None:
 def test_a_whole_bundle(family, compiler, bundle_of, tmp_path):
     original = bundle_of(family, "bf16")
     root, seen = shutil.copytree(original, tmp_path / "bundle"), []
-    done = compile_bundle(root, served=SMALL, report=lambda *given: seen.append(given))
+    done = compile_bundle(root, shapes=SMALL, report=lambda *given: seen.append(given))
     bundle = Bundle.open(root)
     bundle.verify(afresh=True)
     assert [entry.engine for entry in done] == list(bundle.manifest.engines)
@@ -79,8 +79,8 @@ def test_a_whole_bundle(family, compiler, bundle_of, tmp_path):
             engine.component, 3 if engine.component == "denoiser" and family == "z-image" else 2
         )
         assert engine.component == "vae_decoder" or engine.attention[1] == 0
-        free = {side for spec in bundle.component(engine.component).inputs.values() for side in spec.shape}
-        assert [set(profile) for profile in engine.profiles] == [{side for side in free if isinstance(side, str)}]
+        dims = {dim for spec in bundle.component(engine.component).inputs.values() for dim in spec.shape}
+        assert [set(profile) for profile in engine.profiles] == [{dim for dim in dims if isinstance(dim, str)}]
     assert set(content(root)) == {MANIFEST, *bundle.manifest.files}
     # What was there is as it was, and the bundle draws as before.
     before = content(original)
@@ -100,7 +100,7 @@ def test_a_second_time_nothing_is_compiled(compiled, monkeypatch):
     assert content(compiled.root) == before
 
 
-@pytest.mark.parametrize("change", [{"force": True}, {"served": OTHER}, {"weight_streaming_budget": 1 << 20}])
+@pytest.mark.parametrize("change", [{"force": True}, {"shapes": OTHER}, {"weight_streaming_budget": 1 << 20}])
 def test_an_engine_is_replaced(compiled, change):
     (old,) = compiled.manifest.engines
     assert compile_conditioner(compiled, **change).is_new
@@ -122,13 +122,13 @@ def test_engines_for_other_devices_and_backends_stay(compiled):
         for name in (file, data):
             (compiled.root / name).write_bytes(name.encode())
         others.append(msgspec.structs.replace(ours, file=file, data=data, **change))
-    enter(compiled, others)
+    register_engines(compiled, others)
     compile_conditioner(compiled, force=True)
     again = Bundle.open(compiled.root)
     assert list(again.manifest.engines[:4]) == others
     assert again.manifest.engines[4].file != ours.file
     # One of two files is replaced with the other.
-    enter(again, [msgspec.structs.replace(others[0], data=None, file="engines/1.plan")])
+    register_engines(again, [msgspec.structs.replace(others[0], data=None, file="engines/1.plan")])
     assert not (again.root / "engines/0.data").exists()
 
 
@@ -180,14 +180,14 @@ def test_failing_half_way_keeps_what_was_done(compiler, bundle, monkeypatch, err
     before = content(bundle.root)
     monkeypatch.setattr(compiling, "compile_plan", fail)
     with pytest.raises(raised):
-        compile_bundle(bundle.root, served=SMALL, components=names)
+        compile_bundle(bundle.root, shapes=SMALL, components=names)
     again = Bundle.open(bundle.root)
     (engine,) = again.manifest.engines
     assert engine.component == "conditioner"
     assert set(content(bundle.root)) == {*before, engine.file}
     # The next run goes on from there.
     monkeypatch.setattr(compiling, "compile_plan", real)
-    done = compile_bundle(bundle.root, served=SMALL, components=names)
+    done = compile_bundle(bundle.root, shapes=SMALL, components=names)
     assert [entry.is_new for entry in done] == [False, True]
 
 
@@ -265,7 +265,7 @@ def test_what_another_process_finished_while_this_one_started_is_no_stray(compil
         assert not opened
         file = first.file.replace("conditioner", "denoiser")
         shutil.copy(compiled.root / first.file, compiled.root / file)
-        enter(compiled, [msgspec.structs.replace(first, component="denoiser", file=file)])
+        register_engines(compiled, [msgspec.structs.replace(first, component="denoiser", file=file)])
         return lock(path)
 
     monkeypatch.setattr(compiling, "only_writer_of", late)
@@ -283,9 +283,9 @@ def test_what_another_process_finished_while_this_one_started_is_no_stray(compil
         ),
         ({"components": ["conditioner", "modulation"]}, UsageError, "no graph called 'modulation'"),
         ({"weight_streaming_budget": -1}, UsageError, "the weight streaming budget is -1; give 0 bytes or more"),
-        ({"served": Served(sizes=((100, 64),))}, UsageError, "100x64 cannot be drawn"),
+        ({"shapes": ServedShapes(sizes=((100, 64),))}, UsageError, "100x64 cannot be drawn"),
         (
-            {"backend": "tensorrt-rtx", "options": Options(stripped=True)},
+            {"backend": "tensorrt-rtx", "options": CompilerOptions(stripped=True)},
             UsageError,
             "the tensorrt-rtx backend has no",
         ),
@@ -354,13 +354,17 @@ def test_what_was_measured_is_kept_for_each_gpu(compiler, bundle, monkeypatch):
     """Of TensorRT; what TensorRT for RTX compiles is for all GPUs."""
     asked = []
 
-    def stop(graph: Any, component: Any, profiles: Any, file: Path, options: Options, report: Any) -> None:
+    def stop(graph: Any, component: Any, profiles: Any, file: Path, options: CompilerOptions, report: Any) -> None:
         asked.append(options)
         raise BackendError("enough")
 
     monkeypatch.setattr(compiling, "compile_plan", stop)
     gpu = Target("tensorrt", "11.4", "sm90", "NVIDIA H100")
-    for target, given in ((gpu, Options()), (gpu, Options(timing_cache=Path("mine"))), (None, Options())):
+    for target, given in (
+        (gpu, CompilerOptions()),
+        (gpu, CompilerOptions(timing_cache=Path("mine"))),
+        (None, CompilerOptions()),
+    ):
         with monkeypatch.context() as patch, pytest.raises(BackendError):
             if target:
                 patch.setattr(compiling, "find_target", lambda: gpu)

@@ -14,7 +14,7 @@ from zimgkit.engines.bundle import Component, Defaults, Manifest, TensorSpec
 from zimgkit.engines.errors import UsageError
 from zimgkit.export import demo
 from zimgkit.export.build import NETWORKS
-from zimgkit.export.compilers.shape_profiles import Served, parse_size, profiles
+from zimgkit.export.compilers.shape_profiles import ServedShapes, parse_size, shape_profiles
 from zimgkit.export.networks.text_encoder import text_part
 from zimgkit.runtime import families
 from zimgkit.runtime.text.tokenizer import PromptTokenizer, keep_rows
@@ -56,12 +56,12 @@ def tokenizer(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def arrays(
-    manifest: Manifest, tokenizer: PromptTokenizer, letters: int, size: tuple[int, int], batch: int, most: int
+    manifest: Manifest, tokenizer: PromptTokenizer, letters: int, size: tuple[int, int], batch: int, max_tokens: int
 ) -> dict[str, dict[str, Any]]:
     """What a call gives each graph, as the pipeline makes it."""
     family, (width, height) = families.family_of(manifest), size
-    ids = tokenizer.encode("a" * letters)[:, : manifest.text.drop + most]
-    rows = keep_rows(np.zeros((ids.shape[1], 8), np.float32), manifest.text, most)
+    ids = tokenizer.encode("a" * letters)[:, : manifest.text.drop + max_tokens]
+    rows = keep_rows(np.zeros((ids.shape[1], 8), np.float32), manifest.text, max_tokens)
     conditioner = family.conditioner_inputs(rows)
     constants = family.denoiser_constants(conditioner["prompt_embeds"], len(rows), height, width)
     latents = family.from_noise(np.zeros((batch, *family.noise_shape(height, width)), np.float32))
@@ -77,34 +77,41 @@ def arrays(
     }
 
 
-def sides(component: Component, given: dict[str, Any]) -> dict[str, int]:
-    """How long each free side is in these arrays."""
+def lengths(component: Component, given: dict[str, Any]) -> dict[str, int]:
+    """The length of each dynamic dimension in these arrays."""
     assert set(given) == set(component.inputs)
     found: dict[str, int] = {}
     for name, spec in component.inputs.items():
-        for side, length in zip(spec.shape, given[name].shape, strict=True):
-            if isinstance(side, str):
-                assert found.setdefault(side, length) == length, (name, side)
+        for dimension, length in zip(spec.shape, given[name].shape, strict=True):
+            if isinstance(dimension, str):
+                assert found.setdefault(dimension, length) == length, (name, dimension)
     return found
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_what_a_span_promises_is_served(manifest, tokenizer, seed):
+def test_a_size_range_serves_all_that_is_within(manifest, tokenizer, seed):
     rng = np.random.default_rng(seed)
     for _ in range(8):
-        ends = np.sort(rng.integers(1, 60, (3, 2)), axis=0) * 16
-        least, likely, largest = (tuple(map(int, size)) for size in ends)
-        batch, most = int(rng.integers(1, 5)), int(rng.integers(1, 1025))
-        made = profiles(manifest, Served(span=(least, likely, largest), max_prompt_tokens=most, batch=batch))
+        drawn = np.sort(rng.integers(1, 60, (3, 2)), axis=0) * 16
+        min_size, opt_size, max_size = (tuple(map(int, size)) for size in drawn)
+        batch, max_tokens = int(rng.integers(1, 5)), int(rng.integers(1, 1025))
+        made = shape_profiles(
+            manifest, ServedShapes(size_range=(min_size, opt_size, max_size), max_prompt_tokens=max_tokens, batch=batch)
+        )
         for _ in range(3):
-            size = tuple(16 * int(rng.integers(a // 16, b // 16 + 1)) for a, b in zip(least, largest, strict=True))
-            letters = int(rng.choice([0, 1, rng.integers(0, 1100), most - 1, most, 1200]))
-            call = arrays(manifest, tokenizer, letters, size, int(rng.integers(1, batch + 1)), most)
+            size = tuple(16 * int(rng.integers(a // 16, b // 16 + 1)) for a, b in zip(min_size, max_size, strict=True))
+            letters = int(rng.choice([0, 1, rng.integers(0, 1100), max_tokens - 1, max_tokens, 1200]))
+            call = arrays(manifest, tokenizer, letters, size, int(rng.integers(1, batch + 1)), max_tokens)
             for name, component in manifest.components.items():
                 if component.graphs:
                     (profile,) = made[name]
-                    for side, length in sides(component, call[name]).items():
-                        assert profile[side][0] <= length <= profile[side][2], (name, side, size, letters)
+                    for dimension, length in lengths(component, call[name]).items():
+                        assert profile[dimension][0] <= length <= profile[dimension][2], (
+                            name,
+                            dimension,
+                            size,
+                            letters,
+                        )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -112,22 +119,22 @@ def test_one_size_is_served_exactly(manifest, tokenizer, seed):
     rng = np.random.default_rng(seed)
     of_prompts = {"tokens", "text_tokens", "caption_tokens", "all_tokens"}
     for _ in range(8):
-        size = tuple(16 * int(side) for side in rng.integers(1, 90, 2))
-        made = profiles(manifest, Served(sizes=(size,), max_prompt_tokens=600))
+        size = tuple(16 * int(count) for count in rng.integers(1, 90, 2))
+        made = shape_profiles(manifest, ServedShapes(sizes=(size,), max_prompt_tokens=600))
         for letters in (0, 599, 600, 700):
             call = arrays(manifest, tokenizer, letters, size, 1, 600)
             for name, (profile,) in made.items():
-                for side, length in sides(manifest.components[name], call[name]).items():
-                    assert profile[side][0] <= length <= profile[side][2], (name, side, size, letters)
-                    assert side in of_prompts or set(profile[side]) == {length}, (name, side, size)
-                    # The shortest and the longest prompt are the ends.
-                    if side in of_prompts and letters in (0, 600):
-                        assert length == profile[side][0 if letters == 0 else 2]
+                for dimension, length in lengths(manifest.components[name], call[name]).items():
+                    assert profile[dimension][0] <= length <= profile[dimension][2], (name, dimension, size, letters)
+                    assert dimension in of_prompts or set(profile[dimension]) == {length}, (name, dimension, size)
+                    # The shortest and the longest prompt are the min and the max.
+                    if dimension in of_prompts and letters in (0, 600):
+                        assert length == profile[dimension][0 if letters == 0 else 2]
 
 
 def test_sizes_of_their_own_and_together(manifest):
     sizes = ((512, 512), (768, 512), (512, 512))
-    made = profiles(manifest, Served(sizes=sizes, span=((256, 256), (512, 512), (1024, 1024))))
+    made = shape_profiles(manifest, ServedShapes(sizes=sizes, size_range=((256, 256), (512, 512), (1024, 1024))))
     # What does not depend on the picture has one profile; the same size twice has one.
     assert {name: len(found) for name, found in made.items()} == {
         "text_encoder": 1, "conditioner": 1, "denoiser": 3, "vae_decoder": 3,
@@ -135,53 +142,62 @@ def test_sizes_of_their_own_and_together(manifest):
     assert [profile["width"] for profile in made["vae_decoder"]] == [(64,) * 3, (96,) * 3, (32, 64, 128)]
     assert [profile["height"] for profile in made["vae_decoder"]] == [(64,) * 3, (64,) * 3, (32, 64, 128)]
     # A picture and its turned twin are alike to the denoiser only.
-    turned = profiles(manifest, Served(sizes=((768, 512), (512, 768))))
+    turned = shape_profiles(manifest, ServedShapes(sizes=((768, 512), (512, 768))))
     assert (len(turned["denoiser"]), len(turned["vae_decoder"])) == (1, 2)
 
 
-def test_what_is_left_open(manifest):
-    (image,) = profiles(manifest, Served())["vae_decoder"]
+def test_defaults_of_a_size_range(manifest):
+    (image,) = shape_profiles(manifest, ServedShapes())["vae_decoder"]
     assert (image["width"], image["height"], image["batch"]) == ((96,) * 3, (128,) * 3, (1, 1, 1))
-    for largest, expected in {
-        (1536, 1536): (32, 96, 192),  # The recommended size is the likeliest where it is within.
+    for max_size, expected in {
+        (1536, 1536): (32, 96, 192),  # The recommended size is the opt size where it is within.
         (512, 1536): (32, 64, 64),
-        (128, 2048): (16, 16, 16),  # The least size is no larger than the largest.
+        (128, 2048): (16, 16, 16),  # The min size is no larger than the max.
     }.items():
-        (image,) = profiles(manifest, Served(span=(None, None, largest)))["vae_decoder"]
+        (image,) = shape_profiles(manifest, ServedShapes(size_range=(None, None, max_size)))["vae_decoder"]
         assert image["width"] == expected
-    (text,) = profiles(manifest, Served())["text_encoder"]
+    (text,) = shape_profiles(manifest, ServedShapes())["text_encoder"]
     drop = manifest.text.drop
     assert text["tokens"] == (drop + 1, drop + 128, drop + 512)
-    (text,) = profiles(manifest, Served(max_prompt_tokens=50))["text_encoder"]
+    (text,) = shape_profiles(manifest, ServedShapes(max_prompt_tokens=50))["text_encoder"]
     assert text["tokens"] == (drop + 1, drop + 50, drop + 50)
 
 
 def test_parts_without_a_graph_have_none():
-    assert set(profiles(manifest_of("qwen-image"), Served())) == {
+    assert set(shape_profiles(manifest_of("qwen-image"), ServedShapes())) == {
         "text_encoder", "conditioner", "denoiser", "vae_decoder",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("served", "message"),
+    ("shapes", "message"),
     [
-        (Served(sizes=((1000, 512),)), "1000x512 cannot be drawn; give sides that are multiples of 16, up to 8192"),
-        (Served(sizes=((512, 0),)), "512x0 cannot be drawn"),
-        (Served(sizes=((512, -512),)), "512x-512 cannot be drawn"),
-        (Served(sizes=((512, 8208),)), "512x8208 cannot be drawn"),
-        (Served(span=((8, 8), None, (512, 512))), "8x8 cannot be drawn"),
-        (Served(span=(None, (500, 500), (512, 512))), "500x500 cannot be drawn"),
-        (Served(span=((512, 512), None, (256, 1024))), "are 512x512, 256x1024, 256x1024; give them in rising order"),
-        (Served(span=(None, (1024, 256), (512, 512))), "are 256x256, 1024x256, 512x512; give them in rising order"),
-        (Served(max_prompt_tokens=0), "max_prompt_tokens is 0; give a number from 1 to 1024"),
-        (Served(max_prompt_tokens=1025), "max_prompt_tokens is 1025; give a number from 1 to 1024"),
-        (Served(batch=0), "batch is 0; give a number from 1 to 64"),
-        (Served(batch=65), "batch is 65; give a number from 1 to 64"),
+        (
+            ServedShapes(sizes=((1000, 512),)),
+            "1000x512 cannot be drawn; give a width and a height",
+        ),
+        (ServedShapes(sizes=((512, 0),)), "512x0 cannot be drawn"),
+        (ServedShapes(sizes=((512, -512),)), "512x-512 cannot be drawn"),
+        (ServedShapes(sizes=((512, 8208),)), "512x8208 cannot be drawn"),
+        (ServedShapes(size_range=((8, 8), None, (512, 512))), "8x8 cannot be drawn"),
+        (ServedShapes(size_range=(None, (500, 500), (512, 512))), "500x500 cannot be drawn"),
+        (
+            ServedShapes(size_range=((512, 512), None, (256, 1024))),
+            "min, opt and max size are 512x512, 256x1024, 256x1024; give",
+        ),
+        (
+            ServedShapes(size_range=(None, (1024, 256), (512, 512))),
+            "are 256x256, 1024x256, 512x512; give them",
+        ),
+        (ServedShapes(max_prompt_tokens=0), "max_prompt_tokens is 0; give a number from 1 to 1024"),
+        (ServedShapes(max_prompt_tokens=1025), "max_prompt_tokens is 1025; give a number from 1 to 1024"),
+        (ServedShapes(batch=0), "batch is 0; give a number from 1 to 64"),
+        (ServedShapes(batch=65), "batch is 65; give a number from 1 to 64"),
     ],
 )
-def test_what_cannot_be_served(manifest, served, message):
+def test_what_cannot_be_served(manifest, shapes, message):
     with pytest.raises(UsageError) as caught:
-        profiles(manifest, served)
+        shape_profiles(manifest, shapes)
     assert message in str(caught.value)
 
 

@@ -182,8 +182,8 @@ class TestBeforeAnyWork:
         with pytest.raises(BundleError, match="has no component 'nothing'"):
             compile_contexts(bundle, ["nothing"], RANGES, tmp_path / "out")
 
-    def test_a_side_without_a_range(self, bundle, tmp_path):
-        with pytest.raises(UsageError, match="net has the free side 'batch', which has no range; give one"):
+    def test_a_dynamic_dimension_without_a_range(self, bundle, tmp_path):
+        with pytest.raises(UsageError, match="net has the dynamic dimension 'batch', which has no range; give its min"):
             compile_contexts(bundle, ["net"], {"net": ({"tokens": (2, 4, 8)},)}, tmp_path / "out")
 
 

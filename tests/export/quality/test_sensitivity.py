@@ -23,10 +23,10 @@ from zimgkit.export.cli.main import main
 from zimgkit.export.quality import sensitivity
 from zimgkit.export.quality.cost import Trial
 from zimgkit.export.quality.sensitivity import Error, Group, Sensitivity, as_recipe
-from zimgkit.export.quantization.calibrate import beside
+from zimgkit.export.quantization.calibrate import statistics_path
 from zimgkit.export.quantization.fake_quantization import rounded_input, rounded_weight, switch
 from zimgkit.export.quantization.formats import FLOAT8, INT4, INT8, encode, scale_of, weight_scales
-from zimgkit.export.quantization.quantize import Settings
+from zimgkit.export.quantization.quantize import QuantizationSettings
 from zimgkit.export.quantization.recipe import Recipe, read_recipe
 from zimgkit.export.quantization.statistics import Statistics
 
@@ -82,7 +82,7 @@ def test_all_switched_on_is_the_quantized_bundle(precision, bundle_of, quantized
     statistics = None
     if not precision.endswith("weights"):
         statistics = Statistics.load(other.root.parent / "statistics.calibration.safetensors")
-    settings = Settings(precision, Recipe(), statistics)
+    settings = QuantizationSettings(precision, Recipe(), statistics)
     runs = quantized.record(floating.root, "denoiser")[:2]
     engine = open_engine(floating, "denoiser", "cpu")
     switch(engine, floating, "denoiser", settings, set())
@@ -121,7 +121,7 @@ def _rounded_but(names, folder):
 )
 def test_the_recipe_holds(family, by, wanted, bundle_of):
     bundle = Bundle.open(bundle_of(family))
-    settings = Settings("int4-weights", Recipe())
+    settings = QuantizationSettings("int4-weights", Recipe())
     seen: list[tuple[str, int, int]] = []
     found = sensitivity.sensitivity(bundle, settings, TRIAL, 0.9999, by=by, report=lambda *given: seen.append(given))
     assert {"quantize one by one", "find a recipe"} <= {stage for stage, _, _ in seen}
@@ -139,11 +139,11 @@ def test_the_recipe_holds(family, by, wanted, bundle_of):
 
 
 def test_the_command(bundle_of, checkpoint_of, quantized_of, tmp_path):
-    """Its recipe is one that ``build`` takes; the calibration beside the bundle serves."""
+    """Its recipe is one that ``build`` takes; the calibration statistics_path the bundle serves."""
     folder = shutil.copytree(bundle_of("z-image", "bf16"), tmp_path / "b")
     statistics = quantized_of("z-image", "int8").parent / "statistics.calibration.safetensors"
-    shutil.copy(statistics, beside(folder))
-    before = beside(folder).read_bytes()
+    shutil.copy(statistics, statistics_path(folder))
+    before = statistics_path(folder).read_bytes()
     options = ("--size", "64x64", "--steps", 1, "--device", "cpu", "--quiet", "--by", "block")
     result = invoke(
         main, "sensitivity", folder, "--precision", "int8", *options, "--json", "--out", tmp_path / "r.toml",
@@ -158,8 +158,8 @@ def test_the_command(bundle_of, checkpoint_of, quantized_of, tmp_path):
     ]
     assert recipe.bounds["int8"].cosine == 0.99999
     assert recipe.keep[0].reason == f"cosine {kept[0]['cosine']:.6f} when quantized alone"
-    assert beside(folder).read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"b", "r.toml", beside(folder).name}
+    assert statistics_path(folder).read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"b", "r.toml", statistics_path(folder).name}
     names = {name for group in data["groups"] for name in group["weights"]}
     parts = build.parts_of(build.open_checkpoint(str(checkpoint_of("z-image"))))
     for component in ("text_encoder", "denoiser"):
@@ -204,4 +204,4 @@ def test_bad_input(options, said, code, bundle_of, tmp_path, monkeypatch):
 def test_a_quantized_bundle_is_refused(quantized_of):
     bundle = Bundle.open(quantized_of("z-image", "int8-weights"))
     with pytest.raises(UsageError, match="is quantized; name a bundle of --precision bf16 or fp32"):
-        sensitivity.sensitivity(bundle, Settings("int8-weights", Recipe()), TRIAL, 0.99)
+        sensitivity.sensitivity(bundle, QuantizationSettings("int8-weights", Recipe()), TRIAL, 0.99)

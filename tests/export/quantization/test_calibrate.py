@@ -16,12 +16,18 @@ from zimgkit.engines.errors import UsageError, ZimgError
 from zimgkit.export.build import parts_of, wanted_by
 from zimgkit.export.checkpoints.checkpoint import open_checkpoint
 from zimgkit.export.cli.main import main
-from zimgkit.export.quantization.calibrate import Plan, beside, calibrate, finished, read_prompts
-from zimgkit.export.quantization.quantize import linears
+from zimgkit.export.quantization.calibrate import (
+    CalibrationSet,
+    calibrate,
+    load_finished,
+    read_prompts,
+    statistics_path,
+)
+from zimgkit.export.quantization.quantize import linear_weights
 from zimgkit.export.quantization.statistics import Statistics
 from zimgkit.runtime.pipeline import Pipeline
 
-SHORT = Plan(quantized.PROMPTS, ((64, 64),), 1)
+SHORT = CalibrationSet(quantized.PROMPTS, ((64, 64),), 1)
 FAMILIES = ("z-image", "qwen-image")
 
 
@@ -63,15 +69,15 @@ def test_what_is_counted_is_what_torchs_linears_get(family, component, bundle_of
             network(*(torch.from_numpy(feeds[entry.name]) for entry in part.inputs))
 
     statistics = calibrate(Bundle.open(folder), SHORT, tmp_path / "s", device="cpu")
-    names = {wanted[name].source.name for name in linears(part)}
+    names = {wanted[name].source.name for name in linear_weights(part)}
     assert set(statistics.readers[component]) == names == set(seen)
     for name in names:
-        leader = statistics.leader(component, name)
-        if leader is None:
+        first_reader = statistics.first_reader(component, name)
+        if first_reader is None:
             # The text stream after the last attention.
             assert family == "qwen-image" and "transformer_blocks.1." in name
             continue
-        entry = statistics.inputs[component][leader]
+        entry = statistics.inputs[component][first_reader]
         torch.testing.assert_close(torch.from_numpy(entry.channels), seen[name], rtol=1e-3, atol=1e-4)
         assert entry.histogram.sum() == counts[name]
 
@@ -95,7 +101,7 @@ def test_an_interrupted_calibration_goes_on(whole, bundle_of, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         calibrate(bundle, SHORT, store, device="cpu", report=stop)
     assert Statistics.load(store).made["done"] == 2
-    assert finished(store, bundle.manifest.source, (), SHORT) is None
+    assert load_finished(store, bundle.manifest.source, (), SHORT) is None
     again: list[int] = []
     found = calibrate(bundle, SHORT, store, device="cpu", report=lambda *given: again.append(given[1]))
     assert seen == [0, 1, 2] and again == [2, 3, 4]
@@ -105,11 +111,11 @@ def test_an_interrupted_calibration_goes_on(whole, bundle_of, tmp_path):
             assert np.array_equal(entry.channels, found.inputs[component][name].channels)
             assert np.array_equal(entry.histogram, found.inputs[component][name].histogram)
     # All is there: nothing runs again.
-    assert finished(store, bundle.manifest.source, (), SHORT) is not None
-    other = Plan(SHORT.prompts, SHORT.sizes, 2)
-    assert finished(store, bundle.manifest.source, (), other) is None
+    assert load_finished(store, bundle.manifest.source, (), SHORT) is not None
+    other = CalibrationSet(SHORT.prompts, SHORT.sizes, 2)
+    assert load_finished(store, bundle.manifest.source, (), other) is None
     store.write_bytes(b"broken")
-    assert finished(store, bundle.manifest.source, (), SHORT) is None
+    assert load_finished(store, bundle.manifest.source, (), SHORT) is None
 
 
 def test_nan_names_the_layer(bundle_of, tmp_path):
@@ -125,7 +131,7 @@ def test_nan_names_the_layer(bundle_of, tmp_path):
 
 def test_too_few_prompts(bundle_of, tmp_path):
     with pytest.raises(UsageError, match="needs 4 prompts, not 1"):
-        calibrate(Bundle.open(bundle_of("z-image", "bf16")), Plan(("a",)), tmp_path / "s")
+        calibrate(Bundle.open(bundle_of("z-image", "bf16")), CalibrationSet(("a",)), tmp_path / "s")
 
 
 @pytest.mark.parametrize(
@@ -157,8 +163,8 @@ def test_the_command(bundle_of, quantized_of, tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(SHORT.prompts))
     options = ("--prompts", tmp_path / "p.txt", "--calibration-size", "64x64", "--calibration-steps", 1)
     result = invoke(main, "calibrate", folder, *options, "--calibration-device", "cpu", "--quiet")
-    assert (result.code, result.out) == (0, f"{beside(folder)}\n")
-    assert Statistics.load(beside(folder)).made["done"] == 4
+    assert (result.code, result.out) == (0, f"{statistics_path(folder)}\n")
+    assert Statistics.load(statistics_path(folder)).made["done"] == 4
     refused = invoke(main, "calibrate", quantized_of("z-image", "int8"), "--quiet")
     refused.assert_refused("is quantized; calibrate a bundle of --precision bf16", 2)
     invoke(main, "calibrate", folder, "--prompts", tmp_path / "no.txt").assert_refused("cannot be read", 2)

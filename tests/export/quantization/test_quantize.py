@@ -14,9 +14,9 @@ from zimgkit.engines.errors import CheckpointError, UsageError
 from zimgkit.engines.tensors.safetensors import read_header
 from zimgkit.export.networks.parts import Part
 from zimgkit.export.quantization.formats import SCHEMES
-from zimgkit.export.quantization.quantize import Settings, linears, quantize
+from zimgkit.export.quantization.quantize import QuantizationSettings, linear_weights, quantize
 from zimgkit.export.quantization.recipe import Keep, Recipe
-from zimgkit.export.quantization.statistics import BINS, Input, Statistics
+from zimgkit.export.quantization.statistics import BINS, InputStatistics, Statistics
 from zimgkit.export.weights import stream as weights
 from zimgkit.export.weights.stream import Wanted, export_weights
 
@@ -54,20 +54,20 @@ def statistics(seed: int = 0) -> Statistics:
     for name, width in (("model.q.weight", WIDTH), ("model.out.weight", 48)):
         values = torch.randn(500, width, generator=generator).abs()
         values[:, 3] *= 100
-        entry = Input.empty(width)
+        entry = InputStatistics.empty(width)
         entry.add(values.amax(0).numpy(), lambda top, v=values: torch.histc(v, BINS, 0, top).double().numpy())
         inputs[name] = entry
     readers = {"model.q.weight": "model.q.weight", "model.k.weight": "model.q.weight"}
     return Statistics({"denoiser": inputs}, {"denoiser": readers | {"model.out.weight": "model.out.weight"}})
 
 
-def settings(precision: str, *keep: str, **changes: object) -> Settings:
+def settings(precision: str, *keep: str, **changes: object) -> QuantizationSettings:
     rules = (Keep("denoiser", keep, "because"),) if keep else ()
     found = statistics() if SCHEMES[precision].activations else None
-    return Settings(precision, Recipe(rules), **({"statistics": found} | changes))
+    return QuantizationSettings(precision, Recipe(rules), **({"statistics": found} | changes))
 
 
-def export(wanted: dict[str, Wanted], how: Settings, folder: Path) -> dict[str, torch.Tensor]:
+def export(wanted: dict[str, Wanted], how: QuantizationSettings, folder: Path) -> dict[str, torch.Tensor]:
     quantized = quantize("denoiser", PART, wanted, how)
     folder.mkdir()
     export_weights({"denoiser": quantized.wanted}, "bfloat16", folder)
@@ -79,7 +79,7 @@ def source(wanted: dict[str, Wanted]) -> dict[str, torch.Tensor]:
 
 
 def test_linears_of_a_part():
-    assert linears(PART) == ["q.weight", "k.weight", "out.weight"]
+    assert linear_weights(PART) == ["q.weight", "k.weight", "out.weight"]
 
 
 @pytest.mark.parametrize("piece", [8, 64, 1 << 24])
@@ -148,7 +148,7 @@ def test_an_inputs_scales_follow_its_first_reader_even_where_that_is_kept(wanted
 @pytest.mark.parametrize("precision", SCHEMES)
 def test_what_the_host_multiplies_is_int8_in_every_precision(precision, wanted):
     part = Part("transformer", shapes={name: want.shape for name, want in wanted.items()})
-    quantized = quantize("modulation", part, wanted, Settings(precision, Recipe()))
+    quantized = quantize("modulation", part, wanted, QuantizationSettings(precision, Recipe()))
     assert set(quantized.quantized) == {"q.weight", "k.weight", "out.weight"}
     assert {quantized.wanted[name].dtype("bfloat16") for name in quantized.quantized} == {"int8"}
     assert not any(name.endswith((".input_scale", ".smooth")) for name in quantized.wanted)
@@ -202,13 +202,13 @@ def test_a_linear_whose_result_is_never_read(wanted):
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        (Settings("fp9", Recipe()), "no precision is called 'fp9'; choose one of fp8"),
+        (QuantizationSettings("fp9", Recipe()), "no precision is called 'fp9'; choose one of fp8"),
         (settings("int8", range="mean"), "no range is called 'mean'"),
         (settings("int8", smooth=1.5), r"alpha is 1\.5; give a number from 0 to 1"),
         (settings("int8", smooth=float("nan")), "alpha is nan"),
         (settings("int8", range="mse"), "'mse' needs the distribution of inputs before they are smoothed; add --smoot"),
         (settings("int8-weights", smooth=0.5), "int8-weights leaves inputs as they are"),
-        (Settings("fp8", Recipe((Keep("vae", ("*",), "x"),))), "the recipe names the component 'vae'"),
+        (QuantizationSettings("fp8", Recipe((Keep("vae", ("*",), "x"),))), "the recipe names the component 'vae'"),
     ],
 )
 def test_settings_that_do_not_fit(how, said):

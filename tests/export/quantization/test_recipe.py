@@ -11,7 +11,7 @@ import pytest
 from zimgkit.engines.errors import UsageError
 from zimgkit.export.build import NETWORKS
 from zimgkit.export.quantization.formats import SCHEMES
-from zimgkit.export.quantization.quantize import COMPONENTS, linears
+from zimgkit.export.quantization.quantize import COMPONENTS, linear_weights
 from zimgkit.export.quantization.recipe import Keep, Recipe, family_recipe, read_recipe
 
 NAMES = [f"layers.{i}.{what}.weight" for i in range(4) for what in ("attention.to_q", "feed_forward.w2")] + [
@@ -45,7 +45,7 @@ def real_linears(family: str) -> dict[str, dict[str, int]]:
         for name, part in module.parts(sparse_checkpoint.CONFIGS[family][source]).items():
             if name in COMPONENTS:
                 shapes = part.parameters()
-                found[name] = {key: shapes[key][0] * shapes[key][1] for key in linears(part)}
+                found[name] = {key: shapes[key][0] * shapes[key][1] for key in linear_weights(part)}
     return found
 
 

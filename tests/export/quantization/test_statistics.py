@@ -13,11 +13,11 @@ from safetensors.numpy import save_file
 
 from zimgkit.engines.errors import UsageError, ZimgError
 from zimgkit.export.quantization.formats import FLOAT8, INT8
-from zimgkit.export.quantization.statistics import BINS, Input, Statistics, scale_for, smoothing
+from zimgkit.export.quantization.statistics import BINS, InputStatistics, Statistics, scale_for, smoothing
 
 
-def seen(*batches: torch.Tensor) -> Input:
-    entry = Input.empty(batches[0].shape[-1])
+def seen(*batches: torch.Tensor) -> InputStatistics:
+    entry = InputStatistics.empty(batches[0].shape[-1])
     for batch in batches:
         magnitudes = batch.abs()
         entry.add(magnitudes.amax(0).numpy(), lambda top, m=magnitudes: torch.histc(m, BINS, 0, top).double().numpy())
@@ -115,7 +115,7 @@ def test_a_file_and_back(tmp_path: Path):
         assert value.top == expected[name].top
     with safe_open(path, "np") as file:  # Ordinary tools read it.
         assert json.loads(file.metadata()["made"]) == original.made
-    assert found.leader("denoiser", "layers.0.to_k.weight") == "layers.0.to_q.weight"
+    assert found.first_reader("denoiser", "layers.0.to_k.weight") == "layers.0.to_q.weight"
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch):
@@ -138,13 +138,13 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch):
 def test_a_linear_that_was_not_calibrated(name):
     for statistics in (some(), Statistics()):
         with pytest.raises(UsageError, match=f"has nothing of {name} of denoiser: it is of another model"):
-            statistics.leader("denoiser", name)
+            statistics.first_reader("denoiser", name)
 
 
 def test_a_linear_that_never_ran():
     statistics = some()
     statistics.readers["denoiser"]["dead"] = "dead"
-    assert statistics.leader("denoiser", "dead") is None
+    assert statistics.first_reader("denoiser", "dead") is None
 
 
 def test_files_that_are_none(tmp_path: Path):

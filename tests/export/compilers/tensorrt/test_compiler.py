@@ -14,8 +14,8 @@ from onnx import TensorProto, helper
 from zimgkit.engines.bundle import Bundle, Component, TensorSpec
 from zimgkit.engines.errors import BackendError
 from zimgkit.export.build import build
-from zimgkit.export.compilers.shape_profiles import Served, profiles
-from zimgkit.export.compilers.tensorrt.compiler import PLAIN, Options, Plan, compile_plan
+from zimgkit.export.compilers.shape_profiles import ServedShapes, shape_profiles
+from zimgkit.export.compilers.tensorrt.compiler import DEFAULT_OPTIONS, CompiledPlan, CompilerOptions, compile_plan
 from zimgkit.export.compilers.tensorrt.graph import Graph, read_graph
 from zimgkit.export.graphs.assemble import assemble
 from zimgkit.runtime.progress import silent
@@ -25,9 +25,9 @@ pytestmark = pytest.mark.usefixtures("compiler")
 FAMILIES = ("z-image", "qwen-image")
 COMPONENTS = ("text_encoder", "conditioner", "denoiser", "vae_decoder")
 SERVED = {
-    "static": Served(sizes=((256, 256),)),
-    "two sizes": Served(sizes=((256, 256), (320, 192)), batch=2),
-    "span": Served(span=((128, 128), (256, 256), (512, 512)), max_prompt_tokens=300),
+    "static": ServedShapes(sizes=((256, 256),)),
+    "two sizes": ServedShapes(sizes=((256, 256), (320, 192)), batch=2),
+    "size range": ServedShapes(size_range=((128, 128), (256, 256), (512, 512)), max_prompt_tokens=300),
 }
 ONE_BLOCK = {
     "z-image": {
@@ -48,20 +48,25 @@ ATTENTIONS = {
 
 
 def compile_component(
-    bundle: Bundle, name: str, served: Served, file: Path, options: Options = PLAIN, report: Any = silent
-) -> tuple[Graph, Plan]:
-    ranges = profiles(bundle.manifest, served)[name]
+    bundle: Bundle,
+    name: str,
+    shapes: ServedShapes,
+    file: Path,
+    options: CompilerOptions = DEFAULT_OPTIONS,
+    report: Any = silent,
+) -> tuple[Graph, CompiledPlan]:
+    ranges = shape_profiles(bundle.manifest, shapes)[name]
     graph = read_graph(bundle, name, ranges)
     return graph, compile_plan(graph, bundle.component(name), ranges, file, options, report)
 
 
-@pytest.mark.parametrize("served", SERVED)
+@pytest.mark.parametrize("shapes", SERVED)
 @pytest.mark.parametrize("name", COMPONENTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tiny(family, name, served, bundle_of, tmp_path):
+def test_tiny(family, name, shapes, bundle_of, tmp_path):
     seen: list[tuple[str, int, int]] = []
     bundle, file = Bundle.open(bundle_of(family, "bf16")), tmp_path / "x.plan"
-    _, plan = compile_component(bundle, name, SERVED[served], file, report=lambda *given: seen.append(given))
+    _, plan = compile_component(bundle, name, SERVED[shapes], file, report=lambda *given: seen.append(given))
     assert plan.file == file
     assert [path.name for path in tmp_path.iterdir()] == ["x.plan"]
     # Weights are in it; a constant that several layers take may be in it once more.
@@ -114,12 +119,13 @@ def one_block_of(shared_folder: Path) -> Callable[[str], Bundle]:
 def test_real_width(family, one_block_of, tmp_path):
     """One block of each kind at its real width, and the whole VAE; one after the other, for each takes gigabytes."""
     bundle = one_block_of(family)
-    one_size, span = Served(sizes=((1024, 1024),)), Served(span=((512, 512), (1024, 1024), (1536, 1536)))
+    one_size = ServedShapes(sizes=((1024, 1024),))
+    several = ServedShapes(size_range=((512, 512), (1024, 1024), (1536, 1536)))
     for name in COMPONENTS:
-        for served in (one_size, span):
-            if served is span and name in ("text_encoder", "conditioner"):
+        for shapes in (one_size, several):
+            if shapes is several and name in ("text_encoder", "conditioner"):
                 continue  # They are the same for all sizes.
-            graph, plan = compile_component(bundle, name, served, tmp_path / "x.plan")
+            graph, plan = compile_component(bundle, name, shapes, tmp_path / "x.plan")
             plan.file.unlink()
             # The VAE's one head of 384 or 512 numbers has no fused kernel, and that is said.
             assert plan.unfused == (graph.attentions if name == "vae_decoder" else ())
@@ -129,7 +135,7 @@ def test_real_width(family, one_block_of, tmp_path):
 def test_attention_in_float32_is_computed_in_parts(bundle_of, tmp_path):
     bundle = Bundle.open(bundle_of("qwen-image"))
     for name in ("text_encoder", "denoiser"):
-        graph, plan = compile_component(bundle, name, SERVED["span"], tmp_path / "x.plan")
+        graph, plan = compile_component(bundle, name, SERVED["size range"], tmp_path / "x.plan")
         assert plan.unfused == graph.attentions != ()
 
 
@@ -176,20 +182,26 @@ def test_ranges_that_are_refused(tmp_path):
 
 def test_scratch_memory_that_is_too_small(tmp_path):
     with pytest.raises(BackendError, match=r"TensorRT cannot compile net: .*workspace.*; try another --workspace"):
-        compile_plan(*ADD, RANGES, tmp_path / "x.plan", Options(workspace_bytes=0))
+        compile_plan(*ADD, RANGES, tmp_path / "x.plan", CompilerOptions(workspace_bytes=0))
 
 
 @pytest.mark.parametrize("option", ["stripped", "refittable"])
 def test_what_this_compiler_does_not_do(option, bundle_of, tmp_path):
     bundle = Bundle.open(bundle_of("qwen-image", "bf16"))
     with pytest.raises(BackendError, match=r"compile conditioner: .*; try it without --refittable and --stripped"):
-        compile_component(bundle, "conditioner", SERVED["static"], tmp_path / "x.plan", Options(**{option: True}))
+        compile_component(
+            bundle, "conditioner", SERVED["static"], tmp_path / "x.plan", CompilerOptions(**{option: True})
+        )
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "options",
-    [Options(workspace_bytes=1 << 28), Options(weight_streaming=True), Options(optimization_level=0)],
+    [
+        CompilerOptions(workspace_bytes=1 << 28),
+        CompilerOptions(weight_streaming=True),
+        CompilerOptions(optimization_level=0),
+    ],
     ids=["workspace", "streaming", "level"],
 )
 def test_options(options, bundle_of, tmp_path):
@@ -202,7 +214,7 @@ def test_the_timing_cache(tmp_path):
     """Written beside and renamed, and read the next time."""
     path = tmp_path / "of" / "gpu.cache"
     for _ in range(2):
-        compile_plan(*ADD, RANGES, tmp_path / "x.plan", Options(timing_cache=path))
+        compile_plan(*ADD, RANGES, tmp_path / "x.plan", CompilerOptions(timing_cache=path))
         assert [entry.name for entry in path.parent.iterdir()] == ["gpu.cache"]
         assert path.stat().st_size
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests import handmade
 from zimgkit.engines.bundle import Bundle, Component
 from zimgkit.engines.errors import BundleError
-from zimgkit.export.compilers.shape_profiles import Served, profiles
+from zimgkit.export.compilers.shape_profiles import ServedShapes, shape_profiles
 from zimgkit.export.compilers.tensorrt.graph import read_graph
 
 ATTENTIONS = {
@@ -88,28 +88,28 @@ def test_weights_are_mapped_and_not_read(bundle):
 
 
 @pytest.mark.parametrize(
-    ("served", "fixed"),
+    ("shapes", "fixed"),
     [
-        (Served(sizes=((256, 256),)), {"batch": 1, "image_tokens": 256, "height": 32, "width": 32}),
-        (Served(sizes=((256, 256),), batch=2), {"image_tokens": 256, "height": 32, "width": 32}),
+        (ServedShapes(sizes=((256, 256),)), {"batch": 1, "image_tokens": 256, "height": 32, "width": 32}),
+        (ServedShapes(sizes=((256, 256),), batch=2), {"image_tokens": 256, "height": 32, "width": 32}),
         # Two sizes of one height; and two of as many tokens.
-        (Served(sizes=((256, 256), (512, 256))), {"batch": 1, "height": 32}),
-        (Served(sizes=((256, 512), (512, 256))), {"batch": 1, "image_tokens": 512}),
-        (Served(span=((256, 256), None, (512, 512))), {"batch": 1}),
-        (Served(sizes=((256, 256),), max_prompt_tokens=1), {"batch": 1, "image_tokens": 256, "height": 32, "width": 32,
-                                                           "text_tokens": 1, "caption_tokens": 32}),
+        (ServedShapes(sizes=((256, 256), (512, 256))), {"batch": 1, "height": 32}),
+        (ServedShapes(sizes=((256, 512), (512, 256))), {"batch": 1, "image_tokens": 512}),
+        (ServedShapes(size_range=((256, 256), None, (512, 512))), {"batch": 1}),
+        (ServedShapes(sizes=((256, 256),), max_prompt_tokens=1),
+         {"batch": 1, "image_tokens": 256, "height": 32, "width": 32, "text_tokens": 1, "caption_tokens": 32}),
     ],
 )  # fmt: skip
-def test_sides_of_one_length_are_fixed(bundle, served, fixed):
-    ranges = profiles(bundle.manifest, served)
-    if served.max_prompt_tokens == 1:
+def test_dimensions_of_one_length_become_static(bundle, shapes, fixed):
+    ranges = shape_profiles(bundle.manifest, shapes)
+    if shapes.max_prompt_tokens == 1:
         drop = bundle.manifest.text.drop
         fixed = fixed | {"tokens": drop + 1, "all_tokens": 256 + (32 if bundle.manifest.family == "z-image" else 1)}
     for name in components(bundle):
         graph = onnx.load_from_string(read_graph(bundle, name, ranges[name]).model).graph
         for value in graph.input:
-            expected = [fixed.get(side, side) for side in bundle.component(name).inputs[value.name].shape]
-            found = [side.dim_param or side.dim_value for side in value.type.tensor_type.shape.dim]
+            expected = [fixed.get(dim, dim) for dim in bundle.component(name).inputs[value.name].shape]
+            found = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
             assert found == expected, (name, value.name)
 
 
@@ -120,7 +120,9 @@ def test_a_weight_that_is_missing(bundle, tmp_path):
     model.graph.initializer[0].name = "nowhere.weight"
     path.write_bytes(model.SerializeToString())
     broken = Bundle.open(root, verify=False)
-    with pytest.raises(BundleError, match=r"conditioner.onnx takes nowhere.weight, which is in no file of it; build"):
+    with pytest.raises(
+        BundleError, match=r"conditioner.onnx takes nowhere.weight, which is in none of its weight files; build"
+    ):
         read_graph(broken, "conditioner")
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from zimgkit.export.compilers.tensorrt.layers import Layer, from_inspector, from_log, kinds, unfused, widened
+from zimgkit.export.compilers.tensorrt.layers import Layer, from_inspector, from_log, kinds, not_in_8_bits, unfused
 
 SHAPE = (
     "Name: __mye4417_0_myl0_0, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], "
@@ -104,6 +104,6 @@ def test_products_that_are_not_in_8_bits():
         Layer("dequantized", "kgen", ("q | layers.1 (B)",), ("Int8",)),
         Layer("q", "gemm", ("q | layers.1 (B)",), ("BFloat16", "Int8")),
     ]
-    assert widened(layers, products) == ("q | layers.1",)
-    assert widened([*layers, Layer("q", "gemm", ("q | layers.1 (B)",), ("FP8",))], products) == ()
-    assert widened(layers[:1], ("q | layers.0",), 2) == ("q | layers.0",)
+    assert not_in_8_bits(layers, products) == ("q | layers.1",)
+    assert not_in_8_bits([*layers, Layer("q", "gemm", ("q | layers.1 (B)",), ("FP8",))], products) == ()
+    assert not_in_8_bits(layers[:1], ("q | layers.0",), 2) == ("q | layers.0",)
