@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zimgkit.engines.base import Feeds, check_feeds
-from zimgkit.engines.errors import BackendError, BundleError, UsageError
+from zimgkit.engines.errors import BackendError, BundleError, UsageError, install
 
 try:
     import torch
 
     from zimgkit.engines.torch.graph import Program, compile_graph, load, read_constant, run
 except ImportError as error:
-    raise BackendError(f"the torch backend needs {error.name}", "pip install 'zimgkit[torch]'") from None
+    raise BackendError(f"the torch backend needs {error.name}", install("torch")) from None
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
