@@ -36,6 +36,14 @@ class ZimgError(Exception):
         super().__init__(f"{message}; {hint}" if hint else message)
 
 
+def install(extra: str) -> str:
+    """What to do where a package of one of zimgkit's extras is missing: the hint of every such error.
+
+    zimgkit is not on the package index yet. When it is, this line becomes ``pip install 'zimgkit[{extra}]'``.
+    """
+    return f"in a clone of zimgkit: pip install '.[{extra}]'"
+
+
 class UsageError(ZimgError):
     """An argument is missing or out of its range."""
 

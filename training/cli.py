@@ -12,7 +12,7 @@ import click
 
 import zimgkit
 from zimgkit.engines.base import BACKENDS
-from zimgkit.engines.errors import UsageError, ZimgError
+from zimgkit.engines.errors import UsageError, ZimgError, install
 from zimgkit.runtime.commands import console
 
 FAMILY = click.option(
@@ -241,7 +241,7 @@ def _need_train() -> None:
     from importlib.util import find_spec
 
     if missing := [name for name in ("torch", "diffusers", "transformers", "accelerate") if not find_spec(name)]:
-        raise ZimgError(f"training needs {', '.join(missing)}", "pip install 'zimgkit[train]'")
+        raise ZimgError(f"training needs {', '.join(missing)}", install("train"))
     import diffusers.utils.logging
     import transformers.utils.logging
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from platformdirs import user_cache_path
 
 from zimgkit.engines.base import BaseEngine, Feeds, Handle
-from zimgkit.engines.errors import BackendError, OutOfMemoryError, UsageError
+from zimgkit.engines.errors import BackendError, OutOfMemoryError, UsageError, install
 from zimgkit.engines.onnxruntime.bound import BoundSession, explain
 from zimgkit.engines.onnxruntime.values import Place, download, upload
 from zimgkit.engines.shapes import Profile, choose_profile
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 BACKEND = "tensorrt-rtx"
 PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
-INSTALL = "pip install 'zimgkit[tensorrt-rtx]'"
 NVIDIA = 0x10DE
 """The vendor's number on the PCI bus."""
 CARDS = "it needs a GeForce or RTX card of compute capability 8.6, 8.9, or 12.0 and up"
@@ -70,7 +69,7 @@ def load() -> tuple[ModuleType, str, str]:
     try:
         ort, plugin = import_module("onnxruntime"), import_module(PLUGIN)
     except ImportError:
-        raise BackendError("the TensorRT for RTX plugin of ONNX Runtime is not installed", INSTALL) from None
+        raise BackendError("the TensorRT for RTX plugin of ONNX Runtime is not installed", install(BACKEND)) from None
     if not hasattr(ort, "register_execution_provider_library"):
         raise BackendError(f"onnxruntime {ort.__version__} takes no plugins", "pip install -U 'onnxruntime>=1.27'")
     name = plugin.get_ep_name()
@@ -86,7 +85,7 @@ def load() -> tuple[ModuleType, str, str]:
             raise BackendError("TensorRT for RTX needs an NVIDIA driver, and there is none", OTHERS) from None
         if "already registered" not in text:
             message = f"the TensorRT for RTX plugin does not load: {text[:300]}"
-            raise BackendError(message, f"install it again: {INSTALL}") from None
+            raise BackendError(message, f"install it again: {install(BACKEND)}") from None
     return ort, name, str(plugin.__version__)
 
 

@@ -6,7 +6,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from zimgkit.engines.errors import BackendError
+from zimgkit.engines.errors import BackendError, install
 
 MODULES = ("tensorrt", "tensorrt_rtx")
 """TensorRT, and TensorRT for RTX, which compiles ahead on a machine without a GPU. The first one found is used."""
@@ -27,13 +27,13 @@ def load() -> ModuleType:
             return import_module(name)
         except ModuleNotFoundError as error:
             if error.name != name:
-                raise BackendError(f"{name} needs {error.name}", "pip install 'zimgkit[tensorrt]'") from None
+                raise BackendError(f"{name} needs {error.name}", install("tensorrt")) from None
         except (ImportError, OSError) as error:
             reason = " ".join(str(error).split())
             raise BackendError(f"{name} is installed, and does not load: {reason}", "install it again") from None
     raise BackendError(
         "TensorRT is not installed",
-        "pip install 'zimgkit[tensorrt]', or tensorrt_rtx for a GeForce or RTX card",
+        f"{install('tensorrt')}, or for a GeForce or RTX card also: pip install tensorrt-rtx",
     )
 
 

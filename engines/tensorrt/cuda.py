@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zimgkit.engines.errors import BackendError, OutOfMemoryError
+from zimgkit.engines.errors import BackendError, OutOfMemoryError, install
 
 ELSEWHERE = "use --backend onnxruntime --device cpu"
 SMALLER = (
@@ -29,7 +29,7 @@ def _runtime() -> Any:
     try:
         from cuda.bindings import runtime
     except ImportError:
-        raise BackendError("CUDA's Python bindings are not installed", "pip install 'zimgkit[tensorrt]'") from None
+        raise BackendError("CUDA's Python bindings are not installed", install("tensorrt")) from None
     return runtime
 
 

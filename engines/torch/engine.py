@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zimgkit.engines.base import BaseEngine, Feeds, Handle
-from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError, is_out_of_memory
+from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError, install, is_out_of_memory
 
 try:
     import torch
 
     from zimgkit.engines.torch.graph import Program, compile_graph, load, read_constant, run
 except ImportError as error:
-    raise BackendError(f"the torch backend needs {error.name}", "pip install 'zimgkit[torch]'") from None
+    raise BackendError(f"the torch backend needs {error.name}", install("torch")) from None
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

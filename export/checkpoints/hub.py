@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from zimgkit.engines.errors import DownloadError, UsageError, ZimgError
+from zimgkit.engines.errors import DownloadError, UsageError, ZimgError, install
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,7 @@ def _modelscope(model_id: str, revision: str | None, allow: list[str]) -> Path:
         from modelscope.hub.api import HubApi
         from modelscope.hub.snapshot_download import snapshot_download
     except ImportError:
-        raise DownloadError(
-            "fetching from ModelScope needs the modelscope package",
-            "pip install 'zimgkit[modelscope]'",
-        ) from None
+        raise DownloadError("fetching from ModelScope needs the modelscope package", install("modelscope")) from None
 
     cached: Path | None = None
     with contextlib.suppress(Exception):  # nothing is cached yet

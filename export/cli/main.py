@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import zimgkit
-from zimgkit.engines.errors import OutputError, UsageError, ZimgError
+from zimgkit.engines.errors import OutputError, UsageError, ZimgError, install
 from zimgkit.export.cli import compile as compile_cli
 from zimgkit.export.cli import quantization as quantization_cli
 from zimgkit.runtime import demo_models
@@ -191,7 +191,7 @@ def compile_engines(bundle: Path, backend: str, detailed: bool, quiet: bool, as_
       zimg-export compile BUNDLE --size 1024x1024 --size 832x1216
       zimg-export compile BUNDLE --min-size 512x512 --max-size 1536x1536
     """  # noqa: D301
-    _need("compiling", ("onnx", "filelock"), "tensorrt")
+    _need("compiling", ("onnx", "filelock"), extra=backend)
     from zimgkit.export.compilers.compile import compile_bundle
     from zimgkit.runtime.progress import bar
 
@@ -398,7 +398,7 @@ def _need(what: str, modules: Sequence[str], extra: str) -> None:
     from importlib.util import find_spec
 
     if missing := [name for name in modules if not find_spec(name)]:
-        raise ZimgError(f"{what} needs {', '.join(missing)}", f"pip install 'zimgkit[{extra}]'")
+        raise ZimgError(f"{what} needs {', '.join(missing)}", install(extra))
 
 
 def main() -> None:

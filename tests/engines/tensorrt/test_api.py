@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from tests import fake_tensorrt
-from zimgkit.engines.errors import BackendError
+from zimgkit.engines.errors import BackendError, install
 from zimgkit.engines.tensorrt import api as tensorrt_api
 
 
@@ -55,12 +56,12 @@ def test_the_other_one_serves_as_well(modules):
 def test_neither_is_installed(missing):
     with pytest.raises(BackendError) as caught:
         tensorrt_api.load()
-    assert str(caught.value).startswith("TensorRT is not installed; pip install 'zimgkit[tensorrt]', or tensorrt_")
+    assert str(caught.value).startswith(f"TensorRT is not installed; {install('tensorrt')}, or for a GeForce")
 
 
 def test_something_it_needs_is_missing(modules):
     modules(tensorrt="import tensorrt_libs_of_nowhere", tensorrt_rtx="")
-    with pytest.raises(BackendError, match=r"needs tensorrt_libs_of_nowhere; pip install 'zimgkit\[tensorrt\]'"):
+    with pytest.raises(BackendError, match=rf"needs tensorrt_libs_of_nowhere; {re.escape(install('tensorrt'))}"):
         tensorrt_api.load()
 
 

@@ -17,7 +17,7 @@ import zimgkit.export.cli.main as cli
 import zimgkit.export.compilers.compile as compiling
 from tests.commands import invoke
 from zimgkit.engines.bundle import MANIFEST, Bundle
-from zimgkit.engines.errors import BackendError, UsageError
+from zimgkit.engines.errors import BackendError, UsageError, install
 from zimgkit.engines.tensorrt import api as tensorrt_api
 from zimgkit.export.cli.compile import as_text, parse_bytes, settings
 from zimgkit.export.compilers.shape_profiles import ServedShapes
@@ -112,7 +112,7 @@ def test_help_needs_no_compiler(monkeypatch):
 
 def test_what_to_install(bundle_of, monkeypatch, tmp_path):
     monkeypatch.setattr(tensorrt_api, "MODULES", ("tensorrt_of_nowhere",))
-    message = "TensorRT is not installed; pip install 'zimgkit[tensorrt]'"
+    message = f"TensorRT is not installed; {install('tensorrt')}"
     invoke(cli.main, "compile", bundle_of("qwen-image", "bf16")).assert_refused(message, 1)
     # Said before anything is fetched or built.
     build = ("build", "--model", tmp_path / "nowhere", "--out", tmp_path / "out", "--backend", "tensorrt")
