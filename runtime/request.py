@@ -69,7 +69,9 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
         UsageError: naming the first argument that is not known or out of its range, and what it may be.
     """
     given = {name: value for name, value in call.items() if value is not None}
-    refuse_unknown((name for name, value in given.items() if name in KNOWN or value not in ({}, ())), KNOWN)
+    # Empty containers ask for nothing, which ported code does.
+    asked = [name for name, value in given.items() if name in KNOWN or not _is_empty(value)]
+    refuse_unknown(asked, KNOWN)
     defaults, text = manifest.defaults, manifest.text
 
     def value(name: str, default: Any, *, high: float | None = None) -> Any:
@@ -137,12 +139,17 @@ def as_array(value: Any) -> NDArray[Any]:
     return np.asarray(value)
 
 
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, dict | list | tuple) and not value
+
+
 def _embeds(name: str, given: Mapping[str, Any]) -> tuple[Array, ...] | None:
     """Rows of the text encoder: (batch, tokens, hidden), or a list of (tokens, hidden)."""
     if name not in given:
         return None
     value = given[name]
-    rows = tuple(as_array(entry) for entry in (value if isinstance(value, list | tuple) else as_array(value)))
+    entries = value if isinstance(value, list | tuple) else np.atleast_1d(as_array(value))
+    rows = tuple(as_array(entry) for entry in entries)
     fits = rows and all(entry.ndim == 2 and len(entry) and np.issubdtype(entry.dtype, np.floating) for entry in rows)
     if not fits or not all(np.isfinite(entry).all() for entry in rows):
         hint = "give (batch, tokens, hidden), or a list of (tokens, hidden), of finite floating-point numbers"

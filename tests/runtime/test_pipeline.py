@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import msgspec
@@ -11,7 +12,7 @@ import torch
 
 from tests import reference
 from zimgkit.engines.bundle import CompiledEngine
-from zimgkit.engines.errors import UsageError
+from zimgkit.engines.errors import BackendError, UsageError
 from zimgkit.runtime import Pipeline
 
 BOUND = 1e-3
@@ -315,3 +316,150 @@ def test_bad_latents(family, bundle_of):
         shape = ours.draw_noise(1, 0, 32, 32).shape
         with pytest.raises(UsageError, match="finite"):
             ours("a", height=32, width=32, latents=np.full(shape, np.nan, np.float32))
+
+
+class TestPortedCode:
+    """What code written for diffusers' pipelines does."""
+
+    CALL = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}  # noqa: RUF012
+
+    def test_from_pretrained(self, family, bundle_of):
+        with Pipeline.from_pretrained(bundle_of(family), device="cpu") as ours:
+            assert ours.to("cpu") is ours
+            assert ours("a", seed=0, **self.CALL).images.shape == (1, 32, 32, 3)
+        assert Pipeline.from_pretrained("zimg-tiny-z").bundle.manifest.name == "zimg-tiny-z"
+        with pytest.raises(UsageError, match=r"no argument 'torch_dtype'; use .*zimg-export build --precision"):
+            Pipeline.from_pretrained(bundle_of(family), torch_dtype=torch.bfloat16)
+
+    def test_generators(self, pair):
+        family, theirs, ours = pair
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in (3, 11)]
+        call = self.CALL | {"num_images_per_prompt": 2} | scales(family, None)
+        expected = theirs("a", generator=generators, **call).images
+        again = [torch.Generator("cpu").manual_seed(seed) for seed in (3, 11)]
+        assert np.abs(ours("a", generator=again, **call).images - expected).max() < BOUND
+        one = ours("a", generator=torch.Generator("cpu").manual_seed(7), **call)
+        assert one.request.seed == 7
+        assert np.array_equal(one.images, ours("a", seed=7, **call).images)
+        assert np.array_equal(one.images, ours("a", generator=7, **call).images)
+        with pytest.raises(UsageError, match="seed and generator are both given"):
+            ours("a", seed=7, generator=generators[0], **call)
+        with pytest.raises(UsageError, match="seed is"):
+            ours("a", generator=object(), **call)
+
+    def test_tuples(self, family, bundle_of):
+        with Pipeline.open(bundle_of(family)) as ours:
+            whole = ours("a", seed=1, **self.CALL)
+            (images,) = ours("a", seed=1, return_dict=False, **self.CALL)
+        assert np.array_equal(images, whole.images)
+        assert np.array_equal(images, whole[0])
+
+    def test_prompt_embeds(self, pair):
+        """The rows of the reference's own text encoder give the picture of its prompt."""
+        family, theirs, ours = pair
+        call = self.CALL | scales(family, 3.0)
+        reference_call = {name: value for name, value in call.items() if name != "output_type"}
+        expected = reference.draw(theirs, "a cat", seed=2, negative_prompt="bad", **reference_call)
+        with torch.no_grad():
+            positive, negative = (theirs.encode_prompt(text)[0] for text in ("a cat", "bad"))
+        found = ours(seed=2, prompt_embeds=positive, negative_prompt_embeds=negative, **call).images
+        assert np.abs(found - expected).max() < BOUND
+
+    @pytest.mark.parametrize(
+        "rows", [[], np.zeros((2, 3)), np.full((1, 2, 3), np.nan), "text", [np.zeros((0, 4))], np.zeros((1, 2, 3), int)]
+    )
+    def test_bad_prompt_embeds(self, family, bundle_of, rows):
+        with Pipeline.open(bundle_of(family)) as ours, pytest.raises(UsageError, match="no rows of the text encoder"):
+            ours(prompt_embeds=rows, **self.CALL)
+
+    def test_a_prompt_and_its_embeds_are_too_much(self, family, bundle_of):
+        rows = np.zeros((1, 2, 3), np.float32)
+        with Pipeline.open(bundle_of(family)) as ours:
+            with pytest.raises(UsageError, match="prompt and prompt_embeds are both given"):
+                ours("a", prompt_embeds=rows, **self.CALL)
+            with pytest.raises(UsageError, match="negative_prompt and negative_prompt_embeds are both given"):
+                ours("a", negative_prompt="b", negative_prompt_embeds=rows, **self.CALL)
+
+    def test_torch_tensors(self, family, bundle_of, monkeypatch):
+        with Pipeline.open(bundle_of(family)) as ours:
+            call = {"height": 32, "width": 48, "num_inference_steps": 2, "seed": 1}
+            pixels = ours("a", output_type="np", **call).images
+            tensors = ours("a", output_type="pt", **call).images
+            assert (tensors.shape, tensors.dtype) == ((1, 3, 32, 48), torch.float32)
+            assert np.array_equal(tensors.permute(0, 2, 3, 1).numpy(), pixels)
+            monkeypatch.setitem(sys.modules, "torch", None)
+            with pytest.raises(BackendError, match='"pt" needs torch; install it, or ask for "np"'):
+                ours("a", output_type="pt", **call)
+
+    def test_latents_of_torch(self, family, bundle_of):
+        with Pipeline.open(bundle_of(family)) as ours:
+            noise = ours.draw_noise(1, 4, 32, 32)
+            given = ours("a", latents=torch.from_numpy(noise).double(), **self.CALL).images
+            assert np.array_equal(given, ours("a", seed=4, **self.CALL).images)
+
+    def test_repr(self, bundle_of):
+        with Pipeline.open(bundle_of("z-image", "bf16"), device="cpu") as ours:
+            name = ours.bundle.manifest.name
+            assert repr(ours) == f"Pipeline({name}, z-image, bfloat16, onnxruntime on cpu)"
+
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            ({"image": np.zeros((1, 3, 4, 4))}, "no argument 'image' here; this bundle draws from text alone"),
+            ({"joint_attention_kwargs": {"scale": 1}}, "no argument 'joint_attention_kwargs'; use a bundle"),
+            ({"clip_skip": 2}, "no argument 'clip_skip'"),
+            ({"guidance": 3.0}, "no argument 'guidance'; use guidance_scale"),
+            ({"callback": print}, "no argument 'callback'; use callback_on_step_end"),
+        ],
+    )
+    def test_other_arguments(self, family, bundle_of, call, message):
+        with Pipeline.open(bundle_of(family)) as ours, pytest.raises(UsageError, match=message):
+            ours("a", **self.CALL, **call)
+
+    def test_arguments_that_ask_for_nothing_are_let_pass(self, family, bundle_of):
+        with Pipeline.open(bundle_of(family)) as ours:
+            plain = ours("a", seed=0, **self.CALL).images
+            found = ours("a", seed=0, image=None, joint_attention_kwargs={}, cross_attention_kwargs=None, **self.CALL)
+        assert np.array_equal(found.images, plain)
+
+
+class TestCallbacks:
+    """What a callback asks for and gives back is checked like the call itself."""
+
+    CALL = {"height": 32, "width": 32, "num_inference_steps": 2, "seed": 0}  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"latents": np.zeros((1, 2))}, "the latents a callback returns have the shape"),
+            ({"latents": "x"}, "the latents a callback returns"),
+            ({"prompt_embeds": 1}, "returned 'prompt_embeds'; only latents can be changed"),
+            (["latents"], "returned list"),
+        ],
+    )
+    def test_what_it_returns(self, family, bundle_of, given, message):
+        with Pipeline.open(bundle_of(family)) as ours, pytest.raises(UsageError, match=message):
+            ours("a", callback_on_step_end=lambda *_: given, **self.CALL)
+
+    def test_not_a_number(self, family, bundle_of):
+        with Pipeline.open(bundle_of(family)) as ours, pytest.raises(UsageError, match="finite"):
+            ours("a", callback_on_step_end=lambda p, i, t, k: {"latents": k["latents"] * np.nan}, **self.CALL)
+
+    def test_what_it_asks_for(self, family, bundle_of):
+        with (
+            Pipeline.open(bundle_of(family)) as ours,
+            pytest.raises(UsageError, match="has 'prompt_embeds'; choose of"),
+        ):
+            ours("a", callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"], **self.CALL)
+
+    def test_what_it_previews(self, family, bundle_of):
+        with Pipeline.open(bundle_of(family)) as ours:
+            for bad in (np.zeros((2, 2), np.float32), np.zeros(()), ours.draw_noise(1, 0, 32, 32) * np.nan):
+                with pytest.raises(UsageError, match="latents"):
+                    ours.preview(bad, 32, 32)
+
+    def test_an_error_in_it_leaves_the_pipeline_usable(self, family, bundle_of):
+        with Pipeline.open(bundle_of(family), memory_budget=0) as ours:
+            with pytest.raises(ZeroDivisionError):
+                ours("a", callback_on_step_end=lambda *_: 1 / 0, **self.CALL)
+            assert ours("a", **self.CALL).images[0].size == (32, 32)
