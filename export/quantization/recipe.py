@@ -126,7 +126,7 @@ def family_recipe(family: str, name: str = "") -> Recipe:
             to even out an error of earlier ones.
     """
     file = name if is_carried(name) else family
-    text = (resources.files("zimgkit.export") / "recipes" / f"{file}.toml").read_text("utf-8")
+    text = (resources.files("zimgkit.export.quantization") / "recipes" / f"{file}.toml").read_text("utf-8")
     return msgspec.convert(tomllib.loads(text), Recipe)
 
 

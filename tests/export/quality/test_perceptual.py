@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.export.test_cost import make_run
+from tests.export.quality.test_cost import make_run
 from zimgkit.export.quality import perceptual
 from zimgkit.export.quality.cost import difference
 from zimgkit.runtime.commands.inspect import cost_lines
