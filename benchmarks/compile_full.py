@@ -48,10 +48,10 @@ def chunks(family: str, *, tiny: bool, blocks: int | None) -> list[dict[str, Any
 
 def block_bytes(family: str, config: dict[str, Any]) -> int:
     """How large a block's weights are in bfloat16, without what is hoisted out of the denoiser."""
-    from zimgkit.export.build import NETWORKS
+    from zimgkit.export.networks.registry import parts
 
     def denoiser(layers: int) -> int:
-        part = NETWORKS[family]["transformer"].parts(config | {random_checkpoint.DEPTH[family]: layers})["denoiser"]
+        part = parts(family, "transformer", config | {random_checkpoint.DEPTH[family]: layers})["denoiser"]
         return 2 * sum(math.prod(shape) for shape in part.parameters().values())
 
     return denoiser(2) - denoiser(1)

@@ -31,18 +31,20 @@ from zimgkit.engines.bundle.locks import only_writer_of
 from zimgkit.engines.errors import OutputError, UsageError
 from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.checkpoints import catalog
-from zimgkit.export.checkpoints.checkpoint import Checkpoint, check_tensors, is_dead_text, open_checkpoint
+from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from zimgkit.export.checkpoints.tokenizer import export_tokenizer
+from zimgkit.export.components import parts_of, wanted_by
 from zimgkit.export.graphs.assemble import assemble
 from zimgkit.export.lora import known
-from zimgkit.export.lora.merge import NOTHING, Addends, Merge, merge, read_loras
-from zimgkit.export.lora.names import Names
-from zimgkit.export.networks import autoencoder_kl, qwen_image, qwen_image_vae, text_encoder, z_image
+from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
+from zimgkit.export.lora.names import names_of
 from zimgkit.export.networks.parts import Part
+from zimgkit.export.networks.registry import FAMILIES, QUANTIZED
+from zimgkit.export.networks.text_encoder import text_part
 from zimgkit.export.quantization.calibrate import CalibrationSet, calibrate, load_finished, statistics_path
 from zimgkit.export.quantization.formats import SCHEMES, Scheme
 from zimgkit.export.quantization.graph_pass import Quantize
-from zimgkit.export.quantization.quantize import COMPONENTS, QuantizationSettings, Quantized, linear_weights, quantize
+from zimgkit.export.quantization.quantize import QuantizationSettings, Quantized, linear_weights, quantize
 from zimgkit.export.quantization.recipe import Recipe, family_recipe
 from zimgkit.export.quantization.statistics import Statistics
 from zimgkit.export.weights.layout import base_name, graph_name, lora_name
@@ -75,12 +77,6 @@ class Quantizing:
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 """Name on the command line -> element type of the weights."""
-
-NETWORKS = {
-    "z-image": {"text_encoder": text_encoder, "transformer": z_image, "vae": autoencoder_kl},
-    "qwen-image": {"text_encoder": text_encoder, "transformer": qwen_image, "vae": qwen_image_vae},
-}
-"""Family -> the checkpoint's component -> the module that says what it becomes."""
 
 TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 
@@ -161,7 +157,7 @@ def _settings(
     settings.check()
     parts = parts_of(checkpoint)
     for name, part in parts.items():
-        if name in COMPONENTS:
+        if name in QUANTIZED:
             recipe.kept(precision, name, linear_weights(part))  # What is wrong is better said before hours of work.
     if settings.scheme.activations is None:
         return settings
@@ -209,7 +205,7 @@ def export(
         quantization: how linears are quantized, where they are.
         merged: what LoRAs do to it.
         keep_base: keep what they touch without them as well.
-        chosen: the user's own defaults, see :func:`zimgkit.export.lora.known.settings_for`.
+        chosen: the user's own defaults, see :func:`zimgkit.export.lora.known.recommendation_for`.
 
     Raises:
         UsageError: the settings do not fit each other or the checkpoint.
@@ -217,18 +213,18 @@ def export(
         OSError: the disk is full.
     """
     family = families.family(checkpoint.family)
-    config = {name: checkpoint.config(name) for name in NETWORKS[checkpoint.family]}
+    config = {name: checkpoint.config(name) for name in FAMILIES[checkpoint.family].components}
     scheduler = checkpoint.config("scheduler")
     check_scheduler(scheduler)
     vae_normalization(config["vae"])
-    base = known.Settings(catalog.defaults_for(checkpoint.root, checkpoint.family, scheduler), scheduler)
-    settings = known.settings_for(merged.loras, checkpoint.family, base, **(chosen or {}))
+    base = known.Recommendation(catalog.defaults_for(checkpoint.root, checkpoint.family, scheduler), scheduler)
+    settings = known.recommendation_for(merged.loras, checkpoint.family, base, **(chosen or {}))
     parts = parts_of(checkpoint)
-    wanted = {name: wanted_by(checkpoint, part, merged.addends) for name, part in parts.items()}
+    wanted = {name: wanted_by(checkpoint.tensors, part, merged.addends) for name, part in parts.items()}
     quantized: dict[str, Quantized] = {}
     if quantization is not None:
         quantization.check()
-        present = [name for name in COMPONENTS if name in parts]
+        present = [name for name in QUANTIZED if name in parts]
         for index, name in enumerate(present):
             report("quantize", index, len(present))
             quantized[name] = quantize(name, parts[name], wanted[name], quantization)
@@ -262,7 +258,7 @@ def export(
         text=text,
         defaults=settings.defaults,
         scheduler=dict(settings.scheduler),
-        config=config | {"text_encoder": text_encoder.text_part(config["text_encoder"])},
+        config=config | {"text_encoder": text_part(config["text_encoder"])},
         components=components,
         files=record_files(folder),
         tools={name: metadata.version(name) for name in TOOLS},
@@ -272,49 +268,6 @@ def export(
         base_scheduler=scheduler if settings != base else None,
     )
     write_manifest(folder, manifest)
-
-
-def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
-    """The components a checkpoint becomes, after checking that its tensors are those they take.
-
-    Raises:
-        CheckpointError: naming the first tensor that is missing, unexpected or misshapen.
-    """
-    parts: dict[str, Part] = {}
-    for source, module in NETWORKS[checkpoint.family].items():
-        config = checkpoint.config(source)
-        own = module.parts(config)
-        expected: dict[str, tuple[int, ...]] = {}
-        for part in own.values():
-            expected |= part.stored_shapes()
-        check_tensors(checkpoint.tensors(source), expected, source, ignore=partial(module.is_dead, config))
-        parts |= own
-    return parts
-
-
-def names_of(checkpoint: Checkpoint) -> Names:
-    """The modules that LoRAs can change."""
-    text = text_encoder.text_part(checkpoint.config("text_encoder"))
-
-    def is_dead(component: str, name: str) -> bool:
-        return component == "text_encoder" and is_dead_text(text, name)
-
-    shapes = {
-        component: {
-            name: info.shape for name, info in checkpoint.tensors(component).items() if not is_dead(component, name)
-        }
-        for component in ("transformer", "text_encoder")
-    }
-    return Names(shapes, is_dead)
-
-
-def wanted_by(checkpoint: Checkpoint, part: Part, addends: Addends | None = None) -> dict[str, Wanted]:
-    """What each of a part's parameters comes from, and what LoRAs add to it."""
-    infos, own = checkpoint.tensors(part.source), (addends or {}).get(part.source, {})
-    return {
-        name: Wanted(infos[name], shape, part.transforms.get(name), own.get(name, ()))
-        for name, shape in part.parameters().items()
-    }
 
 
 def _component(

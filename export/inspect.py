@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from zimgkit.export.build import NETWORKS
 from zimgkit.export.checkpoints.checkpoint import open_configs
+from zimgkit.export.networks.registry import FAMILIES, parts
 
 
 def summary(model: str, *, revision: str | None = None, source: str = "huggingface") -> dict[str, Any]:
@@ -23,8 +23,8 @@ def summary(model: str, *, revision: str | None = None, source: str = "huggingfa
     """
     checkpoint = open_configs(model, revision=revision, source=source)
     components: dict[str, Any] = {}
-    for part_source, module in NETWORKS[checkpoint.family].items():
-        for name, part in module.parts(checkpoint.config(part_source)).items():
+    for part_source in FAMILIES[checkpoint.family].components:
+        for name, part in parts(checkpoint.family, part_source, checkpoint.config(part_source)).items():
             shapes = part.parameters()
             count = sum(math.prod(shape) for shape in shapes.values())
             components[name] = {"from": part_source, "tensors": len(shapes), "parameters": count}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from zimgkit.runtime import Pipeline
@@ -88,6 +89,12 @@ def accuracy(
             cases.append(Case(text, len(scene.things), all(verdict.holds), seen, seed))
         report("accuracy", captions, captions)
     return tuple(cases)
+
+
+def shares(bundle: Path, captions: int, backend: str, report: Report = silent) -> dict[str, float]:
+    """The judge that ``zimg-export verify`` finds: how many things a caption tells of -> the share drawn right."""
+    cases = accuracy(bundle, captions=captions, backend=backend, report=report)
+    return {"one": share(cases, 1), "two": share(cases, 2)}
 
 
 def share(cases: Sequence[Case], things: int) -> float:

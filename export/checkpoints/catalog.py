@@ -1,84 +1,28 @@
-"""The checkpoints zimgkit knows by name: which family each is of, where it lives, and what it recommends.
-
-The defaults are those of the model cards and official scripts, in diffusers' convention of the guidance scale:
-https://github.com/Tongyi-MAI/Z-Image (Turbo: 8 steps, no guidance), https://github.com/QwenLM/Qwen-Image
-(50 steps, true guidance 4.0, 1328x1328, a single space as the negative prompt).
-"""
+"""The checkpoints zimgkit knows by name: where each lives, and what it recommends."""
 
 from __future__ import annotations
 
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zimgkit.engines.bundle import Defaults
 from zimgkit.engines.errors import CheckpointError
-from zimgkit.runtime import demo_models
+from zimgkit.export.networks.registry import FAMILIES
 
-
-@dataclass(frozen=True)
-class Entry:
-    """A checkpoint that zimgkit serves. Its short name is the last part of its hub id."""
-
-    hub_id: str
-    """The same on Hugging Face and on ModelScope; a name alone for what comes with zimgkit."""
-    family: str
-    defaults: Defaults
-
-    @property
-    def name(self) -> str:
-        """The short name, such as ``"Z-Image-Turbo"``."""
-        return _last(self.hub_id)
-
-
-SERVED = (
-    Entry("Tongyi-MAI/Z-Image-Turbo", "z-image", Defaults(8, 0.0, 1024, 1024)),
-    Entry("Tongyi-MAI/Z-Image", "z-image", Defaults(50, 4.0, 1024, 1024)),
-    Entry("Qwen/Qwen-Image", "qwen-image", Defaults(50, 4.0, 1328, 1328, " ")),
-    # Its authors use a list of unwanted qualities, in Chinese, as the negative prompt; a space is the neutral choice.
-    Entry("Qwen/Qwen-Image-2512", "qwen-image", Defaults(50, 4.0, 1328, 1328, " ")),
-)
-"""In each family the base checkpoint's name is the family's own, and its defaults are the family's."""
-
-CARRIED = (
-    Entry(demo_models.NAMES[0], "z-image", Defaults(20, 0.5, 128, 128)),
-    Entry(demo_models.NAMES[1], "qwen-image", Defaults(20, 1.5, 128, 128, " ")),
-)
-"""The small models that come with zimgkit; they are on no hub."""
-
-PLANNED = (
-    "Qwen/Qwen-Image-Edit",
-    "Qwen/Qwen-Image-Edit-2509",
-    "Qwen/Qwen-Image-Edit-2511",
-    "Qwen/Qwen-Image-Layered",
-    "DiffSynth-Studio/Qwen-Image-EliGen",
-    "DiffSynth-Studio/Qwen-Image-EliGen-V2",
-    "DiffSynth-Studio/Qwen-Image-EliGen-Poster",
-    "DiffSynth-Studio/Qwen-Image-Distill-Full",
-    "DiffSynth-Studio/Qwen-Image-Distill-LoRA",
-    "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Canny",
-    "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Depth",
-    "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Inpaint",
-    "DiffSynth-Studio/Qwen-Image-In-Context-Control-Union",
-    "DiffSynth-Studio/Qwen-Image-Edit-Lowres-Fix",
-    "Tongyi-MAI/Z-Image-Omni-Base",
-    "Tongyi-MAI/Z-Image-Edit",
-    "DiffSynth-Studio/Z-Image-i2L",
-    "DiffSynth-Studio/Z-Image-Omni-Base-i2L",
-    "DiffSynth-Studio/Z-Image-Turbo-DistillPatch",
-    "PAI/Z-Image-Turbo-Fun-Controlnet-Union-2.1",
-)
-"""Hub ids of relatives of these models that zimgkit will serve later."""
+SERVED = tuple(entry for family in FAMILIES.values() for entry in family.served)
+"""The checkpoints that zimgkit serves."""
+PLANNED = tuple(hub_id for family in FAMILIES.values() for hub_id in family.planned)
+"""Hub ids of relatives of theirs that zimgkit will serve later."""
 
 
 def resolve(model: str) -> str:
     """The hub id that a short name or a hub id stands for, in any case of letters.
 
     Args:
-        model: a short name such as ``"z-image-turbo"``, or a hub id. A hub id the catalog does not know is taken as is.
+        model: a short name or a hub id. A hub id the catalog does not know is taken as is.
 
     Raises:
         CheckpointError: a short name that is not known, or a model that zimgkit does not serve yet.
@@ -103,7 +47,7 @@ def resolve(model: str) -> str:
 def short_name(folder: str | os.PathLike[str]) -> str:
     """What to call the checkpoint in a folder: the folder's name, or the model's in the cache of a hub.
 
-    ``.../models--Qwen--Qwen-Image/snapshots/0b1c`` and ``.../Qwen--Qwen-Image/snapshots/master`` are the caches of
+    ``.../models--owner--name/snapshots/0b1c`` and ``.../owner--name/snapshots/master`` are the caches of
     huggingface_hub and of modelscope.
     """
     path = Path(os.path.normpath(Path(folder).absolute()))
@@ -117,16 +61,15 @@ def defaults_for(folder: str | os.PathLike[str], family: str, scheduler_config: 
 
     Args:
         folder: the checkpoint's folder or short name.
-        family: ``"z-image"`` or ``"qwen-image"``.
-        scheduler_config: its ``scheduler_config.json``. Where the name says nothing, a Z-Image checkpoint with a
-            ``shift`` of 3.0 counts as a Turbo (the base has 6.0).
+        family: its name.
+        scheduler_config: its ``scheduler_config.json``, whose ``shift`` tells where the name says nothing.
     """
+    row = FAMILIES[family]
+    entries = {entry.name: entry for entry in (*row.served, row.carried)}
     name = short_name(folder)
-    family_entries = {entry.name: entry for entry in (*SERVED, *CARRIED) if entry.family == family}
-    if name not in family_entries:
-        base = {"z-image": "Z-Image", "qwen-image": "Qwen-Image"}[family]
-        name = "Z-Image-Turbo" if family == "z-image" and scheduler_config.get("shift") == 3.0 else base
-    return family_entries[name].defaults
+    if name not in entries:
+        name = row.shifts.get(scheduler_config.get("shift", 0.0), row.base)
+    return entries[name].defaults
 
 
 def _last(hub_id: str) -> str:

@@ -20,34 +20,20 @@ from zimgkit.engines.bundle import Source
 from zimgkit.engines.errors import CheckpointError, UsageError
 from zimgkit.engines.tensors.safetensors import SafetensorsError, TensorInfo, read_header
 from zimgkit.export.checkpoints import catalog, hub
+from zimgkit.export.networks.registry import FAMILIES, STORED_PREFIXES, WEIGHT_FILES, family_of_class
 from zimgkit.runtime import demo_models
 
-FAMILIES = {
-    "ZImagePipeline": "z-image",
-    "QwenImagePipeline": "qwen-image",
-    "ZImageTransformer2DModel": "z-image",
-    "QwenImageTransformer2DModel": "qwen-image",
-}
-"""Class name of a pipeline, or of its transformer -> family."""
-
-WEIGHTS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
-"""Component -> what its weight files' names begin with."""
-
-PREFIXES = {"transformer": ("model.diffusion_model.",), "text_encoder": ("model.", "language_model.")}
-"""Component -> what is taken off the stored tensor names, one after the other, to get the canonical ones.
-
-Text encoders are stored as the whole language model (``model.layers…``), as the whole vision-language model of
-older (``model.layers…``, ``visual…``) and newer transformers (``model.language_model.layers…``, ``model.visual…``),
-or bare (``layers…``).
-"""
-
-CONFIGS = ("model_index.json", "scheduler/scheduler_config.json", *(f"{component}/*.json" for component in WEIGHTS))
+CONFIGS = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    *(f"{component}/*.json" for component in WEIGHT_FILES),
+)
 """Patterns of the files that say what a checkpoint is."""
 
 FILES = (
     *CONFIGS,
     *(f"tokenizer/*.{suffix}" for suffix in ("json", "txt", "jinja")),
-    *(f"{component}/{stem}{part}.safetensors" for component, stem in WEIGHTS.items() for part in ("", "-*")),
+    *(f"{component}/{stem}{part}.safetensors" for component, stem in WEIGHT_FILES.items() for part in ("", "-*")),
 )
 """Patterns of the files that a build needs: no pickles, no second copies in other precisions."""
 
@@ -64,7 +50,7 @@ class Checkpoint:
     """Its short name, for people."""
     source: Source
     family: str
-    """``"z-image"`` or ``"qwen-image"``."""
+    """A name in :data:`zimgkit.export.networks.registry.FAMILIES`."""
 
     @cached_property
     def _configs(self) -> dict[str, dict[str, Any]]:
@@ -156,7 +142,7 @@ def _open(root: Path, model: str, revision: str | None, weight_files: Callable[[
     revision = root.name if root.parent.name == "snapshots" else revision
     try:
         family = _family(root)
-        files = [file for component in WEIGHTS for file in weight_files(component)]
+        files = [file for component in WEIGHT_FILES for file in weight_files(component)]
         sizes = {file.relative_to(root).as_posix(): file.stat().st_size for file in files}
     except OSError as error:
         raise CheckpointError(f"{root} cannot be read ({error})", "check its rights") from None
@@ -176,7 +162,7 @@ def check_tensors(
         infos: canonical name -> where it lies, as :meth:`Checkpoint.tensors` gives it.
         expected: canonical name -> shape.
         component: what to call it in messages.
-        ignore: whether an unexpected tensor of this name is known to be dead weight.
+        ignore: whether an unexpected tensor of this name is known to be unused.
 
     Raises:
         CheckpointError: naming the first offending tensor, and counting the others.
@@ -207,19 +193,6 @@ def check_tensors(
         )
 
 
-def is_dead_text(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a tensor of the text encoder, by its canonical name, is one that no picture needs.
-
-    Args:
-        config: its ``config.json``, or the part of it that describes the language model.
-        name: of the tensor, or a part of it that ends with a dot.
-    """
-    if name.startswith(("visual.", "lm_head.")):
-        return True
-    last = config.get("num_hidden_layers", 0) - 1
-    return config.get("model_type") == "qwen3" and name.startswith(("norm.", f"layers.{last}."))
-
-
 def _others(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
@@ -229,12 +202,13 @@ def _family(root: Path) -> str:
     for file in (root / "model_index.json", root / "transformer" / "config.json"):
         if file.is_file():
             name = _read_json(file).get("_class_name")
-            if not isinstance(name, str) or name not in FAMILIES:
-                served = " and ".join(dict.fromkeys(FAMILIES.values()))
+            family = family_of_class(name) if isinstance(name, str) else None
+            if family is None:
                 raise CheckpointError(
-                    f"{file} names the class {name}", f"zimgkit serves text-to-image checkpoints of {served}"
+                    f"{file} names the class {name}",
+                    f"zimgkit serves text-to-image checkpoints of {' and '.join(FAMILIES)}",
                 )
-            return FAMILIES[name]
+            return family
     raise CheckpointError(f"{root} has no model_index.json", "zimgkit reads checkpoints in the diffusers layout")
 
 
@@ -259,7 +233,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _weight_files(root: Path, component: str) -> dict[Path, tuple[str, ...] | None]:
     """The weight files of a component, each with the tensors its index promises; all it holds where there is none."""
-    folder, stem = _folder(root, component), WEIGHTS[component]
+    folder, stem = _folder(root, component), WEIGHT_FILES[component]
     index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
     if index.is_file():
         return _read_index(index)
@@ -309,6 +283,6 @@ def _read_tensors(root: Path, component: str) -> dict[str, TensorInfo]:
 
 def canonical(component: str, stored: str) -> str:
     """The canonical name of a component's tensor, see :meth:`Checkpoint.tensors`, from the one it is stored under."""
-    for prefix in PREFIXES.get(component, ()):
+    for prefix in STORED_PREFIXES.get(component, ()):
         stored = stored.removeprefix(prefix)
     return stored

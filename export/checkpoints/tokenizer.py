@@ -51,7 +51,7 @@ def export_tokenizer(folder: Path, target: Path, text: TextConfig, *, chat_templ
 
 
 def _split_template(tokenizer: Any, folder: Path) -> tuple[str, str]:
-    """What the chat template puts before and after a user's turn, rendered as ``ZImagePipeline`` does."""
+    """What the chat template puts before and after a user's turn, rendered as the reference pipeline does."""
     try:
         rendered = tokenizer.apply_chat_template(
             [{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True, enable_thinking=True

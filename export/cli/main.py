@@ -12,6 +12,7 @@ import zimgkit
 from zimgkit.engines.errors import OutputError, UsageError, ZimgError, install
 from zimgkit.export.cli import compile as compile_cli
 from zimgkit.export.cli import quantization as quantization_cli
+from zimgkit.export.networks.registry import FAMILIES
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.commands import console
 
@@ -377,7 +378,7 @@ def sensitivity(
 
 @cli.command("demo-checkpoint")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--family", type=click.Choice(["z-image", "qwen-image"]), required=True, help="Which architecture.")
+@click.option("--family", type=click.Choice(list(FAMILIES)), required=True, help="Which architecture.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
 @click.option("--overwrite", is_flag=True, help="Replace a demo checkpoint that is there.")
 def demo_checkpoint(folder: Path, family: str, seed: int, overwrite: bool) -> None:

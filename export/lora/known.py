@@ -1,73 +1,36 @@
-"""LoRAs that need other settings than their checkpoint: how many steps, which guidance, which schedule.
-
-Guidance scales are diffusers': 1 is none for Qwen-Image, 0 for Z-Image.
-"""
+"""LoRAs that need other settings than their checkpoint: how many steps, which guidance, which schedule."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from zimgkit.engines.bundle import Defaults, MergedLora
 from zimgkit.engines.errors import UsageError
+from zimgkit.export.networks.registry import FewStepLora, row
 
 
 @dataclass(frozen=True)
-class Known:
-    """A LoRA, or a series of them, known by its file's or its repository's name."""
-
-    pattern: str
-    """Anywhere in the path, in any case of letters. A group ``steps`` says how many steps."""
-    family: str
-    guidance_scale: float
-    steps: int = 0
-    scheduler: Mapping[str, Any] = field(default_factory=dict)
-    """What it changes in the scheduler's config."""
-
-
-def _shifted(factor: float) -> dict[str, Any]:
-    """The same shift for every size."""
-    return {"use_dynamic_shifting": True, "base_shift": math.log(factor), "max_shift": math.log(factor)}
-
-
-KNOWN = (
-    # https://github.com/ModelTC/Qwen-Image-Lightning, generate_with_diffusers.py: distilled at a shift of 3.
-    Known(
-        r"Qwen-Image(-2512)?-Lightning-(?P<steps>\d+)steps",
-        "qwen-image",
-        1.0,
-        scheduler=_shifted(3) | {"shift": 1.0, "shift_terminal": None, "time_shift_type": "exponential"},
-    ),
-    # https://github.com/modelscope/DiffSynth-Studio, examples/qwen_image/model_inference: the ordinary schedule.
-    Known(r"Qwen-Image-Distill-LoRA", "qwen-image", 1.0, 15),
-    # The same place, Qwen-Image-Distill-DMD2.py: exponential_shift_mu=math.log(2.5), the terminal sigma kept.
-    Known(r"qwen_image_distill_3step", "qwen-image", 1.0, 3, _shifted(2.5)),
-    # Its model card: gives a LoRA that was trained on Z-Image-Turbo the settings of Turbo back.
-    Known(r"Z-Image-Turbo-DistillPatch", "z-image", 0.0, 8),
-)
-
-
-@dataclass(frozen=True)
-class Settings:
+class Recommendation:
     """What a bundle recommends."""
 
     defaults: Defaults
     scheduler: Mapping[str, Any]
 
 
-def settings_for(
+def recommendation_for(
     loras: Sequence[MergedLora],
     family: str,
-    base: Settings,
+    base: Recommendation,
     *,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
-) -> Settings:
+) -> Recommendation:
     """The settings with LoRAs: what known ones need, unless the user says otherwise.
 
     Args:
@@ -98,14 +61,14 @@ def settings_for(
         scheduler |= dict(shift)
     chosen = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     changes |= {key: value for key, value in chosen.items() if value is not None}
-    return Settings(msgspec.structs.replace(base.defaults, **changes), scheduler)
+    return Recommendation(msgspec.structs.replace(base.defaults, **changes), scheduler)
 
 
-def _find(source: str, family: str) -> tuple[int, Known] | None:
+def _find(source: str, family: str) -> tuple[int, FewStepLora] | None:
     """The entry of a LoRA, and how many steps it wants."""
     # Of a path only its end: what lies above may be called anything.
     end = "/".join(source.split("/")[-4:])
-    for known in KNOWN:
-        if known.family == family and (match := re.search(known.pattern, end, re.IGNORECASE)):
+    for known in row(family).few_step_loras:
+        if match := re.search(known.pattern, end, re.IGNORECASE):
             return known.steps or int(match["steps"]), known
     return None

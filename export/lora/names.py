@@ -8,8 +8,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zimgkit.export.networks.registry import FAMILIES, LORA_SOURCES, is_unused, row
+
+if TYPE_CHECKING:
+    from zimgkit.export.checkpoints.checkpoint import Checkpoint
 
 PREFIXES = (
     "base_model_model_",
@@ -24,25 +30,14 @@ PREFIXES = (
     "language_model_",
     "model_",
 )
-ALIASES = (
-    (r"(.*_attention)_qkv", (r"\1_to_q", r"\1_to_k", r"\1_to_v")),
-    (r"(.*_attention)_out", (r"\1_to_out_0",)),
-    (r"(.*)_to_out", (r"\1_to_out_0",)),
-    (r"x_embedder", ("all_x_embedder_2_1",)),
-    (r"final_layer_(.*)", (r"all_final_layer_2_1_\1",)),
-)
-"""Other names of modules: those of Z-Image's original files, where q, k and v are one linear."""
-
 TEXT_ENCODER = "text encoder"
-SIGNS = (
-    ("qwen-image", r"transformer_blocks_\d+_(attn_|img_m|txt_m)(?!.*attn\d)|txt_norm|txt_in"),
-    ("z-image", r"(layers|noise_refiner|context_refiner)_\d+_(attention|feed_forward|adaLN)|cap_embedder|final_layer"),
+OTHERS = (
     (TEXT_ENCODER, r"layers_\d+_(self_attn|mlp)_"),
     ("FLUX", r"double_blocks|single_blocks|single_transformer_blocks"),
     ("Wan", r"blocks_\d+_(cross_attn|self_attn|ffn)"),
     ("Stable Diffusion", r"(down|up|input|output|mid|middle)_blocks?_.*attn|joint_blocks"),
 )
-"""What some module of a model is called, squashed."""
+"""What some module is called, squashed, in models that are no family of zimgkit's."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +68,15 @@ class Names:
     def __init__(
         self,
         shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
-        is_dead: Callable[[str, str], bool] = lambda component, name: False,
+        aliases: Sequence[tuple[str, Sequence[str]]] = (),
+        is_unused: Callable[[str, str], bool] = lambda component, name: False,
     ) -> None:
         """Take the checkpoint's tensors.
 
         Args:
             shapes: component -> canonical name of a tensor -> its shape.
-            is_dead: whether a component's tensor of this canonical name, which is not among them, is one that no
+            aliases: pattern of another name of a module -> names of those it stands for, in the order of their rows.
+            is_unused: whether a component's tensor of this canonical name, which is not among them, is one that no
                 picture needs.
         """
         self._known = {
@@ -89,7 +86,7 @@ class Names:
             if name.endswith(".weight") and len(shape) == 2
         }
         self._components = tuple(shapes)
-        self._is_dead = is_dead
+        self._aliases, self._is_unused = aliases, is_unused
 
     def find(self, module: str) -> Meaning | None:
         """The tensors that a module means: none where no picture needs them; None where there is no such module."""
@@ -97,12 +94,12 @@ class Names:
             if name in self._known:
                 return Meaning((self._known[name],))
         for name in _candidates(squash(module)):
-            for pattern, others in ALIASES:
+            for pattern, others in self._aliases:
                 if match := re.fullmatch(pattern, name):
                     found = [match.expand(other) for other in others]
                     if all(other in self._known for other in found):
                         return Meaning(tuple(self._in_rows(found)), is_alias=True)
-        return Meaning(()) if self._means_dead(module) else None
+        return Meaning(()) if self._means_unused(module) else None
 
     def _in_rows(self, found: Iterable[str]) -> Iterator[Target]:
         first = 0
@@ -111,11 +108,11 @@ class Names:
             yield Target(target.component, target.tensor, target.shape, first)
             first += target.shape[0]
 
-    def _means_dead(self, module: str) -> bool:
+    def _means_unused(self, module: str) -> bool:
         """Whether it is a module that was trained and serves no picture, such as the last layer of Qwen3."""
         dotted = re.sub(r"(^|_)layers_(\d+)_", r"\1layers.\2.", squash(module))
         names = {re.sub(r"^visual_", "visual.", name) for name in _candidates(dotted)}
-        return any(self._is_dead(component, f"{name}.") for component in self._components for name in names)
+        return any(self._is_unused(component, f"{name}.") for component in self._components for name in names)
 
     def nearest(self, module: str, count: int = 3) -> list[str]:
         """The names of the tensors that are most like a module's."""
@@ -123,6 +120,22 @@ class Names:
         # Few layers are enough to say how the checkpoint's modules are called.
         close = difflib.get_close_matches(name, self._known, n=count, cutoff=0.5)
         return [self._known[match].tensor for match in close]
+
+
+def names_of(checkpoint: Checkpoint) -> Names:
+    """The modules of a checkpoint that LoRAs can change."""
+    sources = dict.fromkeys(LORA_SOURCES.values())
+
+    def unused(component: str, name: str) -> bool:
+        return is_unused(checkpoint.family, component, checkpoint.config(component), name)
+
+    shapes = {
+        component: {
+            name: info.shape for name, info in checkpoint.tensors(component).items() if not unused(component, name)
+        }
+        for component in sources
+    }
+    return Names(shapes, row(checkpoint.family).lora_aliases, unused)
 
 
 def squash(name: str) -> str:
@@ -141,4 +154,5 @@ def _candidates(name: str) -> list[str]:
 def families(modules: Iterable[str]) -> list[str]:
     """Which models' modules these could be, by signs in their names."""
     names = [squash(module) for module in modules]
-    return [family for family, sign in SIGNS if any(re.search(f"(^|_)({sign})", name) for name in names)]
+    signs = (*((row.name, row.lora_modules) for row in FAMILIES.values()), *OTHERS)
+    return [family for family, sign in signs if any(re.search(f"(^|_)({sign})", name) for name in names)]

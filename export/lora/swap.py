@@ -40,26 +40,20 @@ from zimgkit.engines.bundle.locks import only_writer_of
 from zimgkit.engines.errors import BundleError, OutputError, UsageError
 from zimgkit.engines.tensors.dtypes import BY_ONNX, to_float32
 from zimgkit.engines.tensors.safetensors import TensorInfo, read_header
-from zimgkit.export.checkpoints.checkpoint import canonical, is_dead_text
+from zimgkit.export.checkpoints.checkpoint import canonical
 from zimgkit.export.lora import known
 from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
 from zimgkit.export.lora.names import Names
 from zimgkit.export.lora.origin import Origin
+from zimgkit.export.networks.registry import LORA_SOURCES, is_unused, row
 from zimgkit.export.quantization.formats import SCALE
 from zimgkit.export.quantization.quantized_weights import WEIGHT_SCALE, as_stored, float_shapes
 from zimgkit.export.weights.layout import base_name, graph_name, lora_name
 from zimgkit.export.weights.stream import Progress, Wanted, pieces, write_wanted, written_bytes
 from zimgkit.runtime.progress import Report, silent
 
-SOURCES = {
-    "text_encoder": "text_encoder",
-    "conditioner": "transformer",
-    "denoiser": "transformer",
-    "modulation": "transformer",
-}
-"""Components that LoRAs can change -> the checkpoint's component they come from."""
 OWN = re.compile(
-    rf"({'|'.join(SOURCES)})(\.\w+)?(-[0-9a-f]{{8}})?\.(safetensors|onnx)|\.bundle\.json\.[0-9a-f]{{8}}\.part"
+    rf"({'|'.join(LORA_SOURCES)})(\.\w+)?(-[0-9a-f]{{8}})?\.(safetensors|onnx)|\.bundle\.json\.[0-9a-f]{{8}}\.part"
 )
 """Files that a swap writes, or replaces."""
 OUTGROWN = 2.0
@@ -143,14 +137,16 @@ def swap(
     return Swapped(changed, job.stale, job.refitted, job.written, merged.ignored, job.outgrown)
 
 
-def _settings(manifest: Manifest, merged: Merge, steps: int | None, guidance: float | None) -> known.Settings:
+def _settings(manifest: Manifest, merged: Merge, steps: int | None, guidance: float | None) -> known.Recommendation:
     base = _base_settings(manifest)
-    return known.settings_for(merged.loras, manifest.family, base, num_inference_steps=steps, guidance_scale=guidance)
+    return known.recommendation_for(
+        merged.loras, manifest.family, base, num_inference_steps=steps, guidance_scale=guidance
+    )
 
 
-def _base_settings(manifest: Manifest) -> known.Settings:
+def _base_settings(manifest: Manifest) -> known.Recommendation:
     """What the bundle recommends without LoRAs."""
-    return known.Settings(
+    return known.Recommendation(
         manifest.base_defaults or manifest.defaults,
         manifest.scheduler if manifest.base_scheduler is None else manifest.base_scheduler,
     )
@@ -201,7 +197,7 @@ class _Swap:
     def __init__(self, bundle: Bundle, origin: Origin, keep_base: bool, report: Report) -> None:
         self._bundle, self._origin, self._keep_base, self._report = bundle, origin, keep_base, report
         self._mark = f"-{secrets.token_hex(4)}"
-        self._parts = {name: c for name, c in bundle.manifest.components.items() if name in SOURCES}
+        self._parts = {name: c for name, c in bundle.manifest.components.items() if name in LORA_SOURCES}
         self._graphs = {
             name: {compute: _read_graph(bundle.file(file)) for compute, file in component.graphs.items()}
             for name, component in self._parts.items()
@@ -230,10 +226,14 @@ class _Swap:
         """The modules that LoRAs can change."""
         shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         for name, tensors in self._shapes.items():
-            known_names = shapes.setdefault(SOURCES[name], {})
-            known_names |= {canonical(SOURCES[name], tensor): shape for tensor, shape in tensors.items()}
-        text = self._bundle.manifest.config["text_encoder"]
-        return Names(shapes, lambda component, name: component == "text_encoder" and is_dead_text(text, name))
+            known_names = shapes.setdefault(LORA_SOURCES[name], {})
+            known_names |= {canonical(LORA_SOURCES[name], tensor): shape for tensor, shape in tensors.items()}
+        family, config = self._bundle.manifest.family, self._bundle.manifest.config
+        return Names(
+            shapes,
+            row(family).lora_aliases,
+            lambda component, name: is_unused(family, component, config[component], name),
+        )
 
     def run(self, merged: Merge, folder: Path) -> None:
         """Write the new files of every component that changes into a folder."""
@@ -267,7 +267,7 @@ class _Swap:
 
     def _plan(self, name: str, merged: Merge) -> _Change | None:
         """What has to be written for a component; None where nothing changes."""
-        component, source = self._parts[name], SOURCES[name]
+        component, source = self._parts[name], LORA_SOURCES[name]
         shapes = self._shapes[name]
         addends = merged.addends.get(source, {})
         touched = {tensor: addends[key] for tensor in shapes if (key := canonical(source, tensor)) in addends}
@@ -342,7 +342,7 @@ class _Swap:
                 "free some space",
             )
 
-    def manifest(self, folder: Path, merged: Merge, settings: known.Settings) -> Manifest:
+    def manifest(self, folder: Path, merged: Merge, settings: known.Recommendation) -> Manifest:
         """The new manifest; engines that became stale are left out of a new bundle."""
         old = self._bundle.manifest
         components = dict(old.components)

@@ -11,12 +11,13 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.export.networks.layers import Border
-from zimgkit.export.networks.parts import Part
+from zimgkit.export.networks.parts import Part, Shapes
 from zimgkit.export.networks.vae_blocks import (
     LEVELS,
     Chain,
@@ -195,6 +196,8 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
     return {"vae_decoder": decoder_part(lambda: AutoencoderKLDecoder(config), read_config(config)["latent_channels"])}
 
 
-def is_dead(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a tensor of the checkpoint is one that no component needs."""
-    return name.startswith(("encoder.", "quant_conv."))
+def checkpoint_shapes(config: Mapping[str, Any]) -> Shapes:
+    """The tensors of a whole autoencoder, by their names in a checkpoint, and their shapes."""
+    with torch.device("meta"):
+        halves = AutoencoderKLDecoder(config), AutoencoderKLEncoder(config)
+    return {name: tuple(value.shape) for half in halves for name, value in half.state_dict().items()}

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+Shapes = dict[str, tuple[int, ...]]
+"""Name -> shape."""
 Transform = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """Makes a parameter from the checkpoint's tensor of the same name."""
 
@@ -63,3 +65,8 @@ class Part:
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         """The names and shapes of the checkpoint's tensors they come from."""
         return self.parameters() | dict(self.transformed_shapes)
+
+
+def stored_shapes(parts: Mapping[str, Part]) -> Shapes:
+    """The names and shapes of the checkpoint's tensors that some components come from."""
+    return {name: shape for part in parts.values() for name, shape in part.stored_shapes().items()}

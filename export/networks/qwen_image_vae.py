@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.export.networks.layers import Border
-from zimgkit.export.networks.parts import Part
+from zimgkit.export.networks.parts import Part, Shapes
 from zimgkit.export.networks.vae_blocks import (
     LEVELS,
     Chain,
@@ -201,6 +201,20 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
     return {"vae_decoder": decoder_part(lambda: QwenImageVAEDecoder(config), channels, last_slice, shapes)}
 
 
-def is_dead(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a tensor of the checkpoint is one that no component needs."""
-    return name.startswith(("encoder.", "quant_conv.")) or ".time_conv." in name
+def checkpoint_shapes(config: Mapping[str, Any]) -> Shapes:
+    """The tensors of a whole autoencoder with its temporal axes and convolutions, by their names in a checkpoint."""
+    with torch.device("meta"):
+        decoder, encoder = QwenImageVAEDecoder(config), QwenImageVAEEncoder(config)
+    shapes: Shapes = {}
+    # Upsamplers stand in the reverse order of downsamplers, and make two frames of one.
+    for half, temporal, frames in ((encoder, 1, 1), (decoder, -1, 2)):
+        shapes |= {name: tuple(value.shape) for name, value in half.state_dict().items()}
+        shapes |= video_shapes(half)
+        resamplers = [name.removesuffix("resample.1.weight") for name in shapes if name.endswith("resample.1.weight")]
+        own = [name for name in resamplers if name.startswith("encoder" if half is encoder else "decoder")]
+        for name, is_temporal in zip(own, read_config(config)["temperal_downsample"][::temporal], strict=True):
+            if is_temporal:
+                channels = shapes[f"{name}resample.1.weight"][1]
+                shapes[f"{name}time_conv.weight"] = (frames * channels, channels, 3, 1, 1)
+                shapes[f"{name}time_conv.bias"] = (frames * channels,)
+    return shapes

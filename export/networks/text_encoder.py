@@ -1,7 +1,7 @@
 """The language models that read the prompt, as transformers defines them, without the parts no picture needs.
 
-Z-Image takes the second-to-last hidden state of Qwen3: its last layer, final norm and head are dead. Qwen-Image takes
-the last hidden state of Qwen2.5-VL: its head is dead, and so is its vision tower where no picture is read.
+Z-Image takes the second-to-last hidden state of Qwen3: its last layer, final norm and head are unused. Qwen-Image
+takes the last hidden state of Qwen2.5-VL: its head is unused, and so is its vision tower where no picture is read.
 Prompts run one at a time at their exact length, so causal attention needs no mask.
 
 A network's ``forward`` only calls its children; each kind of child is traced once, see ``zimgkit.export.graphs.trace``.
@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen3Config
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, Qwen2_5_VLRMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLDecoderLayer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLRMSNorm,
+)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Model
 
 from zimgkit.engines.errors import CheckpointError
-from zimgkit.export.checkpoints.checkpoint import is_dead_text
 from zimgkit.export.networks.layers import Border
-from zimgkit.export.networks.parts import Input, Part
+from zimgkit.export.networks.parts import Input, Part, Shapes
 
 
 def text_config(config: Mapping[str, Any]) -> Any:
@@ -123,9 +126,17 @@ class TextEncoder(nn.Module):
         return out
 
 
-def is_dead(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a tensor of the checkpoint, by its canonical name, is one that no picture needs."""
-    return is_dead_text(config, name)
+def checkpoint_shapes(config: Mapping[str, Any]) -> Shapes:
+    """The tensors of the whole model by the names that hub files give them, the unused ones among them."""
+    with torch.device("meta"):
+        if config["model_type"] == "qwen3":
+            model: Any = Qwen3Model(Qwen3Config.from_dict(dict(config)))
+        else:
+            model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(dict(config)))
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for modern, stored in {"model.language_model.": "model.", "model.visual.": "visual."}.items():
+        shapes = {stored + n.removeprefix(modern) if n.startswith(modern) else n: s for n, s in shapes.items()}
+    return shapes
 
 
 def parts(config: Mapping[str, Any]) -> dict[str, Part]:

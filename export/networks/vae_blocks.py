@@ -113,7 +113,7 @@ class UpsampleConv(nn.Sequential):
     """Every pixel four times, then a 3x3 convolution.
 
     Four 2x2 convolutions of the small image, interleaved, do the same with 4/9 of the arithmetic. On two cores that
-    saves 11 % of a decode (6 % for Qwen-Image), but ONNX Runtime interleaves on one core only, so more cores gain less.
+    saves 6 to 11 % of a decode, but ONNX Runtime interleaves on one core only, so more cores gain less.
     """
 
     def __init__(self, in_channels: int, out_channels: int, name: str) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.export.networks.layers import Border, Tables, attention, rotate, split_heads, weight_dtype
-from zimgkit.export.networks.parts import Input, Part
+from zimgkit.export.networks.parts import Input, Part, Shapes, stored_shapes
 
 MODULATION_WIDTH = 256
 """Width of the time embedding that modulates the blocks; fixed in the reference code."""
@@ -316,6 +316,6 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
     return {"conditioner": conditioner, "denoiser": denoiser}
 
 
-def is_dead(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a tensor of the transformer is one that no picture needs: none is."""
-    return False
+def checkpoint_shapes(config: Mapping[str, Any]) -> Shapes:
+    """The tensors of a whole transformer, by their names in a checkpoint, and their shapes."""
+    return stored_shapes(parts(config))

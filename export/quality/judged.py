@@ -1,27 +1,25 @@
-"""The judge of the demo models' pictures, who lives above this package: it is asked in a process of its own."""
+"""The judge of the demo models' pictures. It lives above this package, which finds it by its entry point."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from zimgkit.engines.errors import ZimgError
 from zimgkit.runtime.progress import Report, silent
 
-KNOWN = "zimg-tiny-"
-"""How the names of the checkpoints begin whose pictures it understands."""
+GROUP = "zimgkit.judges"
+"""The group of entry points that judges are found in."""
 CAPTIONS = 200
 
-
-def is_known(name: str) -> bool:
-    """Whether a checkpoint of this name draws what the judge understands."""
-    return name.startswith(KNOWN)
+Judge = Callable[[Path, int, str, Report], dict[str, float]]
+"""From a bundle's folder, how many captions it is asked, what runs it, and a report of progress, to how many things a
+caption tells of, ``"one"`` or ``"two"`` -> the share of pictures that show them."""
 
 
 def accuracy(bundle: Path, captions: int, backend: str, report: Report = silent) -> dict[str, float]:
-    """How often a bundle draws what it is asked for.
+    """How often a bundle draws what it is asked for, see :data:`Judge`.
 
     Args:
         bundle: its folder.
@@ -29,20 +27,14 @@ def accuracy(bundle: Path, captions: int, backend: str, report: Report = silent)
         backend: what runs it.
         report: called with (stage, done, total).
 
-    Returns:
-        How many things a caption tells of, ``"one"`` or ``"two"`` -> the share that is right.
-
     Raises:
-        ZimgError: the judge or the bundle failed.
+        ZimgError: no judge is installed, or it or the bundle failed.
     """
-    report("judge", 0, 1)
-    command = [sys.executable, "-m", "zimgkit.training", "judge", str(bundle), "--captions", str(captions)]
-    done = subprocess.run(
-        [*command, "--backend", backend, "--json", "--quiet"], capture_output=True, text=True, check=False
-    )
-    report("judge", 1, 1)
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
-        raise ZimgError(f"the judge failed: {said}", "leave it out with --judge 0")
-    shares: dict[str, float] = json.loads(done.stdout)["shares"]
-    return shares
+    found = entry_points(group=GROUP)
+    if not found:
+        raise ZimgError("no judge of pictures is installed", "leave it out with --judge 0")
+    judge: Judge = next(iter(found)).load()
+    try:
+        return judge(bundle, captions, backend, report)
+    except ZimgError as error:
+        raise ZimgError(f"the judge failed: {error.message}", "leave it out with --judge 0") from None

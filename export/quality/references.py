@@ -9,9 +9,10 @@ from tempfile import TemporaryDirectory
 
 from zimgkit.engines.bundle import Bundle, MergedLora
 from zimgkit.engines.errors import OutputError, UsageError
-from zimgkit.export.build import NETWORKS, export
+from zimgkit.export.build import export
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from zimgkit.export.lora.merge import NOTHING, Merge
+from zimgkit.export.networks.registry import FAMILIES
 from zimgkit.export.quality.cost import References
 from zimgkit.runtime.progress import Report, silent
 
@@ -41,7 +42,9 @@ def references(
         bundle = Bundle.open(path)
         _check(bundle, checkpoint, merged.loras)
         found[bundle.manifest.precision] = bundle
-    weights = [info for component in NETWORKS[checkpoint.family] for info in checkpoint.tensors(component).values()]
+    weights = [
+        info for component in FAMILIES[checkpoint.family].components for info in checkpoint.tensors(component).values()
+    ]
     same = not merged.loras and all(info.dtype == "bfloat16" for info in weights)
     with TemporaryDirectory(prefix=f".{beside.name}.", suffix=".references", dir=beside.parent) as folder:
         for precision in ("bfloat16", "float32"):

@@ -20,15 +20,13 @@ from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import UsageError
 from zimgkit.engines.files import replacing
 from zimgkit.engines.torch.engine import TorchEngine
-from zimgkit.export.build import NETWORKS
+from zimgkit.export.networks.registry import FAMILIES, QUANTIZED_GRAPHS, parts
 from zimgkit.export.quality.cost import Draw, Run, Trial, drawing, open_torch_in, velocity_errors
 from zimgkit.export.quantization.fake_quantization import quantizable, switch
 from zimgkit.export.quantization.quantize import QuantizationSettings, linear_weights
 from zimgkit.export.quantization.recipe import DIGITS
 from zimgkit.runtime.progress import Report, silent
 
-COMPONENTS = ("text_encoder", "denoiser")
-"""Those that have a graph; the modulation table's weights are INT8 in every precision."""
 GROUPS = ("linear", "kind", "block")
 """What is quantized together: one linear, those of one name in all blocks, or those of one block."""
 
@@ -109,7 +107,7 @@ def sensitivity(
         raise UsageError(f"linears are not grouped by {by!r}", f"choose one of {', '.join(GROUPS)}")
     trial = trial.filled(bundle.manifest)
     groups = _groups(bundle, settings, by)
-    active: dict[str, set[str]] = {name: set() for name in COMPONENTS}
+    active: dict[str, set[str]] = {name: set() for name in QUANTIZED_GRAPHS}
     with drawing(bundle, partial(_open_switched, settings, active), device=device) as draw:
         expected = draw(trial, report=report)
         measured = partial(_measured, draw, trial, expected, active)
@@ -194,9 +192,9 @@ def _groups(bundle: Bundle, settings: QuantizationSettings, by: str) -> list[Gro
     """What is quantized together, in the order of the graphs."""
     manifest = bundle.manifest
     groups: list[Group] = []
-    for source, module in NETWORKS[manifest.family].items():
-        for component, part in module.parts(manifest.config[source]).items():
-            if component not in COMPONENTS:
+    for source in FAMILIES[manifest.family].components:
+        for component, part in parts(manifest.family, source, manifest.config[source]).items():
+            if component not in QUANTIZED_GRAPHS:
                 continue
             parameters = linear_weights(part)
             weights = quantizable(bundle, component, settings)
@@ -231,7 +229,7 @@ def _open_switched(
     device: str | None,
 ) -> TorchEngine:
     engine = open_torch_in("float32", bundle, component, backend, device)
-    if component in COMPONENTS:
+    if component in QUANTIZED_GRAPHS:
         switch(engine, bundle, component, settings, active[component])
     return engine
 

@@ -17,14 +17,15 @@ from zimgkit.engines.base import open_engine
 from zimgkit.engines.bundle import Bundle, Cost, write_manifest
 from zimgkit.engines.bundle.locks import only_writer_of
 from zimgkit.engines.errors import BundleError
-from zimgkit.export.build import names_of, parts_of, wanted_by
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from zimgkit.export.components import parts_of, wanted_by
 from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
+from zimgkit.export.lora.names import names_of
 from zimgkit.export.networks.parts import Part
+from zimgkit.export.networks.registry import QUANTIZED, is_carried
 from zimgkit.export.quality.cost import Trial, baseline, measure, past_bound
-from zimgkit.export.quality.judged import CAPTIONS, accuracy, is_known
+from zimgkit.export.quality.judged import CAPTIONS, accuracy
 from zimgkit.export.quality.references import references
-from zimgkit.export.quantization.quantize import COMPONENTS
 from zimgkit.export.quantization.quantized_weights import as_stored
 from zimgkit.export.weights.stream import Wanted, pieces
 from zimgkit.runtime.commands.inspect import cost_lines
@@ -52,8 +53,8 @@ class Measuring:
     device: str | None = None
     """Of all runs."""
     captions: int | None = None
-    """How many pictures a judge looks at; None takes :data:`.judged.CAPTIONS` of a checkpoint that
-    it knows, and of others none."""
+    """How many pictures a judge looks at; None takes :data:`.judged.CAPTIONS` of a checkpoint that comes
+    with zimgkit, and of others none."""
 
     def __call__(self, folder: Path, checkpoint: Checkpoint, merged: Merge, report: Report = silent) -> Cost:
         """Measure a bundle, and write the cost into its manifest.
@@ -70,7 +71,7 @@ class Measuring:
         bundle = Bundle.open(folder, verify=False)
         captions = self.captions
         if captions is None:
-            captions = CAPTIONS if is_known(bundle.manifest.name) else 0
+            captions = CAPTIONS if is_carried(bundle.manifest.name) else 0
         with references(checkpoint, merged, bundle.root, self.references, report) as found:
             trial = self.trial.filled(bundle.manifest)
             against = baseline(found, trial, device=self.device, report=report)
@@ -129,11 +130,11 @@ def verify(
     parts = parts_of(checkpoint)
     for index, (name, part) in enumerate(parts.items()):
         report("verify", index, len(parts))
-        wanted = wanted_by(checkpoint, part, merged.addends)
-        if name in COMPONENTS:
+        wanted = wanted_by(checkpoint.tensors, part, merged.addends)
+        if name in QUANTIZED:
             wanted = as_stored(bundle, name, wanted)
         result: dict[str, Any] = {"tensors": len(wanted), "different": _different(bundle, name, wanted)}
-        if part.network is not None and name in COMPONENTS and bundle.manifest.quantization is not None:
+        if part.network is not None and name in QUANTIZED and bundle.manifest.quantization is not None:
             result["not_run"] = "what its quantization costs shows in pictures, not on random inputs"
         elif part.network is not None:
             result |= _compare(bundle, name, part, wanted, seed)

@@ -21,9 +21,9 @@ from zimgkit.engines.errors import OutputError, UsageError, ZimgError
 from zimgkit.engines.tensors.safetensors import SafetensorsError
 from zimgkit.engines.torch.engine import TorchEngine, open_engine
 from zimgkit.engines.torch.graph import load
+from zimgkit.export.networks.registry import QUANTIZED
 from zimgkit.export.quantization.linears import named_linears
 from zimgkit.export.quantization.prompts import calibration_prompts
-from zimgkit.export.quantization.quantize import COMPONENTS
 from zimgkit.export.quantization.statistics import BINS, InputStatistics, Statistics
 from zimgkit.runtime.pipeline import Pipeline
 from zimgkit.runtime.progress import Report, silent
@@ -113,7 +113,7 @@ def calibrate(
                     width=width,
                     height=height,
                     num_inference_steps=calibration_set.steps,
-                    negative_prompt=bundle.manifest.defaults.negative_prompt,  # Or Qwen-Image is not guided.
+                    negative_prompt=bundle.manifest.defaults.negative_prompt,  # Without one some families do not guide.
                     seed=index,
                     output_type="latent",
                 )
@@ -150,7 +150,7 @@ def _load(store: Path, source: tuple[Any, Sequence[MergedLora]], calibration_set
 def _open_watched(statistics: Statistics, bundle: Bundle, component: str, _: str, device: str | None) -> TorchEngine:
     """Open a component, and watch its linears if it is one that is quantized."""
     engine = open_engine(bundle, component, device)
-    if component in COMPONENTS:
+    if component in QUANTIZED:
         inputs = statistics.inputs.setdefault(component, {})
         readers = statistics.readers.setdefault(component, {})
         watchers: dict[str, Callable[[Tensor], None]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 
-from zimgkit.export.quality.judged import is_known
+from zimgkit.export.networks.registry import is_carried
 
 
 def calibration_prompts(name: str) -> tuple[str, ...]:
@@ -26,5 +26,5 @@ def cost_prompts(name: str) -> tuple[str, ...]:
 
 
 def _read(name: str, purpose: str) -> tuple[str, ...]:
-    file = f"{'demo_' if is_known(name) else ''}{purpose}_prompts.txt"
+    file = f"{'demo_' if is_carried(name) else ''}{purpose}_prompts.txt"
     return tuple((resources.files("zimgkit.export.quantization") / "recipes" / file).read_text("utf-8").splitlines())

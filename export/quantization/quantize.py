@@ -13,14 +13,12 @@ from torch import nn
 from zimgkit.engines.errors import UsageError
 from zimgkit.engines.tensors.dtypes import float32_to_bfloat16
 from zimgkit.export.networks.parts import Part
+from zimgkit.export.networks.registry import QUANTIZED
 from zimgkit.export.quantization.formats import SCALE, SCHEMES, Array, Format, Scheme, block_of
 from zimgkit.export.quantization.quantized_weights import INPUT_SCALE, SMOOTH, scheme_of, weight_wanted
 from zimgkit.export.quantization.recipe import Recipe
 from zimgkit.export.quantization.statistics import RANGES, Statistics, scale_for, smoothing
 from zimgkit.export.weights.stream import Encoding, Wanted, read_rows
-
-COMPONENTS = ("text_encoder", "modulation", "denoiser")
-"""What is quantized, where a bundle has it: nearly all the weights, and nearly all the work."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class QuantizationSettings:
         if self.alpha and self.range != "max":
             message = f"the range {self.range!r} needs the distribution of inputs before they are smoothed"
             raise UsageError(message, "add --smooth 0, or use the range max")
-        self.recipe.check_components(COMPONENTS)
+        self.recipe.check_components(QUANTIZED)
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,9 @@ from typing import Any
 import msgspec
 
 from zimgkit.engines.errors import UsageError
+from zimgkit.export.networks.registry import is_carried
 from zimgkit.export.quantization.formats import SCHEMES
 
-OWN = ("zimg-tiny-z", "zimg-tiny-qwen")
-"""Checkpoints that need more than their family: these have few later blocks to even out an error of earlier ones."""
 DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -123,9 +122,10 @@ def family_recipe(family: str, name: str = "") -> Recipe:
 
     Args:
         family: of the checkpoint.
-        name: of the checkpoint; one of :data:`OWN` has a recipe of its own.
+        name: of the checkpoint. Those that come with zimgkit have recipes of their own, for they have few later blocks
+            to even out an error of earlier ones.
     """
-    file = name if name in OWN else family
+    file = name if is_carried(name) else family
     text = (resources.files("zimgkit.export.quantization") / "recipes" / f"{file}.toml").read_text("utf-8")
     return msgspec.convert(tomllib.loads(text), Recipe)
 

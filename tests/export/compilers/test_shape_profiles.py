@@ -12,21 +12,21 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tests import handmade
 from zimgkit.engines.bundle import Component, Defaults, Manifest, TensorSpec
 from zimgkit.engines.errors import UsageError
-from zimgkit.export import demo
-from zimgkit.export.build import NETWORKS
 from zimgkit.export.compilers.shape_profiles import ServedShapes, parse_size, shape_profiles
+from zimgkit.export.networks import qwen_image_demo, z_image_demo
+from zimgkit.export.networks.registry import FAMILIES, parts
 from zimgkit.export.networks.text_encoder import text_part
 from zimgkit.runtime import families
 from zimgkit.runtime.text.tokenizer import PromptTokenizer, keep_rows
 
-CONFIGS = {"z-image": demo.Z_IMAGE, "qwen-image": demo.QWEN_IMAGE}
+CONFIGS = {"z-image": z_image_demo.CONFIGS, "qwen-image": qwen_image_demo.CONFIGS}
 
 
 def manifest_of(name: str) -> Manifest:
     """What a bundle of the demo's checkpoint says of its graphs."""
     configs, components = CONFIGS[name], {}
-    for source, module in NETWORKS[name].items():
-        for component, part in module.parts(configs[source]).items():
+    for source in FAMILIES[name].components:
+        for component, part in parts(name, source, configs[source]).items():
             inputs = {entry.name: TensorSpec("", entry.shape) for entry in part.inputs}
             components[component] = Component((), {"bfloat16": "x.onnx"} if part.network else {}, inputs)
     # A template of single tokens: the shortest prompt is one row.

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from zimgkit.export.build import names_of
 from zimgkit.export.checkpoints.checkpoint import open_checkpoint
 from zimgkit.export.lora.merge import Merge, merge, read_loras
+from zimgkit.export.lora.names import names_of
 from zimgkit.export.weights.stream import Wanted, pieces
 
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]

@@ -10,10 +10,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from zimgkit.engines.bundle import Defaults, MergedLora
 from zimgkit.engines.errors import UsageError
-from zimgkit.export.lora.known import Settings, settings_for
+from zimgkit.export.lora.known import Recommendation, recommendation_for
 from zimgkit.runtime.diffusion.schedule import calculate_mu, check_scheduler, flow_match_sigmas
 
-QWEN = Settings(
+QWEN = Recommendation(
     Defaults(50, 4.0, 1328, 1328, " "),
     {
         "base_image_seq_len": 256,
@@ -27,7 +27,9 @@ QWEN = Settings(
         "use_dynamic_shifting": True,
     },
 )
-Z = Settings(Defaults(50, 4.0, 1024, 1024), {"shift": 3.0, "use_dynamic_shifting": False, "num_train_timesteps": 1000})
+Z = Recommendation(
+    Defaults(50, 4.0, 1024, 1024), {"shift": 3.0, "use_dynamic_shifting": False, "num_train_timesteps": 1000}
+)
 
 
 def lora(source, scale=1.0):
@@ -48,7 +50,7 @@ LIGHTNING = "lightx2v/Qwen-Image-Lightning/Qwen-Image-Lightning-{}steps-V1.1-bf1
 )
 @pytest.mark.parametrize("tokens", [256, 4096, 6889])
 def test_lightning(source, steps, tokens):
-    found = settings_for([lora(source)], "qwen-image", QWEN)
+    found = recommendation_for([lora(source)], "qwen-image", QWEN)
     assert (found.defaults.num_inference_steps, found.defaults.guidance_scale) == (steps, 1.0)
     assert (found.defaults.height, found.defaults.negative_prompt) == (1328, " ")
     check_scheduler(found.scheduler)
@@ -67,13 +69,13 @@ def test_distill_lora_keeps_the_schedule():
         "DiffSynth-Studio/Qwen-Image-Distill-LoRA/model.safetensors",
         "/x/Qwen-Image-Distill-LoRA/model.safetensors",
     ):
-        found = settings_for([lora(source)], "qwen-image", QWEN)
+        found = recommendation_for([lora(source)], "qwen-image", QWEN)
         assert (found.defaults.num_inference_steps, found.defaults.guidance_scale) == (15, 1.0)
         assert found.scheduler == QWEN.scheduler
 
 
 def test_three_steps():
-    found = settings_for(
+    found = recommendation_for(
         [lora("MusePublic/Qwen-Image-Distill/qwen_image_distill_3step.safetensors")], "qwen-image", QWEN
     )
     assert (found.defaults.num_inference_steps, found.defaults.guidance_scale) == (3, 1.0)
@@ -83,7 +85,7 @@ def test_three_steps():
 
 def test_distill_patch_beside_a_style():
     patch = "DiffSynth-Studio/Z-Image-Turbo-DistillPatch/model.safetensors"
-    found = settings_for([lora("/x/style.safetensors", 0.7), lora(patch)], "z-image", Z)
+    found = recommendation_for([lora("/x/style.safetensors", 0.7), lora(patch)], "z-image", Z)
     assert (found.defaults.num_inference_steps, found.defaults.guidance_scale) == (8, 0.0)
     assert found.scheduler == Z.scheduler
 
@@ -100,21 +102,23 @@ def test_distill_patch_beside_a_style():
 )
 def test_others_change_nothing(source, scale, family):
     base = QWEN if family == "qwen-image" else Z
-    assert settings_for([lora(source, scale)], family, base) == base
+    assert recommendation_for([lora(source, scale)], family, base) == base
 
 
 def test_the_user_has_the_last_word():
-    found = settings_for([lora(LIGHTNING.format(8))], "qwen-image", QWEN, num_inference_steps=6, guidance_scale=0.0)
+    found = recommendation_for(
+        [lora(LIGHTNING.format(8))], "qwen-image", QWEN, num_inference_steps=6, guidance_scale=0.0
+    )
     assert (found.defaults.num_inference_steps, found.defaults.guidance_scale) == (6, 0.0)
-    assert settings_for([], "qwen-image", QWEN, guidance_scale=2.0).defaults.num_inference_steps == 50
+    assert recommendation_for([], "qwen-image", QWEN, guidance_scale=2.0).defaults.num_inference_steps == 50
 
 
 def test_two_that_differ():
     with pytest.raises(UsageError, match="different numbers of steps"):
-        settings_for([lora(LIGHTNING.format(4)), lora(LIGHTNING.format(8))], "qwen-image", QWEN)
+        recommendation_for([lora(LIGHTNING.format(4)), lora(LIGHTNING.format(8))], "qwen-image", QWEN)
 
 
 @pytest.mark.parametrize("bad", [{"num_inference_steps": 0}, {"guidance_scale": math.nan}])
 def test_numbers_out_of_range(bad):
     with pytest.raises(UsageError):
-        settings_for([], "z-image", Z, **bad)
+        recommendation_for([], "z-image", Z, **bad)

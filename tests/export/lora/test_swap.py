@@ -21,9 +21,10 @@ from tests.export.lora.swapping import contents, states, swap
 from zimgkit.engines.base import open_engine
 from zimgkit.engines.bundle import MANIFEST, Bundle, CompiledEngine, FileRecord, sha256, write_manifest
 from zimgkit.engines.tensors.safetensors import view
-from zimgkit.export.build import build, parts_of
+from zimgkit.export.build import build
 from zimgkit.export.checkpoints.checkpoint import open_checkpoint
 from zimgkit.export.cli.main import main
+from zimgkit.export.components import parts_of
 from zimgkit.export.lora import swap as swaps
 from zimgkit.export.quality.verify import verify
 from zimgkit.runtime.commands.cli import main as run
@@ -460,7 +461,7 @@ def test_verify_needs_the_loras(built, bundle_of, loras_of, checkpoint_of, copy_
 def test_components_come_from_where_the_swap_looks(family, checkpoint_of):
     parts = parts_of(open_checkpoint(str(checkpoint_of(family))))
     own = {name: part.source for name, part in parts.items() if part.source != "vae"}
-    assert own.items() <= swaps.SOURCES.items()
+    assert own.items() <= swaps.LORA_SOURCES.items()
 
 
 def test_no_torch_is_loaded(quantized_of, loras_of, copy_of):

@@ -14,7 +14,8 @@ from tests.reference import randomize
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.engines.tensors import safetensors
 from zimgkit.export.graphs.assemble import assemble
-from zimgkit.export.networks.autoencoder_kl import AutoencoderKLDecoder, AutoencoderKLEncoder, GroupNorm, is_dead, parts
+from zimgkit.export.networks.autoencoder_kl import AutoencoderKLDecoder, AutoencoderKLEncoder, GroupNorm, parts
+from zimgkit.export.networks.registry import is_unused
 
 TINY = {
     "in_channels": 3, "out_channels": 3, "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -89,15 +90,17 @@ def test_encoder_matches_diffusers(name, height, width, batch, seed):
     assert relative_error(found, model.encode(image).latent_dist.parameters) < 1e-5
 
 
-def test_every_tensor_is_used_or_dead():
+def test_every_tensor_is_used_or_unused():
     for config in CONFIGS.values():
         with torch.device("meta"):
             checkpoint = {name: tuple(value.shape) for name, value in AutoencoderKL(**config).state_dict().items()}
         part = parts(config)["vae_decoder"]
         assert part.stored_shapes().items() <= checkpoint.items()
         assert not part.transforms
-        assert all(is_dead(config, name) for name in checkpoint.keys() - part.stored_shapes().keys())
-        assert not any(is_dead(config, name) for name in part.stored_shapes())
+        assert all(
+            is_unused("z-image", "vae", config, name) for name in checkpoint.keys() - part.stored_shapes().keys()
+        )
+        assert not any(is_unused("z-image", "vae", config, name) for name in part.stored_shapes())
 
 
 @torch.inference_mode()

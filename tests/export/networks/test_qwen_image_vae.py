@@ -19,11 +19,11 @@ from zimgkit.export.networks.qwen_image_vae import (
     ChannelNorm,
     QwenImageVAEDecoder,
     QwenImageVAEEncoder,
-    is_dead,
     last_slice,
     parts,
     video_shapes,
 )
+from zimgkit.export.networks.registry import is_unused
 
 TINY = {
     "base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1, "attn_scales": [],
@@ -125,7 +125,7 @@ def test_pixel_of_zeros_stays_zero():
     assert found[0, :, 1, 1].abs().max() == 0
 
 
-def test_every_tensor_is_used_or_dead():
+def test_every_tensor_is_used_or_unused():
     for config in CONFIGS.values():
         with torch.device("meta"):
             state = AutoencoderKLQwenImage(**config).state_dict()
@@ -133,8 +133,8 @@ def test_every_tensor_is_used_or_dead():
         part = parts(config)["vae_decoder"]
         stored, shapes = part.stored_shapes(), part.parameters()
         assert stored.items() <= checkpoint.items()
-        assert all(is_dead(config, name) for name in checkpoint.keys() - stored.keys())
-        assert not any(is_dead(config, name) for name in stored)
+        assert all(is_unused("qwen-image", "vae", config, name) for name in checkpoint.keys() - stored.keys())
+        assert not any(is_unused("qwen-image", "vae", config, name) for name in stored)
         for name, transform in part.transforms.items():
             assert transform(np.zeros(stored[name], np.float32)).shape == shapes[name]
 

@@ -9,7 +9,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from tests.reference import randomize
 from zimgkit.engines.errors import CheckpointError
-from zimgkit.export.networks.text_encoder import TextEncoder, is_dead, text_config, text_part
+from zimgkit.export.networks.text_encoder import TextEncoder, text_config, text_part
 from zimgkit.runtime.diffusion.positions import text_encoder_tables
 
 QWEN3 = {
@@ -81,16 +81,6 @@ def test_the_text_part_alone():
     """As bundles keep it."""
     whole = Qwen2_5_VLConfig(text_config=QWEN2, vision_config=VISION).to_dict()
     assert text_config(text_part(whole)).to_diff_dict() == text_config(whole).to_diff_dict()
-
-
-def test_dead_tensors():
-    config = QWEN3 | {"model_type": "qwen3"}
-    assert is_dead(config, "layers.2.mlp.up_proj.weight")
-    assert is_dead(config, "norm.weight")
-    assert is_dead(config, "lm_head.weight")
-    assert not is_dead(config, "layers.1.mlp.up_proj.weight")
-    assert not is_dead({"model_type": "qwen2_5_vl"}, "norm.weight")
-    assert is_dead({"model_type": "qwen2_5_vl"}, "visual.blocks.0.attn.qkv.weight")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from functools import partial
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +40,7 @@ from zimgkit.export.quality.cost import (
 from zimgkit.export.quality.references import references
 from zimgkit.export.quantization.prompts import cost_prompts
 from zimgkit.export.quantization.recipe import Bounds, Recipe, family_recipe
-from zimgkit.runtime import families
+from zimgkit.runtime import demo_models, families
 from zimgkit.runtime.commands.cli import main as run
 from zimgkit.runtime.pipeline import Pipeline
 
@@ -271,11 +273,31 @@ def test_the_judge_is_asked(copied, checkpoint_of, bundle_of, monkeypatch):
     found = Bundle.open(copied).manifest.cost
     assert (found.captions, found.accuracy["two"], found.float32_accuracy["one"]) == (7, 0.25, 0.5)
     assert "right   50.0% of one thing (50.0%), 25.0% of two things (25.0%): of 7" in invoke(run, "inspect", copied).out
-    assert judged.is_known("zimg-tiny-z") and not judged.is_known("Z-Image")
 
 
-def test_a_judge_that_fails(tmp_path):
+@pytest.fixture
+def declared(monkeypatch):
+    """The judge that the distribution declares, whether it is installed anew since or not."""
+    declared = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]["entry-points"][
+        "zimgkit.judges"
+    ]
+    points = tuple(EntryPoint(name, value, "zimgkit.judges") for name, value in declared.items())
+    monkeypatch.setattr(judged, "entry_points", lambda group: points if group == "zimgkit.judges" else ())
+
+
+def test_the_judge_that_the_distribution_declares(declared):
+    shares = judged.accuracy(demo_models.locate("zimg-tiny-z"), 2, "onnxruntime")
+    assert shares.keys() == {"one", "two"} and set(shares.values()) <= {0.0, 1.0}
+
+
+def test_a_judge_that_fails(declared, tmp_path):
     with pytest.raises(ZimgError, match=r"the judge failed: .*not a bundle"):
+        judged.accuracy(tmp_path, 1, "onnxruntime")
+
+
+def test_no_judge(tmp_path, monkeypatch):
+    monkeypatch.setattr(judged, "entry_points", lambda group: ())
+    with pytest.raises(ZimgError, match=r"no judge of pictures is installed; leave it out with --judge 0"):
         judged.accuracy(tmp_path, 1, "onnxruntime")
 
 

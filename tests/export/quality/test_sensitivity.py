@@ -18,15 +18,16 @@ from zimgkit.engines.bundle import Bundle, FileRecord, sha256, write_manifest
 from zimgkit.engines.errors import UsageError
 from zimgkit.engines.tensors.dtypes import round_to
 from zimgkit.engines.torch.engine import open_engine
-from zimgkit.export import build
+from zimgkit.export.checkpoints.checkpoint import open_checkpoint
 from zimgkit.export.cli.main import main
+from zimgkit.export.components import parts_of
 from zimgkit.export.quality import sensitivity
 from zimgkit.export.quality.cost import Trial
 from zimgkit.export.quality.sensitivity import Error, Group, Sensitivity, as_recipe
 from zimgkit.export.quantization.calibrate import statistics_path
 from zimgkit.export.quantization.fake_quantization import rounded_input, rounded_weight, switch
 from zimgkit.export.quantization.formats import FLOAT8, INT4, INT8, encode, scale_of, weight_scales
-from zimgkit.export.quantization.quantize import QuantizationSettings
+from zimgkit.export.quantization.quantize import QuantizationSettings, linear_weights
 from zimgkit.export.quantization.recipe import Recipe, read_recipe
 from zimgkit.export.quantization.statistics import Statistics
 
@@ -161,9 +162,9 @@ def test_the_command(bundle_of, checkpoint_of, quantized_of, tmp_path):
     assert statistics_path(folder).read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"b", "r.toml", statistics_path(folder).name}
     names = {name for group in data["groups"] for name in group["weights"]}
-    parts = build.parts_of(build.open_checkpoint(str(checkpoint_of("z-image"))))
+    parts = parts_of(open_checkpoint(str(checkpoint_of("z-image"))))
     for component in ("text_encoder", "denoiser"):
-        linears = build.linears(parts[component])
+        linears = linear_weights(parts[component])
         found = recipe.kept("int8", component, linears)
         assert sum(len(group["weights"]) for group in kept if group["component"] == component) == len(found)
     assert names <= Bundle.open(folder).tensors("denoiser").keys() | Bundle.open(folder).tensors("text_encoder").keys()

@@ -13,9 +13,9 @@ from tests import quantized
 from tests.commands import invoke
 from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import UsageError, ZimgError
-from zimgkit.export.build import parts_of, wanted_by
 from zimgkit.export.checkpoints.checkpoint import open_checkpoint
 from zimgkit.export.cli.main import main
+from zimgkit.export.components import parts_of, wanted_by
 from zimgkit.export.quantization.calibrate import (
     CalibrationSet,
     calibrate,
@@ -48,7 +48,7 @@ def test_what_is_counted_is_what_torchs_linears_get(family, component, bundle_of
     checkpoint = open_checkpoint(str(checkpoint_of(family)))
     part = parts_of(checkpoint)[component]
     network = part.build(torch.float32)
-    wanted = wanted_by(checkpoint, part)
+    wanted = wanted_by(checkpoint.tensors, part)
     state = {}
     for name, want in wanted.items():
         state[name] = load_file(want.source.file)[want.source.name].float()

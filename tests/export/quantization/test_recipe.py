@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from zimgkit.engines.errors import UsageError
-from zimgkit.export.build import NETWORKS
+from zimgkit.export.networks.registry import FAMILIES, QUANTIZED, parts
 from zimgkit.export.quantization.formats import SCHEMES
-from zimgkit.export.quantization.quantize import COMPONENTS, linear_weights
+from zimgkit.export.quantization.quantize import linear_weights
 from zimgkit.export.quantization.recipe import Keep, Recipe, family_recipe, read_recipe
 
 NAMES = [f"layers.{i}.{what}.weight" for i in range(4) for what in ("attention.to_q", "feed_forward.w2")] + [
@@ -39,21 +39,19 @@ def real_linears(family: str) -> dict[str, dict[str, int]]:
     import sparse_checkpoint
 
     found = {}
-    for source, module in NETWORKS[family].items():
-        if source == "vae":
-            continue
-        for name, part in module.parts(sparse_checkpoint.CONFIGS[family][source]).items():
-            if name in COMPONENTS:
+    for source in ("text_encoder", "transformer"):
+        for name, part in parts(family, source, sparse_checkpoint.CONFIGS[family][source]).items():
+            if name in QUANTIZED:
                 shapes = part.parameters()
                 found[name] = {key: shapes[key][0] * shapes[key][1] for key in linear_weights(part)}
     return found
 
 
 @pytest.mark.parametrize("precision", SCHEMES)
-@pytest.mark.parametrize("family", NETWORKS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_families_recipes_fit_the_real_networks(family, precision):
     recipe = family_recipe(family)
-    recipe.check_components(COMPONENTS)
+    recipe.check_components(QUANTIZED)
     assert set(recipe.bounds) == set(SCHEMES)
     assert all(rule.reason and rule.source for rule in recipe.keep)
     for component, sizes in real_linears(family).items():
@@ -106,7 +104,7 @@ def test_a_name_that_is_not_there(pattern):
 
 def test_a_component_that_is_not_quantized():
     with pytest.raises(UsageError, match="names the component 'vae'; it can be text_encoder, modulation, "):
-        Recipe((Keep("vae", ("*",), "why"),)).check_components(COMPONENTS)
+        Recipe((Keep("vae", ("*",), "why"),)).check_components(QUANTIZED)
 
 
 GOOD = '[[keep]]\ncomponent = "denoiser"\ntensors = ["*"]\nreason = "r"\n'

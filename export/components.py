@@ -1,0 +1,49 @@
+"""What a checkpoint becomes: the parts of its family, and where each of their tensors comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from zimgkit.engines.tensors.safetensors import TensorInfo
+from zimgkit.export.checkpoints.checkpoint import Checkpoint, check_tensors
+from zimgkit.export.networks import registry
+from zimgkit.export.networks.parts import Part, stored_shapes
+from zimgkit.export.weights.addends import Addend
+from zimgkit.export.weights.stream import Wanted
+
+Addends = Mapping[str, Mapping[str, tuple[Addend, ...]]]
+"""Component of the checkpoint -> canonical name of a tensor -> what is added to it."""
+
+
+def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
+    """The components a checkpoint becomes, after checking that its tensors are those they take.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing, unexpected or misshapen.
+    """
+    found: dict[str, Part] = {}
+    for source in registry.row(checkpoint.family).components:
+        config = checkpoint.config(source)
+        own = registry.parts(checkpoint.family, source, config)
+        is_unused = partial(registry.is_unused, checkpoint.family, source, config)
+        check_tensors(checkpoint.tensors(source), stored_shapes(own), source, ignore=is_unused)
+        found |= own
+    return found
+
+
+def wanted_by(
+    tensors: Callable[[str], Mapping[str, TensorInfo]], part: Part, addends: Addends | None = None
+) -> dict[str, Wanted]:
+    """What each of a part's parameters comes from, and what LoRAs add to it.
+
+    Args:
+        tensors: a source of the part -> canonical name -> where it lies, such as :meth:`Checkpoint.tensors`.
+        part: a component of a bundle.
+        addends: what LoRAs add.
+    """
+    infos, own = tensors(part.source), (addends or {}).get(part.source, {})
+    return {
+        name: Wanted(infos[name], shape, part.transforms.get(name), own.get(name, ()))
+        for name, shape in part.parameters().items()
+    }

@@ -1,0 +1,290 @@
+"""The table of families, of their checkpoints' components, and of what these become in a bundle.
+
+Everything about a family that is data stands in its row of :data:`FAMILIES`; what computes is in the modules that the
+row names, which are imported when they are asked for: nothing here needs PyTorch or ONNX.
+
+The defaults are those of the model cards and official scripts, in diffusers' convention of the guidance scale (1 is
+none for Qwen-Image, 0 for Z-Image): https://github.com/Tongyi-MAI/Z-Image (Turbo: 8 steps, no guidance),
+https://github.com/QwenLM/Qwen-Image (50 steps, true guidance 4.0, 1328x1328, a single space as the negative prompt).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from zimgkit.engines.bundle import Defaults
+from zimgkit.engines.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from zimgkit.export.networks.parts import Part
+
+Config = Mapping[str, Any]
+"""A component's ``config.json``."""
+
+
+@dataclass(frozen=True)
+class CheckpointComponent:
+    """One component of a checkpoint in the diffusers layout: a folder with its config and weights."""
+
+    network: str
+    """The module whose ``parts(config)`` says what it becomes, and ``checkpoint_shapes(config)`` what it holds."""
+    unused: tuple[str, ...] = ()
+    """Patterns of canonical names of tensors that no picture needs. ``{last}`` is the number of the last layer."""
+
+
+@dataclass(frozen=True)
+class KnownCheckpoint:
+    """A checkpoint by name. Its short name is the last part of its hub id."""
+
+    hub_id: str
+    """The same on Hugging Face and on ModelScope; a name alone for what comes with zimgkit."""
+    defaults: Defaults
+
+    @property
+    def name(self) -> str:
+        """The short name, such as ``"Z-Image-Turbo"``."""
+        return self.hub_id.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class FewStepLora:
+    """A LoRA, or a series of them, that needs other settings than its checkpoint, known by its path."""
+
+    pattern: str
+    """Of the path of its file or repository, in any case of letters. A group ``steps`` says how many steps."""
+    guidance_scale: float
+    steps: int = 0
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    """What it changes in the scheduler's config."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """All that is known about a family before its networks are built."""
+
+    name: str
+    classes: tuple[str, ...]
+    """What diffusers calls its pipeline and its transformer."""
+    components: Mapping[str, CheckpointComponent]
+    """The checkpoint's, in the order in which a picture needs them."""
+    served: tuple[KnownCheckpoint, ...]
+    carried: KnownCheckpoint
+    """The small model that comes with zimgkit; it is on no hub."""
+    base: str
+    """The short name of the checkpoint whose defaults are those of others of the family."""
+    demo: str
+    """The module with the configs of a tiny checkpoint, ``CONFIGS``."""
+    lora_modules: str
+    """A pattern of what its modules are called in LoRAs, with underscores for dots."""
+    shifts: Mapping[float, str] = field(default_factory=dict)
+    """``shift`` in the scheduler's config -> the short name of the checkpoint that has it, where it is not the base."""
+    lora_aliases: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Pattern of another name of a module -> the names of those it stands for, in the order of their rows."""
+    few_step_loras: tuple[FewStepLora, ...] = ()
+    planned: tuple[str, ...] = ()
+    """Hub ids of relatives that zimgkit will serve later."""
+    tasks: tuple[str, ...] = ("text-to-image",)
+
+
+def _same_shift(factor: float) -> dict[str, Any]:
+    """The same shift for every size."""
+    return {"use_dynamic_shifting": True, "base_shift": math.log(factor), "max_shift": math.log(factor)}
+
+
+NETWORKS = "zimgkit.export.networks"
+
+Z_IMAGE = Family(
+    "z-image",
+    ("ZImagePipeline", "ZImageTransformer2DModel"),
+    {
+        # The pipeline reads the second-to-last hidden state.
+        "text_encoder": CheckpointComponent(
+            f"{NETWORKS}.text_encoder", ("visual.*", "lm_head.*", "norm.*", "layers.{last}.*")
+        ),
+        "transformer": CheckpointComponent(f"{NETWORKS}.z_image"),
+        "vae": CheckpointComponent(f"{NETWORKS}.autoencoder_kl", ("encoder.*", "quant_conv.*")),
+    },
+    served=(
+        KnownCheckpoint("Tongyi-MAI/Z-Image-Turbo", Defaults(8, 0.0, 1024, 1024)),
+        KnownCheckpoint("Tongyi-MAI/Z-Image", Defaults(50, 4.0, 1024, 1024)),
+    ),
+    carried=KnownCheckpoint("zimg-tiny-z", Defaults(20, 0.5, 128, 128)),
+    base="Z-Image",
+    demo=f"{NETWORKS}.z_image_demo",
+    lora_modules=r"(layers|noise_refiner|context_refiner)_\d+_(attention|feed_forward|adaLN)|cap_embedder|final_layer",
+    shifts={3.0: "Z-Image-Turbo"},  # The base has 6.0.
+    # Those of the original files, where q, k and v are one linear.
+    lora_aliases=(
+        (r"(.*_attention)_qkv", (r"\1_to_q", r"\1_to_k", r"\1_to_v")),
+        (r"(.*_attention)_out", (r"\1_to_out_0",)),
+        (r"(.*)_to_out", (r"\1_to_out_0",)),
+        (r"x_embedder", ("all_x_embedder_2_1",)),
+        (r"final_layer_(.*)", (r"all_final_layer_2_1_\1",)),
+    ),
+    # Its model card: gives a LoRA that was trained on Z-Image-Turbo the settings of Turbo back.
+    few_step_loras=(FewStepLora(r"Z-Image-Turbo-DistillPatch", 0.0, 8),),
+    planned=(
+        "Tongyi-MAI/Z-Image-Omni-Base",
+        "Tongyi-MAI/Z-Image-Edit",
+        "DiffSynth-Studio/Z-Image-i2L",
+        "DiffSynth-Studio/Z-Image-Omni-Base-i2L",
+        "DiffSynth-Studio/Z-Image-Turbo-DistillPatch",
+        "PAI/Z-Image-Turbo-Fun-Controlnet-Union-2.1",
+    ),
+)
+
+QWEN_IMAGE = Family(
+    "qwen-image",
+    ("QwenImagePipeline", "QwenImageTransformer2DModel"),
+    {
+        "text_encoder": CheckpointComponent(f"{NETWORKS}.text_encoder", ("visual.*", "lm_head.*")),
+        "transformer": CheckpointComponent(f"{NETWORKS}.qwen_image"),
+        "vae": CheckpointComponent(f"{NETWORKS}.qwen_image_vae", ("encoder.*", "quant_conv.*", "*.time_conv.*")),
+    },
+    served=(
+        KnownCheckpoint("Qwen/Qwen-Image", Defaults(50, 4.0, 1328, 1328, " ")),
+        # Its authors use a list of unwanted qualities, in Chinese, as the negative prompt; a space is neutral.
+        KnownCheckpoint("Qwen/Qwen-Image-2512", Defaults(50, 4.0, 1328, 1328, " ")),
+    ),
+    carried=KnownCheckpoint("zimg-tiny-qwen", Defaults(20, 1.5, 128, 128, " ")),
+    base="Qwen-Image",
+    demo=f"{NETWORKS}.qwen_image_demo",
+    lora_modules=r"transformer_blocks_\d+_(attn_|img_m|txt_m)(?!.*attn\d)|txt_norm|txt_in",
+    lora_aliases=((r"(.*)_to_out", (r"\1_to_out_0",)),),
+    few_step_loras=(
+        # https://github.com/ModelTC/Qwen-Image-Lightning, generate_with_diffusers.py: distilled at a shift of 3.
+        FewStepLora(
+            r"Qwen-Image(-2512)?-Lightning-(?P<steps>\d+)steps",
+            1.0,
+            scheduler=_same_shift(3) | {"shift": 1.0, "shift_terminal": None, "time_shift_type": "exponential"},
+        ),
+        # https://github.com/modelscope/DiffSynth-Studio, examples/qwen_image/model_inference: the ordinary schedule.
+        FewStepLora(r"Qwen-Image-Distill-LoRA", 1.0, 15),
+        # The same place, Qwen-Image-Distill-DMD2.py: exponential_shift_mu=math.log(2.5), the terminal sigma as it was.
+        FewStepLora(r"qwen_image_distill_3step", 1.0, 3, _same_shift(2.5)),
+    ),
+    planned=(
+        "Qwen/Qwen-Image-Edit",
+        "Qwen/Qwen-Image-Edit-2509",
+        "Qwen/Qwen-Image-Edit-2511",
+        "Qwen/Qwen-Image-Layered",
+        "DiffSynth-Studio/Qwen-Image-EliGen",
+        "DiffSynth-Studio/Qwen-Image-EliGen-V2",
+        "DiffSynth-Studio/Qwen-Image-EliGen-Poster",
+        "DiffSynth-Studio/Qwen-Image-Distill-Full",
+        "DiffSynth-Studio/Qwen-Image-Distill-LoRA",
+        "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Canny",
+        "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Depth",
+        "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Inpaint",
+        "DiffSynth-Studio/Qwen-Image-In-Context-Control-Union",
+        "DiffSynth-Studio/Qwen-Image-Edit-Lowres-Fix",
+    ),
+)
+
+FAMILIES = {row.name: row for row in (Z_IMAGE, QWEN_IMAGE)}
+"""Family -> its row."""
+
+WEIGHT_FILES = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
+"""A checkpoint's component -> what the names of its weight files begin with."""
+
+STORED_PREFIXES = {"transformer": ("model.diffusion_model.",), "text_encoder": ("model.", "language_model.")}
+"""A checkpoint's component -> what is taken off its tensors' stored names, in turn, to get the canonical ones.
+
+Text encoders are stored as the whole language model (``model.layers…``), as the whole vision-language model of
+older (``model.layers…``, ``visual…``) and newer transformers (``model.language_model.layers…``, ``model.visual…``),
+or bare (``layers…``).
+"""
+
+
+@dataclass(frozen=True)
+class BundleComponent:
+    """One component of a bundle."""
+
+    source: str
+    """The checkpoint's component that its tensors come from."""
+    takes_loras: bool = True
+    is_quantized: bool = False
+    """Whether its linears are quantized in a quantized bundle."""
+    on_the_host: bool = False
+    """Whether it has no graph, and the host computes with its tensors."""
+
+
+COMPONENTS = {
+    "text_encoder": BundleComponent("text_encoder", is_quantized=True),
+    "conditioner": BundleComponent("transformer"),
+    "modulation": BundleComponent("transformer", is_quantized=True, on_the_host=True),
+    "denoiser": BundleComponent("transformer", is_quantized=True),
+    "vae_decoder": BundleComponent("vae", takes_loras=False),
+}
+"""A bundle's component -> what it is. A family may lack some."""
+
+QUANTIZED = tuple(name for name, component in COMPONENTS.items() if component.is_quantized)
+"""What is quantized, where a bundle has it: nearly all the weights, and nearly all the work."""
+QUANTIZED_GRAPHS = tuple(name for name in QUANTIZED if not COMPONENTS[name].on_the_host)
+"""Those of them that have a graph."""
+LORA_SOURCES = {name: component.source for name, component in COMPONENTS.items() if component.takes_loras}
+"""Components that LoRAs can change -> the checkpoint's component they come from."""
+
+
+def row(family: str) -> Family:
+    """A family's row.
+
+    Raises:
+        CheckpointError: no such family.
+    """
+    if family not in FAMILIES:
+        raise CheckpointError(f"no family is called {family!r}", f"zimgkit serves {', '.join(FAMILIES)}")
+    return FAMILIES[family]
+
+
+def module(family: str, component: str) -> ModuleType:
+    """The module of a checkpoint's component, which needs PyTorch."""
+    return import_module(row(family).components[component].network)
+
+
+def parts(family: str, component: str, config: Config) -> dict[str, Part]:
+    """What a checkpoint's component becomes.
+
+    Args:
+        family: its name.
+        component: ``"transformer"``, ``"text_encoder"`` or ``"vae"``.
+        config: the component's own.
+
+    Returns:
+        The bundle's component -> its part.
+
+    Raises:
+        CheckpointError: the config is of no network that zimgkit implements.
+    """
+    found: dict[str, Part] = module(family, component).parts(config)
+    return found
+
+
+def is_unused(family: str, component: str, config: Config, name: str) -> bool:
+    """Whether a tensor is one that no picture needs.
+
+    Args:
+        family: its name.
+        component: the checkpoint's.
+        config: the component's own, or the part of it that describes the language model.
+        name: the tensor's canonical name, or a part of it that ends with a dot.
+    """
+    last = (config.get("text_config") or config).get("num_hidden_layers", 0) - 1
+    return any(fnmatchcase(name, pattern.format(last=last)) for pattern in row(family).components[component].unused)
+
+
+def family_of_class(name: str) -> str | None:
+    """The family whose pipeline or transformer diffusers calls so."""
+    return next((row.name for row in FAMILIES.values() if name in row.classes), None)
+
+
+def is_carried(checkpoint: str) -> bool:
+    """Whether this is the name of a small model that comes with zimgkit; those know shapes and colours alone."""
+    return any(row.carried.name == checkpoint for row in FAMILIES.values())
