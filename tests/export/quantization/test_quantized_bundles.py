@@ -15,7 +15,7 @@ from tests.commands import invoke
 from zimgkit.engines.bundle import Bundle
 from zimgkit.export.cli.main import main
 from zimgkit.runtime.commands.cli import main as run
-from zimgkit.runtime.diffusion.modulation import modulation_table
+from zimgkit.runtime.families import family_of
 
 COMPONENTS = ("text_encoder", "denoiser")
 FAMILIES = ("z-image", "qwen-image")
@@ -100,14 +100,15 @@ def test_the_graphs(family, precision, quantized_of, tmp_path):
 
 @pytest.mark.parametrize("precision", quantized.PRECISIONS)
 def test_the_modulation_table(family, precision, quantized_of, bundle_of):
-    if family == "z-image":
-        pytest.skip("it has none")
     bundles = [Bundle.open(folder) for folder in (quantized_of(family, precision), bundle_of(family))]
+    if family == "z-image":
+        assert "modulation" not in bundles[0].manifest.components
+        return
     assert {info.dtype for info in bundles[0].tensors("modulation").values()} == {"int8", "bfloat16"}
     sigmas = np.array([1.0, 0.7, 0.2], np.float32)
-    found, expected = (modulation_table(bundle, sigmas) for bundle in bundles)
+    found, expected = (family_of(bundle.manifest).schedule_inputs(bundle, sigmas) for bundle in bundles)
     for step in range(3):
-        assert quantized.relative(found[step], expected[step]) < 0.02
+        assert quantized.relative(found(step)["modulation"], expected(step)["modulation"]) < 0.02
 
 
 def test_int8_is_multiplied_as_integers_on_the_cpu(family, quantized_of, tmp_path):
