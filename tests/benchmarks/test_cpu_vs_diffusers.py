@@ -8,15 +8,15 @@ import cpu_vs_diffusers as benchmark
 import pytest
 
 from zimgkit.engines.tensors import safetensors
-from zimgkit.runtime import engine_pool, pipeline
+from zimgkit.runtime.families import qwen_image
 
 
 @pytest.mark.parametrize("family", ["z-image", "qwen-image"])
 def test_tiny_models_race(family, checkpoint_of, bundle_of, capsys):
-    before = engine_pool.open_engine, pipeline.modulation_table, os.environ.get("ZIMG_CACHE_LIMIT")
+    before = qwen_image.modulation_table, os.environ.get("ZIMG_CACHE_LIMIT")
     paths = checkpoint_of(family), bundle_of(family)
     result = benchmark.race(family, *paths, size=64, steps=2, repeats=2, compiled=False)
-    assert (engine_pool.open_engine, pipeline.modulation_table, os.environ.get("ZIMG_CACHE_LIMIT")) == before
+    assert (qwen_image.modulation_table, os.environ.get("ZIMG_CACHE_LIMIT")) == before
     assert list(result["seconds"]) == ["diffusers", "zimg"]
     assert result["difference"]["diffusers"] == 0
     assert 0 < result["difference"]["zimg"] < 1e-3

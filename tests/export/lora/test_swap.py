@@ -255,7 +255,7 @@ def contents_of(bundle, component):
 
 
 def test_a_refittable_engine_takes_what_changed(refittable, loras_of, checkpoint_of, tmp_path):
-    from zimgkit.export.compilers.compile import _purpose
+    from zimgkit.export.compilers.compile import _compiled_for
     from zimgkit.export.quality.verify import _random_inputs
 
     part = parts_of(open_checkpoint(str(checkpoint_of("z-image"))))["denoiser"]
@@ -285,7 +285,7 @@ def test_a_refittable_engine_takes_what_changed(refittable, loras_of, checkpoint
     # A compilation takes it for up to date.
     entry = Bundle.open(refittable).engines("denoiser", "tensorrt")[0]
     wanted = msgspec.structs.replace(compiled, source=Bundle.open(refittable).source_hash("denoiser"))
-    assert _purpose(entry) == _purpose(wanted) != _purpose(compiled)
+    assert _compiled_for(entry) == _compiled_for(wanted) != _compiled_for(compiled)
     # Another set on top: what either touched. A new bundle takes the engine along.
     out = tmp_path / "out"
     result = invoke(main, "swap-lora", refittable, "--lora", third, "--out", out, "--quiet")
