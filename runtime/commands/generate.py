@@ -85,7 +85,7 @@ def generate(
             {"path": str(path), "seed": entry.call().get("seed"), "index": entry.image_index}
             for path, entry in zip(paths, made, strict=True)
         ],
-        "parameters": msgspec.to_builtins(made[0]),
+        "parameters": made[0].call() | msgspec.to_builtins(made[0]),
         "seconds": round(seconds, 3),
     }
 
