@@ -5,6 +5,7 @@ Sessions run on the CPU, and the memory of the device is the host's.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,6 +18,11 @@ from zimgkit.engines.onnxruntime import tensorrt_rtx
 
 OFFLINE = ["AzureExecutionProvider", "CPUExecutionProvider"]
 NAME = "NvTensorRTRTXExecutionProvider"
+
+
+def resident() -> int:
+    """Bytes of the process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class FakeCuda:
@@ -63,7 +69,7 @@ class FakePlugin:
         self.hardware: list[Any] = []
         self.fails: Exception | None = None
         self.opened: list[Any] = []
-        """Of each session: the path, the device, the provider's options, and the sides that were fixed."""
+        """Of each session: the path, the device, the provider's options, and the dimensions that were fixed."""
         self.places: list[Any] = []
         self.profiles: list[str] = []
         module = ModuleType(tensorrt_rtx.PLUGIN)
@@ -96,14 +102,14 @@ class FakePlugin:
         class Options(onnxruntime.SessionOptions):
             def __init__(self) -> None:
                 super().__init__()
-                self.sides: dict[str, int] = {}
+                self.fixed: dict[str, int] = {}
 
             def add_session_config_entry(self, key: str, value: str) -> None:
                 assert (key, value) == ("session.disable_cpu_ep_fallback", "1")
 
-            def add_free_dimension_override_by_name(self, side: str, length: int) -> None:
-                self.sides[side] = length
-                super().add_free_dimension_override_by_name(side, length)
+            def add_free_dimension_override_by_name(self, name: str, size: int) -> None:
+                self.fixed[name] = size
+                super().add_free_dimension_override_by_name(name, size)
 
             def add_provider_for_devices(self, devices: Any, options: dict[str, str]) -> None:
                 assert all(isinstance(value, str) for value in options.values())
@@ -113,7 +119,7 @@ class FakePlugin:
 
     def _open(self, session: Any, path: str, options: Any, *, enable_fallback: int) -> Any:
         assert enable_fallback == 0
-        self.opened.append((Path(path).name, options.devices, options.given, options.sides))
+        self.opened.append((Path(path).name, options.devices, options.given, options.fixed))
         made = session(path, options)
         run = made.run_with_iobinding
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
 from tests import fake_tensorrt, handmade
-from tests.fake_onnxruntime import OFFLINE, FakeCuda, FakePlugin
+from tests.fake_onnxruntime import OFFLINE, FakeCuda, FakePlugin, resident
 from zimgkit.engines.base import BACKENDS, Handle, open_engine
 from zimgkit.engines.bundle import Bundle, Component, TensorSpec
 from zimgkit.engines.errors import BackendError, OutOfMemoryError
@@ -130,11 +129,6 @@ class Setup:
 
     def open(self, component: str = "first") -> Any:
         return open_engine(self.bundle, component, self.backend, self.device.partition(":")[0])
-
-
-def resident() -> int:
-    """Bytes of the process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 CASES = [

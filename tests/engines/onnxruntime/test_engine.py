@@ -13,7 +13,7 @@ import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from tests import handmade
-from tests.fake_onnxruntime import OFFLINE, FakeCuda
+from tests.fake_onnxruntime import OFFLINE, FakeCuda, resident
 from zimgkit.engines.base import Handle, open_engine
 from zimgkit.engines.bundle import Bundle, Component, TensorSpec
 from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError
@@ -419,6 +419,19 @@ class TestBoundSession:
         ]  # fmt: skip
         run(self.feeds(6, 0) | constants)
         assert len(made) == 10
+
+    def test_a_kept_output_is_freed_by_who_drops_it(self):
+        """The session does not hold it until the next run: what is made next takes its place."""
+        inputs, outputs = ({name: TensorSpec("float32", ("n",))} for name in "xy")
+        graph = model([], [helper.make_node("Neg", ["x"], ["y"])], inputs, outputs)
+        bound = BoundSession(onnxruntime.InferenceSession(graph), Place("cpu"), outputs)
+        x = np.ones(1 << 24, np.float32)
+        kept = bound.run({"x": x}, ["y"], {"n": len(x)})
+        before = resident()
+        del kept
+        made = upload(x, "float32", Place("cpu"))
+        assert made.shape() == [len(x)]
+        assert resident() - before < x.nbytes / 2
 
     def test_two_uploads_alternate(self, session, run):
         """As the two branches of guidance do."""

@@ -83,8 +83,8 @@ class TestCompiledWhenRun:
         engine = open_engine(write(tmp_path), "net", "tensorrt-rtx")
         assert not plugin.opened
         assert_right(engine.run(feeds(3)), feeds(3))
-        ((path, devices, options, sides),) = plugin.opened
-        assert (path, devices, sides) == ("net.onnx", plugin.gpus, {"batch": 1, "tokens": 3})
+        ((path, devices, options, fixed),) = plugin.opened
+        assert (path, devices, fixed) == ("net.onnx", plugin.gpus, {"batch": 1, "tokens": 3})
         assert ranges_of(options) == {}
         assert options["nv_use_external_data_initializer"] == "1"
         assert Path(options["nv_runtime_cache_path"]).is_dir()
@@ -93,7 +93,7 @@ class TestCompiledWhenRun:
         engine = open_engine(write(tmp_path), "net", "tensorrt-rtx")
         for tokens in (5, 5, 3, 4, 5, 3, 9, 7):
             assert_right(engine.run(feeds(tokens)), feeds(tokens))
-        assert [sides for *_, sides in plugin.opened] == [{"batch": 1, "tokens": 5}, {}, {}]
+        assert [fixed for *_, fixed in plugin.opened] == [{"batch": 1, "tokens": 5}, {}, {}]
         assert ranges_of(plugin.opened[1][2]) == {
             "min": "x:1x3x4,scale:1", "opt": "x:1x3x4,scale:1", "max": "x:1x5x4,scale:1",
         }  # fmt: skip
@@ -142,8 +142,8 @@ class TestCompiledAhead:
         engine = open_engine(write(tmp_path, device="sm89"), "net", "tensorrt-rtx")
         for tokens in (2, 8, 5):
             assert_right(engine.run(feeds(tokens)), feeds(tokens), add=100)
-        ((path, _, options, sides),) = plugin.opened
-        assert (path, sides, ranges_of(options)) == ("net-1234.onnx", {}, {})
+        ((path, _, options, fixed),) = plugin.opened
+        assert (path, fixed, ranges_of(options)) == ("net-1234.onnx", {}, {})
         assert options["nv_multi_profile_enable"] == "0"
         assert plugin.profiles == ["", "", ""]
 
