@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
-from zimgkit.engines.errors import BackendError, UsageError
+from zimgkit.engines.errors import BackendError, OutOfMemoryError, UsageError
 from zimgkit.engines.shapes import Shape, dimension_sizes
 
 if TYPE_CHECKING:
@@ -165,23 +165,39 @@ class BaseEngine(ABC):
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
+        """Hold the lock of an engine that is open."""
         with self._lock:
             if self._closed:
                 raise BackendError(f"the engine of {self.name} is closed", "open it again")
-            yield
+            try:
+                yield
+            except MemoryError:
+                hint = "close other programs, or ask for a smaller picture"
+                raise OutOfMemoryError(f"the host is out of memory for {self.name}", hint) from None
 
     def _handle(self, name: str, array: NDArray[Any]) -> Handle:
-        rounded = name in self.inputs and self.inputs[name].dtype == "bfloat16" and array.dtype.name == "float32"
-        dtype = "bfloat16" if rounded else array.dtype.name
-        return Handle(self.backend, self.device, dtype, array.shape, self._upload(name, array))
+        from zimgkit.engines.tensors.dtypes import BY_NAME
+
+        dtype = str(array.dtype)
+        if dtype == "float32" and name in self.inputs and self.inputs[name].dtype == "bfloat16":
+            dtype = "bfloat16"
+        if dtype not in BY_NAME:
+            raise BackendError(f"{self.name} takes no arrays of {dtype}, such as {name!r}")
+        return Handle(self.backend, self.device, dtype, array.shape, self._upload(name, array, dtype))
 
     def _kept(self, name: str, shape: Shape, value: Any) -> Handle:
         """An output as a handle."""
         return Handle(self.backend, self.device, self.outputs[name].dtype, tuple(shape), value)
 
     @abstractmethod
-    def _upload(self, name: str, array: NDArray[Any]) -> Any:
-        """Copy an input to the device; what it gives becomes the ``value`` of a handle."""
+    def _upload(self, name: str, array: NDArray[Any], dtype: str) -> Any:
+        """Copy an input to the device; what it gives becomes the ``value`` of a handle.
+
+        Args:
+            name: of an input, or of none: then it is for another engine.
+            array: of any layout.
+            dtype: its element type on the device, which is the array's, or ``"bfloat16"`` for one in float32.
+        """
 
     @abstractmethod
     def _run(self, feeds: Feeds, keep: Collection[str], sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -59,22 +59,23 @@ class BoundSession:
         Returns:
             The outputs, on the device. Those that are not in ``keep`` are valid until the next run.
         """
-        for name, value in feeds.items():
-            self._binding.bind_ortvalue_input(name, self._input(name, value))
-        for name, spec in self._outputs.items():
-            shape = output_shape(spec, sizes)
-            if shape is None:
-                self._binding.bind_output(name, *self._place)
-            elif name in keep:
-                self._binding.bind_ortvalue_output(name, empty(shape, self._types[name], self._place))
-            else:
-                self._binding.bind_ortvalue_output(name, self._buffer(name, shape))
-        self._session.run_with_iobinding(self._binding, options)
-        found = dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
-        for name in keep:
-            # The binding would hold it until the next run.
-            self._binding.bind_output(name, *self._place)
-        return found
+        try:
+            for name, value in feeds.items():
+                self._binding.bind_ortvalue_input(name, self._input(name, value))
+            for name, spec in self._outputs.items():
+                shape = output_shape(spec, sizes)
+                if shape is None:
+                    self._binding.bind_output(name, *self._place)
+                elif name in keep:
+                    self._binding.bind_ortvalue_output(name, empty(shape, self._types[name], self._place))
+                else:
+                    self._binding.bind_ortvalue_output(name, self._buffer(name, shape))
+            self._session.run_with_iobinding(self._binding, options)
+            return dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
+        finally:
+            # What is bound is held, and handles are to be free once others drop them.
+            self._binding.clear_binding_inputs()
+            self._binding.clear_binding_outputs()
 
     def _input(self, name: str, value: Any) -> Any:
         if not isinstance(value, np.ndarray):

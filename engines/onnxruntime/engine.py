@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from zimgkit.engines.base import BaseEngine, Feeds, Handle
 from zimgkit.engines.errors import BackendError, UsageError
 from zimgkit.engines.onnxruntime.bound import BoundSession, explain
-from zimgkit.engines.onnxruntime.values import BFLOAT16, Place, converted, download, element_types, on_host, upload
+from zimgkit.engines.onnxruntime.values import Place, converted, download, element_types, on_host, upload
+from zimgkit.engines.tensors.dtypes import BY_ONNX
 
 if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle, Component
@@ -121,8 +122,9 @@ class OnnxRuntimeEngine(BaseEngine):
         self._types = element_types(self._session.get_inputs())
         self._bound = None if place.kind == "cpu" else BoundSession(self._session, place, self.outputs)
 
-    def _upload(self, name: str, array: NDArray[Any]) -> Any:
-        dtype = "bfloat16" if self._types.get(name) == BFLOAT16 else str(array.dtype)
+    def _upload(self, name: str, array: NDArray[Any], dtype: str) -> Any:
+        if dtype in ("float32", "bfloat16") and name in self._types:
+            dtype = BY_ONNX[self._types[name]].name
         try:
             return upload(array, dtype, self._place)
         except Exception as error:

@@ -276,10 +276,9 @@ class TensorRTRTXEngine(BaseEngine):
             several = {"nv_multi_profile_enable": str(int(len(entry.profiles) > 1))}
             self._bound = self._load(bundle.file(entry.file), (), several)
 
-    def _upload(self, name: str, array: NDArray[Any]) -> Any:
-        in_bfloat16 = name in self.inputs and self.inputs[name].dtype == "bfloat16"
+    def _upload(self, name: str, array: NDArray[Any], dtype: str) -> Any:
         try:
-            return upload(array, "bfloat16" if in_bfloat16 else str(array.dtype), self._place)
+            return upload(array, dtype, self._place)
         except Exception as error:
             raise explain(error, f"TensorRT for RTX cannot take the inputs of {self.name}", OTHERS) from None
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from zimgkit.engines.errors import BackendError
 from zimgkit.engines.shapes import Shape
 from zimgkit.engines.tensors.dtypes import BY_NAME, BY_ONNX, bfloat16_to_float32, float32_to_bfloat16
 
@@ -47,23 +46,12 @@ def empty(shape: Shape, element_type: int, place: Place) -> Any:
 
 
 def fill(value: Any, array: NDArray[Any]) -> None:
-    """Copy an array into a tensor of its shape; float32 is rounded where that is bfloat16."""
+    """Copy an array into a tensor of its shape, and of an element type that may be another."""
     value.update_inplace(_content(array, value.element_type()))
 
 
 def upload(array: NDArray[Any], dtype: str, place: Place) -> Any:
-    """Copy an array to a device.
-
-    Args:
-        array: of any layout.
-        dtype: its element type there; of a float32 array, it may be ``"bfloat16"``.
-        place: the device.
-
-    Raises:
-        BackendError: there is no such element type.
-    """
-    if dtype not in BY_NAME:
-        raise BackendError(f"ONNX Runtime takes no arrays of {dtype}")
+    """Copy an array of any layout to a device, where it gets another element type, such as ``"bfloat16"``."""
     value = empty(array.shape, BY_NAME[dtype].onnx, place)
     fill(value, array)
     return value
@@ -92,7 +80,10 @@ def converted(value: Any, element_type: int, place: Place) -> Any:
 
 
 def _content(array: NDArray[Any], element_type: int) -> NDArray[Any]:
-    return float32_to_bfloat16(array) if element_type == BFLOAT16 else np.asarray(array, order="C")
+    """An array's bytes as that element type has them."""
+    if element_type == BFLOAT16:
+        return float32_to_bfloat16(np.asarray(array, np.float32))
+    return np.asarray(array, BY_ONNX[element_type].storage, order="C")
 
 
 def _around(array: NDArray[Any], element_type: int) -> Any:

@@ -175,11 +175,10 @@ class TensorRTEngine(BaseEngine):
     def __del__(self) -> None:
         self.close()
 
-    def _upload(self, name: str, array: NDArray[Any]) -> Memory:
+    def _upload(self, name: str, array: NDArray[Any], dtype: str) -> Memory:
         self._begin()
-        in_bfloat16 = name in self.inputs and self.inputs[name].dtype == "bfloat16" and array.dtype == np.float32
-        content = float32_to_bfloat16(array) if in_bfloat16 else np.asarray(array, order="C")
-        memory = self._pool.allocate(content.nbytes)
+        memory = self._pool.allocate(array.size * BY_NAME[dtype].storage.itemsize)
+        content = float32_to_bfloat16(array) if dtype == "bfloat16" else np.asarray(array, order="C")
         self._stream.to_device(memory.address, content.ctypes.data, content.nbytes)
         self._stream.synchronize()
         return memory

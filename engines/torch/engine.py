@@ -103,7 +103,7 @@ class TorchEngine(BaseEngine):
                 if wrapper := wrappers.get(step.label):
                     steps[index] = step._replace(call=wrapper(step.call))
 
-    def _upload(self, name: str, array: NDArray[Any]) -> torch.Tensor:
+    def _upload(self, name: str, array: NDArray[Any], dtype: str) -> torch.Tensor:
         with torch.inference_mode(), _errors(f"uploading to {self.name!r}", self._place):
             return self._tensor(name, array, copy=True)
 

@@ -13,6 +13,7 @@ import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from tests import handmade
+from tests.fake_onnxruntime import OFFLINE, FakeCuda, resident
 from zimgkit.engines.base import Handle, open_engine
 from zimgkit.engines.bundle import Bundle, Component, TensorSpec
 from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError
@@ -21,7 +22,6 @@ from zimgkit.engines.onnxruntime.bound import BoundSession
 from zimgkit.engines.onnxruntime.values import Place, download, upload
 from zimgkit.engines.tensors import safetensors
 
-OFFLINE = ["AzureExecutionProvider", "CPUExecutionProvider"]
 GENERATOR = np.random.default_rng(0)
 WEIGHT, BIAS = GENERATOR.standard_normal((4, 6)).astype(np.float32), GENERATOR.standard_normal(6).astype(np.float32)
 INPUTS = {"x": TensorSpec("float32", ("tokens", 4)), "scale": TensorSpec("float32", (1,))}
@@ -250,41 +250,9 @@ class TestDevices:
             open_engine(bundle, "net")
 
 
-class OnCuda:
-    """The CUDA provider, imitated: sessions are on the CPU, and so is the device's memory."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.options: list[Any] = []
-        self.places: list[tuple[Any, ...]] = []
-        session, value = onnxruntime.InferenceSession, onnxruntime.OrtValue
-
-        def open_session(
-            path: str, options: Any, *, providers: Any, enable_fallback: int, disabled_optimizers: Any
-        ) -> Any:
-            (name, given), rest = providers
-            assert (name, rest, enable_fallback) == ("CUDAExecutionProvider", "CPUExecutionProvider", 0)
-            assert disabled_optimizers == []
-            self.options.append(given)
-            made = session(path, options, providers=["CPUExecutionProvider"])
-            made.get_providers = lambda: [name, rest]
-            return made
-
-        def on_cpu(create: Any) -> Any:
-            def create_there(*given: Any) -> Any:
-                self.places.append(given[-2:])
-                return create(*given[:-2])
-
-            return create_there
-
-        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", *OFFLINE])
-        monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
-        monkeypatch.setattr(value, "ortvalue_from_numpy", on_cpu(value.ortvalue_from_numpy))
-        monkeypatch.setattr(value, "ortvalue_from_shape_and_type", on_cpu(value.ortvalue_from_shape_and_type))
-
-
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> OnCuda:
-    return OnCuda(monkeypatch)
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return FakeCuda(monkeypatch)
 
 
 class TestCuda:
@@ -451,6 +419,19 @@ class TestBoundSession:
         ]  # fmt: skip
         run(self.feeds(6, 0) | constants)
         assert len(made) == 10
+
+    def test_a_kept_output_is_freed_by_who_drops_it(self):
+        """The session does not hold it until the next run: what is made next takes its place."""
+        inputs, outputs = ({name: TensorSpec("float32", ("n",))} for name in "xy")
+        graph = model([], [helper.make_node("Neg", ["x"], ["y"])], inputs, outputs)
+        bound = BoundSession(onnxruntime.InferenceSession(graph), Place("cpu"), outputs)
+        x = np.ones(1 << 24, np.float32)
+        kept = bound.run({"x": x}, ["y"], {"n": len(x)})
+        before = resident()
+        del kept
+        made = upload(x, "float32", Place("cpu"))
+        assert made.shape() == [len(x)]
+        assert resident() - before < x.nbytes / 2
 
     def test_two_uploads_alternate(self, session, run):
         """As the two branches of guidance do."""

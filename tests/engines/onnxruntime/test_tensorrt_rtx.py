@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,12 @@ import pytest
 from onnx import TensorProto, helper
 
 from tests import handmade
+from tests.fake_onnxruntime import NAME, FakePlugin, gpu
 from zimgkit.engines.base import open_engine
 from zimgkit.engines.bundle import Bundle, CompiledEngine, Component, TensorSpec
 from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError, install
 from zimgkit.engines.onnxruntime import tensorrt_rtx
 
-NAME = "NvTensorRTRTXExecutionProvider"
 INPUTS = {"x": TensorSpec("float32", ("batch", "tokens", 4)), "scale": TensorSpec("float32", (1,))}
 OUTPUTS = {"y": TensorSpec("float32", ("batch", "tokens", 4))}
 CONTEXT = "engines/tensorrt-rtx-0.5.0-sm89/net-1234.onnx"
@@ -67,99 +67,9 @@ def assert_right(found: dict[str, np.ndarray], given: dict[str, np.ndarray], add
     np.testing.assert_allclose(found["y"], given["x"] * given["scale"] + add, rtol=1e-6)
 
 
-def gpu(**metadata: str) -> Any:
-    known = {"device_id": "0", "target_architecture": "sm89", "version": "0.5.0"} | metadata
-    return SimpleNamespace(ep_name=NAME, ep_metadata=known, ep_options={})
-
-
-class Plugin:
-    """The plugin, imitated: it accepts the GPUs it is told to, and its sessions run on the CPU."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.gpus = [gpu()]
-        self.hardware: list[Any] = []
-        self.fails: Exception | None = None
-        self.opened: list[Any] = []
-        """Of each session: the path, the device, the provider's options, and the sides that were fixed."""
-        self.places: list[Any] = []
-        self.profiles: list[str] = []
-        module = ModuleType(tensorrt_rtx.PLUGIN)
-        module.__dict__.update(
-            __version__="0.5.0", __file__="/nowhere/__init__.py",
-            get_ep_name=lambda: NAME, get_library_path=lambda: "/nowhere/libplugin.so",
-        )  # fmt: skip
-        monkeypatch.setitem(sys.modules, tensorrt_rtx.PLUGIN, module)
-        monkeypatch.setattr(onnxruntime, "register_execution_provider_library", self._register)
-        cpu = SimpleNamespace(ep_name="CPUExecutionProvider", ep_metadata={}, ep_options={})
-        monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: [cpu, *self.gpus])
-        binding = onnxruntime.capi._pybind_state
-        monkeypatch.setattr(binding, "get_hardware_devices", lambda: self.hardware)
-        monkeypatch.setattr(
-            binding, "get_hardware_device_ep_incompatibility_details", lambda name, gpu: {"notes": gpu.notes}
-        )
-        monkeypatch.setattr(onnxruntime, "SessionOptions", self._options())
-        session = onnxruntime.InferenceSession
-        monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *given, **more: self._open(session, *given, **more))
-        value = onnxruntime.OrtValue
-        for name in ("ortvalue_from_numpy", "ortvalue_from_shape_and_type"):
-            monkeypatch.setattr(value, name, self._on_cpu(getattr(value, name)))
-
-    def _register(self, name: str, path: str) -> None:
-        assert (name, path) == (NAME, "/nowhere/libplugin.so")
-        if self.fails:
-            raise self.fails
-
-    def _options(self) -> type:
-        class Options(onnxruntime.SessionOptions):
-            def __init__(self) -> None:
-                super().__init__()
-                self.sides: dict[str, int] = {}
-
-            def add_session_config_entry(self, key: str, value: str) -> None:
-                assert (key, value) == ("session.disable_cpu_ep_fallback", "1")
-
-            def add_free_dimension_override_by_name(self, side: str, length: int) -> None:
-                self.sides[side] = length
-                super().add_free_dimension_override_by_name(side, length)
-
-            def add_provider_for_devices(self, devices: Any, options: dict[str, str]) -> None:
-                assert all(isinstance(value, str) for value in options.values())
-                self.devices, self.given = devices, options
-
-        return Options
-
-    def _open(self, session: Any, path: str, options: Any, *, enable_fallback: int) -> Any:
-        assert enable_fallback == 0
-        self.opened.append((Path(path).name, options.devices, options.given, options.sides))
-        made = session(path, options)
-        run = made.run_with_iobinding
-
-        def record(binding: Any, run_options: Any) -> Any:
-            with_index = "nv_profile_index" in (known := _entries(run_options))
-            self.profiles.append(known["nv_profile_index"] if with_index else "")
-            return run(binding, run_options)
-
-        made.run_with_iobinding = record
-        return made
-
-    def _on_cpu(self, create: Any) -> Any:
-        def create_there(*given: Any) -> Any:
-            self.places.append(given[-2:])
-            return create(*given[:-2])
-
-        return create_there
-
-
-def _entries(run_options: Any) -> dict[str, str]:
-    try:
-        return {"nv_profile_index": run_options.get_run_config_entry("nv_profile_index")}
-    except Exception:
-        return {}
-
-
 @pytest.fixture
-def plugin(monkeypatch: pytest.MonkeyPatch) -> Plugin:
-    return Plugin(monkeypatch)
+def plugin(monkeypatch: pytest.MonkeyPatch) -> FakePlugin:
+    return FakePlugin(monkeypatch)
 
 
 def ranges_of(options: dict[str, str]) -> dict[str, str]:
@@ -173,8 +83,8 @@ class TestCompiledWhenRun:
         engine = open_engine(write(tmp_path), "net", "tensorrt-rtx")
         assert not plugin.opened
         assert_right(engine.run(feeds(3)), feeds(3))
-        ((path, devices, options, sides),) = plugin.opened
-        assert (path, devices, sides) == ("net.onnx", plugin.gpus, {"batch": 1, "tokens": 3})
+        ((path, devices, options, fixed),) = plugin.opened
+        assert (path, devices, fixed) == ("net.onnx", plugin.gpus, {"batch": 1, "tokens": 3})
         assert ranges_of(options) == {}
         assert options["nv_use_external_data_initializer"] == "1"
         assert Path(options["nv_runtime_cache_path"]).is_dir()
@@ -183,7 +93,7 @@ class TestCompiledWhenRun:
         engine = open_engine(write(tmp_path), "net", "tensorrt-rtx")
         for tokens in (5, 5, 3, 4, 5, 3, 9, 7):
             assert_right(engine.run(feeds(tokens)), feeds(tokens))
-        assert [sides for *_, sides in plugin.opened] == [{"batch": 1, "tokens": 5}, {}, {}]
+        assert [fixed for *_, fixed in plugin.opened] == [{"batch": 1, "tokens": 5}, {}, {}]
         assert ranges_of(plugin.opened[1][2]) == {
             "min": "x:1x3x4,scale:1", "opt": "x:1x3x4,scale:1", "max": "x:1x5x4,scale:1",
         }  # fmt: skip
@@ -232,8 +142,8 @@ class TestCompiledAhead:
         engine = open_engine(write(tmp_path, device="sm89"), "net", "tensorrt-rtx")
         for tokens in (2, 8, 5):
             assert_right(engine.run(feeds(tokens)), feeds(tokens), add=100)
-        ((path, _, options, sides),) = plugin.opened
-        assert (path, sides, ranges_of(options)) == ("net-1234.onnx", {}, {})
+        ((path, _, options, fixed),) = plugin.opened
+        assert (path, fixed, ranges_of(options)) == ("net-1234.onnx", {}, {})
         assert options["nv_multi_profile_enable"] == "0"
         assert plugin.profiles == ["", "", ""]
 
