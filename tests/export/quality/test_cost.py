@@ -84,9 +84,9 @@ def test_forced_runs_see_the_float32_latents(family, bundle_of):
         if given[1] == "denoiser":
             original = engine.run
 
-            def watched(feeds):
+            def watched(feeds, keep=()):
                 fed.append(np.array(feeds["hidden_states"]))
-                return original(feeds)
+                return original(feeds, keep)
 
             engine.run = watched
         return engine
