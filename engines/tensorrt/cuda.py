@@ -165,7 +165,7 @@ class PinnedBuffer:
 
 
 class Graph:
-    """Work recorded by :meth:`Stream.capture`. It names memory by address: drop it before that memory."""
+    """Work recorded by :meth:`Stream.capture`. It names memory by address: nobody may launch it once that is freed."""
 
     def __init__(self, executable: Any) -> None:
         self.executable = executable

@@ -6,11 +6,12 @@ dropped, so that runs recorded for that place still serve.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from weakref import WeakValueDictionary
 
-from zimgkit.engines.errors import OutOfMemoryError
+from zimgkit.engines.errors import BackendError, OutOfMemoryError
 from zimgkit.engines.tensorrt import cuda
 
 MAX_DROPPED = 32
@@ -107,7 +108,8 @@ class Pool:
         if count <= 0:
             return False
         freed, self._dropped = self._dropped[:count], self._dropped[count:]
-        cuda.use(self.index)
+        with contextlib.suppress(BackendError):  # What has failed before is not told again.
+            cuda.use(self.index)
         for buffer in freed:
             self._addresses.discard(buffer.address)
             buffer.free()

@@ -29,7 +29,7 @@ def _summed_in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]
 
 @_summed_in_float32
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """(..., n, k) and (..., k, m) -> (..., n, m); a side that one of them lacks is broadcast."""
+    """(..., n, k) and (..., k, m) -> (..., n, m); a dimension that one of them lacks is broadcast."""
     return torch.matmul(a, b)
 
 
@@ -70,7 +70,7 @@ def conv(
     strides: Sequence[int] = (),
     dilations: Sequence[int] = (),
 ) -> Tensor:
-    """(batch, channels, sides...) by (channels out, channels / group, sides...), ``pads`` as ONNX orders them."""
+    """(batch, channels, spatial...) by (channels out, channels / group, spatial...), ``pads`` as ONNX orders them."""
     rank = x.ndim - 2
     before, after = tuple(pads[:rank]) or (0,) * rank, tuple(pads[rank:]) or (0,) * rank
     if before != after:
@@ -81,7 +81,7 @@ def conv(
 
 
 def resize(x: Tensor, _roi: Tensor | None, scales: Tensor | None, sizes: Tensor | None = None) -> Tensor:
-    """Nearest neighbours, by factors of all sides or to given sides."""
+    """Nearest neighbours, by factors of all dimensions or to given sizes."""
     if sizes is not None:
         return F.interpolate(x, size=sizes.tolist()[2:], mode="nearest")
     if scales is None:
@@ -102,18 +102,18 @@ def group_norm(x: Tensor, scale: Tensor, bias: Tensor, *, num_groups: int, epsil
 def layer_norm(
     x: Tensor, scale: Tensor, bias: Tensor | None = None, *, axis: int = -1, epsilon: float = 1e-5
 ) -> Tensor:
-    """Over the sides from ``axis`` on."""
-    sides = x.shape[axis % x.ndim :]
-    bias = bias if bias is None else bias.expand(sides)
-    return F.layer_norm(x, sides, scale.expand(sides), bias, epsilon)
+    """Over the dimensions from ``axis`` on."""
+    shape = x.shape[axis % x.ndim :]
+    bias = bias if bias is None else bias.expand(shape)
+    return F.layer_norm(x, shape, scale.expand(shape), bias, epsilon)
 
 
 def rms_norm(x: Tensor, scale: Tensor, *, axis: int = -1, epsilon: float = 1e-5) -> Tensor:
-    """Over the sides from ``axis`` on; scaled in the type of ``scale``."""
-    sides = x.shape[axis % x.ndim :]
+    """Over the dimensions from ``axis`` on; scaled in the type of ``scale``."""
+    shape = x.shape[axis % x.ndim :]
     if x.dtype == scale.dtype:
-        return F.rms_norm(x, sides, scale.expand(sides), epsilon)
-    return F.rms_norm(x, sides, None, epsilon).to(scale.dtype) * scale
+        return F.rms_norm(x, shape, scale.expand(shape), epsilon)
+    return F.rms_norm(x, shape, None, epsilon).to(scale.dtype) * scale
 
 
 def rotary_embedding(
@@ -141,8 +141,8 @@ def rotary_embedding(
         cos, sin = cos[position_ids], sin[position_ids]
     heads = x if x.ndim == 4 else x.reshape(*x.shape[:2], num_heads, -1)
     # A 4-D x has its heads before the sequence, a 3-D one after it.
-    side = 1 if x.ndim == 4 else 2
-    cos, sin = cos.unsqueeze(side), sin.unsqueeze(side)
+    axis = 1 if x.ndim == 4 else 2
+    cos, sin = cos.unsqueeze(axis), sin.unsqueeze(axis)
     width = rotary_embedding_dim or heads.shape[-1]
     turned = heads[..., :width]
     if interleaved:

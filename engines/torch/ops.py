@@ -197,17 +197,17 @@ def _range(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
 
 
 def _reshape(x: Tensor, shape: Tensor, *, allowzero: int = 0) -> Tensor:
-    sides = shape.tolist()
-    if not allowzero and 0 in sides:
-        sides = [side or x.shape[i] for i, side in enumerate(sides)]
-    return x.reshape(sides)
+    sizes = shape.tolist()
+    if not allowzero and 0 in sizes:
+        sizes = [size or x.shape[i] for i, size in enumerate(sizes)]
+    return x.reshape(sizes)
 
 
 def _expand(x: Tensor, shape: Tensor) -> Tensor:
-    sides = shape.tolist()
-    sides = [1] * (x.ndim - len(sides)) + sides
-    new = len(sides) - x.ndim
-    return x.expand(sides[:new] + [old if side == 1 else side for old, side in zip(x.shape, sides[new:], strict=True)])
+    sizes = shape.tolist()
+    sizes = [1] * (x.ndim - len(sizes)) + sizes
+    new = len(sizes) - x.ndim
+    return x.expand(sizes[:new] + [old if size == 1 else size for old, size in zip(x.shape, sizes[new:], strict=True)])
 
 
 def _transpose(x: Tensor, perm: Sequence[int] | None = None) -> Tensor:
@@ -269,7 +269,7 @@ def _pad(x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | No
     amounts = pads.tolist()
     dims = axes.tolist() if axes is not None else list(range(x.ndim))
     by_dim = {dim % x.ndim: amounts[i :: len(dims)] for i, dim in enumerate(dims)}
-    # ONNX lists all beginnings, then all ends; torch lists pairs, from the last side on.
+    # ONNX lists all beginnings, then all ends; torch lists pairs, from the last dimension on.
     pairs = [amount for dim in reversed(range(x.ndim)) for amount in by_dim.get(dim, (0, 0))]
     return F.pad(x, pairs, value=0 if value is None else value.item())
 

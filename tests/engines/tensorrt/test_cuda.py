@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,17 @@ class TestMemory:
         stream.close()
         assert not machine.leaks
 
+    def test_on_the_device_and_read(self, machine):
+        stream, values = cuda.Stream(), np.arange(6, dtype=np.float32)
+        host, first, second = cuda.PinnedBuffer(24), cuda.DeviceBuffer(24), cuda.DeviceBuffer(24)
+        host.view((6,), values.dtype)[...] = values
+        stream.to_device(first.address, host.address, 24)
+        stream.on_device(second.address, first.address, 24)
+        stream.synchronize()
+        found = np.zeros((2, 3), np.float32)
+        cuda.read(second.address, found)
+        np.testing.assert_array_equal(found, values.reshape(2, 3))
+
     @pytest.mark.parametrize(("shape", "kind"), [((), np.int64), ((3,), np.bool_), ((2, 0, 3), np.float32)])
     def test_views(self, shape, kind):
         view = cuda.PinnedBuffer(64).view(shape, np.dtype(kind))
@@ -224,10 +236,31 @@ class TestTheImitation:
             stream.to_device(host.address, host.address, 8)
 
     def test_freeing_what_is_in_use(self):
-        stream, host, device = cuda.Stream(), cuda.PinnedBuffer(8), cuda.DeviceBuffer(8)
+        stream, host, device, other = cuda.Stream(), cuda.PinnedBuffer(8), cuda.DeviceBuffer(8), cuda.DeviceBuffer(8)
         stream.to_device(device.address, host.address, 8)
-        with pytest.raises(Misuse, match="freed while work is under way"):
-            device.free()
+        other.free()
+        for buffer in (device, host):
+            with pytest.raises(Misuse, match="freed while work is under way"):
+                buffer.free()
+
+    def test_memory_in_the_midst_of_a_recording(self):
+        """Of the thread that records; others go on."""
+        stream, device = cuda.Stream(), cuda.DeviceBuffer(8)
+
+        def elsewhere() -> None:
+            cuda.use(0)
+            cuda.DeviceBuffer(8).free()
+
+        def enqueue() -> None:
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+            with pytest.raises(Misuse, match="memory is allocated while a stream captures"):
+                cuda.DeviceBuffer(8)
+            with pytest.raises(Misuse, match="memory is freed while a stream captures"):
+                device.free()
+
+        assert stream.capture(enqueue).executable is not None
 
     def test_a_graph_of_freed_memory(self):
         stream, host, device = cuda.Stream(), cuda.PinnedBuffer(8), cuda.DeviceBuffer(8)

@@ -92,9 +92,9 @@ def spec(value: ir.Value) -> TensorSpec:
     return TensorSpec("float32", tuple(side if isinstance(side, int) else str(side) for side in value.shape))
 
 
-def exported(module: nn.Module, example: dict[str, Tensor], free: dict[str, dict[int, str]]) -> ir.Model:
+def exported(module: nn.Module, example: dict[str, Tensor], dynamic: dict[str, dict[int, str]]) -> ir.Model:
     shapes = {
-        name: {axis: torch.export.Dim(side, min=2, max=4000) for axis, side in free.get(name, {}).items()}
+        name: {axis: torch.export.Dim(dim, min=2, max=4000) for axis, dim in dynamic.get(name, {}).items()}
         for name in example
     }
     program = torch.onnx.export(
@@ -180,8 +180,8 @@ Made = tuple[nn.Module, Bundle]
 def blocks(tmp_path_factory: pytest.TempPathFactory) -> Made:
     torch.manual_seed(0)
     module, tokens = Blocks(), {0: "batch", 1: "tokens"}
-    free = {"x": tokens, "temb": {0: "batch"}, "cos": tokens, "sin": tokens}
-    model = exported(module, block_inputs(2, 7), free)
+    dynamic = {"x": tokens, "temb": {0: "batch"}, "cos": tokens, "sin": tokens}
+    model = exported(module, block_inputs(2, 7), dynamic)
     return module, bundle_of(tmp_path_factory.mktemp("blocks"), {"float32": model})
 
 

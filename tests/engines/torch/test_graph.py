@@ -33,13 +33,13 @@ def chain(length: int) -> onnx.ModelProto:
 def test_a_value_is_dropped_after_its_last_use_and_dead_nodes_do_not_run() -> None:
     program = compiled(chain(20))
     assert len(program.steps) == 20
-    live, most = set(program.inputs.values()), 0
+    live, peak = set(program.inputs.values()), 0
     for step in program.steps:
         assert live.issuperset(step.inputs)
         live |= set(step.outputs)
-        most = max(most, len(live))
+        peak = max(peak, len(live))
         live -= set(step.frees)
-    assert most == 2
+    assert peak == 2
     assert live == set(program.outputs.values())
 
 

@@ -51,7 +51,7 @@ def model(
     outputs: int = 1,
     constants: dict[str, np.ndarray] | None = None,
 ) -> onnx.ModelProto:
-    """A model of some nodes with free sides everywhere, whose outputs are y0, y1 …"""
+    """A model of some nodes with dynamic dimensions everywhere, whose outputs are y0, y1 …"""
     stored = [onnx.numpy_helper.from_array(array, name) for name, array in (constants or {}).items()]
     starts = [
         helper.make_tensor_value_info(
