@@ -60,7 +60,7 @@ PARAMETERS = (
         int,
         "Denoising steps.",
         low=1,
-        high=10_000,
+        high=1000,
         option="num-inference-steps",
         key="Steps",
         recorded=True,
@@ -110,7 +110,7 @@ PARAMETERS = (
         key="CFG truncation",
         recorded=True,
     ),
-    Parameter("num_images_per_prompt", int, "Pictures of each prompt.", "1", low=1, high=10_000, option="num-images"),
+    Parameter("num_images_per_prompt", int, "Pictures of each prompt.", "1", low=1, high=1000, option="num-images"),
     Parameter(
         "seed",
         int,

@@ -39,6 +39,8 @@ class Request:
     """One seed for the whole batch, or one per picture."""
     max_sequence_length: int
     output_type: str
+    unused_negative_prompt: bool = field(default=False, compare=False)
+    """Whether a negative prompt was given, and guidance is off."""
     latents: Array | None = field(default=None, compare=False, repr=False)
     """Float32 (batch, ...), where noise was given."""
     prompt_embeds: tuple[Array, ...] | None = field(default=None, compare=False, repr=False)
@@ -107,6 +109,7 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
         seed=_seed(given, batch),
         max_sequence_length=value("max_sequence_length", text.max_sequence_length, high=text.max_tokens - text.drop),
         output_type=value("output_type", "pil"),
+        unused_negative_prompt=negatives is None and _says_something(given.get("negative_prompt")),
         latents=check_latents(given["latents"], (batch, *family.latents_shape(height, width)))
         if "latents" in given
         else None,
@@ -137,6 +140,10 @@ def as_array(value: Any) -> NDArray[Any]:
         value = value.detach().cpu()
         value = value.float() if value.is_floating_point() else value
     return np.asarray(value)
+
+
+def _says_something(value: Any) -> bool:
+    return value is not None and any(text.strip() for text in texts("negative_prompt", value))
 
 
 def _is_empty(value: Any) -> bool:

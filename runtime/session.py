@@ -6,6 +6,7 @@ gives a picture. Between two steps jobs may be cancelled, previewed, or left lyi
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -14,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.engines.bundle import Bundle
-from zimgkit.engines.errors import UsageError
+from zimgkit.engines.errors import BackendError, UsageError
 from zimgkit.engines.tensors.dtypes import round_to
-from zimgkit.runtime.diffusion.noise import randn_tensor
+from zimgkit.runtime.diffusion.noise import randn_sample, randn_tensor
 from zimgkit.runtime.diffusion.schedule import calculate_mu, euler_step, flow_match_sigmas
 from zimgkit.runtime.engine_pool import EnginePool, Opener
 from zimgkit.runtime.families import family_of
@@ -27,6 +28,8 @@ from zimgkit.runtime.request import Request
 from zimgkit.runtime.served import check_served, largest_batch
 from zimgkit.runtime.text.tokenizer import PromptTokenizer, keep_rows
 
+LORA_TAG = re.compile(r"<(lora|lyco|hypernet):[^>]*>")
+"""How web UIs ask for a LoRA within a prompt."""
 Device = str | Mapping[str, str] | None
 """Of all components, or component -> its device; None and what is not named take the best one present."""
 
@@ -80,6 +83,11 @@ class Session:
                 "guidance is off, for there is no negative prompt; "
                 "give one (the models' authors use ' '), or a guidance_scale of 1"
             )
+        if request.unused_negative_prompt:
+            off = self.family.guidance_scale(1.0)
+            self.warn(f"the negative prompt is not read, for guidance is off; give a guidance_scale above {off:g}")
+        if any(LORA_TAG.search(prompt) for prompt in request.prompts):
+            self.warn("<lora:...> in a prompt is read as words; LoRAs are merged by zimg-export swap-lora")
         if request.latents is None:
             latents = self.draw_noise(request.batch, request.seed, request.height, request.width)
         else:
@@ -111,7 +119,7 @@ class Session:
         Raises:
             CancelledError: one of them was cancelled; no other has taken a step then.
             ValueError: one of them has no step left.
-            BackendError: an engine failed; jobs it had not reached are as they were.
+            BackendError: an engine failed, or gave NaN or Inf; jobs it had not reached are as they were.
         """
         for job in jobs:
             job.check()
@@ -156,10 +164,14 @@ class Session:
         """
         raw = self.family.to_vae(latents, height, width)
         with self.engines.engine("vae_decoder", self.device_of("vae_decoder")) as engine:
-            decoded = [engine.run({"latents": raw[index : index + 1]})["image"] for index in range(len(raw))]
-        return from_vae(np.concatenate(decoded))
+            decoded = np.concatenate([engine.run({"latents": raw[i : i + 1]})["image"] for i in range(len(raw))])
+        if not np.isfinite(decoded).all():
+            raise BackendError("the VAE decoder gave NaN or Inf", "zimg-export verify checks the bundle")
+        return from_vae(decoded)
 
-    def draw_noise(self, pictures: int, seed: int | Sequence[int], height: int, width: int) -> Array:
+    def draw_noise(
+        self, pictures: int, seed: int | Sequence[int], height: int, width: int, index: int | None = None
+    ) -> Array:
         """The noise that pictures start from, float32 (pictures, ...), in the form their latents have.
 
         Args:
@@ -167,8 +179,13 @@ class Session:
             seed: one for all of them, or one each.
             height: of the pictures, in pixels.
             width: as ``height``.
+            index: where one seed is given, of this picture alone.
         """
-        noise = randn_tensor((pictures, *self.family.noise_shape(height, width)), seed)
+        shape = (pictures, *self.family.noise_shape(height, width))
+        if index is not None and isinstance(seed, int):
+            noise = randn_sample(shape, seed, index)
+        else:
+            noise = randn_tensor(shape, seed)
         return self.family.from_noise(round_to(noise, self.family.noise_dtype(self.bundle.manifest.precision)))
 
     def device_of(self, component: str) -> str | None:
@@ -269,9 +286,17 @@ class Session:
         if positive is None:
             return  # It was cancelled meanwhile.
         with self.engines.engine("denoiser", self.device_of("denoiser")) as engine:
-            velocity = family.velocity(engine.run({**positive.on(engine), **inputs})["velocity"], latents)
+
+            def velocity_of(conditions: Conditions) -> Array:
+                output = engine.run({**conditions.on(engine), **inputs})["velocity"]
+                if not np.isfinite(output).all():
+                    hint = "a broken checkpoint or LoRA, or float16, may overflow: zimg-export verify checks the bundle"
+                    raise BackendError(f"step {first.step + 1} of {len(schedule)} gave NaN or Inf", hint)
+                return family.velocity(output, latents)
+
+            velocity = velocity_of(positive)
             if negative and family.is_guided(request.guidance_scale, sigma, request.cfg_truncation):
-                away = family.velocity(engine.run({**negative.on(engine), **inputs})["velocity"], latents)
+                away = velocity_of(negative)
                 velocity = family.guide(velocity, away, request.guidance_scale, request.cfg_normalization)
         denoised = latents - sigma * velocity
         moved = euler_step(latents, velocity, sigma, sigma_next)

@@ -8,18 +8,20 @@ from typing import Any
 import click
 
 import zimgkit
+from zimgkit.engines.errors import UsageError
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.commands import console
-from zimgkit.runtime.commands.options import AS_JSON, BACKEND, DEVICE, QUIET, call_options
+from zimgkit.runtime.commands.options import AS_JSON, BACKEND, DEVICE, QUIET, SETTINGS, call_options
 
 
-@click.group("zimg-run", context_settings={"max_content_width": 110})
-@click.version_option(zimgkit.__version__, message="%(version)s")
+@click.group("zimg-run", context_settings=SETTINGS)
+@click.version_option(zimgkit.__version__, "-V", "--version", message="%(version)s")
 def cli() -> None:
     """Run a bundle: pictures from prompts, without PyTorch."""
 
 
 @cli.command()
+@click.argument("text", required=False)
 @click.option(
     "--bundle",
     type=click.Path(path_type=Path),
@@ -32,6 +34,7 @@ def cli() -> None:
 @BACKEND
 @DEVICE
 @click.option(
+    "-o",
     "--output",
     type=click.Path(path_type=Path),
     default=Path("out.png"),
@@ -41,6 +44,7 @@ def cli() -> None:
 @QUIET
 @AS_JSON
 def generate(
+    text: str | None,
     bundle: Path,
     output: Path,
     from_image: Path | None,
@@ -50,10 +54,13 @@ def generate(
     as_json: bool,
     **call: Any,
 ) -> None:
-    """Generate pictures from a prompt."""
+    """Generate pictures from a prompt, which TEXT is, or --prompt."""
     from zimgkit.runtime.commands.generate import generate as generate_pictures
     from zimgkit.runtime.progress import bar
 
+    if text is not None and call["prompt"] is not None:
+        raise UsageError("the prompt is given twice", "leave --prompt out")
+    call["prompt"] = text if call["prompt"] is None else call["prompt"]
     with bar(enabled=not quiet) as report:
         result = generate_pictures(
             bundle,
@@ -69,7 +76,7 @@ def generate(
         console.print_json(result)
     else:
         for picture in result["images"]:
-            click.echo(f"{picture['path']}  seed {picture['seed']}")
+            console.say(f"{picture['path']}  seed {picture['seed']}")
 
 
 @cli.command()
@@ -88,7 +95,7 @@ def generate(
 @BACKEND
 @DEVICE
 @click.option(
-    "--output", type=click.Path(path_type=Path), default=Path("sheet.png"), show_default=True, help="The page."
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("sheet.png"), show_default=True, help="The page."
 )
 @QUIET
 @AS_JSON
@@ -104,12 +111,12 @@ def sheet(
     **call: Any,
 ) -> None:
     """Draw every prompt of a text file, one a line, and save the pictures on one page."""
-    from zimgkit.runtime.commands.sheet import draw_sheet, read_prompts
+    from zimgkit.runtime.commands.sheet import draw_sheet, prompts_of
     from zimgkit.runtime.progress import bar
 
     with bar(enabled=not quiet) as report:
         result = draw_sheet(
-            read_prompts(prompts),
+            prompts_of(prompts),
             output,
             call,
             bundles=bundles,
@@ -122,7 +129,7 @@ def sheet(
     if as_json:
         console.print_json(result)
     else:
-        click.echo(result["path"])
+        console.say(result["path"])
 
 
 @cli.command()
@@ -136,7 +143,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
     if as_json:
         console.print_json(summary)
     else:
-        click.echo(bundle_text(summary))
+        console.say(bundle_text(summary))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from zimgkit.engines.errors import ZimgError
+from zimgkit.runtime.parameters import BY_NAME, INSTEAD
 
 AGAIN = 0.5
 """Seconds until an interruption that was lost comes again."""
@@ -27,6 +29,8 @@ def run(command: click.Command) -> NoReturn:
         signal.signal(number, _interrupt)
     try:
         result = command.main(prog_name=name, standalone_mode=False)
+    except click.NoSuchOption as error:
+        _end(name, _no_such_option(error, name), error.exit_code)
     except click.ClickException as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # Of click 8.2 and newer; older ones print the help themselves.
             error.show()
@@ -51,6 +55,20 @@ def run(command: click.Command) -> NoReturn:
     sys.exit(result if isinstance(result, int) else 0)
 
 
+def _no_such_option(error: click.NoSuchOption, name: str) -> str:
+    """That there is no such option, and which one serves instead, where that is known."""
+    wanted = error.option_name.strip("-").replace("-", "_")
+    instead = BY_NAME.get(INSTEAD.get(wanted, wanted))
+    context = error.ctx
+    known = {option for parameter in (context.command.params if context else ()) for option in parameter.opts}
+    if instead and f"--{instead.option}" in known:
+        hint = f"use --{instead.option}"
+    else:
+        near = error.possibilities or difflib.get_close_matches(error.option_name, known)
+        hint = f"did you mean {near[0]}?" if near else f"see {context.command_path if context else name} --help"
+    return f"No such option {error.option_name!r}; {hint}"
+
+
 def _interrupt(number: int, frame: object) -> None:
     """Raise ``KeyboardInterrupt``, and again after a moment where it was lost: Python ignores what a destructor raises.
 
@@ -66,13 +84,18 @@ def _end(name: str, message: str, code: int) -> NoReturn:
         import traceback
 
         traceback.print_exc()
-    click.echo(f"{name}: error: {' '.join(message.split())}", err=True)
+    say(f"{name}: error: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
 
 def warn(message: str) -> None:
     """Say something on stderr that the user should know."""
-    click.echo(f"warning: {message}", err=True)
+    say(f"warning: {message}", err=True)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a text, what is no text made visible: of a foreign file, it could command the terminal."""
+    click.echo("".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text), err=err)
 
 
 def print_json(value: Any) -> None:

@@ -17,6 +17,7 @@ from zimgkit.runtime.pictures import saving as images
 from zimgkit.runtime.pictures.metadata import Parameters, Record, read
 from zimgkit.runtime.pipeline import Output, Pipeline
 from zimgkit.runtime.progress import Report, silent
+from zimgkit.runtime.request import check
 
 SCALES = ("guidance_scale", "true_cfg_scale", "cfg_scale")
 """Names of one thing, of which a call takes one."""
@@ -72,9 +73,12 @@ def generate(
             had, has = template.loras or "no LoRA", _loras(manifest) or "no LoRA"
             warn(f"{from_image} was made with {had}, and this bundle has {has}")
         index, drawn = (template.image_index, template.num_images) if template and count == 1 else (0, count)
-        if index:
+        request = check(manifest, pipeline.session.family, **given)
+        if index and isinstance(request.seed, int):
             # Its noise was drawn together with that of the pictures before it, which need not be made again.
-            given["latents"] = pipeline.draw_noise(drawn, **_sizes(given, pipeline))[index : index + 1]
+            size = (request.height, request.width)
+            given["latents"] = pipeline.session.draw_noise(drawn, request.seed, *size, index)
+            given["seed"] = request.seed
         result = pipeline(**given, num_images_per_prompt=count)
     seconds = time.perf_counter() - started
     made = [_record(result, pipeline, index + i, drawn) for i in range(count)]
@@ -96,15 +100,6 @@ def _filled(given: Mapping[str, Any], template: Record) -> dict[str, Any]:
     # The family's own scale is exact; pictures of other tools have only the other one.
     useless = SCALES if any(name in given for name in SCALES) else SCALES[1:] if SCALES[0] in known else ()
     return {name: value for name, value in known.items() if name not in useless} | dict(given)
-
-
-def _sizes(given: Mapping[str, Any], pipeline: Pipeline) -> dict[str, int]:
-    defaults = pipeline.bundle.manifest.defaults
-    return {
-        "seed": given["seed"],
-        "height": given.get("height") or defaults.height,
-        "width": given.get("width") or defaults.width,
-    }
 
 
 def _numbered(output: Path, count: int) -> list[Path]:

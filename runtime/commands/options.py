@@ -21,6 +21,8 @@ BACKEND = click.option(
 )
 DEVICE = click.option("--device", help="cpu, cuda or cuda:N. [default: the best one present]")
 QUIET = click.option("--quiet", is_flag=True, help="No progress bar.")
+SETTINGS = {"max_content_width": 110, "help_option_names": ["-h", "--help"]}
+SHORT = {"prompt": "-p"}
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
@@ -40,6 +42,7 @@ def call_options(leave_out: Collection[str] = (), defaults: Mapping[str, Any] = 
             if default is None and parameter.name != "prompt":
                 text += f" [default: {parameter.default or RECOMMENDED}]"
             command = click.option(
+                *filter(None, [SHORT.get(parameter.name)]),
                 f"--{parameter.option}",
                 parameter.name,
                 type=parameter.type,

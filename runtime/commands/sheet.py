@@ -16,6 +16,7 @@ from zimgkit.runtime.pictures.saving import check_target, save
 from zimgkit.runtime.pictures.sheet import compose
 from zimgkit.runtime.pipeline import Pipeline
 from zimgkit.runtime.progress import Report, silent
+from zimgkit.runtime.text.prompts import read_prompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,17 +24,13 @@ if TYPE_CHECKING:
 MOST_PROMPTS = 1000
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts in a text file: one a line; empty lines and lines that begin with ``#`` are left out.
+def prompts_of(path: Path) -> list[str]:
+    """The prompts of a page, from a text file.
 
     Raises:
         UsageError: there is no such file, it is no text in UTF-8, or holds no prompts or too many.
     """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read ({error})", "name a text file in UTF-8, one prompt a line") from None
-    prompts = [line for line in lines if line and not line.startswith("#")]
+    prompts = read_prompts(path)
     if not 0 < len(prompts) <= MOST_PROMPTS:
         raise UsageError(f"{path} holds {len(prompts)} prompts", f"give 1 to {MOST_PROMPTS}, one a line")
     return prompts

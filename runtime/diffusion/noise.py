@@ -17,6 +17,8 @@ from zimgkit.engines.errors import UsageError
 
 BLOCK = 16
 """Torch transforms this many numbers at once, and goes one by one where a draw is smaller."""
+SKIPPED = 1 << 20
+"""Random words that are made and dropped at a time."""
 
 
 class Generator:
@@ -55,6 +57,11 @@ class Generator:
         size = math.prod(shape)
         values = self._small(size) if size < BLOCK else self._large(size)
         return values.reshape(tuple(shape))
+
+    def skip(self, count: int) -> None:
+        """Go past what a draw of ``count`` numbers, a multiple of 16, would use; in little memory."""
+        for start in range(0, count, SKIPPED):
+            self._words.bytes(4 * min(SKIPPED, count - start))
 
     def _random32(self, count: int) -> NDArray[np.uint32]:
         return np.frombuffer(self._words.bytes(4 * count), "<u4")
@@ -121,3 +128,25 @@ def randn_tensor(shape: Sequence[int], seeds: int | Sequence[int]) -> NDArray[np
     if len(seeds) != shape[0]:
         raise UsageError(f"{len(seeds)} seeds for {shape[0]} images", "give one seed, or one per image")
     return np.stack([Generator(seed).randn(shape[1:]) for seed in seeds])
+
+
+def randn_sample(shape: Sequence[int], seed: int, index: int) -> NDArray[np.float32]:
+    """One sample of what :func:`randn_tensor` draws for one seed, without transforming the others.
+
+    Args:
+        shape: (batch, ...), of the whole draw.
+        seed: whose generator draws the whole batch.
+        index: of the sample.
+
+    Returns:
+        float32 (1, ...).
+
+    Raises:
+        UsageError: the seed is out of range.
+    """
+    sample = math.prod(shape[1:])
+    if sample % BLOCK:
+        return randn_tensor(shape, seed)[index : index + 1]
+    generator = Generator(seed)
+    generator.skip(index * sample)
+    return generator.randn((1, *shape[1:]))

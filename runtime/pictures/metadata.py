@@ -35,7 +35,7 @@ PAIR = re.compile(r'(\w[\w /-]{0,60}):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 TEXT_CHUNK, EXACT_CHUNK = "parameters", "zimg"
 EXIF_IFD, USER_COMMENT, MAKER_NOTE = 0x8769, 0x9286, 0x927C
 UNICODE, MAKER = b"UNICODE\0", b"zimg\0"
-MAX_IMAGES = 10_000
+MAX_IMAGES = 1000
 JPEG_EXIF_LIMIT = 65_533 - len(b"Exif\0\0")
 """Bytes of EXIF that a JPEG segment can hold."""
 

@@ -225,9 +225,9 @@ class TestSizes:
         assert refused(**{name: value}) == f"{name} is {value!r}; give a whole number"
 
     @pytest.mark.parametrize("name", ["num_inference_steps", "num_images_per_prompt"])
-    @pytest.mark.parametrize("value", [0, -1, 10_001])
+    @pytest.mark.parametrize("value", [0, -1, 1001])
     def test_counts_out_of_range(self, name, value):
-        assert refused(**{name: value}) == f"{name} is {value}; give a number from 1 to 10000"
+        assert refused(**{name: value}) == f"{name} is {value}; give a number from 1 to 1000"
 
     @pytest.mark.parametrize(("family", "longest"), [("z-image", 1024), ("qwen-image", 1024)])
     def test_sequence_length(self, family, longest):

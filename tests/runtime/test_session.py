@@ -14,7 +14,7 @@ import pytest
 
 from zimgkit.engines.base import open_engine
 from zimgkit.engines.bundle import Bundle
-from zimgkit.engines.errors import CancelledError, OutOfMemoryError, UsageError
+from zimgkit.engines.errors import BackendError, CancelledError, OutOfMemoryError, UsageError
 from zimgkit.runtime import Pipeline
 from zimgkit.runtime.request import Request, check
 from zimgkit.runtime.session import Session
@@ -261,3 +261,24 @@ def test_rows_of_another_text_encoder_are_refused(session: Session) -> None:
     width = session.bundle.component("conditioner").inputs["prompt_embeds"].shape[-1]
     with pytest.raises(UsageError, match=f"3 rows of 5 numbers; this bundle takes .* rows of {width} numbers"):
         session.begin(ask(session, prompt=None, prompt_embeds=[np.zeros((3, 5), np.float32)]))
+
+
+@pytest.mark.parametrize(("component", "message"), [("denoiser", "step 1 of 3"), ("vae_decoder", "the VAE decoder")])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.filterwarnings("error")
+def test_what_is_no_number_makes_no_picture(bundle: Bundle, component: str, message: str, value: float) -> None:
+    def opener(bundle: Bundle, name: str, backend: str, device: str | None) -> Any:
+        engine = open_engine(bundle, name, backend, device)
+        if name == component:
+            run = engine.run
+
+            def broken(feeds: Any, keep: Any = ()) -> Any:
+                found = run(feeds, keep)
+                next(iter(found.values())).flat[5] = value
+                return found
+
+            engine.run = broken  # type: ignore[method-assign]
+        return engine
+
+    with Pipeline(bundle, opener=opener) as pipeline, pytest.raises(BackendError, match=f"{message} gave NaN or Inf"):
+        pipeline("a", **SMALL, seed=1)

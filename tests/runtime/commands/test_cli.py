@@ -13,7 +13,8 @@ from tests.commands import invoke
 from zimgkit.engines.bundle import MANIFEST
 from zimgkit.runtime import Pipeline
 from zimgkit.runtime.commands.cli import main
-from zimgkit.runtime.pictures.metadata import read
+from zimgkit.runtime.pictures.metadata import Parameters, read
+from zimgkit.runtime.pictures.saving import save
 
 SMALL = ("--height", 32, "--width", 48, "--num-inference-steps", 2, "--quiet")
 
@@ -128,7 +129,7 @@ def test_a_prompt_that_is_cut_is_said(bundle, tmp_path):
         (("--prompt", "a", "--output", "no/such/folder/o.png"), "the folder no/such/folder does not exist", 1),
         (("--from-image", "missing.png"), "missing.png does not exist", 2),
         (("--from-image", __file__), "is no picture", 2),
-        (("--colour", "red"), "No such option '--colour' (see zimg-run generate --help)", 2),
+        (("--colour", "red"), "No such option '--colour'; see zimg-run generate --help", 2),
     ],
 )
 def test_wrong_calls(bundle, tmp_path, monkeypatch, arguments, message, code):
@@ -203,3 +204,59 @@ def test_from_a_picture_of_another_model(bundle, copy, tmp_path):
     )
     assert result.code == 0
     assert "and this bundle is Another" in result.err
+
+
+def test_the_prompt_is_an_argument_too(bundle, tmp_path):
+    first, second, third = (tmp_path / f"{number}.png" for number in range(3))
+    generate(bundle, "a cat", "--seed", 3, "-o", first)
+    generate(bundle, "--prompt", "a cat", "--seed", 3, "--output", second)
+    generate(bundle, "-p", "a cat", "--seed", 3, "-o", third)
+    assert first.read_bytes() == second.read_bytes() == third.read_bytes()
+    generate(bundle, "a cat", "--prompt", "a dog").assert_refused("the prompt is given twice; leave --prompt out", 2)
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--steps", "use --num-inference-steps"),
+        ("--guidance", "use --guidance-scale"),
+        ("--n", "use --num-images"),
+        ("--widht", "did you mean --width?"),
+        ("--zzzz", "see zimg-run generate --help"),
+        ("--true-cfg-scale", "did you mean --cfg-scale?"),
+    ],
+)
+def test_what_serves_instead_of_an_option(option, hint):
+    result = invoke(main, "generate", "a", option, 3)
+    result.assert_refused(f"No such option {option!r}; ", 2)
+    assert hint in result.err
+
+
+@pytest.mark.parametrize("short", ["-h", "--help"])
+def test_short_help(short):
+    assert "TEXT" in invoke(main, "generate", short).out
+    assert invoke(main, "-V").out == invoke(main, "--version").out
+
+
+def test_a_negative_prompt_without_guidance_and_a_lora_tag_are_said(bundle, tmp_path):
+    off = ("--cfg-scale", 1, "--seed", 1, "--output", tmp_path / "o.png")
+    result = generate(bundle, "a cat <lora:style:0.8>", "--negative-prompt", "blurry", *off)
+    assert result.code == 0
+    first, second = result.err.splitlines()
+    assert first.startswith("warning: the negative prompt is not read, for guidance is off")
+    assert second.startswith("warning: <lora:...> in a prompt is read as words")
+    assert generate(bundle, "a cat", "--negative-prompt", " ", *off).err == ""
+
+
+def test_a_picture_that_says_odd_things(bundle, tmp_path):
+    """Of noise drawn together, but no seed; of sizes that cannot be; of a model whose name commands terminals."""
+    odd = {"prompt": "a cat", "num_images": 900, "image_index": 899, "model": "x\x1b]0;evil\x07\x9b"}
+    save(Image.new("RGB", (8, 8)), tmp_path / "odd.png", Parameters(**odd))
+    result = generate(bundle, "--from-image", tmp_path / "odd.png", "--output", tmp_path / "o.png")
+    assert result.code == 0
+    assert "was made by x\\x1b]0;evil\\x07\\x9b, and this bundle" in result.err
+    save(Image.new("RGB", (8, 8)), tmp_path / "odd.png", Parameters(**odd, seed=3, height=-16, width=16))
+    arguments = ("--bundle", bundle, "--from-image", tmp_path / "odd.png", "--output", tmp_path / "o.png")
+    refused = invoke(main, "generate", *arguments, "--quiet")
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err.splitlines()[-1] == "zimg-run: error: height is -16; give a number from 16 to 8192"

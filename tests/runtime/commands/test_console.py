@@ -79,7 +79,7 @@ class TestErrors:
             (("go", "a", "--count"), "'--count' requires an argument"),
             (("go", "a", "--cuont", "1"), "--cuont"),
             (("stop",), "'stop' (see tool --help)"),
-            (("--nonsense",), "--nonsense' (see tool --help)"),
+            (("--nonsense",), "--nonsense'; see tool --help"),
         ],
     )
     def test_what_click_refuses(self, arguments, message):

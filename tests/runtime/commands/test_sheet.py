@@ -10,7 +10,7 @@ from tests.commands import invoke
 from zimgkit.engines.errors import BundleError, OutputError, UsageError
 from zimgkit.runtime import Pipeline
 from zimgkit.runtime.commands.cli import main
-from zimgkit.runtime.commands.sheet import draw_sheet, read_prompts
+from zimgkit.runtime.commands.sheet import draw_sheet, prompts_of
 from zimgkit.runtime.pictures.sheet import GAP, MARGIN, PAPER, compose
 
 
@@ -56,21 +56,21 @@ def test_a_caption_without_letters_in_the_font_is_numbered() -> None:
 def test_prompts_are_read(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\ufeff# a comment\na red circle\n\n  红色的圆 \r\n", encoding="utf-8")
-    assert read_prompts(file) == ["a red circle", "红色的圆"]
+    assert prompts_of(file) == ["a red circle", "红色的圆"]
 
 
 def test_prompts_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
-        read_prompts(tmp_path / "none.txt")
+        prompts_of(tmp_path / "none.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UsageError, match="cannot be read"):
-        read_prompts(tmp_path / "latin.txt")
+        prompts_of(tmp_path / "latin.txt")
     (tmp_path / "empty.txt").write_text("# nothing\n")
     with pytest.raises(UsageError, match="holds 0 prompts"):
-        read_prompts(tmp_path / "empty.txt")
+        prompts_of(tmp_path / "empty.txt")
     (tmp_path / "many.txt").write_text("a\n" * 1001)
     with pytest.raises(UsageError, match="holds 1001 prompts"):
-        read_prompts(tmp_path / "many.txt")
+        prompts_of(tmp_path / "many.txt")
 
 
 def test_a_sheet_of_both_models(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from diffusers.utils.torch_utils import randn_tensor as diffusers_randn_tensor
 
 from zimgkit.engines.errors import UsageError
 from zimgkit.engines.tensors.dtypes import round_to
-from zimgkit.runtime.diffusion.noise import Generator, randn_tensor
+from zimgkit.runtime.diffusion.noise import Generator, randn_sample, randn_tensor
 
 # Torch's own approximations of log, sin and cos differ between its builds: 5e-7 with AVX2, 2e-6 without.
 TOLERANCE = 3e-6
@@ -95,3 +95,23 @@ def test_moments():
     noise = Generator(9).randn((1_000_000,))
     assert abs(noise.mean()) < 0.005
     assert abs(noise.std() - 1) < 0.005
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 6, 4), (5, 1, 4, 8, 8), (4, 3, 5), (2, 1, 1), (1, 16)])
+@pytest.mark.parametrize("seed", [0, 2**40 + 1, -3])
+def test_one_sample_of_a_draw(shape, seed):
+    whole = randn_tensor(shape, seed)
+    for index in range(shape[0]):
+        np.testing.assert_array_equal(randn_sample(shape, seed, index), whole[index : index + 1])
+
+
+def test_one_sample_of_a_large_draw_takes_little_memory():
+    import tracemalloc
+
+    shape = (200, 16, 64, 64)
+    tracemalloc.start()
+    sample = randn_sample(shape, 7, 199)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sample.shape == (1, *shape[1:])
+    assert peak < 30e6
