@@ -10,7 +10,7 @@ from zimgkit.export.checkpoints.checkpoint import open_configs
 from zimgkit.export.networks.registry import FAMILIES, parts
 
 
-def summary(model: str, *, revision: str | None = None, source: str = "huggingface") -> dict[str, Any]:
+def checkpoint_summary(model: str, *, revision: str | None = None, source: str = "huggingface") -> dict[str, Any]:
     """Describe a checkpoint.
 
     Args:
@@ -41,8 +41,8 @@ def summary(model: str, *, revision: str | None = None, source: str = "huggingfa
     }
 
 
-def as_text(summary: dict[str, Any]) -> str:
-    """The summary for people."""
+def checkpoint_text(summary: dict[str, Any]) -> str:
+    """Format the result of :func:`checkpoint_summary` for people."""
     files = summary["weight_files"]
     total = sum(files.values())
     lines = [

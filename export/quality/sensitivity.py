@@ -130,7 +130,7 @@ def sensitivity(
     return Sensitivity(bundle.manifest.name, settings.precision, target, tuple(found), errors[0], kept, errors[kept])
 
 
-def as_recipe(found: Sensitivity) -> str:
+def proposed_recipe(found: Sensitivity) -> str:
     """The recipe that is proposed, as ``--recipe`` takes it."""
     lines = [
         f"# {found.name}, {found.precision}: which linears stay as they are, as zimg-export sensitivity proposes.",
@@ -149,13 +149,13 @@ def as_recipe(found: Sensitivity) -> str:
     return "\n".join([*lines, "", "[bounds]", f"{found.precision} = {{ cosine = {found.target} }}", ""])
 
 
-def save(found: Sensitivity, path: Path) -> None:
+def save_recipe(found: Sensitivity, path: Path) -> None:
     """Write the recipe to a file, beside it first."""
     with replacing(path) as part:
-        part.write_text(as_recipe(found), "utf-8")
+        part.write_text(proposed_recipe(found), "utf-8")
 
 
-def as_data(found: Sensitivity) -> dict[str, Any]:
+def sensitivity_data(found: Sensitivity) -> dict[str, Any]:
     """For machines."""
     groups = [
         {
@@ -171,7 +171,7 @@ def as_data(found: Sensitivity) -> dict[str, Any]:
     return vars(found) | {"groups": groups, "all": vars(found.all), "rest": vars(found.rest)}
 
 
-def as_text(found: Sensitivity) -> str:
+def sensitivity_text(found: Sensitivity) -> str:
     """For people: the groups, the most sensitive first."""
     width = max((len(group.pattern) for group in found.groups), default=0)
     lines = [f"{'quantized alone':<{width}}  component     parameters  relative error    cosine"]

@@ -167,7 +167,7 @@ def _merged(bundle: Bundle, checkpoint: Checkpoint, hub: str) -> Merge:
     return merge(loras, names_of(checkpoint), checkpoint.family, allow_unmatched=True)
 
 
-def as_text(result: Mapping[str, Any]) -> str:
+def verification_text(result: Mapping[str, Any]) -> str:
     """The result for people."""
     lines = []
     for name, entry in result["components"].items():

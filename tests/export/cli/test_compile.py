@@ -19,7 +19,8 @@ from tests.commands import invoke
 from zimgkit.engines.bundle import MANIFEST, Bundle
 from zimgkit.engines.errors import BackendError, UsageError, install
 from zimgkit.engines.tensorrt import api as tensorrt_api
-from zimgkit.export.cli.compile import as_text, parse_bytes, settings
+from zimgkit.export.cli.compile import compiled_text
+from zimgkit.export.cli.compile_options import compile_arguments, parse_bytes
 from zimgkit.export.compilers.shape_profiles import ServedShapes
 from zimgkit.export.compilers.tensorrt.compiler import CompilerOptions
 
@@ -53,8 +54,8 @@ def test_what_is_no_amount(text):
         parse_bytes(text)
 
 
-def test_options_become_settings():
-    assert settings(**PLAIN) == {
+def test_options_become_arguments():
+    assert compile_arguments(**PLAIN) == {
         "shapes": ServedShapes(), "components": (), "options": CompilerOptions(), "weight_streaming_budget": None,
         "force": False,
     }  # fmt: skip
@@ -63,7 +64,7 @@ def test_options_become_settings():
         "batch": 4, "components": ("denoiser",), "weight_streaming_budget": "8GB", "workspace": "512MiB",
         "optimization_level": 5, "refittable": True, "stripped": True, "force": True,
     }  # fmt: skip
-    assert settings(**(PLAIN | options)) == {
+    assert compile_arguments(**(PLAIN | options)) == {
         "shapes": ServedShapes(((1024, 768), (64, 64)), ((256, 256), None, (2048, 1024)), 77, 4),
         "components": ("denoiser",),
         "options": CompilerOptions(workspace_bytes=1 << 29, refittable=True, stripped=True, optimization_level=5),
@@ -158,7 +159,7 @@ def test_text(bundle):
     assert lines[1:4] == [
         "  serves     batch 1, height 8, width 8",
         "  attention  0 of 1 in one fused kernel each",
-        "  in parts   decoder.mid_block.attentions.0",
+        "  unfused    decoder.mid_block.attentions.0",
     ]
     assert lines[4].startswith("  layers     ") and " kgen" in lines[4]
     assert lines[5].startswith("text_encoder  ")
@@ -173,7 +174,7 @@ def test_text(bundle):
 
 def test_warnings_are_printed():
     engine = {"component": "net", "up_to_date": False, "bytes": 1, "file": "f", "profiles": [], "warnings": ["slow"]}
-    assert as_text({"engines": [engine]}).splitlines() == ["net  0.0 MB  f", "  warning    slow"]
+    assert compiled_text({"engines": [engine]}).splitlines() == ["net  0.0 MB  f", "  warning    slow"]
 
 
 def test_a_refusal_names_the_component_and_the_cause(bundle):

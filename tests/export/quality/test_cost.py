@@ -22,7 +22,7 @@ from zimgkit.engines.errors import BundleError, ZimgError
 from zimgkit.export.build import Quantizing, build
 from zimgkit.export.checkpoints.checkpoint import open_checkpoint
 from zimgkit.export.cli.main import main
-from zimgkit.export.cli.quantization import gate
+from zimgkit.export.cli.quantization_options import cost_check
 from zimgkit.export.lora.merge import NOTHING
 from zimgkit.export.quality import cost, judged, verify
 from zimgkit.export.quality.cost import (
@@ -308,7 +308,7 @@ def test_a_strict_build_leaves_nothing(checkpoint_of, bundle_of, tmp_path):
     with pytest.raises(BundleError, match=r"and the recipe asks for 0\.9999999; keep more with --recipe"):
         build(
             str(checkpoint_of("z-image")), tmp_path / "b", precision="int4-weights",
-            quantization=Quantizing(recipe, check=gate(measuring, strict=True)),
+            quantization=Quantizing(recipe, check=cost_check(measuring, strict=True)),
         )  # fmt: skip
     assert not [*tmp_path.iterdir()]
 

@@ -23,7 +23,7 @@ from zimgkit.export.cli.main import main
 from zimgkit.export.components import parts_of
 from zimgkit.export.quality import sensitivity
 from zimgkit.export.quality.cost import Trial
-from zimgkit.export.quality.sensitivity import Error, Group, Sensitivity, as_recipe
+from zimgkit.export.quality.sensitivity import Error, Group, Sensitivity, proposed_recipe
 from zimgkit.export.quantization.calibrate import statistics_path
 from zimgkit.export.quantization.fake_quantization import rounded_input, rounded_weight, switch
 from zimgkit.export.quantization.formats import FLOAT8, INT4, INT8, encode, scale_of, weight_scales
@@ -136,7 +136,7 @@ def test_the_recipe_holds(family, by, wanted, bundle_of):
     assert wanted in patterns and len(set(zip(patterns, cosines, strict=True))) == len(patterns)
     # A low target needs nothing to be kept.
     easy = replace(found, kept=0)
-    assert "[[keep]]" not in as_recipe(easy)
+    assert "[[keep]]" not in proposed_recipe(easy)
 
 
 def test_the_command(bundle_of, checkpoint_of, quantized_of, tmp_path):
@@ -176,11 +176,11 @@ def test_text_and_recipe():
         for i in range(3)
     )
     found = Sensitivity("Z", "fp8", 0.998, groups, Error(0.2, 0.98), 2, Error(0.01, 0.9985))
-    text = sensitivity.as_text(found).splitlines()
+    text = sensitivity.sensitivity_text(found).splitlines()
     assert text[1].split() == ["layers.0.*", "denoiser", "10", "1.00e-01", "0.990000", "kept"]
     assert "kept" not in text[3]
     assert text[-1].startswith("2 of 3 kept, 66.7% of the weights: ")
-    assert as_recipe(found).count("[[keep]]") == 2
+    assert proposed_recipe(found).count("[[keep]]") == 2
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_blocks_divide_rows(width, block):
 
 
 def test_what_the_command_offers():
-    from zimgkit.export.cli.quantization import CALIBRATED, QUANTIZED
+    from zimgkit.export.cli.options import CALIBRATED, QUANTIZED
 
     assert set(QUANTIZED) == set(SCHEMES)
     assert {name for name, scheme in SCHEMES.items() if scheme.activations} == set(CALIBRATED)

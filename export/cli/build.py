@@ -1,0 +1,138 @@
+"""``zimg-export build``: build a bundle from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zimgkit.engines.errors import UsageError, ZimgError
+from zimgkit.export.cli import compile_options, quantization_options
+from zimgkit.export.cli.compile import compiled_data, compiled_text
+from zimgkit.export.cli.extras import need_export
+from zimgkit.export.cli.options import (
+    ALLOW_UNMATCHED,
+    AS_JSON,
+    COMPILED_BACKENDS,
+    FILE,
+    GUIDANCE,
+    KEEP_BASE,
+    LORA,
+    QUANTIZED,
+    QUIET,
+    REVISION,
+    SOURCE,
+    STEPS,
+)
+from zimgkit.runtime.commands import console
+
+
+@click.command("build")
+@click.option("--model", required=True, help="A folder in the diffusers layout, a hub id, or a short name.")
+@click.option("--out", required=True, type=FILE, help="The bundle's folder.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", *QUANTIZED, "auto"]),
+    default="bf16",
+    show_default=True,
+    help="Of the weights; fp8 and int8 quantize the inputs of linears too, which needs a calibration.",
+)
+@click.option(
+    "--card", type=click.Choice(["rtx4090", "h100"]), help="For --precision auto, in place of this machine's GPU."
+)
+@quantization_options.build_options
+@REVISION
+@SOURCE
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@LORA
+@KEEP_BASE
+@ALLOW_UNMATCHED
+@STEPS
+@GUIDANCE
+@click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", *COMPILED_BACKENDS]),
+    default="onnxruntime",
+    show_default=True,
+    help="The others compile engines as well, with the options from --size on.",
+)
+@compile_options.compile_options
+@QUIET
+@AS_JSON
+def build_command(
+    model: str,
+    out: Path,
+    precision: str,
+    card: str | None,
+    revision: str | None,
+    source: str,
+    overwrite: bool,
+    loras: tuple[str, ...],
+    keep_base: bool,
+    allow_unmatched: bool,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    backend: str,
+    detailed: bool,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Build a bundle from a checkpoint, with LoRAs merged and engines compiled for it where asked."""
+    need_export()
+    from zimgkit.export.build import build
+    from zimgkit.runtime.commands.inspect import bundle_summary, bundle_text
+    from zimgkit.runtime.progress import bar
+
+    precision = _precision(precision, card)
+    quantization = quantization_options.quantizing(precision, options)
+    compilation = compile_options.compile_arguments(**options)
+    compiled = None
+    if backend in COMPILED_BACKENDS:
+        from zimgkit.export.compilers.compile import check_ready, compile_bundle
+
+        check_ready(backend)  # What is missing is better said now than after the download.
+    elif option := compile_options.first_given(click.get_current_context()):
+        raise UsageError(f"{option} is for engines", "add --backend tensorrt")
+    with bar(enabled=not quiet) as report:
+        bundle = build(
+            model,
+            out,
+            precision=precision,
+            quantization=quantization,
+            revision=revision,
+            source=source,
+            overwrite=overwrite,
+            loras=loras,
+            keep_base=keep_base,
+            allow_unmatched=allow_unmatched,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            report=report,
+        )
+        if backend in COMPILED_BACKENDS:
+            try:
+                compiled = compile_bundle(bundle.root, backend=backend, **compilation, report=report)
+            except ZimgError as error:
+                retry = f"the bundle is whole without it: zimg-export compile {out} tries again"
+                raise type(error)(error.message, f"{error.hint}; {retry}" if error.hint else retry) from None
+    summary = bundle_summary(bundle.root)
+    if as_json:
+        console.print_json(summary)
+        return
+    click.echo(bundle_text(summary))
+    if compiled:
+        click.echo(compiled_text(compiled_data(bundle.root, compiled, detailed=detailed)))
+
+
+def _precision(precision: str, card: str | None) -> str:
+    """The precision that ``--precision`` names; of ``auto`` the one that suits the card, which is printed."""
+    if precision == "auto":
+        from zimgkit.export.compilers.cards import precision_for
+
+        precision, reason = precision_for(card)
+        click.echo(f"precision {precision}: {reason}", err=True)
+    elif card is not None:
+        raise UsageError("--card is for --precision auto")
+    return precision

@@ -1,0 +1,122 @@
+"""The options of ``zimg-export compile``, which ``build --backend tensorrt`` takes as well."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import click
+
+from zimgkit.engines.errors import UsageError
+from zimgkit.export.cli.options import Command, add_options
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+LIMIT = 1 << 63
+"""Amounts of memory are below this: TensorRT takes signed 64-bit numbers."""
+
+OPTIONS = (
+    click.option(
+        "--size", "sizes", multiple=True, metavar="WxH", help="Serve this one size, fastest; may be repeated."
+    ),
+    click.option("--min-size", metavar="WxH", help="The min of the range up to --max-size. [default: 256x256]"),
+    click.option("--opt-size", metavar="WxH", help="The size that range is optimized for. [default: the checkpoint's]"),
+    click.option("--max-size", metavar="WxH", help="Serve a range of sizes, up to this one."),
+    click.option("--max-prompt-tokens", type=int, metavar="N", help="The longest prompt to serve. [default: 512]"),
+    click.option(
+        "--batch", type=int, default=1, show_default=True, help="Pictures of a prompt denoised together, at most."
+    ),
+    click.option(
+        "--component", "components", multiple=True, metavar="NAME", help="Compile only this one; may be repeated."
+    ),
+    click.option(
+        "--weight-streaming-budget",
+        metavar="BYTES",
+        help="Keep this much of each component's weights on the device (8GB), and stream the rest.",
+    ),
+    click.option("--workspace", metavar="BYTES", help="Scratch memory a layer may take (4GB). [default: all]"),
+    click.option(
+        "--optimization-level", type=click.IntRange(0, 5), help="0 compiles fastest, 5 searches longest. [default: 3]"
+    ),
+    click.option("--refittable", is_flag=True, help="Plans that take other weights later; may run slower. Unproven."),
+    click.option("--stripped", is_flag=True, help="Plans without weights, which are loaded from the bundle. Unproven."),
+    click.option("--force", is_flag=True, help="Compile engines that are up to date as well."),
+    click.option("--detailed", is_flag=True, help="List every layer of every plan."),
+)
+
+
+def compile_options(command: Command) -> Command:
+    """Add the options of a compilation."""
+    return add_options(OPTIONS, command)
+
+
+def first_given(context: click.Context) -> str | None:
+    """The first of these options that stands on the command line, as it is typed; None where there is none."""
+    names = {*inspect.signature(compile_arguments).parameters, "detailed"}
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name in names and source == click.core.ParameterSource.COMMANDLINE:
+            return parameter.opts[0]
+    return None
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """Parse an amount of memory such as ``"8GB"`` or ``"512MiB"``.
+
+    Returns:
+        Bytes; None of None.
+
+    Raises:
+        UsageError: the text is not a number with a unit from B to GiB, or is 2^63 bytes or more.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*([KMG]?I?B|)", text.strip().upper())
+    amount = int(Fraction(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else LIMIT
+    if amount >= LIMIT:
+        raise UsageError(f"{text!r} is no amount of memory", "give bytes, such as 8GB or 512MiB")
+    return amount
+
+
+def compile_arguments(
+    *,
+    sizes: Sequence[str],
+    min_size: str | None,
+    opt_size: str | None,
+    max_size: str | None,
+    max_prompt_tokens: int | None,
+    batch: int,
+    components: Sequence[str],
+    weight_streaming_budget: str | None,
+    workspace: str | None,
+    optimization_level: int | None,
+    refittable: bool,
+    stripped: bool,
+    force: bool,
+) -> dict[str, Any]:
+    """Turn the options into arguments of :func:`zimgkit.export.compilers.compile.compile_bundle`.
+
+    Raises:
+        UsageError: a size or an amount of memory cannot be parsed, or a min or opt size without a max.
+    """
+    from zimgkit.export.compilers.shape_profiles import ServedShapes, parse_size
+    from zimgkit.export.compilers.tensorrt.compiler import CompilerOptions
+
+    if (min_size or opt_size) and not max_size:
+        raise UsageError("--min-size and --opt-size need --max-size", "give all three, or --size")
+    smallest, optimal = (parse_size(text) if text else None for text in (min_size, opt_size))
+    size_range = (smallest, optimal, parse_size(max_size)) if max_size else None
+    return {
+        "shapes": ServedShapes(tuple(map(parse_size, sizes)), size_range, max_prompt_tokens, batch),
+        "components": tuple(components),
+        "options": CompilerOptions(
+            workspace_bytes=parse_bytes(workspace),
+            refittable=refittable,
+            stripped=stripped,
+            optimization_level=optimization_level,
+        ),
+        "weight_streaming_budget": parse_bytes(weight_streaming_budget),
+        "force": force,
+    }

@@ -1,0 +1,31 @@
+"""Options that choose the pictures on which the cost of a precision is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from zimgkit.export.cli.options import FILE
+
+if TYPE_CHECKING:
+    from zimgkit.export.quality.cost import Trial
+
+PROMPTS = click.option("--prompts", "cost_prompts", type=FILE, help="Of the pictures, one a line. [default: three]")
+SIZE = click.option("--size", "cost_size", metavar="WxH", help="Of the pictures. [default: the checkpoint's]")
+
+
+def trial(cost_prompts: Path | None, cost_size: str | None, cost_steps: int | None) -> Trial:
+    """Make the trial that the options of a command describe.
+
+    Raises:
+        UsageError: the prompts cannot be read, or the size is not WIDTHxHEIGHT.
+    """
+    from zimgkit.export.compilers.shape_profiles import parse_size
+    from zimgkit.export.quality.cost import Trial
+    from zimgkit.export.quantization.calibrate import read_prompts
+
+    prompts = () if cost_prompts is None else read_prompts(cost_prompts, fewest=1)
+    width, height = parse_size(cost_size) if cost_size else (None, None)
+    return Trial(prompts, width, height, cost_steps)

@@ -1,0 +1,29 @@
+"""``zimg-export inspect``: describe a checkpoint or a LoRA."""
+
+from __future__ import annotations
+
+import click
+
+from zimgkit.export.cli.extras import need_export
+from zimgkit.export.cli.options import AS_JSON, REVISION, SOURCE
+from zimgkit.runtime.commands import console
+
+
+@click.command("inspect")
+@click.argument("model")
+@REVISION
+@SOURCE
+@AS_JSON
+def inspect_command(model: str, revision: str | None, source: str, as_json: bool) -> None:
+    """Show what a checkpoint is and which components it becomes, without fetching weights; or what a LoRA is."""
+    from zimgkit.export.lora import inspect as lora_inspect
+
+    if lora_inspect.is_lora(model):
+        found = lora_inspect.summary(model, source)
+        console.print_json(found) if as_json else click.echo(lora_inspect.as_text(found))
+        return
+    need_export()
+    from zimgkit.export.inspect import checkpoint_summary, checkpoint_text
+
+    summary = checkpoint_summary(model, revision=revision, source=source)
+    console.print_json(summary) if as_json else click.echo(checkpoint_text(summary))

@@ -1,0 +1,59 @@
+"""Options that several commands of ``zimg-export`` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from zimgkit.runtime import demo_models
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Option = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""What ``click.option`` gives: it adds an option to a command's function."""
+
+FILE = click.Path(path_type=Path)
+COMPILED_BACKENDS = ("tensorrt", "tensorrt-rtx")
+"""Backends that engines are compiled for."""
+CALIBRATED = ("fp8", "int8")
+"""Precisions that quantize the inputs of linears too, with scales from a calibration."""
+QUANTIZED = (*CALIBRATED, "int8-weights", "int4-weights")
+"""All precisions that quantize."""
+
+BUNDLE = click.argument("bundle", type=FILE, callback=lambda _, __, value: demo_models.locate(value))
+"""A bundle to read: a folder, or the name of one that zimgkit carries."""
+SOURCE = click.option(
+    "--source",
+    type=click.Choice(["huggingface", "modelscope"]),
+    default="huggingface",
+    show_default=True,
+    help="The hub of a hub id.",
+)
+REVISION = click.option("--revision", help="Branch, tag or commit on the hub.")
+LORA = click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="LORA[:SCALE]",
+    help="A file, a folder or a hub's file (owner/name/file.safetensors) to merge; may be given several times.",
+)
+KEEP_BASE = click.option("--keep-base", is_flag=True, help="Keep base weights too: the next swap needs no checkpoint.")
+ALLOW_UNMATCHED = click.option(
+    "--allow-unmatched", is_flag=True, help="Skip modules of a LoRA that the model does not have."
+)
+STEPS = click.option("--num-inference-steps", type=int, help="Another default than the checkpoint's or the LoRA's.")
+GUIDANCE = click.option(
+    "--guidance-scale", type=float, help="Another default, as diffusers counts it, than the checkpoint's or the LoRA's."
+)
+DEVICE = click.option("--device", help="cpu, cuda or cuda:N. [default: the best one present]")
+QUIET = click.option("--quiet", is_flag=True, help="No progress bar.")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def add_options(options: Iterable[Option], command: Command) -> Command:
+    """Add options to a command's function, in the order in which ``--help`` lists them."""
+    for option in reversed([*options]):
+        command = option(command)  # type: ignore[assignment]
+    return command

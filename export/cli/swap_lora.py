@@ -1,0 +1,102 @@
+"""``zimg-export swap-lora``: replace the LoRAs of a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zimgkit.engines.errors import UsageError
+from zimgkit.export.cli.extras import need
+from zimgkit.export.cli.options import (
+    ALLOW_UNMATCHED,
+    AS_JSON,
+    BUNDLE,
+    COMPILED_BACKENDS,
+    FILE,
+    GUIDANCE,
+    KEEP_BASE,
+    LORA,
+    QUIET,
+    REVISION,
+    SOURCE,
+    STEPS,
+)
+from zimgkit.runtime import demo_models
+from zimgkit.runtime.commands import console
+
+if TYPE_CHECKING:
+    from zimgkit.export.lora.swap import Swapped
+
+
+@click.command("swap-lora")
+@BUNDLE
+@LORA
+@click.option("--out", type=FILE, help="A new bundle, which shares all other files.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is at --out.")
+@KEEP_BASE
+@click.option("--model", help="The checkpoint it was built from, where that has moved.")
+@REVISION
+@SOURCE
+@ALLOW_UNMATCHED
+@STEPS
+@GUIDANCE
+@QUIET
+@AS_JSON
+def swap_lora_command(bundle: Path, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Replace the LoRAs of a bundle, or remove them; nothing is traced, and only the weights they change are written.
+
+    \b
+      zimg-export swap-lora BUNDLE --lora style.safetensors:0.8
+      zimg-export swap-lora BUNDLE                                  # without LoRAs again
+    """  # noqa: D301
+    need("swapping LoRAs", ("onnx", "filelock"), "export")
+    from zimgkit.export.lora.swap import swap
+    from zimgkit.runtime.progress import bar
+
+    if options["out"] is None and demo_models.is_carried(bundle):
+        raise UsageError(f"{bundle.name} comes with zimgkit and stays as it is", "write a new bundle with --out")
+    with bar(enabled=not quiet) as report:
+        swapped = swap(bundle, report=report, **options)
+    root, stale = swapped.bundle.root, list(dict.fromkeys(engine.component for engine in swapped.stale))
+    if stale:
+        backends = dict.fromkeys(
+            "" if engine.backend == COMPILED_BACKENDS[0] else f" --backend {engine.backend}" for engine in swapped.stale
+        )
+        again = " and ".join(f"zimg-export compile {root}{backend}" for backend in backends)
+        console.warn(f"the engines of {', '.join(stale)} were compiled from other weights; {again} compiles them again")
+    if swapped.outgrown:
+        console.warn(_outgrown_text(swapped))
+    result = _swapped_data(swapped, stale)
+    if as_json:
+        console.print_json(result)
+        return
+    names = ", ".join(f"{lora.file} at {lora.scale:g}" for lora in swapped.bundle.manifest.loras)
+    click.echo(f"{root} has {names or 'no LoRA'} now; {swapped.written / 1e6:,.1f} MB of weights were written")
+    if swapped.refitted:
+        click.echo(f"the engines of {', '.join(swapped.refitted)} take them whenever they are loaded")
+
+
+def _swapped_data(swapped: Swapped, stale: list[str]) -> dict[str, Any]:
+    """What the swap did, as ``--json`` prints it."""
+    return {
+        "path": str(swapped.bundle.root),
+        "loras": [{"source": lora.source, "scale": lora.scale} for lora in swapped.bundle.manifest.loras],
+        "written_bytes": swapped.written,
+        "stale_engines": stale,
+        "refitted_engines": list(swapped.refitted),
+        "outgrown": [{"tensor": name, "times": round(times, 3)} for name, times in swapped.outgrown.items()],
+        "ignored": list(swapped.ignored),
+    }
+
+
+def _outgrown_text(swapped: Swapped) -> str:
+    """The warning about weights that LoRAs made larger than the calibration of their inputs assumed."""
+    worst, times = next(iter(swapped.outgrown.items()))
+    others = f" and {len(swapped.outgrown) - 1} more" if len(swapped.outgrown) > 1 else ""
+    quantization = swapped.bundle.manifest.quantization
+    cost = "they are rounded as much more coarsely; try a smaller scale"
+    if quantization and quantization.inputs:
+        cost = "inputs were calibrated without that; try a smaller scale, or build with --lora, which calibrates anew"
+    return f"rows of {worst}{others} are up to {times:.1f} times as large as without these LoRAs: {cost}"

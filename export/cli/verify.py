@@ -1,0 +1,100 @@
+"""``zimg-export verify``: check a bundle against its checkpoint, and measure what its precision costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zimgkit.engines.base import BACKENDS
+from zimgkit.export.cli import cost_options
+from zimgkit.export.cli.extras import need_export
+from zimgkit.export.cli.options import AS_JSON, BUNDLE, DEVICE, FILE, QUIET, REVISION, SOURCE
+from zimgkit.runtime.commands import console
+
+if TYPE_CHECKING:
+    from zimgkit.export.quality.verify import Measuring
+
+
+@click.command("verify")
+@BUNDLE
+@click.option("--model", required=True, help="The checkpoint it was built from.")
+@REVISION
+@SOURCE
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the inputs the networks are compared on.")
+@click.option("--cost/--no-cost", default=None, help="Measure what its precision costs. [default: if quantized]")
+@click.option("--strict", is_flag=True, help="Fail past the bound of the recipe it was built by.")
+@cost_options.PROMPTS
+@cost_options.SIZE
+@click.option("--steps", "cost_steps", type=click.IntRange(1), help="Of each picture. [default: the checkpoint's]")
+@click.option(
+    "--reference",
+    "references",
+    type=FILE,
+    multiple=True,
+    help="A bundle of the same checkpoint in fp32 or bf16; by default both are built for the measurement.",
+)
+@click.option("--judge", type=click.IntRange(0), help="How many pictures to judge. [default: 200 of zimg-tiny-…]")
+@click.option(
+    "--backend",
+    type=click.Choice(list(BACKENDS)),
+    default="onnxruntime",
+    show_default=True,
+    help="What runs the bundle.",
+)
+@DEVICE
+@QUIET
+@AS_JSON
+def verify_command(
+    bundle: Path,
+    model: str,
+    revision: str | None,
+    source: str,
+    seed: int,
+    strict: bool,
+    quiet: bool,
+    as_json: bool,
+    **cost: Any,
+) -> None:
+    """Check a bundle against its checkpoint: every hash, every weight, every network's result.
+
+    What the precision of a quantized bundle costs is measured as well, and written into it: the errors of its pictures
+    and of each step's velocity against float32, beside those of bfloat16.
+    """
+    need_export()
+    from zimgkit.export.quality.verify import KEEP_MORE, refuse_failures, verification_text, verify
+    from zimgkit.runtime.progress import bar
+
+    measuring = _measuring(bundle, **cost)
+    with bar(enabled=not quiet) as report:
+        result = verify(bundle, model, revision=revision, source=source, seed=seed, measuring=measuring, report=report)
+    console.print_json(result) if as_json else click.echo(verification_text(result))
+    refuse_failures(result, strict=strict)
+    if result.get("past_bound"):
+        console.warn(f"{result['past_bound']}; {KEEP_MORE}")
+
+
+def _measuring(
+    bundle: Path,
+    cost: bool | None,
+    cost_prompts: Path | None,
+    cost_size: str | None,
+    cost_steps: int | None,
+    references: tuple[Path, ...],
+    judge: int | None,
+    backend: str,
+    device: str | None,
+) -> Measuring | None:
+    """How the bundle's cost is measured; None with ``--no-cost``, and by default of a bundle that is not quantized.
+
+    Raises:
+        UsageError: the prompts cannot be read, or the size is not WIDTHxHEIGHT.
+        BundleError: the folder is not a bundle.
+    """
+    from zimgkit.engines.bundle import Bundle
+    from zimgkit.export.quality.verify import Measuring
+
+    pictures = cost_options.trial(cost_prompts, cost_size, cost_steps)
+    wanted = Bundle.open(bundle, verify=False).manifest.quantization is not None if cost is None else cost
+    return Measuring(pictures, references, backend, device, judge) if wanted else None
