@@ -71,6 +71,7 @@ def cli() -> None:
 @ALLOW_UNMATCHED
 @STEPS
 @GUIDANCE
+@click.option("--cut-denoiser", is_flag=True, help="Also its head, body and tail as graphs of their own, for caches.")
 @click.option(
     "--backend",
     type=click.Choice(["onnxruntime", *COMPILED]),
@@ -94,6 +95,7 @@ def build(
     allow_unmatched: bool,
     num_inference_steps: int | None,
     guidance_scale: float | None,
+    cut_denoiser: bool,
     backend: str,
     detailed: bool,
     quiet: bool,
@@ -136,6 +138,7 @@ def build(
             allow_unmatched=allow_unmatched,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            cut_denoiser=cut_denoiser,
             report=report,
         )
         if backend in COMPILED:
