@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
@@ -13,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx_ir as ir
-import torch
 
 import zimgkit
 from zimgkit.engines.bundle import (
@@ -22,7 +20,6 @@ from zimgkit.engines.bundle import (
     Component,
     Manifest,
     Quantization,
-    TensorSpec,
     atomic_folder,
     record_files,
     write_manifest,
@@ -34,11 +31,9 @@ from zimgkit.export.checkpoints import catalog
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from zimgkit.export.checkpoints.tokenizer import export_tokenizer
 from zimgkit.export.components import parts_of, wanted_by
-from zimgkit.export.graphs.assemble import assemble
 from zimgkit.export.lora import known
 from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
 from zimgkit.export.lora.names import names_of
-from zimgkit.export.networks.parts import Part
 from zimgkit.export.networks.registry import FAMILIES, QUANTIZED
 from zimgkit.export.networks.text_encoder import text_part
 from zimgkit.export.quantization.calibrate import CalibrationSet, calibrate, load_finished, statistics_path
@@ -47,8 +42,8 @@ from zimgkit.export.quantization.graph_pass import Quantize
 from zimgkit.export.quantization.quantize import QuantizationSettings, Quantized, linear_weights, quantize
 from zimgkit.export.quantization.recipe import Recipe, family_recipe
 from zimgkit.export.quantization.statistics import Statistics
-from zimgkit.export.weights.layout import base_name, graph_name, lora_name
 from zimgkit.export.weights.stream import Wanted, export_weights, linkable, written_bytes
+from zimgkit.export.writing import write_component
 from zimgkit.runtime import families
 from zimgkit.runtime.diffusion.latents import vae_normalization
 from zimgkit.runtime.diffusion.schedule import check_scheduler
@@ -78,6 +73,7 @@ class Quantizing:
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 """Name on the command line -> element type of the weights."""
 
+DENOISER = "denoiser"
 TOOLS = ("torch", "transformers", "onnx-ir", "onnxscript")
 
 
@@ -95,6 +91,7 @@ def build(
     allow_unmatched: bool = False,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    cut_denoiser: bool = False,
     report: Report = silent,
 ) -> Bundle:
     """Build a bundle.
@@ -113,6 +110,8 @@ def build(
         allow_unmatched: go on where a LoRA has modules that the checkpoint has not.
         num_inference_steps: another default than the checkpoint's or the LoRAs'.
         guidance_scale: likewise, as diffusers counts it.
+        cut_denoiser: write the denoiser's head, body and tail as components of their own as well, over the same
+            weights, for caches of blocks.
         report: called with (stage, done, total) as the work goes on.
 
     Raises:
@@ -140,6 +139,7 @@ def build(
             merged=found,
             keep_base=keep_base,
             chosen=chosen,
+            cut_denoiser=cut_denoiser,
         )
         if scheme is not None and quantization is not None and quantization.check is not None:
             quantization.check(folder, checkpoint, found, report)
@@ -194,6 +194,7 @@ def export(
     merged: Merge = NOTHING,
     keep_base: bool = False,
     chosen: Mapping[str, Any] | None = None,
+    cut_denoiser: bool = False,
 ) -> None:
     """Write a whole bundle into an empty folder.
 
@@ -206,6 +207,7 @@ def export(
         merged: what LoRAs do to it.
         keep_base: keep what they touch without them as well.
         chosen: the user's own defaults, see :func:`zimgkit.export.lora.known.recommendation_for`.
+        cut_denoiser: write the denoiser's head, body and tail as components as well.
 
     Raises:
         UsageError: the settings do not fit each other or the checkpoint.
@@ -240,13 +242,14 @@ def export(
     placed = export_weights(
         wanted, precision, folder, lambda done, total: report("weights", done, total), keep_base=keep_base
     )
-    components = {}
+    components: dict[str, Component] = {}
     for index, (name, part) in enumerate(parts.items()):
         report("graphs", index, len(parts))
         rewrite = None
         if quantization is not None and name in quantized:
             rewrite = partial(_quantize_graph, quantization.scheme, quantized[name].quantized, placed[name], folder)
-        components[name] = _component(name, part, placed[name], precision, folder, rewrite)
+        is_cut = cut_denoiser and name == DENOISER
+        components |= write_component(name, part, placed[name], precision, folder, rewrite, is_cut=is_cut)
     report("graphs", len(parts), len(parts))
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
@@ -270,40 +273,6 @@ def export(
     write_manifest(folder, manifest)
 
 
-def _component(
-    name: str,
-    part: Part,
-    tensors: Mapping[str, TensorInfo],
-    precision: str,
-    folder: Path,
-    rewrite: Callable[[ir.Model, str], object] | None = None,
-) -> Component:
-    """Write a component's graphs, one that computes in the weights' own type and one in float32 for CPUs."""
-    files = {info.file.relative_to(folder).as_posix() for info in tensors.values()}
-    lora = lora_name(name) if lora_name(name) in files else None
-    weights = (*sorted(files - {lora}), *filter(None, [lora]))
-    base = base_name(name) if (folder / base_name(name)).exists() else None
-    shapes = part.parameters()
-    parameters = sum(math.prod(shape) for shape in shapes.values())
-    size = sum(info.nbytes for info in tensors.values())
-    if part.network is None:
-        names = tuple(info.name for info in tensors.values())
-        return Component(weights, tensors=names, parameters=parameters, weight_bytes=size, lora=lora, base=base)
-    graphs, spec = {}, None
-    # Blocks are traced with weights as they are before they are quantized.
-    plain = {key: replace(tensors[key], dtype=precision, shape=shape) for key, shape in shapes.items()}
-    for compute in dict.fromkeys((precision, "float32")):
-        network = part.build(getattr(torch, compute))
-        model, spec = assemble(network, part.inputs, part.output, part.sizes, plain, folder)
-        if rewrite is not None:
-            rewrite(model, compute)
-        graphs[compute] = graph_name(name, compute, precision)
-        ir.save(model, folder / graphs[compute])
-    inputs = {entry.name: TensorSpec(str(entry.dtype).removeprefix("torch."), entry.shape) for entry in part.inputs}
-    outputs = {part.output: spec} if spec else {}
-    return Component(weights, graphs, inputs, outputs, parameters=parameters, weight_bytes=size, lora=lora, base=base)
-
-
 def _quantize_graph(
     scheme: Scheme,
     weights: Sequence[str],
@@ -311,9 +280,11 @@ def _quantize_graph(
     folder: Path,
     model: ir.Model,
     compute: str,
+    parameters: Collection[str],
 ) -> None:
+    """Quantize those of some weights that a graph takes."""
     by_name = {info.name: info for info in tensors.values()}
-    Quantize(scheme, by_name, [tensors[name].name for name in weights], compute, folder)(model)
+    Quantize(scheme, by_name, [tensors[name].name for name in weights if name in parameters], compute, folder)(model)
 
 
 def _record(settings: QuantizationSettings, quantized: Mapping[str, Quantized]) -> Quantization:

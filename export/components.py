@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 from zimgkit.engines.tensors.safetensors import TensorInfo
@@ -39,8 +40,12 @@ def wanted_by(
         part: a component of a bundle.
         addends: what LoRAs add.
     """
-    infos, own = tensors(part.source), (addends or {}).get(part.source, {})
-    return {
-        name: Wanted(infos[name], shape, part.transforms.get(name), own.get(name, ()))
-        for name, shape in part.parameters().items()
-    }
+    found = {}
+    for name, shape in part.parameters().items():
+        source, tensor = part.origin(name)
+        info, added = tensors(source)[tensor], (addends or {}).get(source, {}).get(tensor, ())
+        # Tensors of several sources may have one name, so those of the others keep what tells them apart.
+        if is_renamed := name != tensor:
+            info = replace(info, name=f"{name.removesuffix(tensor)}{info.name}")
+        found[name] = Wanted(info, shape, part.transforms.get(name), added, is_renamed=is_renamed)
+    return found

@@ -40,6 +40,8 @@ class Component(msgspec.Struct, frozen=True, omit_defaults=True):
     """The last of ``weights``, where LoRAs were merged: the tensors they touch. The other files hold none of that."""
     base: str | None = None
     """A file beside ``weights``: tensors that LoRAs touch, as the checkpoint has them, for the next set of LoRAs."""
+    variant_of: str | None = None
+    """The component whose weights these are: a variant is more graphs over the same files."""
 
 
 Range = tuple[int, int, int]

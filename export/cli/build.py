@@ -50,6 +50,7 @@ from zimgkit.runtime.commands import console
 @ALLOW_UNMATCHED
 @STEPS
 @GUIDANCE
+@click.option("--cut-denoiser", is_flag=True, help="Also write its head, body and tail as graphs, for block caching.")
 @click.option(
     "--backend",
     type=click.Choice(["onnxruntime", *COMPILED_BACKENDS]),
@@ -73,6 +74,7 @@ def build_command(
     allow_unmatched: bool,
     num_inference_steps: int | None,
     guidance_scale: float | None,
+    cut_denoiser: bool,
     backend: str,
     detailed: bool,
     quiet: bool,
@@ -109,6 +111,7 @@ def build_command(
             allow_unmatched=allow_unmatched,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            cut_denoiser=cut_denoiser,
             report=report,
         )
         if backend in COMPILED_BACKENDS:

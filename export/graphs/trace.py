@@ -29,20 +29,20 @@ IR_VERSION = 11
 """The first that knows opset 23."""
 DOMAIN = "zimg"
 FACTORS = tuple(n for n in range(1009, 1500) if all(n % d for d in range(2, 40)))
-"""Primes, one for each module that is traced, above the sides of any example, so that no two products are equal."""
+"""Primes, one for each module that is traced, above the lengths of all examples, so that no two products are equal."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tensor input of a block: its example on the meta device, and which sides are free."""
+    """One tensor input of a block: its example on the meta device, and which of its axes are dynamic."""
 
     tensor: Tensor
-    free: tuple[int, ...]
+    dynamic: tuple[int, ...]
 
     def scaled(self, factor: int) -> Tensor:
-        """The example with its free sides so many times as long; on the meta device that costs nothing."""
-        sides = [side * factor if axis in self.free else side for axis, side in enumerate(self.tensor.shape)]
-        return self.tensor.new_empty(sides)
+        """The example with its dynamic dimensions so many times as long; on the meta device that costs nothing."""
+        shape = [length * factor if axis in self.dynamic else length for axis, length in enumerate(self.tensor.shape)]
+        return self.tensor.new_empty(shape)
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def trace(kinds: Sequence[Kind]) -> list[ir.Function]:
         # Parsers that inline functions go by the name alone.
         raise RuntimeError(f"{clashing[0]} is the name of an ONNX operator")
     parameters = [list(kind.module.state_dict().values()) for kind in kinds]
-    dynamic = [[dict.fromkeys(e.free, torch.export.Dim.DYNAMIC) for e in kind.inputs] for kind in kinds]
-    # The exporter takes sides of equal length for one side, so those of different modules must not be equal.
+    dynamic = [[dict.fromkeys(e.dynamic, torch.export.Dim.DYNAMIC) for e in kind.inputs] for kind in kinds]
+    # The exporter takes dimensions of equal length for one, so those of different modules must not be equal.
     examples = [[e.scaled(factor) for e in kind.inputs] for kind, factor in zip(kinds, FACTORS, strict=False)]
     with _quiet(), torch.no_grad():
         program = torch.export.export(

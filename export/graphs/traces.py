@@ -27,7 +27,7 @@ from zimgkit.engines.files import replacing
 from zimgkit.export.graphs.trace import DOMAIN, IR_VERSION, OPSET, Kind, trace
 from zimgkit.runtime.disk_cache import cache_limit, make_room
 
-CODE = ("zimgkit.export.", "torch.nn.", "transformers.")
+CODE = ("zimgkit.export.networks.", "torch.nn.", "transformers.")
 """Where the code of a module has to be: a hash of our sources and the packages' versions tell when it changes."""
 PACKAGES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript")
 
@@ -82,16 +82,16 @@ def fingerprint(kinds: Sequence[Kind]) -> str | None:
         if None in modules.values():
             return None
         state = [(name, tuple(value.shape), str(value.dtype)) for name, value in kind.module.state_dict().items()]
-        inputs = [(tuple(entry.tensor.shape), str(entry.tensor.dtype), entry.free) for entry in kind.inputs]
+        inputs = [(tuple(entry.tensor.shape), str(entry.tensor.dtype), entry.dynamic) for entry in kind.inputs]
         described.append((kind.name, modules, state, inputs, kind.outputs))
     return hashlib.sha256(repr((_code(), described)).encode()).hexdigest()[:32]
 
 
 @cache
 def _code() -> tuple[str, ...]:
-    """The versions of what traces, and a hash of our own sources."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+    """The versions of what traces, and a hash of our own sources that traces follow from."""
+    digest, export = hashlib.sha256(), Path(__file__).parents[1]
+    for path in (*sorted(export.glob("graphs/*.py")), *sorted(export.glob("networks/*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest(), *(version(name) for name in PACKAGES)
 

@@ -18,7 +18,7 @@ Transform = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Input:
-    """One input of a network: name, element type and sides; a string names a free side."""
+    """One input of a network: name, element type and shape; a string names a dynamic dimension."""
 
     name: str
     dtype: torch.dtype
@@ -26,8 +26,20 @@ class Input:
 
     def example(self, sizes: Mapping[str, int]) -> Tensor:
         """An empty tensor on the meta device."""
-        sides = [sizes[side] if isinstance(side, str) else side for side in self.shape]
-        return torch.empty(sides, dtype=self.dtype, device="meta")
+        shape = [sizes[entry] if isinstance(entry, str) else entry for entry in self.shape]
+        return torch.empty(shape, dtype=self.dtype, device="meta")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a network of blocks can be cut into head, body and tail, see :mod:`zimgkit.export.attachments.cut`."""
+
+    blocks: str
+    """What the names of its blocks begin with, before the dot and the number."""
+    names: Mapping[str, tuple[str, ...]]
+    """What is called, ``blocks`` for any of the blocks -> names for its results, where they cross."""
+    repeated: tuple[str, ...] = ()
+    """Calls without parameters that each piece makes for itself: their arguments cross, and not their results."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +47,26 @@ class Part:
     """One component of a bundle."""
 
     source: str
-    """The checkpoint's component its tensors come from: ``"transformer"``, ``"text_encoder"`` or ``"vae"``."""
+    """The checkpoint's component its tensors come from, such as ``"transformer"``."""
     network: Callable[[], nn.Module] | None = None
     """Makes the network; None where the host computes with the tensors itself."""
     inputs: tuple[Input, ...] = ()
-    output: str = ""
+    outputs: tuple[str, ...] = ()
+    """Names for its results: the one that the network returns, or those of the tuple."""
     sizes: tuple[Mapping[str, int], Mapping[str, int]] = ({}, {})
-    """Two values for each free side of the inputs. The first is traced: none the code could treat specially."""
+    """Two lengths of each dynamic dimension of the inputs. The first is traced: none the code could treat specially."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Of a part without a network: the tensors it takes, and their shapes."""
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     """Parameters whose values are not the checkpoint's own, and how they are made."""
     transformed_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """The shapes of those in the checkpoint."""
+    other_sources: Mapping[str, str] = field(default_factory=dict)
+    """What the names of some parameters begin with -> the source that has them, under the rest of their names: such as
+    ``"control." -> "controlnet"``, a file beside the checkpoint.
+    """
+    cut: Cut | None = None
+    """Where the network can be cut."""
 
     def build(self, dtype: torch.dtype) -> nn.Module:
         """The network on the meta device, in the element type it shall compute in."""
@@ -62,9 +81,22 @@ class Part:
             return dict(self.shapes)
         return {name: tuple(value.shape) for name, value in self.build(torch.float32).state_dict().items()}
 
-    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The names and shapes of the checkpoint's tensors they come from."""
-        return self.parameters() | dict(self.transformed_shapes)
+    def origin(self, parameter: str) -> tuple[str, str]:
+        """The source that a parameter comes from, and its tensor's canonical name there."""
+        for prefix, source in self.other_sources.items():
+            if parameter.startswith(prefix):
+                return source, parameter.removeprefix(prefix)
+        return self.source, parameter
+
+    def stored_shapes(self, source: str | None = None) -> Shapes:
+        """The names and shapes of the tensors that parameters come from.
+
+        Args:
+            source: which of the sources; the part's own when None.
+        """
+        shapes = self.parameters() | dict(self.transformed_shapes)
+        origins = {name: self.origin(name) for name in shapes}
+        return {origins[name][1]: shapes[name] for name in shapes if origins[name][0] == (source or self.source)}
 
 
 def stored_shapes(parts: Mapping[str, Part]) -> Shapes:

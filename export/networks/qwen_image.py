@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.export.networks.layers import Tables, attention, rotate, split_heads
-from zimgkit.export.networks.parts import Input, Part, Shapes, stored_shapes
+from zimgkit.export.networks.parts import Cut, Input, Part, Shapes, stored_shapes
 
 MODULATIONS = 6
 """Rows of the modulation table per block and stream: shift, scale, gate, twice."""
@@ -138,23 +138,28 @@ class QwenImageBlock(nn.Module):
         return image, text
 
 
-class SplitModulation(nn.Module):
-    """One step's row of the modulation table, cut into six rows for each stream of each block and two for the head.
+class ModulationRows(nn.Module):
+    """One step's row of the modulation table in the network's element type, a scale s in it become the factor 1 + s."""
 
-    Here a scale s becomes the factor 1 + s and all take the network's element type, once for all blocks.
-    """
+    def forward(self, modulation: Tensor, image: Tensor) -> Tensor:
+        """(12 layers + 2, dim) float32, (batch, tokens, dim) -> (12 layers + 2, dim)."""
+        row = torch.arange(modulation.shape[0], device=modulation.device)
+        head = modulation.shape[0] - 2
+        # Shift, scale, gate, twice; the head's two rows are scale, shift.
+        is_scale = torch.where(row < head, row % 3 == 1, row == head)
+        return (modulation + is_scale[:, None].float()).to(image.dtype)
+
+
+class SplitModulation(nn.Module):
+    """Those rows, cut into six for each stream of each block and two for the head."""
 
     def __init__(self, layers: int) -> None:
         super().__init__()
         self.sizes = [MODULATIONS] * (2 * layers) + [2]
 
-    def forward(self, modulation: Tensor, image: Tensor) -> tuple[Tensor, ...]:
-        """(12 layers + 2, dim) float32, (batch, tokens, dim) -> 2 layers of (6, dim), then (2, dim)."""
-        row = torch.arange(modulation.shape[0], device=modulation.device)
-        head = modulation.shape[0] - 2
-        # Shift, scale, gate, twice; the head's two rows are scale, shift.
-        is_scale = torch.where(row < head, row % 3 == 1, row == head)
-        return (modulation + is_scale[:, None].float()).to(image.dtype).split(self.sizes)
+    def forward(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """(12 layers + 2, dim) -> 2 layers of (6, dim), then (2, dim)."""
+        return rows.split(self.sizes)
 
 
 class ImageEmbedding(nn.Linear):
@@ -200,7 +205,8 @@ class QwenImageDenoiser(nn.Module):
         self.img_in = ImageEmbedding(config["in_channels"], dim)
         self.transformer_blocks = nn.ModuleList(QwenImageBlock(config) for _ in range(layers))
         self.proj_out = OutputProjection(dim, 4 * config["out_channels"])
-        self.split_modulation, self.norm_out = SplitModulation(layers), Modulate()
+        self.modulation_rows, self.split_modulation = ModulationRows(), SplitModulation(layers)
+        self.norm_out = Modulate()
         self.widen, self.tables = Widen(), Tables()
 
     def forward(self, hidden_states: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -217,7 +223,7 @@ class QwenImageDenoiser(nn.Module):
             (batch, image tokens, 64) float32.
         """
         image = self.img_in(hidden_states)
-        rows = self.split_modulation(modulation, image)
+        rows = self.split_modulation(self.modulation_rows(modulation, image))
         text = self.widen(text, image)
         cos, sin = self.tables(image, cos, sin)
         for index, block in enumerate(self.transformer_blocks):
@@ -287,7 +293,7 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
         "transformer",
         lambda: QwenImageConditioner(config),
         inputs=(Input("prompt_embeds", float32, (1, "text_tokens", config["joint_attention_dim"])),),
-        output="text",
+        outputs=("text",),
         sizes=({"text_tokens": 34}, {"text_tokens": 55}),
     )
     denoiser = Part(
@@ -300,10 +306,19 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
             Input("cos", float32, ("all_tokens", half)),
             Input("sin", float32, ("all_tokens", half)),
         ),
-        output="velocity",
+        outputs=("velocity",),
         sizes=(
             {"batch": 2, "image_tokens": 65, "text_tokens": 34, "all_tokens": 99},
             {"batch": 3, "image_tokens": 77, "text_tokens": 55, "all_tokens": 132},
+        ),
+        cut=Cut(
+            "transformer_blocks",
+            {
+                "transformer_blocks": ("image", "text"),
+                "modulation_rows": ("modulation_rows",),
+                "tables": ("wide_cos", "wide_sin"),
+            },
+            repeated=("split_modulation",),
         ),
     )
     modulation = Part("transformer", shapes=modulation_tensors(config))

@@ -153,5 +153,5 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
         Input("sin", torch.float32, ("tokens", half)),
     )
     sizes = ({"tokens": 34}, {"tokens": 55})
-    part = Part("text_encoder", lambda: TextEncoder(config), inputs=inputs, output="prompt_embeds", sizes=sizes)
+    part = Part("text_encoder", lambda: TextEncoder(config), inputs=inputs, outputs=("prompt_embeds",), sizes=sizes)
     return {"text_encoder": part}

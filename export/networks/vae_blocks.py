@@ -174,7 +174,7 @@ def decoder_part(
         "vae",
         network,
         inputs=(latents,),
-        output="image",
+        outputs=("image",),
         sizes=sizes,
         transforms=transforms,
         transformed_shapes=shapes,

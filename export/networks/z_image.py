@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.export.networks.layers import Border, Tables, attention, rotate, split_heads, weight_dtype
-from zimgkit.export.networks.parts import Input, Part, Shapes, stored_shapes
+from zimgkit.export.networks.parts import Cut, Input, Part, Shapes, stored_shapes
 
 MODULATION_WIDTH = 256
 """Width of the time embedding that modulates the blocks; fixed in the reference code."""
@@ -293,7 +293,7 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
             Input("sin", float32, ("caption_tokens", half)),
             Input("pad", torch.bool, ("caption_tokens",)),
         ),
-        output="caption",
+        outputs=("caption",),
         sizes=({"caption_tokens": 96}, {"caption_tokens": 160}),
     )
     denoiser = Part(
@@ -307,11 +307,12 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
             Input("sin", float32, ("all_tokens", half)),
             Input("pad", torch.bool, ("image_tokens",)),
         ),
-        output="velocity",
+        outputs=("velocity",),
         sizes=(
             {"batch": 2, "image_tokens": 96, "caption_tokens": 64, "all_tokens": 160},
             {"batch": 3, "image_tokens": 160, "caption_tokens": 128, "all_tokens": 288},
         ),
+        cut=Cut("layers", {"layers": ("x",), "t_embedder": ("time_embedding",), "tables": ("wide_cos", "wide_sin")}),
     )
     return {"conditioner": conditioner, "denoiser": denoiser}
 

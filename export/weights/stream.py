@@ -60,6 +60,8 @@ class Wanted:
     encoding: Encoding | None = None
     suffix: str = ""
     """What its name has more than that of its source."""
+    is_renamed: bool = False
+    """Whether its file has the source under another name, so that it cannot be linked."""
 
     @property
     def name(self) -> str:
@@ -73,7 +75,7 @@ class Wanted:
     def is_kept(self, precision: str) -> bool:
         """Whether the tensor can stay as it is, where it is."""
         aligned = self.source.offset % BY_NAME[precision].storage.itemsize == 0
-        plain = self.transform is None and self.encoding is None and not self.addends
+        plain = self.transform is None and self.encoding is None and not self.addends and not self.is_renamed
         return plain and self.source.dtype == precision and aligned
 
 

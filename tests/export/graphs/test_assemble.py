@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from tests.reference import randomize
+from zimgkit.engines.bundle import TensorSpec
 from zimgkit.engines.tensors import safetensors
-from zimgkit.export.graphs.assemble import assemble
+from zimgkit.export.graphs.assemble import assemble, assemble_all
+from zimgkit.export.graphs.plan import Plan, record
 from zimgkit.export.networks import qwen_image, text_encoder, z_image
 from zimgkit.export.networks.parts import Input, Part
 
@@ -56,6 +58,11 @@ def real(part: Part, seed: int) -> nn.Module:
     return network.eval()
 
 
+def plan_of(part: Part, dtype: torch.dtype = torch.float32) -> Plan:
+    """What a part's network calls."""
+    return record(part.build(dtype), part.inputs, part.outputs, part.sizes)
+
+
 def store(network: nn.Module, folder: Path, dtype: str = "float32") -> dict[str, safetensors.TensorInfo]:
     """Write a network's parameters as a checkpoint would, under names of its own."""
     state = {name: value.detach().to(getattr(torch, dtype)) for name, value in network.state_dict().items()}
@@ -90,11 +97,13 @@ def feeds(part: Part, sizes: dict[str, int], seed: int) -> dict[str, np.ndarray]
 def test_graph_computes_what_the_network_does(name, tmp_path):
     part = PARTS[name]
     network = real(part, 1)
-    model, spec = assemble(part.build(torch.float32), part.inputs, part.output, part.sizes, store(network, tmp_path))
+    assembled = assemble(plan_of(part), store(network, tmp_path))
+    model, (spec,) = assembled.model, assembled.outputs.values()
+    assert spec.dtype == "float32"
     ir.save(model, tmp_path / "model.onnx")
     onnx.checker.check_model(str(tmp_path / "model.onnx"))
     session = ort.InferenceSession(str(tmp_path / "model.onnx"))
-    assert [entry.name for entry in session.get_outputs()] == [part.output]
+    assert [entry.name for entry in session.get_outputs()] == [*part.outputs]
     for seed, sizes in enumerate((SMALLER, LARGER, part.sizes[0])):
         inputs = feeds(part, {**SMALLER, **sizes}, seed)
         with torch.inference_mode():
@@ -114,7 +123,7 @@ def test_bfloat16_weights_computed_in_float32(name, tmp_path):
     infos = store(network, tmp_path, "bfloat16")
     for parameter in network.parameters():
         parameter.data = parameter.data.bfloat16().float()
-    model, _ = assemble(part.build(torch.float32), part.inputs, part.output, part.sizes, infos)
+    model = assemble(plan_of(part), infos).model
     ir.save(model, tmp_path / "model.onnx")
     inputs = feeds(part, SMALLER, 0)
     with torch.inference_mode():
@@ -128,7 +137,7 @@ def test_blocks_are_traced_once_and_stay_legible(name, tmp_path):
     part = PARTS[name]
     network = part.build(torch.bfloat16)
     infos = store(real(part, 0), tmp_path, "bfloat16")
-    model, _ = assemble(network, part.inputs, part.output, part.sizes, infos)
+    model = assemble(record(network, part.inputs, part.outputs, part.sizes), infos).model
     functions = {function.name: function for function in model.functions.values()}
     kinds = {type(child).__name__ for child in network.modules()}
     assert set(functions) <= kinds  # No kind was traced twice.
@@ -144,13 +153,13 @@ def test_blocks_are_traced_once_and_stay_legible(name, tmp_path):
     if name == "qwen-image denoiser":
         assert calls["QwenImageBlock"] == 3
     if name == "qwen3":
-        assert calls["Qwen3Layer"] == 3  # The last of four is dead.
+        assert calls["Qwen3Layer"] == 3  # The last of four is unused.
 
 
 def test_initializers_are_the_checkpoints_tensors(tmp_path):
     part = PARTS["z-image denoiser"]
     infos = store(real(part, 0), tmp_path)
-    model, _ = assemble(part.build(torch.float32), part.inputs, part.output, part.sizes, infos)
+    model = assemble(plan_of(part), infos).model
     found = model.graph.initializers
     assert set(found) == {info.name for info in infos.values()}
     for info in infos.values():
@@ -159,20 +168,6 @@ def test_initializers_are_the_checkpoints_tensors(tmp_path):
         assert tuple(data.shape) == info.shape
     ir.save(model, tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").stat().st_size < 100_000  # No weight went into the graph.
-
-
-class _Grows(nn.Module):
-    def forward(self, x):
-        return x + 1
-
-
-class _DoesMore(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.child = _Grows()
-
-    def forward(self, x):
-        return self.child(x) * 2
 
 
 class Constants(nn.Module):
@@ -195,33 +190,70 @@ class Constants(nn.Module):
 def test_the_same_bytes_every_time(tmp_path):
     inputs = (Input("x", torch.float32, (1, "n")),)
     made = [
-        ir.to_proto(assemble(Constants(), inputs, "y", ({"n": 48}, {"n": 96}), {}, tmp_path)[0]).SerializeToString()
-        for _ in range(3)
+        ir.to_proto(assemble(plan, {}, tmp_path).model).SerializeToString()
+        for plan in [record(Constants(), inputs, ("y",), ({"n": 48}, {"n": 96})) for _ in range(3)]
     ]
     assert made[0].count(b"Constant") >= 8
     assert made == made[:1] * 3
 
 
-def test_a_network_only_calls_its_children():
-    inputs = [Input("x", torch.float32, ("tokens", 4))]
-    with pytest.raises(RuntimeError, match="more than call its children"):
-        assemble(_DoesMore(), inputs, "y", ({"tokens": 6}, {"tokens": 10}), {})
+class Halves(nn.Module):
+    """Two results of one child, one of another; the second is repeated eight times."""
+
+    class Halve(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x.bfloat16(), x.repeat(1, 8)
+
+    class Double(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.split, self.sum = self.Halve(), self.Double()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        low, wide = self.split(x)
+        return self.sum(wide), low, wide
 
 
-def test_sides_are_named_after_the_inputs(tmp_path):
-    class Repeats(nn.Module):
-        def forward(self, x):
-            return x.repeat(1, 8)
-
-    class Outer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.child = Repeats()
-
-        def forward(self, x):
-            return self.child(x)
-
-    inputs = [Input("x", torch.float32, ("rows", "columns"))]
+def test_several_outputs(tmp_path):
     sizes = ({"rows": 6, "columns": 10}, {"rows": 9, "columns": 7})
-    _, spec = assemble(Outer(), inputs, "y", sizes, {})
-    assert spec.shape == ("rows", "8*columns")
+    inputs = (Input("x", torch.float32, ("rows", "columns")),)
+    assembled = assemble(record(Halves(), inputs, ("doubled", "low", "wide"), sizes), {}, tmp_path)
+    assert assembled.outputs == {
+        "doubled": TensorSpec("float32", ("rows", "8*columns")),
+        "low": TensorSpec("bfloat16", ("rows", "columns")),
+        "wide": TensorSpec("float32", ("rows", "8*columns")),
+    }
+    ir.save(assembled.model, tmp_path / "model.onnx")
+    session = ort.InferenceSession(str(tmp_path / "model.onnx"))
+    assert {entry.name: entry.type for entry in session.get_outputs()} == {
+        "doubled": "tensor(float)", "low": "tensor(bfloat16)", "wide": "tensor(float)",
+    }  # fmt: skip
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    doubled, wide = session.run(["doubled", "wide"], {"x": x})
+    assert np.array_equal(doubled, 2 * np.tile(x, 8)) and np.array_equal(wide, np.tile(x, 8))
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Halves.Double()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (y := self.child(x)), y
+
+
+def test_one_value_returned_twice(tmp_path):
+    plan = record(Twice(), (Input("x", torch.float32, ("n",)),), ("a", "b"), ({"n": 6}, {"n": 9}))
+    with pytest.raises(RuntimeError, match="returns one value twice"):
+        assemble(plan, {}, tmp_path)
+
+
+def test_plans_that_share_modules_share_functions(tmp_path):
+    part = PARTS["z-image denoiser"]
+    infos = store(real(part, 0), tmp_path)
+    one, other = assemble_all([plan_of(part), plan_of(part)], infos)
+    assert list(one.model.functions) == list(other.model.functions)
+    assert ir.to_proto(one.model) == ir.to_proto(other.model)

@@ -14,6 +14,7 @@ from tests.reference import randomize
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.engines.tensors import safetensors
 from zimgkit.export.graphs.assemble import assemble
+from zimgkit.export.graphs.plan import record
 from zimgkit.export.networks.autoencoder_kl import AutoencoderKLDecoder, AutoencoderKLEncoder, GroupNorm, parts
 from zimgkit.export.networks.registry import is_unused
 
@@ -120,8 +121,9 @@ def test_decoder_graph(tmp_path):
     model = reference(TINY, 3)
     part = parts(TINY)["vae_decoder"]
     infos = store({name: model.state_dict()[name] for name in part.parameters()}, tmp_path)
-    graph, output = assemble(part.build(torch.float32), part.inputs, part.output, part.sizes, infos)
-    assert output.shape == ("batch", 3, "8*height", "8*width")
+    assembled = assemble(record(part.build(torch.float32), part.inputs, part.outputs, part.sizes), infos)
+    graph = assembled.model
+    assert assembled.outputs["image"].shape == ("batch", 3, "8*height", "8*width")
     kinds = Counter(node.op_type for function in graph.functions.values() for node in function)
     assert kinds["Attention"] == 1
     assert kinds["GroupNormalization"] == 0
@@ -135,11 +137,11 @@ def test_decoder_graph(tmp_path):
 
 
 @torch.no_grad()
-def test_encoder_exports_with_free_sides(tmp_path):
+def test_encoder_exports_with_dynamic_dimensions(tmp_path):
     model = reference(TINY, 4)
-    free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     example = torch.zeros(2, 3, 48, 80)
-    program = torch.export.export(ours(AutoencoderKLEncoder, TINY, model), (example,), dynamic_shapes=(free,))
+    program = torch.export.export(ours(AutoencoderKLEncoder, TINY, model), (example,), dynamic_shapes=(dynamic,))
     torch.onnx.export(program, dynamo=True, opset_version=23, verbose=False).save(tmp_path / "vae_encoder.onnx")
     session = ort.InferenceSession(tmp_path / "vae_encoder.onnx")
     for shape in ((1, 3, 40, 56), (3, 3, 64, 16)):

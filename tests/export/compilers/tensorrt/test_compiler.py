@@ -17,7 +17,7 @@ from zimgkit.export.build import build
 from zimgkit.export.compilers.shape_profiles import ServedShapes, shape_profiles
 from zimgkit.export.compilers.tensorrt.compiler import DEFAULT_OPTIONS, CompiledPlan, CompilerOptions, compile_plan
 from zimgkit.export.compilers.tensorrt.graph import Graph, read_graph
-from zimgkit.export.graphs.assemble import assemble
+from zimgkit.export.graphs.assemble import assemble_all
 from zimgkit.runtime.progress import silent
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -83,13 +83,14 @@ def test_tiny(family, name, shapes, bundle_of, tmp_path):
 
 
 def assemble_once() -> Callable[..., Any]:
-    """``assemble`` for a component's first graph, which is given again for the one for CPUs: half of a build's time."""
+    """``assemble_all`` for a component's first graph, which is given again for the one for CPUs: half of the time."""
     made: dict[str, Any] = {}
 
-    def assemble_or_repeat(network: Any, inputs: Any, output: str, *given: Any) -> Any:
-        if output not in made:
-            made[output] = assemble(network, inputs, output, *given)
-        return made[output]
+    def assemble_or_repeat(plans: Any, *given: Any) -> Any:
+        key = plans[0].name
+        if key not in made:
+            made[key] = assemble_all(plans, *given)
+        return made[key]
 
     return assemble_or_repeat
 
@@ -108,7 +109,7 @@ def one_block_of(shared_folder: Path) -> Callable[[str], Bundle]:
                 checkpoint = shared_folder / f"one-block-checkpoint-{family}"
                 sparse_checkpoint.write(family, checkpoint, overrides=ONE_BLOCK[family])
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr("zimgkit.export.build.assemble", assemble_once())
+                    patch.setattr("zimgkit.export.writing.assemble_all", assemble_once())
                     build(str(checkpoint), folder, precision="bf16")
         return Bundle.open(folder, verify=False)
 

@@ -1,0 +1,102 @@
+"""A component into a bundle's folder: its graphs, and its entry in the manifest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import onnx_ir as ir
+import torch
+
+from zimgkit.engines.bundle import Component
+from zimgkit.engines.tensors.safetensors import TensorInfo
+from zimgkit.export.attachments.cut import cut
+from zimgkit.export.graphs.assemble import assemble_all
+from zimgkit.export.graphs.plan import Plan, record
+from zimgkit.export.networks.parts import Part
+from zimgkit.export.weights.layout import base_name, graph_name, lora_name
+
+Rewrite = Callable[[ir.Model, str, Collection[str]], object]
+"""Changes a graph, given the element type it computes in and the names of the parameters it takes."""
+
+
+def write_component(
+    name: str,
+    part: Part,
+    tensors: Mapping[str, TensorInfo],
+    precision: str,
+    folder: Path,
+    rewrite: Rewrite | None = None,
+    *,
+    is_cut: bool = False,
+) -> dict[str, Component]:
+    """Write a component's graphs: one that computes in the weights' own type, and one in float32 for CPUs.
+
+    Args:
+        name: of the component.
+        part: what it is.
+        tensors: its parameters and their scales, where they lie in the bundle.
+        precision: the element type of the bundle's weights.
+        folder: the bundle's.
+        rewrite: called with every graph before it is saved.
+        is_cut: write graphs of its head, body and tail as well, which point into the same weights.
+
+    Returns:
+        The component's entry in the manifest, and those of its variants.
+
+    Raises:
+        CheckpointError: it has too few blocks to be cut.
+    """
+    whole = _entry(name, tensors, folder)
+    if part.network is None:
+        parameters = _count(part.shapes.values())
+        names = tuple(info.name for info in tensors.values())
+        return {name: msgspec.structs.replace(whole, tensors=names, parameters=parameters)}
+    # Blocks are traced with weights as they are before they are quantized.
+    plain = {key: replace(tensors[key], dtype=precision, shape=shape) for key, shape in part.parameters().items()}
+    sizes = {info.name: info.nbytes for info in tensors.values()}
+    found: dict[str, Component] = {}
+    for compute in dict.fromkeys((precision, "float32")):
+        plans = _plans(name, part, compute, is_cut=is_cut)
+        for (key, plan), assembled in zip(plans.items(), assemble_all([*plans.values()], plain, folder), strict=True):
+            model, parameters_of = assembled.model, plan.parameters()
+            if rewrite is not None:
+                rewrite(model, compute, parameters_of)
+            file = graph_name(key, compute, precision)
+            ir.save(model, folder / file)
+            # What goes in and comes out is described once: of the graph that computes in the bundle's own precision.
+            entry = found.get(key) or msgspec.structs.replace(
+                whole,
+                inputs=assembled.inputs,
+                outputs=assembled.outputs,
+                parameters=_count(parameters_of.values()),
+                weight_bytes=sum(sizes[tensor] for tensor in model.graph.initializers),
+                variant_of=None if key == name else name,
+            )
+            found[key] = msgspec.structs.replace(entry, graphs=entry.graphs | {compute: file})
+    return found
+
+
+def _plans(name: str, part: Part, compute: str, *, is_cut: bool) -> dict[str, Plan]:
+    """The plan of a component's graph and, where it is cut, those of its pieces."""
+    plan = record(part.build(getattr(torch, compute)), part.inputs, part.outputs, part.sizes)
+    pieces = cut(plan, part.cut) if is_cut and part.cut is not None else {}
+    return {name: plan} | {f"{name}.{piece}": own for piece, own in pieces.items()}
+
+
+def _entry(name: str, tensors: Mapping[str, TensorInfo], folder: Path) -> Component:
+    """What a component and its variants have in common: the files of their weights."""
+    files = {info.file.relative_to(folder).as_posix() for info in tensors.values()}
+    lora = lora_name(name) if lora_name(name) in files else None
+    weights = (*sorted(files - {lora}), *filter(None, [lora]))
+    base = base_name(name) if (folder / base_name(name)).exists() else None
+    size = sum(info.nbytes for info in tensors.values())
+    return Component(weights, weight_bytes=size, lora=lora, base=base)
+
+
+def _count(shapes: Iterable[tuple[int, ...]]) -> int:
+    """How many numbers there are in all."""
+    return sum(math.prod(shape) for shape in shapes)

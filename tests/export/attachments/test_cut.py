@@ -1,0 +1,155 @@
+"""A denoiser cut in three: the pieces one after the other give what the whole gives, and share its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from tests import quantized
+from zimgkit.engines.bundle import Bundle
+from zimgkit.engines.errors import CheckpointError
+from zimgkit.engines.onnxruntime import engine as onnxruntime_engine
+from zimgkit.export import build as builds
+from zimgkit.export.attachments.cut import PIECES, cut
+from zimgkit.export.build import Quantizing, build
+from zimgkit.export.graphs.plan import record
+from zimgkit.export.networks import registry
+from zimgkit.export.quality.verify import _random_inputs
+from zimgkit.export.quantization.statistics import Statistics
+
+FAMILIES = ("z-image", "qwen-image")
+NAMES = tuple(f"denoiser.{piece}" for piece in PIECES)
+
+
+def denoiser_of(family, **overrides):
+    configs = registry.import_module(registry.row(family).demo).CONFIGS
+    return registry.parts(family, "transformer", configs["transformer"] | overrides)["denoiser"]
+
+
+def plan_of(part):
+    return record(part.build(torch.bfloat16), part.inputs, part.outputs, part.sizes)
+
+
+CROSSING = {
+    "z-image": {
+        "head": (
+            ["hidden_states", "sinusoids", "caption", "cos", "sin", "pad"],
+            ["time_embedding", "wide_cos", "wide_sin", "head_x"],
+        ),
+        "body": (["time_embedding", "wide_cos", "wide_sin", "head_x"], ["body_x"]),
+        "tail": (["pad", "time_embedding", "body_x"], ["velocity"]),
+    },
+    "qwen-image": {
+        "head": (
+            ["hidden_states", "text", "modulation", "cos", "sin"],
+            ["modulation_rows", "wide_cos", "wide_sin", "head_image", "head_text"],
+        ),
+        "body": (["modulation_rows", "wide_cos", "wide_sin", "head_image", "head_text"], ["body_image"]),
+        "tail": (["modulation_rows", "body_image"], ["velocity"]),
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_crosses(family):
+    part = denoiser_of(family)
+    plan = plan_of(part)
+    pieces = cut(plan, part.cut)
+    found = {name: ([entry.name for entry in own.inputs], [*own.outputs]) for name, own in pieces.items()}
+    assert found == CROSSING[family]
+    known = {entry.name: entry for own in pieces.values() for entry in own.inputs}
+    stream = "all_tokens" if family == "z-image" else "image_tokens"
+    (residual,) = (known[name] for name in ("head_x", "head_image") if name in known)
+    assert residual.dtype == torch.bfloat16 and residual.shape == ("batch", stream, 128)
+    parameters = [name for own in pieces.values() for name in own.parameters()]
+    assert len(parameters) == len(set(parameters)) and set(parameters) == set(plan.parameters())
+    calls = [node.target for own in pieces.values() for node in own.calls if node.target not in part.cut.repeated]
+    assert calls == [node.target for node in plan.calls if node.target not in part.cut.repeated]
+
+
+@pytest.mark.parametrize(("family", "depth"), [("z-image", "n_layers"), ("qwen-image", "num_layers")])
+def test_too_few_blocks(family, depth):
+    part = denoiser_of(family, **{depth: 1})
+    with pytest.raises(CheckpointError, match="a network of 1 blocks cannot be cut; it takes two or more"):
+        cut(plan_of(part), part.cut)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def cut_bundle(family, checkpoint_of, bundle_of, quantized_of, shared_folder, tmp_path):
+    """``cut_bundle(precision)``: a bundle whose denoiser is cut as well."""
+
+    def make(precision: str, **options) -> Path:
+        if precision in quantized.PRECISIONS:
+            quantized_of(family, precision)
+            statistics = Statistics.load(shared_folder / f"quantized-{family}" / "statistics.calibration.safetensors")
+            options["quantization"] = Quantizing(calibration=statistics)
+        out = tmp_path / precision
+        build(str(checkpoint_of(family)), out, precision=precision, cut_denoiser=True, **options)
+        return out
+
+    return make
+
+
+def run(bundle: Bundle, name: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A component's float32 graph, with the options of the engine."""
+    place = onnxruntime_engine.Place("cpu", 0)
+    quantization = bundle.manifest.quantization
+    path = bundle.file(bundle.component(name).graphs["float32"])
+    session = onnxruntime_engine._open_session([path], place, quantization.precision if quantization else "")
+    outputs = [entry.name for entry in session.get_outputs()]
+    given = {entry.name: feeds[entry.name] for entry in session.get_inputs()}
+    return dict(zip(outputs, session.run(outputs, given), strict=True))
+
+
+def check_pieces(bundle: Bundle, bound: float = 1e-6) -> None:
+    """One after the other they give what the whole gives, at two sizes."""
+    family = bundle.manifest.family
+    part = registry.parts(family, "transformer", bundle.manifest.config["transformer"])["denoiser"]
+    for which in (0, 1):
+        feeds = _random_inputs(builds.replace(part, sizes=(part.sizes[which], {})), which)
+        expected = run(bundle, "denoiser", feeds)["velocity"]
+        there = dict(feeds)
+        for name in NAMES:
+            there |= run(bundle, name, there)
+        error = np.linalg.norm(there["velocity"] - expected) / np.linalg.norm(expected)
+        assert expected.std() > 0 and error <= bound
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", *quantized.PRECISIONS])
+def test_the_pieces_give_what_the_whole_gives(cut_bundle, precision):
+    bundle = Bundle.open(cut_bundle(precision))
+    check_pieces(bundle)
+    whole = bundle.component("denoiser")
+    pieces = [bundle.component(name) for name in NAMES]
+    assert [piece.variant_of for piece in pieces] == ["denoiser"] * 3 and whole.variant_of is None
+    # No byte twice: the pieces' graphs point into the files of the whole's, and are small.
+    assert all(piece.weights == whole.weights for piece in pieces)
+    assert sum(piece.parameters for piece in pieces) == whole.parameters
+    assert sum(piece.weight_bytes for piece in pieces) == whole.weight_bytes
+    for compute in whole.graphs:
+        places = {}
+        for name in NAMES:
+            graph = onnx.load(bundle.file(bundle.component(name).graphs[compute]), load_external_data=False)
+            places |= {t.name: [(e.key, e.value) for e in t.external_data] for t in graph.graph.initializer}
+            assert bundle.file(bundle.component(name).graphs[compute]).stat().st_size < 300_000
+        graph = onnx.load(bundle.file(whole.graphs[compute]), load_external_data=False)
+        assert places == {t.name: [(e.key, e.value) for e in t.external_data] for t in graph.graph.initializer}
+    computed = "float32" if precision == "fp32" else "bfloat16"
+    own = onnx.load(bundle.file(next(iter(pieces[1].graphs.values()))), load_external_data=False)
+    for entry in own.graph.output:
+        dtype = onnx.TensorProto.DataType.Name(entry.type.tensor_type.elem_type).lower()
+        assert pieces[1].outputs[entry.name].dtype == computed
+        assert dtype in (computed, computed.replace("float32", "float"))
+
+
+def test_a_bundle_is_not_cut_unless_asked(bundle_of, family):
+    assert not [name for name in Bundle.open(bundle_of(family)).manifest.components if "." in name]
