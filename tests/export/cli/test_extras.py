@@ -15,4 +15,7 @@ def test_packages_that_are_there():
 def test_packages_that_are_missing():
     with pytest.raises(ZimgError) as caught:
         need("flying", ("json", "wings_of_nowhere", "tail_of_nowhere"), "plane")
-    assert str(caught.value) == "flying needs wings_of_nowhere, tail_of_nowhere; pip install 'zimgkit[plane]'"
+    assert (
+        str(caught.value)
+        == "flying needs wings_of_nowhere, tail_of_nowhere; in a clone of zimgkit: pip install '.[plane]'"
+    )
