@@ -219,8 +219,8 @@ class TestBothHubs:
         one_line(client.fetch(name, source=source), "broke off", "run the same command again")
         hub.requests.clear()
         assert on_disk(client.fetch(name, source=source)["root"]) == wanted(files)
-        # What was complete is not fetched again: how much that is beside the broken file depends on threads. Of the broken
-        # file, ModelScope's client keeps the part it has.
+        # What was complete is not fetched again: how much that is depends on threads. Of the broken file, ModelScope's
+        # client keeps the part it has.
         fetched_again = {request.path for request in hub.requests if request.path in files}
         assert SHARD in fetched_again
         assert fetched_again < files.keys()
