@@ -99,7 +99,7 @@ def calibrate(
     plan = plan.filled(bundle.manifest.name)
     if len(plan.prompts) < FEWEST_PROMPTS:
         raise UsageError(f"a calibration needs {FEWEST_PROMPTS} prompts, not {len(plan.prompts)}")
-    source = (bundle.manifest.source, bundle.manifest.loras)
+    source = (bundle.manifest.checkpoint, bundle.manifest.loras)
     statistics = _load(store, source, plan) or Statistics(made=_made(source, plan, 0))
     opener = partial(_open_watched, statistics)
     with Pipeline(bundle, backend="torch", device=device, warn=lambda _: None, opener=opener) as pipeline:

@@ -95,7 +95,7 @@ def test_an_interrupted_calibration_goes_on(whole, bundle_of, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         calibrate(bundle, SHORT, store, device="cpu", report=stop)
     assert Statistics.load(store).made["done"] == 2
-    assert finished(store, bundle.manifest.source, (), SHORT) is None
+    assert finished(store, bundle.manifest.checkpoint, (), SHORT) is None
     again: list[int] = []
     found = calibrate(bundle, SHORT, store, device="cpu", report=lambda *given: again.append(given[1]))
     assert seen == [0, 1, 2] and again == [2, 3, 4]
@@ -105,11 +105,11 @@ def test_an_interrupted_calibration_goes_on(whole, bundle_of, tmp_path):
             assert np.array_equal(entry.channels, found.inputs[component][name].channels)
             assert np.array_equal(entry.histogram, found.inputs[component][name].histogram)
     # All is there: nothing runs again.
-    assert finished(store, bundle.manifest.source, (), SHORT) is not None
+    assert finished(store, bundle.manifest.checkpoint, (), SHORT) is not None
     other = Plan(SHORT.prompts, SHORT.sizes, 2)
-    assert finished(store, bundle.manifest.source, (), other) is None
+    assert finished(store, bundle.manifest.checkpoint, (), other) is None
     store.write_bytes(b"broken")
-    assert finished(store, bundle.manifest.source, (), SHORT) is None
+    assert finished(store, bundle.manifest.checkpoint, (), SHORT) is None
 
 
 def test_nan_names_the_layer(bundle_of, tmp_path):
