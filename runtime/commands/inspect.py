@@ -27,6 +27,7 @@ def summary(path: Path) -> dict[str, Any]:
     for name, component in manifest.components.items():
         components[name] = {
             "weights": list(component.weights),
+            "variant_of": component.variant_of,
             "parameters": component.parameters,
             "weight_bytes": component.weight_bytes,
             "graphs": dict(component.graphs),
@@ -83,7 +84,8 @@ def as_text(summary: dict[str, Any]) -> str:
     lines.extend(_quantization_lines(quantization, summary["precision"]) if quantization else ())
     lines.extend(f"  {line}" for line in (cost_lines(summary["cost"]) if summary["cost"] else ()))
     for name, component in summary["components"].items():
-        lines.append(f"  {name}")
+        shares = f", over the weights of {component['variant_of']}" if component["variant_of"] else ""
+        lines.append(f"  {name}{shares}")
         lines.append(f"    weights  {component['parameters']:,} parameters, {_size(component['weight_bytes'])}")
         lines.extend(f"    in       {file}" for file in component["weights"])
         for compute, file in component["graphs"].items():
