@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 import zimgkit
 from zimgkit.engines.bundle import (
+    CHECKPOINT,
     SCHEMA_VERSION,
     Bundle,
     Component,
@@ -215,7 +216,8 @@ def export(
         OSError: the disk is full.
     """
     family = families.family(checkpoint.family)
-    config = {name: checkpoint.config(name) for name in FAMILIES[checkpoint.family].components}
+    row = FAMILIES[checkpoint.family]
+    config = {name: checkpoint.config(name) for name in row.components}
     scheduler = checkpoint.config("scheduler")
     check_scheduler(scheduler)
     vae_normalization(config["vae"])
@@ -253,11 +255,12 @@ def export(
     report("graphs", len(parts), len(parts))
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
-        zimg_version=zimgkit.__version__,
+        zimgkit_version=zimgkit.__version__,
         family=checkpoint.family,
         name=checkpoint.name,
         precision=precision,
-        source=checkpoint.source,
+        tasks=row.tasks,
+        sources={CHECKPOINT: checkpoint.source},
         text=text,
         defaults=settings.defaults,
         scheduler=dict(settings.scheduler),

@@ -22,11 +22,12 @@ def manifest(family: str = "z-image", **changes: Any) -> Manifest:
     qwen_image = family == "qwen-image"
     fields: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "zimg_version": "0.0.0",
+        "zimgkit_version": "0.0.0",
         "family": family,
         "name": "Handmade",
         "precision": "float32",
-        "source": Source("somewhere/handmade"),
+        "tasks": ("text-to-image",),
+        "sources": {"checkpoint": Source("somewhere/handmade")},
         "text": TextConfig("<", ">", 34, 1058, 512) if qwen_image else TextConfig("<", ">", 0, 1024, 512),
         "defaults": Defaults(20, 4.0, 1328, 1664, " ") if qwen_image else Defaults(9, 3.5, 1024, 768),
         "scheduler": {},

@@ -1,6 +1,7 @@
 """The bundle on disk: the contract between ``zimg-export`` and ``zimg-run``."""
 
 from zimgkit.engines.bundle.manifest import (
+    CHECKPOINT,
     MANIFEST,
     SCHEMA_VERSION,
     CompiledEngine,
@@ -23,6 +24,7 @@ from zimgkit.engines.bundle.verified import sha256
 from zimgkit.engines.bundle.writing import atomic_folder, record_files, write_manifest
 
 __all__ = [
+    "CHECKPOINT",
     "MANIFEST",
     "SCHEMA_VERSION",
     "Bundle",

@@ -10,12 +10,15 @@ import msgspec
 
 from zimgkit.engines.errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Schema 1 had one ``source``, ``zimg_version``, no tasks, and ``kept`` where quantization has ``unquantized``."""
 MANIFEST = "bundle.json"
+CHECKPOINT = "checkpoint"
+"""The role of the source that every bundle has."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
-    """One input or output of a graph: element type, and sides as numbers or the names of free sides."""
+    """One input or output of a graph: element type, and shape; a name stands for a dynamic dimension."""
 
     dtype: str
     shape: tuple[int | str, ...]
@@ -45,7 +48,7 @@ class Component(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 Range = tuple[int, int, int]
-"""Of a free side: the least, the likeliest and the most it may be."""
+"""Of a dynamic dimension: min, opt and max."""
 
 
 class Refit(msgspec.Struct, frozen=True):
@@ -74,7 +77,7 @@ class CompiledEngine(msgspec.Struct, frozen=True, omit_defaults=True):
     source: str
     """:meth:`Bundle.source_hash` of what it was compiled from."""
     profiles: tuple[dict[str, Range], ...]
-    """Each a set of ranges it serves, by free side; sides without a range take any length."""
+    """Each a set of ranges it serves, by dynamic dimension; dimensions without a range take any length."""
     memory_bytes: int = 0
     """Device memory it needs beside the plan's own bytes, for the largest shapes, as the compiler says."""
     weight_streaming_budget: int | None = None
@@ -110,7 +113,7 @@ class FileRecord(msgspec.Struct, frozen=True):
 
 
 class Source(msgspec.Struct, frozen=True):
-    """Where a bundle came from."""
+    """What weights of a bundle came from."""
 
     model: str
     """As the user named it."""
@@ -147,7 +150,7 @@ class Quantization(msgspec.Struct, frozen=True, omit_defaults=True):
 
     precision: str
     """``"fp8"``, ``"int8"``, ``"int8-weights"`` or ``"int4-weights"``."""
-    kept: dict[str, dict[str, str]] = {}
+    unquantized: dict[str, dict[str, str]] = {}
     """Component -> the weights of linears that are stored in the bundle's precision -> why."""
     inputs: dict[str, dict[str, str]] = {}
     """Component -> a quantized weight -> the one after which the scales of its input are named, where it has any."""
@@ -226,13 +229,17 @@ class Manifest(msgspec.Struct, frozen=True):
     """``bundle.json``."""
 
     schema_version: int
-    zimg_version: str
+    zimgkit_version: str
+    """Of what built it."""
     family: str
     name: str
     """The checkpoint's short name, for people."""
     precision: str
     """The element type of the weights, of those that are not quantized."""
-    source: Source
+    tasks: tuple[str, ...]
+    """What it can be asked for, such as ``"text-to-image"``."""
+    sources: dict[str, Source]
+    """What its weights came from, by role: :data:`CHECKPOINT`, and whatever was attached to that."""
     text: TextConfig
     defaults: Defaults
     scheduler: dict[str, Any]
@@ -255,6 +262,19 @@ class Manifest(msgspec.Struct, frozen=True):
     cost: Cost | None = None
     """What the precision costs, where that was measured."""
 
+    def __post_init__(self) -> None:
+        if CHECKPOINT not in self.sources:
+            raise ValueError(f"sources has no {CHECKPOINT!r}")
+
+    @property
+    def checkpoint(self) -> Source:
+        """The checkpoint it was built from."""
+        return self.sources[CHECKPOINT]
+
+    def variants(self, component: str) -> tuple[str, ...]:
+        """The names of a component's variants: other graphs over the same weights."""
+        return tuple(name for name, entry in self.components.items() if entry.variant_of == component)
+
 
 def read_manifest(root: Path) -> Manifest:
     """Read ``bundle.json``.
@@ -274,12 +294,26 @@ def read_manifest(root: Path) -> Manifest:
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror})") from None
     try:
-        version = msgspec.json.decode(data, type=dict[str, Any]).get("schema_version")
+        found = msgspec.json.decode(data, type=dict[str, Any])
+        version = found.get("schema_version")
         if isinstance(version, int | float) and version > SCHEMA_VERSION:
             raise BundleError(
                 f"{root} has schema version {version}, and this zimgkit reads up to {SCHEMA_VERSION}",
                 "upgrade zimgkit, or build the bundle again with this one",
             )
-        return msgspec.json.decode(data, type=Manifest)
+        return msgspec.convert(_upgraded(found) if type(version) is int and version == 1 else found, Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is not a manifest zimgkit can read ({error})", "build the bundle again") from None
+
+
+def _upgraded(found: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of schema 1 as schema 2 has it. What is malformed stays so, for the decoder to say."""
+    renamed = {"zimg_version": "zimgkit_version", "source": "sources"}
+    new = {renamed.get(key, key): value for key, value in found.items()} | {"schema_version": SCHEMA_VERSION}
+    new.setdefault("tasks", ["text-to-image"])
+    if "sources" in new:
+        new["sources"] = {CHECKPOINT: new["sources"]}
+    if isinstance(quantization := new.get("quantization"), dict):
+        own = {"unquantized" if key == "kept" else key: value for key, value in quantization.items()}
+        new["quantization"] = own
+    return new

@@ -1,7 +1,7 @@
-"""Give every Reshape a constant target where its free sides allow one.
+"""Give every Reshape a constant target where its dynamic dimensions allow one.
 
-The exporter computes targets at run time (Shape, Squeeze, Concat) even where a side is just kept. ONNX writes a kept
-side as 0 and one unknown side as -1; with these a block loses a dozen nodes, and a compiler sees plain shapes.
+The exporter computes targets at run time (Shape, Squeeze, Concat) even where a length just stays. ONNX writes such a
+length as 0 and one unknown length as -1; with these a block loses a dozen nodes, and a compiler sees plain shapes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 
 class ConstantReshape(ir.passes.InPlacePass):
-    """Replace computed targets by constants; the shapes the exporter noted say which sides are kept."""
+    """Replace computed targets by constants; the shapes the exporter noted say which lengths stay."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the model's graph in place."""
@@ -27,15 +27,15 @@ class ConstantReshape(ir.passes.InPlacePass):
 
 
 def _target(node: ir.Node) -> list[int] | None:
-    """The constant target of a Reshape, or None where more than one side is neither known nor kept."""
+    """The constant target of a Reshape, or None where more than one length is neither known nor stays."""
     source, result = node.inputs[0], node.outputs[0]
     if source is None or source.shape is None or result.shape is None:
         return None
     target = []
-    for axis, side in enumerate(result.shape):
-        if isinstance(side, int):
-            target.append(side)
-        elif axis < len(source.shape) and source.shape[axis] == side:
+    for axis, length in enumerate(result.shape):
+        if isinstance(length, int):
+            target.append(length)
+        elif axis < len(source.shape) and source.shape[axis] == length:
             target.append(0)
         else:
             target.append(-1)

@@ -24,8 +24,8 @@ class Origin:
             hub: ``"huggingface"`` or ``"modelscope"``.
         """
         self._manifest, self._root = bundle.manifest, bundle.root
-        self._model = model or bundle.manifest.source.model
-        self._revision = revision if model else bundle.manifest.source.revision
+        self._model = model or bundle.manifest.checkpoint.model
+        self._revision = revision if model else bundle.manifest.checkpoint.revision
         self._hub = hub
 
     @cached_property
@@ -38,7 +38,7 @@ class Origin:
             raise CheckpointError(
                 f"{self._root} has not all base weights, and its checkpoint cannot be opened ({error.message})", hint
             ) from None
-        if checkpoint.source.files != self._manifest.source.files:
+        if checkpoint.source.files != self._manifest.checkpoint.files:
             raise CheckpointError(f"{self._model} is not the checkpoint that {self._root} was built from", hint)
         return checkpoint
 

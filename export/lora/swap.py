@@ -53,7 +53,7 @@ from zimgkit.export.weights.stream import Progress, Wanted, pieces, write_wanted
 from zimgkit.runtime.progress import Report, silent
 
 OWN = re.compile(
-    rf"({'|'.join(LORA_SOURCES)})(\.\w+)?(-[0-9a-f]{{8}})?\.(safetensors|onnx)|\.bundle\.json\.[0-9a-f]{{8}}\.part"
+    rf"({'|'.join(LORA_SOURCES)})(\.\w+){{0,2}}(-[0-9a-f]{{8}})?\.(safetensors|onnx)|\.bundle\.json\.[0-9a-f]{{8}}\.part"
 )
 """Files that a swap writes, or replaces."""
 OUTGROWN = 2.0
@@ -188,7 +188,9 @@ class _Change:
     moved: dict[str, TensorInfo] = field(default_factory=dict)
     """Where tensors lie now that lay elsewhere."""
     files: dict[str, str] = field(default_factory=dict)
-    """``"lora"``, ``"base"`` or an element type a graph computes in -> the new file."""
+    """``"lora"`` or ``"base"`` -> the new file."""
+    graphs: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The component or one of its variants -> the element type a graph computes in -> the new file."""
 
 
 class _Swap:
@@ -196,11 +198,16 @@ class _Swap:
 
     def __init__(self, bundle: Bundle, origin: Origin, keep_base: bool, report: Report) -> None:
         self._bundle, self._origin, self._keep_base, self._report = bundle, origin, keep_base, report
-        self._mark = f"-{secrets.token_hex(4)}"
+        self._suffix = f"-{secrets.token_hex(4)}"
         self._parts = {name: c for name, c in bundle.manifest.components.items() if name in LORA_SOURCES}
+        # Variants are more graphs over a component's weights: what changes for it changes for them.
+        self._members = {name: (name, *bundle.manifest.variants(name)) for name in self._parts}
         self._graphs = {
-            name: {compute: _read_graph(bundle.file(file)) for compute, file in component.graphs.items()}
-            for name, component in self._parts.items()
+            member: {
+                compute: _read_graph(bundle.file(file)) for compute, file in bundle.component(member).graphs.items()
+            }
+            for members in self._members.values()
+            for member in members
         }
         self._headers: dict[str, dict[str, TensorInfo]] = {}
         self._changes: dict[str, _Change] = {}
@@ -241,7 +248,7 @@ class _Swap:
         precision = self._bundle.manifest.precision
         jobs = []
         for name, change in self._changes.items():
-            merged_file, base_file = lora_name(name, self._mark), base_name(name, self._mark)
+            merged_file, base_file = lora_name(name, self._suffix), base_name(name, self._suffix)
             merged_wants = {key: (want, want.dtype(precision)) for key, want in change.lora.items()}
             jobs.append((change, "lora", merged_file, merged_wants))
             base_wants = {key: (want, want.source.dtype) for key, want in change.base.items()}
@@ -258,12 +265,14 @@ class _Swap:
         growth = [entry for name, change in self._changes.items() for entry in self._growth(name, change)]
         self.outgrown = dict(sorted(growth, key=lambda entry: -entry[1]))
         for name, change in self._changes.items():
-            for compute, graph in self._graphs[name].items():
-                _point_to(graph, change.moved, (folder, self._bundle.root))
-                path = folder / graph_name(name, compute, precision, self._mark)
-                path.write_bytes(graph.SerializeToString(deterministic=True))
-                _flush(path)
-                change.files[compute] = path.name
+            for member in self._members[name]:
+                change.graphs[member] = {}
+                for compute, graph in self._graphs[member].items():
+                    _point_to(graph, change.moved, (folder, self._bundle.root))
+                    path = folder / graph_name(member, compute, precision, self._suffix)
+                    path.write_bytes(graph.SerializeToString(deterministic=True))
+                    _flush(path)
+                    change.graphs[member][compute] = path.name
 
     def _plan(self, name: str, merged: Merge) -> _Change | None:
         """What has to be written for a component; None where nothing changes."""
@@ -347,18 +356,25 @@ class _Swap:
         old = self._bundle.manifest
         components = dict(old.components)
         gone: set[str] = set()
-        for name, change in self._changes.items():
-            component, files = old.components[name], change.files
-            new = msgspec.structs.replace(
-                component,
-                weights=(*(file for file in component.weights if file != component.lora), *_some(files.get("lora"))),
-                graphs={compute: files[compute] for compute in component.graphs},
-                lora=files.get("lora"),
-                base=files.get("base", component.base),
-            )
-            gone |= set(_files(component)) - set(_files(new))
-            components[name] = new
-        made = [file for change in self._changes.values() for file in change.files.values()]
+        for change in self._changes.values():
+            lora = change.files.get("lora")
+            for name, graphs in change.graphs.items():
+                component = old.components[name]
+                new = msgspec.structs.replace(
+                    component,
+                    weights=(*(file for file in component.weights if file != component.lora), *_some(lora)),
+                    graphs=graphs,
+                    lora=lora,
+                    base=change.files.get("base", component.base),
+                )
+                gone |= set(_files(component)) - set(_files(new))
+                components[name] = new
+        made = [
+            file
+            for change in self._changes.values()
+            for files in (change.files, *change.graphs.values())
+            for file in files.values()
+        ]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             digests = pool.map(lambda file: sha256(folder / file), made)
             records = {f: FileRecord((folder / f).stat().st_size, d) for f, d in zip(made, digests, strict=True)}
@@ -392,12 +408,14 @@ class _Swap:
         """The entry of an engine for the new weights; where it does not serve them it stays as it is."""
         if engine.source == now:
             return msgspec.structs.replace(engine, refit=None)
-        change = self._changes.get(engine.component)
+        component = self._bundle.component(engine.component)
+        change = self._changes.get(component.variant_of or engine.component)
         if change is None or not engine.refittable or engine.serves != self._bundle.source_hash(engine.component):
             return engine
         if any(tensor.endswith(WEIGHT_SCALE) for tensor in change.moved):
             return engine  # Nobody has seen TensorRT exchange quantized weights and their scales.
-        tensors = change.moved.keys() | (engine.refit.tensors if engine.refit else ())
+        own = _initializers(next(iter(self._graphs[engine.component].values())))
+        tensors = (change.moved.keys() & set(own)) | set(engine.refit.tensors if engine.refit else ())
         return msgspec.structs.replace(engine, refit=Refit(now, tuple(sorted(tensors))))
 
     def link_others(self, manifest: Manifest, folder: Path) -> None:

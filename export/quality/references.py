@@ -85,7 +85,7 @@ def _check(bundle: Bundle, checkpoint: Checkpoint, loras: Sequence[MergedLora]) 
     manifest = bundle.manifest
     if manifest.quantization is not None:
         raise UsageError(f"{bundle.root} is quantized", "a reference is a bundle of --precision fp32 or bf16")
-    if (manifest.family, manifest.source.files) != (checkpoint.family, checkpoint.source.files):
+    if (manifest.family, manifest.checkpoint.files) != (checkpoint.family, checkpoint.source.files):
         raise UsageError(f"{bundle.root} is of another checkpoint", "a reference is a bundle of the same one")
     if [(lora.sha256, lora.scale) for lora in manifest.loras] != [(lora.sha256, lora.scale) for lora in loras]:
         raise UsageError(f"{bundle.root} has other LoRAs", "a reference has the same ones")

@@ -101,7 +101,7 @@ def calibrate(
     calibration_set = calibration_set.filled(bundle.manifest.name)
     if len(calibration_set.prompts) < FEWEST_PROMPTS:
         raise UsageError(f"a calibration needs {FEWEST_PROMPTS} prompts, not {len(calibration_set.prompts)}")
-    source = (bundle.manifest.source, bundle.manifest.loras)
+    source = (bundle.manifest.checkpoint, bundle.manifest.loras)
     statistics = _load(store, source, calibration_set) or Statistics(made=_made(source, calibration_set, 0))
     opener = partial(_open_watched, statistics)
     with Pipeline(bundle, backend="torch", device=device, warn=lambda _: None, opener=opener) as pipeline:

@@ -27,6 +27,7 @@ def bundle_summary(path: Path) -> dict[str, Any]:
     for name, component in manifest.components.items():
         components[name] = {
             "weights": list(component.weights),
+            "variant_of": component.variant_of,
             "parameters": component.parameters,
             "weight_bytes": component.weight_bytes,
             "graphs": dict(component.graphs),
@@ -41,8 +42,8 @@ def bundle_summary(path: Path) -> dict[str, Any]:
         "quantization": _quantization(manifest.quantization),
         "cost": None if manifest.cost is None else msgspec.to_builtins(manifest.cost),
         "schema_version": manifest.schema_version,
-        "zimg_version": manifest.zimg_version,
-        "source": msgspec.to_builtins(manifest.source),
+        "zimgkit_version": manifest.zimgkit_version,
+        "source": msgspec.to_builtins(manifest.checkpoint),
         "defaults": msgspec.to_builtins(manifest.defaults),
         "scheduler": manifest.scheduler,
         "loras": [msgspec.to_builtins(lora) for lora in manifest.loras],
@@ -75,7 +76,7 @@ def bundle_text(summary: dict[str, Any]) -> str:
         f"  path      {summary['path']}",
         f"  source    {source['model']}{revision}",
         "  built by  "
-        + ", ".join(f"{k} {v}" for k, v in {"zimgkit": summary["zimg_version"], **summary["tools"]}.items()),
+        + ", ".join(f"{k} {v}" for k, v in {"zimgkit": summary["zimgkit_version"], **summary["tools"]}.items()),
         f"  defaults  {defaults['width']}x{defaults['height']}, {defaults['num_inference_steps']} steps, "
         f"guidance scale {defaults['guidance_scale']:g}, negative prompt {defaults['negative_prompt']!r}",
     ]
@@ -83,7 +84,8 @@ def bundle_text(summary: dict[str, Any]) -> str:
     lines.extend(_quantization_lines(quantization, summary["precision"]) if quantization else ())
     lines.extend(f"  {line}" for line in (cost_lines(summary["cost"]) if summary["cost"] else ()))
     for name, component in summary["components"].items():
-        lines.append(f"  {name}")
+        shares = f", over the weights of {component['variant_of']}" if component["variant_of"] else ""
+        lines.append(f"  {name}{shares}")
         lines.append(f"    weights  {component['parameters']:,} parameters, {_size(component['weight_bytes'])}")
         lines.extend(f"    in       {file}" for file in component["weights"])
         for compute, file in component["graphs"].items():
@@ -118,15 +120,15 @@ def _quantization(quantization: Quantization | None) -> dict[str, Any] | None:
 
 
 def _quantization_lines(quantization: dict[str, Any], precision: str) -> list[str]:
-    """What was quantized, how, and what was kept."""
+    """What was quantized, how, and what was not."""
     how = [f"ranges by {quantization['range']}"] if quantization.get("range") else []
     if quantization.get("smooth"):
         how.append(f"SmoothQuant {quantization['smooth']:g}")
     if plan := quantization.get("calibration", {}).get("plan"):
         how.append(f"calibrated on {len(plan['prompts'])} prompts")
     lines = [f"  quantized {', '.join((quantization['precision'], *how))}"]
-    for component, kept in quantization.get("kept", {}).items():
-        lines.append(f"    kept     {len(kept)} linears of {component} in {precision}")
+    for component, unquantized in quantization.get("unquantized", {}).items():
+        lines.append(f"    kept     {len(unquantized)} linears of {component} in {precision}")
     return lines
 
 

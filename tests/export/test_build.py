@@ -308,4 +308,4 @@ def test_manifest_round_trip(family, bundle_of):
     bundle = Bundle.open(bundle_of(family))
     text = (bundle.root / MANIFEST).read_bytes()
     assert msgspec.json.decode(text) == msgspec.json.decode(msgspec.json.encode(bundle.manifest))
-    assert Path(bundle.manifest.source.model).name.startswith("checkpoint")
+    assert Path(bundle.manifest.checkpoint.model).name.startswith("checkpoint")

@@ -32,7 +32,7 @@ def test_a_folder_is_checkpoint_and_bundle(checkpoint: Path, tmp_path: Path) -> 
     out = tmp_path / "toy"
     ship(checkpoint, out)
     manifest = Bundle.open(out).manifest
-    assert (manifest.name, manifest.precision, manifest.source.model) == ("toy-model", "bfloat16", "toy-model")
+    assert (manifest.name, manifest.precision, manifest.checkpoint.model) == ("toy-model", "bfloat16", "toy-model")
     assert str(checkpoint.parent) not in (out / "bundle.json").read_text()
     again = open_checkpoint(str(out))
     for component in ("transformer", "text_encoder", "vae"):

@@ -100,11 +100,12 @@ class TestManifest:
         )
         written = Manifest(
             schema_version=SCHEMA_VERSION,
-            zimg_version="1.2.3",
+            zimgkit_version="1.2.3",
+            tasks=("text-to-image",),
             family="z-image",
             name="名",
             precision="bfloat16",
-            source=Source("owner/model", "0123abc", {"a/b.safetensors": 7}),
+            sources={"checkpoint": Source("owner/model", "0123abc", {"a/b.safetensors": 7})},
             text=TextConfig('<|im_start|>\n"', "é", 34, 1058, 512),
             defaults=Defaults(8, 0.0, 1024, 1328, " "),
             scheduler={"shift": 3.0, "nested": {"list": [1, None, True]}},
@@ -116,7 +117,7 @@ class TestManifest:
         write_manifest(tmp_path, written)
         (tmp_path / "net.onnx").touch()
         assert Bundle.open(tmp_path, verify=False).manifest == written
-        assert '\n "zimg_version": "1.2.3"' in (tmp_path / MANIFEST).read_text()  # For people.
+        assert '\n "zimgkit_version": "1.2.3"' in (tmp_path / MANIFEST).read_text()  # For people.
 
     def test_records_are_of_every_file_but_the_manifest(self, root: Path) -> None:
         records = record_files(root)
@@ -185,6 +186,7 @@ class TestOpen:
             {"files": {"net.onnx": {"size": "5", "sha256": ""}}},
             {"components": {"net": {}}}, {"components": {"net": {"weights": "net.safetensors"}}},
             {"components": {"net": {"weights": [], "inputs": {"x": {"dtype": "float32", "shape": [1.5]}}}}},
+            {"sources": {}}, {"sources": {"lora": {"model": "x"}}}, {"tasks": "text-to-image"},
             {"text": {"prefix": ""}}, {"defaults": {"num_inference_steps": 9.5}}, {"config": {"vae": 3}},
         ],
         ids=str,

@@ -71,11 +71,12 @@ def bundle_of(root: Path, graphs: dict[str, ir.Model], precision: str = "float32
     )
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
-        zimg_version="0",
+        zimgkit_version="0",
+        tasks=(),
         family="none",
         name="test",
         precision=precision,
-        source=Source("test"),
+        sources={"checkpoint": Source("test")},
         text=TextConfig("", "", 0, 1, 1),
         defaults=Defaults(1, 1.0, 16, 16),
         scheduler={},

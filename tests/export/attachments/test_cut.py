@@ -10,16 +10,23 @@ import pytest
 import torch
 
 from tests import quantized
+from tests.commands import invoke
+from tests.export.lora.conftest import loras_of
+from tests.export.lora.swapping import contents, swap
 from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.engines.onnxruntime import engine as onnxruntime_engine
 from zimgkit.export import build as builds
 from zimgkit.export.attachments.cut import PIECES, cut
 from zimgkit.export.build import Quantizing, build
+from zimgkit.export.cli.main import main
 from zimgkit.export.graphs.plan import record
 from zimgkit.export.networks import registry
 from zimgkit.export.quality.verify import _random_inputs
 from zimgkit.export.quantization.statistics import Statistics
+from zimgkit.runtime import Pipeline
+
+__all__ = ["loras_of"]
 
 FAMILIES = ("z-image", "qwen-image")
 NAMES = tuple(f"denoiser.{piece}" for piece in PIECES)
@@ -153,3 +160,31 @@ def test_the_pieces_give_what_the_whole_gives(cut_bundle, precision):
 
 def test_a_bundle_is_not_cut_unless_asked(bundle_of, family):
     assert not [name for name in Bundle.open(bundle_of(family)).manifest.components if "." in name]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8-weights"])
+def test_a_swap_of_loras_changes_the_pieces_too(cut_bundle, loras_of, tmp_path, family, precision):
+    """They point into the new file of merged weights, and the old graphs are gone."""
+    first, second, _ = loras_of(family)
+    bundle = cut_bundle(precision)
+    before = contents(bundle)
+    swap(bundle, first, f"{second}:-0.5")
+    changed = contents(bundle)
+    different = {name for name, tensor in before if before[name, tensor] != changed.get((name, tensor))}
+    assert different >= {"denoiser", "denoiser.body"}
+    opened = Bundle.open(bundle)
+    check_pieces(opened)
+    whole = opened.component("denoiser")
+    assert all(opened.component(name).lora == whole.lora is not None for name in NAMES)
+    swap(bundle)
+    assert contents(bundle) == before
+    check_pieces(Bundle.open(bundle))
+
+
+def test_the_command(checkpoint_of, tmp_path, family):
+    out = tmp_path / "bundle"
+    result = invoke(main, "build", "--model", checkpoint_of(family), "--out", out, "--cut-denoiser", "--quiet")
+    assert result.code == 0
+    assert [name for name in Bundle.open(out).manifest.components if "." in name] == [*NAMES]
+    with Pipeline.open(out) as pipeline:
+        assert len(pipeline("a cat", height=32, width=32, num_inference_steps=1).images) == 1

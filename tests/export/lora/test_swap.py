@@ -107,7 +107,9 @@ def test_keeping_the_base_does_without_the_checkpoint(built, bundle_of, loras_of
 def elsewhere(bundle):
     """The manifest of a bundle whose checkpoint is gone."""
     manifest = Bundle.open(bundle).manifest
-    return msgspec.structs.replace(manifest, source=msgspec.structs.replace(manifest.source, model="/gone"))
+    return msgspec.structs.replace(
+        manifest, sources={"checkpoint": msgspec.structs.replace(manifest.checkpoint, model="/gone")}
+    )
 
 
 def test_a_swap_can_begin_to_keep_the_base(built, loras_of, checkpoint_of, copy_of, tmp_path):
@@ -481,7 +483,7 @@ def test_the_engine_takes_what_was_swapped(bundle_of, loras_of, copy_of):
     bundle = copy_of(bundle_of("z-image", "fp32"))
     from zimgkit.export.quality.verify import _random_inputs
 
-    part = parts_of(open_checkpoint(Bundle.open(bundle).manifest.source.model))["denoiser"]
+    part = parts_of(open_checkpoint(Bundle.open(bundle).manifest.checkpoint.model))["denoiser"]
     feeds = _random_inputs(part, 0)
     engine = open_engine(Bundle.open(bundle), "denoiser")
     before = engine.run(feeds)["velocity"]

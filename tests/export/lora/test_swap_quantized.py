@@ -37,15 +37,15 @@ def build_with(quantized_of, shared_folder, checkpoint_of, tmp_path, monkeypatch
     def make(family, precision, *loras, graphs=True, **options):
         quantized_of(family, precision)
         statistics = Statistics.load(shared_folder / f"quantized-{family}" / "statistics.calibration.safetensors")
-        original, component = quantization._columns, builds._component
+        original, component = quantization._columns, builds.write_component
         monkeypatch.setattr(quantization, "_columns", lambda want: original(replace(want, addends=())))
         if not graphs:
 
-            def tensors_alone(name, part, *others):
+            def tensors_alone(name, part, *others, **options):
                 plain = replace(part, network=None, shapes=part.parameters())
                 return component(name, plain, *others[:-1])
 
-            monkeypatch.setattr(builds, "_component", tensors_alone)
+            monkeypatch.setattr(builds, "write_component", tensors_alone)
         out = tmp_path / f"built-{precision}"
         quantizing = Quantizing(calibration=statistics)
         loras = [str(lora) for lora in loras]
@@ -73,10 +73,10 @@ def test_a_swap_gives_what_a_build_gives(family, precision, quantized_of, build_
     manifest = Bundle.open(bundle).manifest
     components = {"text_encoder", "denoiser"} | ({"modulation"} if family == "qwen-image" else set())
     for component in components:
-        stored, kept = Bundle.open(bundle).tensors(component), manifest.quantization.kept.get(component, {})
+        stored, kept = Bundle.open(bundle).tensors(component), manifest.quantization.unquantized.get(component, {})
         assert {stored[t].dtype for c, t in before if c == component and t in kept} <= {"bfloat16"}
         assert {t for c, t in before if c == component and found[c, t] != before[c, t]}
-    assert any(tensor in kept for kept in manifest.quantization.kept.values() for tensor in changed)
+    assert any(tensor in kept for kept in manifest.quantization.unquantized.values() for tensor in changed)
     swap(bundle, third)
     assert contents(bundle) not in (before, expected)
     swap(bundle)
@@ -92,8 +92,8 @@ def test_from_a_build_with_loras(quantized_of, build_with, loras_of, copy_of):
     first, second, _ = loras_of("z-image")
     bundle = build_with("z-image", "int4-weights", f"{first}:0.7", keep_base=True)
     manifest = Bundle.open(bundle).manifest
-    gone = msgspec.structs.replace(manifest.source, model="/gone")
-    write_manifest(bundle, msgspec.structs.replace(manifest, source=gone))
+    gone = msgspec.structs.replace(manifest.checkpoint, model="/gone")
+    write_manifest(bundle, msgspec.structs.replace(manifest, sources={"checkpoint": gone}))
     swapped = copy_of(plain)
     for loras in ([second], [f"{first}:-2", second], []):
         assert swap(bundle, *loras).outgrown == swap(swapped, *loras, keep_base=True).outgrown

@@ -101,7 +101,7 @@ def test_an_interrupted_calibration_goes_on(whole, bundle_of, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         calibrate(bundle, SHORT, store, device="cpu", report=stop)
     assert Statistics.load(store).made["done"] == 2
-    assert load_finished(store, bundle.manifest.source, (), SHORT) is None
+    assert load_finished(store, bundle.manifest.checkpoint, (), SHORT) is None
     again: list[int] = []
     found = calibrate(bundle, SHORT, store, device="cpu", report=lambda *given: again.append(given[1]))
     assert seen == [0, 1, 2] and again == [2, 3, 4]
@@ -111,11 +111,11 @@ def test_an_interrupted_calibration_goes_on(whole, bundle_of, tmp_path):
             assert np.array_equal(entry.channels, found.inputs[component][name].channels)
             assert np.array_equal(entry.histogram, found.inputs[component][name].histogram)
     # All is there: nothing runs again.
-    assert load_finished(store, bundle.manifest.source, (), SHORT) is not None
+    assert load_finished(store, bundle.manifest.checkpoint, (), SHORT) is not None
     other = CalibrationSet(SHORT.prompts, SHORT.sizes, 2)
-    assert load_finished(store, bundle.manifest.source, (), other) is None
+    assert load_finished(store, bundle.manifest.checkpoint, (), other) is None
     store.write_bytes(b"broken")
-    assert load_finished(store, bundle.manifest.source, (), SHORT) is None
+    assert load_finished(store, bundle.manifest.checkpoint, (), SHORT) is None
 
 
 def test_nan_names_the_layer(bundle_of, tmp_path):

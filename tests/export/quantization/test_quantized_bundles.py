@@ -61,7 +61,7 @@ def test_the_files(family, precision, quantized_of, bundle_of):
     assert manifest.precision == "bfloat16" and manifest.quantization.precision == precision
     for component in COMPONENTS:
         tensors, before = bundle.tensors(component), original.tensors(component)
-        kept = manifest.quantization.kept.get(component, {})
+        kept = manifest.quantization.unquantized.get(component, {})
         scaled = {name.removesuffix(".scale") for name in tensors if name.endswith(".scale")}
         assert scaled and not scaled & kept.keys()
         for name, info in before.items():

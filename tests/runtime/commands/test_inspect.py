@@ -42,7 +42,7 @@ def write(root: Path, **changes: Any) -> Path:
 
 def test_as_data(tmp_path):
     source = Source("Qwen/Qwen-Image", "abc123", {"vae/model.safetensors": 5})
-    root = write(tmp_path / "bundle", family="qwen-image", source=source)
+    root = write(tmp_path / "bundle", family="qwen-image", sources={"checkpoint": source})
     found = bundle_summary(root)
     assert json.loads(json.dumps(found)) == found  # Goes through --json whole.
     assert found["path"] == str(root.resolve())
@@ -86,7 +86,9 @@ Handmade  (z-image, bfloat16, 1.51 kB)
 
 
 def test_revision_and_tools_may_be_absent(tmp_path):
-    text = bundle_text(bundle_summary(write(tmp_path / "bundle", tools={}, source=Source("m", "main"))))
+    text = bundle_text(
+        bundle_summary(write(tmp_path / "bundle", tools={}, sources={"checkpoint": Source("m", "main")}))
+    )
     assert "  source    m at main\n  built by  zimgkit 0.0.0\n" in text
 
 

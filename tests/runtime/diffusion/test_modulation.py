@@ -64,8 +64,8 @@ def write_bundle(root, weights, precision="float32"):
     stored = {k: [float32_to_bfloat16(v) if precision == "bfloat16" else v] for k, v in weights.items()}
     safetensors.write(root / "modulation.safetensors", spec, stored)
     manifest = Manifest(
-        schema_version=1, zimg_version="0", family="qwen-image", name="tiny", precision=precision,
-        source=Source("tiny"), text=TextConfig("", "", 0, 8, 8), defaults=Defaults(2, 1.0, 32, 32),
+        schema_version=2, zimgkit_version="0", tasks=(), family="qwen-image", name="tiny", precision=precision,
+        sources={"checkpoint": Source("tiny")}, text=TextConfig("", "", 0, 8, 8), defaults=Defaults(2, 1.0, 32, 32),
         scheduler={}, config={},
         components={"modulation": Component(weights=("modulation.safetensors",))}, files=record_files(root),
     )  # fmt: skip
