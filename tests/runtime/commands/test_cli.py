@@ -179,7 +179,7 @@ def change_manifest(copy, **changes):
 def test_a_newer_schema(copy):
     change_manifest(copy, schema_version=99)
     generate(copy, "--prompt", "a").assert_refused(
-        "has schema version 99, and this zimgkit reads up to 1; upgrade zimgkit", 1
+        "has schema version 99, and this zimgkit reads up to 2; upgrade zimgkit", 1
     )
 
 
