@@ -10,11 +10,8 @@ from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, check_tensors
 from zimgkit.export.networks import registry
 from zimgkit.export.networks.parts import Part, stored_shapes
-from zimgkit.export.weights.addends import Addend
+from zimgkit.export.weights.addends import Addends
 from zimgkit.export.weights.stream import Wanted
-
-Addends = Mapping[str, Mapping[str, tuple[Addend, ...]]]
-"""Component of the checkpoint -> canonical name of a tensor -> what is added to it."""
 
 
 def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from zimgkit.engines.bundle import MergedLora
 from zimgkit.engines.errors import LoraError
-from zimgkit.export.components import Addends
 from zimgkit.export.lora.deltas import Addend, Change, Magnitude, Slice
 from zimgkit.export.lora.formats import Lora, Module, read_lora
 from zimgkit.export.lora.names import TEXT_ENCODER, Meaning, Names, Target, families
 from zimgkit.export.lora.source import find_lora
+from zimgkit.export.weights.addends import Addends
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +24,10 @@ class Addend(Protocol):
             bounds: of the rows to read at a time, where all of W is needed first.
         """
         ...
+
+
+Addends = Mapping[str, Mapping[str, tuple[Addend, ...]]]
+"""Component of the checkpoint -> canonical name of a tensor -> what is added to it."""
 
 
 def merged(read: Rows, bounds: Sequence[tuple[int, int]], addends: Sequence[Addend]) -> Rows:
