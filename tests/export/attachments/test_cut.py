@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from tests.export.lora.swapping import contents, swap
 from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.engines.onnxruntime import engine as onnxruntime_engine
-from zimgkit.export import build as builds
 from zimgkit.export.attachments.cut import PIECES, cut
 from zimgkit.export.build import Quantizing, build
 from zimgkit.export.cli.main import main
@@ -122,7 +122,7 @@ def check_pieces(bundle: Bundle, bound: float = 1e-6) -> None:
     family = bundle.manifest.family
     part = registry.parts(family, "transformer", bundle.manifest.config["transformer"])["denoiser"]
     for which in (0, 1):
-        feeds = _random_inputs(builds.replace(part, sizes=(part.sizes[which], {})), which)
+        feeds = _random_inputs(replace(part, sizes=(part.sizes[which], {})), which)
         expected = run(bundle, "denoiser", feeds)["velocity"]
         there = dict(feeds)
         for name in NAMES:
