@@ -27,4 +27,4 @@ def cost_prompts(name: str) -> tuple[str, ...]:
 
 def _read(name: str, purpose: str) -> tuple[str, ...]:
     file = f"{'demo_' if is_known(name) else ''}{purpose}_prompts.txt"
-    return tuple((resources.files("zimgkit.export") / "recipes" / file).read_text("utf-8").splitlines())
+    return tuple((resources.files("zimgkit.export.quantization") / "recipes" / file).read_text("utf-8").splitlines())

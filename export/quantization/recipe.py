@@ -126,7 +126,7 @@ def family_recipe(family: str, name: str = "") -> Recipe:
         name: of the checkpoint; one of :data:`OWN` has a recipe of its own.
     """
     file = name if name in OWN else family
-    text = (resources.files("zimgkit.export") / "recipes" / f"{file}.toml").read_text("utf-8")
+    text = (resources.files("zimgkit.export.quantization") / "recipes" / f"{file}.toml").read_text("utf-8")
     return msgspec.convert(tomllib.loads(text), Recipe)
 
 
