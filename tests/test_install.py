@@ -143,7 +143,7 @@ class TestDistributions:
             found = {name: archive.read(name) for name in archive.namelist()}
         files = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file()]
         own = {f"zimgkit/{file.relative_to(ROOT)}": file for file in files if "__pycache__" not in file.parts}
-        own |= {f"zimgkit/{name}": ROOT / "src/zimgkit" / name for name in ("__init__.py", "py.typed")}
+        own |= {f"zimgkit/{file.name}": file for file in (ROOT / "src/zimgkit").iterdir() if file.is_file()}
         assert {name for name in found if ".dist-info/" not in name} == set(own)
         assert all(found[name] == file.read_bytes() for name, file in own.items())
         for name in demo_models.NAMES:
