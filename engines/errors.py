@@ -37,9 +37,9 @@ class ZimgError(Exception):
 
 
 def install(extra: str) -> str:
-    """What to do where a package of one of zimgkit's extras is missing: the hint of every such error.
+    """How an extra of zimgkit is installed: the hint of every error about a missing package.
 
-    zimgkit is not on the package index yet. When it is, this line becomes ``pip install 'zimgkit[{extra}]'``.
+    From a clone, because zimgkit is not on the package index yet; when it is, this line is all that changes.
     """
     return f"in a clone of zimgkit: pip install '.[{extra}]'"
 

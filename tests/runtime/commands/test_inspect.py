@@ -88,8 +88,6 @@ Handmade  (z-image, bfloat16, 1.51 kB)
 def test_revision_and_tools_may_be_absent(tmp_path):
     made = write(tmp_path / "bundle", tools={}, sources={"checkpoint": Source("m", "main")})
     text = bundle_text(bundle_summary(made))
-        bundle_summary(write(tmp_path / "bundle", tools={}, sources={"checkpoint": Source("m", "main")}))
-    )
     assert "  source    m at main\n  built by  zimgkit 0.0.0\n" in text
 
 
