@@ -14,9 +14,9 @@ from tests import quantized
 from tests.commands import invoke
 from tests.export.lora.conftest import loras_of
 from tests.export.lora.swapping import contents, swap
+from zimgkit.engines.base import open_engine
 from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import CheckpointError
-from zimgkit.engines.onnxruntime import engine as onnxruntime_engine
 from zimgkit.export.attachments.cut import PIECES, cut
 from zimgkit.export.build import Quantizing, build
 from zimgkit.export.cli.main import main
@@ -106,27 +106,18 @@ def cut_bundle(family, checkpoint_of, bundle_of, quantized_of, shared_folder, tm
     return make
 
 
-def run(bundle: Bundle, name: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A component's float32 graph, with the options of the engine."""
-    place = onnxruntime_engine.Place("cpu", 0)
-    quantization = bundle.manifest.quantization
-    path = bundle.file(bundle.component(name).graphs["float32"])
-    session = onnxruntime_engine._open_session([path], place, quantization.precision if quantization else "")
-    outputs = [entry.name for entry in session.get_outputs()]
-    given = {entry.name: feeds[entry.name] for entry in session.get_inputs()}
-    return dict(zip(outputs, session.run(outputs, given), strict=True))
-
-
-def check_pieces(bundle: Bundle, bound: float = 1e-6) -> None:
-    """One after the other they give what the whole gives, at two sizes."""
+def check_pieces(bundle: Bundle, bound: float = 1e-6, backend: str = "onnxruntime") -> None:
+    """One after the other they give what the whole gives, at two sizes, what crosses staying on the device or not."""
     family = bundle.manifest.family
     part = registry.parts(family, "transformer", bundle.manifest.config["transformer"])["denoiser"]
-    for which in (0, 1):
+    whole, *pieces = (open_engine(bundle, name, backend, "cpu") for name in ("denoiser", *NAMES))
+    for which, stays in ((0, True), (1, True), (1, False)):
         feeds = _random_inputs(replace(part, sizes=(part.sizes[which], {})), which)
-        expected = run(bundle, "denoiser", feeds)["velocity"]
+        expected = whole.run(feeds)["velocity"]
         there = dict(feeds)
-        for name in NAMES:
-            there |= run(bundle, name, there)
+        for piece in pieces:
+            crossing = [name for name in piece.outputs if stays and name != "velocity"]
+            there |= piece.run({name: there[name] for name in piece.inputs}, crossing)
         error = np.linalg.norm(there["velocity"] - expected) / np.linalg.norm(expected)
         assert expected.std() > 0 and error <= bound
 
@@ -135,6 +126,7 @@ def check_pieces(bundle: Bundle, bound: float = 1e-6) -> None:
 def test_the_pieces_give_what_the_whole_gives(cut_bundle, precision):
     bundle = Bundle.open(cut_bundle(precision))
     check_pieces(bundle)
+    check_pieces(bundle, backend="torch")
     whole = bundle.component("denoiser")
     pieces = [bundle.component(name) for name in NAMES]
     assert [piece.variant_of for piece in pieces] == ["denoiser"] * 3 and whole.variant_of is None
