@@ -1,4 +1,4 @@
-"""The judge of the demo models' pictures, who lives above this package: it is asked in a process of its own."""
+"""Judge the pictures of the demo models, in a process of its own: the judge belongs to ``zimgkit.training``."""
 
 from __future__ import annotations
 
@@ -10,27 +10,21 @@ from pathlib import Path
 from zimgkit.engines.errors import ZimgError
 from zimgkit.runtime.progress import Report, silent
 
-KNOWN = "zimg-tiny-"
-"""How the names of the checkpoints begin whose pictures it understands."""
 CAPTIONS = 200
-
-
-def is_known(name: str) -> bool:
-    """Whether a checkpoint of this name draws what the judge understands."""
-    return name.startswith(KNOWN)
+"""How many captions the judge draws and looks at by default."""
 
 
 def accuracy(bundle: Path, captions: int, backend: str, report: Report = silent) -> dict[str, float]:
-    """How often a bundle draws what it is asked for.
+    """Measure how often a bundle draws what a caption asks for.
 
     Args:
         bundle: its folder.
-        captions: how many it is asked.
+        captions: how many pictures it draws.
         backend: what runs it.
         report: called with (stage, done, total).
 
     Returns:
-        How many things a caption tells of, ``"one"`` or ``"two"`` -> the share that is right.
+        The number of things in a caption, ``"one"`` or ``"two"`` -> the share of pictures that show them, 0 to 1.
 
     Raises:
         ZimgError: the judge or the bundle failed.

@@ -1,23 +1,29 @@
-"""The prompts that calibrations and costs are measured on where none are named, in words that the model knows."""
+"""The default prompts of calibrations and of cost measurements: the demo models know other words than large ones."""
 
 from __future__ import annotations
 
 from importlib import resources
 
-from zimgkit.export.quality.judged import is_known
+DEMO_PREFIX = "zimg-tiny-"
+"""The names of the demo models begin so."""
+
+
+def is_demo_model(name: str) -> bool:
+    """Whether a checkpoint of this name is a demo model, which draws shapes and colours alone."""
+    return name.startswith(DEMO_PREFIX)
 
 
 def calibration_prompts(name: str) -> tuple[str, ...]:
-    """A dozen prompts in English and Chinese, of all kinds.
+    """Read the calibration prompts: a dozen in English and Chinese, of all kinds.
 
     Args:
-        name: the checkpoint's; the demo models know shapes and colours alone.
+        name: the checkpoint's; the demo models have prompts of their own.
     """
     return _read(name, "calibration")
 
 
 def cost_prompts(name: str) -> tuple[str, ...]:
-    """A few prompts, none of which a calibration uses by default.
+    """Read the prompts of cost measurements: a few, none of which a calibration uses by default.
 
     Args:
         name: as for :func:`calibration_prompts`.
@@ -26,5 +32,5 @@ def cost_prompts(name: str) -> tuple[str, ...]:
 
 
 def _read(name: str, purpose: str) -> tuple[str, ...]:
-    file = f"{'demo_' if is_known(name) else ''}{purpose}_prompts.txt"
+    file = f"{'demo_' if is_demo_model(name) else ''}{purpose}_prompts.txt"
     return tuple((resources.files("zimgkit.export.quantization") / "recipes" / file).read_text("utf-8").splitlines())

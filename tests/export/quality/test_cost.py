@@ -36,7 +36,7 @@ from zimgkit.export.quality.cost import (
     past_bound,
 )
 from zimgkit.export.quality.references import references
-from zimgkit.export.quantization.prompts import cost_prompts
+from zimgkit.export.quantization.prompts import cost_prompts, is_demo_model
 from zimgkit.export.quantization.recipe import Bounds, Recipe, family_recipe
 from zimgkit.runtime import families
 from zimgkit.runtime.commands.cli import main as run
@@ -242,10 +242,10 @@ def test_verify_past_the_bound(copied, checkpoint_of, bundle_of):
     given = options(checkpoint_of("z-image"), bundle_of("z-image"), bundle_of("z-image", "bf16"))
     result = invoke(main, "verify", copied, *given)
     assert result.code == 0
-    assert "and the recipe asks for 0.9999999; keep more with --recipe" in result.err
+    assert "and the recipe asks for 0.9999999; leave more linears unquantized with --recipe" in result.err
     strict = invoke(main, "verify", copied, *given, "--strict")
     assert strict.code == 1 and strict.err.count("\n") == 1
-    assert "and the recipe asks for 0.9999999; keep more" in strict.err
+    assert "and the recipe asks for 0.9999999; leave more" in strict.err
 
 
 def test_references_of_another_checkpoint(copied, checkpoint_of, bundle_of):
@@ -271,7 +271,7 @@ def test_the_judge_is_asked(copied, checkpoint_of, bundle_of, monkeypatch):
     found = Bundle.open(copied).manifest.cost
     assert (found.captions, found.accuracy["two"], found.float32_accuracy["one"]) == (7, 0.25, 0.5)
     assert "right   50.0% of one thing (50.0%), 25.0% of two things (25.0%): of 7" in invoke(run, "inspect", copied).out
-    assert judged.is_known("zimg-tiny-z") and not judged.is_known("Z-Image")
+    assert is_demo_model("zimg-tiny-z") and not is_demo_model("Z-Image")
 
 
 def test_a_judge_that_fails(tmp_path):
@@ -283,7 +283,7 @@ def test_a_strict_build_leaves_nothing(checkpoint_of, bundle_of, tmp_path):
     recipe = Recipe((), {"int4-weights": Bounds(0.9999999)})
     given = (bundle_of("z-image"), bundle_of("z-image", "bf16"))
     measuring = verify.Measuring(Trial(("a",), 64, 64, 1), given)
-    with pytest.raises(BundleError, match=r"and the recipe asks for 0\.9999999; keep more with --recipe"):
+    with pytest.raises(BundleError, match=r"and the recipe asks for 0\.9999999; leave more linears unquantized"):
         build(
             str(checkpoint_of("z-image")), tmp_path / "b", precision="int4-weights",
             quantization=Quantizing(recipe, check=cost_check(measuring, strict=True)),
