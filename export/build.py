@@ -159,7 +159,8 @@ def _settings(
     parts = parts_of(checkpoint)
     for name, part in parts.items():
         if name in QUANTIZED:
-            recipe.kept(precision, name, linear_weights(part))  # What is wrong is better said before hours of work.
+            # What is wrong is better said before hours of work.
+            recipe.unquantized(precision, name, linear_weights(part))
     if settings.scheme.activations is None:
         return settings
     if isinstance(given.calibration, Statistics):
@@ -292,7 +293,7 @@ def _quantize_graph(
 
 def _record(settings: QuantizationSettings, quantized: Mapping[str, Quantized]) -> Quantization:
     """What the manifest says of how linears were quantized."""
-    kept = {name: dict(entry.kept) for name, entry in quantized.items() if entry.kept}
+    kept = {name: dict(entry.unquantized) for name, entry in quantized.items() if entry.unquantized}
     bounds = settings.recipe.bounds.get(settings.precision)
     bound = bounds.cosine if bounds else None
     if settings.scheme.activations is None or settings.statistics is None:

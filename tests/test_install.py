@@ -47,7 +47,7 @@ COMMANDS = {
 NOT_RUN = {
     "make demo": "sets up an environment as the lines above it do",
     "make test": "runs this test",
-    'zimg-run generate --bundle z-image-turbo --prompt "…" --backend torch': "test_torch_and_train draws a smaller picture",
+    'zimg-run generate --bundle z-image-turbo --prompt "…" --backend torch': "test_torch_and_train draws a smaller one",
     "pip install '.[tensorrt]'": "gigabytes of CUDA; test_tensorrt installs what else is in it",
     "zimg-export compile z-image-turbo --size 1024x1024 --size 832x1216": "test_tensorrt compiles a smaller size",
     "zimg-run generate --bundle z-image-turbo --backend tensorrt"

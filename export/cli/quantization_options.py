@@ -157,12 +157,12 @@ def cost_check(measuring: Measuring, *, strict: bool) -> Callable[..., None]:
         from zimgkit.engines.bundle import Bundle
         from zimgkit.engines.errors import BundleError
         from zimgkit.export.quality.cost import past_bound
-        from zimgkit.export.quality.verify import KEEP_MORE
+        from zimgkit.export.quality.verify import LEAVE_MORE
 
         cost = measuring(folder, *arguments)
         if reason := past_bound(Bundle.open(folder, verify=False), cost):
             if strict:
-                raise BundleError(reason, KEEP_MORE)
-            console.warn(f"{reason}; {KEEP_MORE}")
+                raise BundleError(reason, LEAVE_MORE)
+            console.warn(f"{reason}; {LEAVE_MORE}")
 
     return check

@@ -63,7 +63,7 @@ def verify_command(
     and of each step's velocity against float32, beside those of bfloat16.
     """
     need_export()
-    from zimgkit.export.quality.verify import KEEP_MORE, refuse_failures, verification_text, verify
+    from zimgkit.export.quality.verify import LEAVE_MORE, refuse_failures, verification_text, verify
     from zimgkit.runtime.progress import bar
 
     measuring = _measuring(bundle, **cost)
@@ -72,7 +72,7 @@ def verify_command(
     console.print_json(result) if as_json else click.echo(verification_text(result))
     refuse_failures(result, strict=strict)
     if result.get("past_bound"):
-        console.warn(f"{result['past_bound']}; {KEEP_MORE}")
+        console.warn(f"{result['past_bound']}; {LEAVE_MORE}")
 
 
 def _measuring(

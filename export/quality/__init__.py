@@ -1,1 +1,1 @@
-"""What a bundle is worth: held against its checkpoint, and what its precision costs."""
+"""Check a bundle against its checkpoint, and measure the errors that its precision causes."""

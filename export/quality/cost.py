@@ -1,8 +1,8 @@
-"""What a bundle's precision costs: its pictures, and the way to them, against those of the same checkpoint in float32.
+"""Measure what a bundle's precision costs: the errors of its velocities, latents and pictures against float32.
 
-All runs start from the same noise. Velocities are compared where the float32 run has been: each step is given its
-latents, so that one step's error is not the next one's input. All else is the bundle's own: what its text encoder
-makes of the prompt, and its modulation.
+All runs start from the same noise. Velocities are compared at the latents of the float32 run (forced runs): each step
+is given those, so that one step's error is not the next one's input. The prompt's embeddings and the modulation are the
+bundle's own.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from zimgkit.engines.errors import ZimgError
 from zimgkit.engines.torch.engine import TorchEngine
 from zimgkit.engines.torch.engine import open_engine as open_torch
 from zimgkit.export.quality.perceptual import lpips
-from zimgkit.export.quality.similarity import cosine, psnr, relative_error, ssim
+from zimgkit.export.quality.similarity import cosine, psnr, relative_l2_error, ssim
 from zimgkit.export.quantization.prompts import cost_prompts
 from zimgkit.runtime.pipeline import Pipeline
 from zimgkit.runtime.progress import Report, silent
 
 Array = NDArray[np.float32]
 Opener = Callable[[Bundle, str, str, "str | None"], Engine]
-"""As :class:`Pipeline` takes it."""
+"""(bundle, component, backend, device) -> engine, as :class:`Pipeline` takes it."""
 
 FIRST_SEED = 1000
-"""Calibrations draw from the seeds from 0 on."""
+"""Of the first prompt; the next ones follow. Calibrations take the seeds from 0 on, so no noise is in both."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The pictures that are compared. What is None, and prompts where there are none, are the bundle's own defaults."""
+    """The pictures that are compared; the bundle's defaults replace None, and :func:`cost_prompts` no prompts."""
 
     prompts: tuple[str, ...] = ()
     width: int | None = None
@@ -47,7 +47,7 @@ class Trial:
     negative_prompt: str | None = None
 
     def filled(self, manifest: Manifest) -> Trial:
-        """With a bundle's defaults filled in."""
+        """Fill in the defaults of a bundle."""
         defaults = manifest.defaults
         return replace(
             self,
@@ -62,7 +62,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class References:
-    """Bundles of the same checkpoint, with the same LoRAs, that are not quantized."""
+    """Unquantized bundles of one checkpoint, with the same LoRAs."""
 
     float32: Bundle
     bfloat16: Bundle
@@ -70,41 +70,41 @@ class References:
 
 @dataclass
 class Run:
-    """One picture, and the way to it."""
+    """What one call of the pipeline computed on the way to a picture."""
 
     start: Array
-    """The noise."""
+    """The noise that it starts from."""
     velocities: list[list[Array]] = field(default_factory=list)
-    """By step: those that the denoiser gave, for each branch of guidance."""
+    """By step: the velocities, one for each branch of guidance."""
     latents: list[Array] = field(default_factory=list)
-    """After each step."""
+    """The latents after each step."""
     picture: Array | None = None
-    """(height, width, 3) from 0 to 1."""
+    """(height, width, 3) float32 from 0 to 1; None of a forced run."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What bundles of a checkpoint are held against."""
+    """The float32 runs that bundles of a checkpoint are compared with."""
 
     trial: Trial
     expected: list[Run]
-    """In float32."""
+    """The runs of the float32 bundle."""
     floor: Difference
-    """In bfloat16."""
+    """The errors of the bfloat16 bundle: those of an unquantized one."""
 
 
 def baseline(references: References, trial: Trial, *, device: str | None = None, report: Report = silent) -> Baseline:
-    """Draw pictures in PyTorch, in float32 and in bfloat16 arithmetic.
+    """Draw the pictures of a trial in PyTorch, in float32 and in bfloat16 arithmetic.
 
     Args:
-        references: what draws them.
-        trial: the pictures; what it leaves open are the float32 bundle's defaults.
+        references: the bundles that draw them.
+        trial: the pictures, with the float32 bundle's defaults where it has none.
         device: as torch names devices.
         report: called with (stage, done, total).
 
     Raises:
-        UsageError: the prompts, the size or the steps are none the model takes.
-        BackendError: PyTorch cannot run this.
+        UsageError: the model does not take the prompts, the size or the steps.
+        BackendError: PyTorch cannot run a graph.
     """
     trial = trial.filled(references.float32.manifest)
     with drawing(references.float32, partial(open_torch_in, "float32"), device=device) as draw:
@@ -121,18 +121,18 @@ def measure(
     device: str | None = None,
     report: Report = silent,
 ) -> Cost:
-    """Draw the same pictures with a bundle, and compare them.
+    """Draw the pictures of a baseline with a bundle, and compare them.
 
     Args:
-        bundle: what is measured.
-        against: what it is held against.
+        bundle: the bundle whose cost is measured.
+        against: the runs that it is compared with.
         backend: what runs the bundle.
         device: as the backend names devices.
         report: called with (stage, done, total).
 
     Raises:
-        BackendError: the backend cannot run this.
-        ZimgError: the bundle gives NaN or Inf.
+        BackendError: the backend cannot run the bundle.
+        ZimgError: the bundle computes NaN or Inf.
     """
     trial = against.trial
     with drawing(bundle, open_engine, backend=backend, device=device) as draw:
@@ -157,27 +157,27 @@ def drawing(bundle: Bundle, opener: Opener, *, backend: str = "torch", device: s
     """Open a bundle for several runs of trials.
 
     Args:
-        bundle: what draws.
+        bundle: the bundle that draws.
         opener: opens its engines.
-        backend: as the opener is told.
-        device: likewise.
+        backend: passed to the opener.
+        device: passed to the opener.
 
     Yields:
-        ``draw(trial, along=(), forced=False, report=silent)``. The trial has nothing left open. ``along`` are earlier
-        runs of it, whose noise these start from; if ``forced``, each step is given their latents, too, and no picture
-        is decoded.
+        ``draw(trial, earlier=(), forced=False, report=silent)``, which gives a run for each prompt. The trial has all
+        its fields filled in. ``earlier`` are runs of the same trial, whose noise the new ones start from; if
+        ``forced``, each step starts from their latents as well, and no picture is decoded.
     """
     given: list[Array] = []
     opened = partial(_open_recorded, opener, given)
     with Pipeline(bundle, backend=backend, device=device, warn=lambda _: None, opener=opened) as pipeline:
 
         def draw(
-            trial: Trial, along: Sequence[Run] = (), *, forced: bool = False, report: Report = silent
+            trial: Trial, earlier: Sequence[Run] = (), *, forced: bool = False, report: Report = silent
         ) -> list[Run]:
             found = []
             for index, prompt in enumerate(trial.prompts):
                 report("measure", index, len(trial.prompts))
-                other = along[index] if along else None
+                other = earlier[index] if earlier else None
                 found.append(_draw(pipeline, given, prompt, index, trial, other, forced=forced))
             report("measure", len(trial.prompts), len(trial.prompts))
             return found
@@ -185,20 +185,20 @@ def drawing(bundle: Bundle, opener: Opener, *, backend: str = "torch", device: s
         yield draw
 
 
-def difference(expected: Sequence[Run], forced: Sequence[Run], free: Sequence[Run]) -> Difference:
+def difference(expected: Sequence[Run], forced: Sequence[Run], unforced: Sequence[Run]) -> Difference:
     """Compare runs of the same pictures.
 
     Args:
-        expected: in float32.
-        forced: those whose velocities count.
-        free: those whose latents and pictures count.
+        expected: the float32 runs.
+        forced: runs at the latents of those; their velocities are compared.
+        unforced: runs at latents of their own; those latents and their pictures are compared.
 
     Raises:
-        ZimgError: something is NaN or Inf.
+        ZimgError: a velocity, a latent or a picture is NaN or Inf.
     """
     velocities = velocity_errors(expected, forced)
-    latents = _by_step(free, expected, lambda run, step: [run.latents[step]])
-    pictures = [(own.picture, other.picture) for own, other in zip(free, expected, strict=True)]
+    latents = _by_step(unforced, expected, lambda run, step: [run.latents[step]])
+    pictures = [(own.picture, other.picture) for own, other in zip(unforced, expected, strict=True)]
     pairs = [(own, other) for own, other in pictures if own is not None and other is not None]
     squared = float(np.mean([np.mean((own.astype(np.float64) - other) ** 2) for own, other in pairs]))
     result = Difference(
@@ -212,17 +212,18 @@ def difference(expected: Sequence[Run], forced: Sequence[Run], free: Sequence[Ru
     )
     measured = (result.velocity_relative, result.latents_relative, (squared, result.ssim))
     if not all(np.isfinite(value) for values in measured for value in values):
-        raise ZimgError("the bundle gives NaN or Inf where its checkpoint does not", "keep more with --recipe")
+        message = "the bundle computes NaN or Inf where its checkpoint does not"
+        raise ZimgError(message, "leave more linears unquantized with --recipe")
     return result
 
 
 def velocity_errors(expected: Sequence[Run], forced: Sequence[Run]) -> list[tuple[list[float], list[float]]]:
-    """By step: the relative errors and the cosines of all velocities."""
+    """By step: the relative L2 errors and the cosines of the velocities of all runs and branches of guidance."""
     return _by_step(forced, expected, lambda run, step: run.velocities[step])
 
 
 def past_bound(bundle: Bundle, cost: Cost) -> str | None:
-    """Why a cost is more than the bundle's recipe allows; None where it is not."""
+    """Say why a cost is past the bound of the bundle's recipe; None where it is within, or there is no bound."""
     quantization = bundle.manifest.quantization
     bound = quantization.bound if quantization else None
     if bound is None or cost.cosine >= bound:
@@ -236,11 +237,11 @@ def _compared(draw: Draw, trial: Trial, expected: Sequence[Run], report: Report)
 
 
 def _draw(
-    pipeline: Pipeline, given: list[Array], prompt: str, index: int, trial: Trial, along: Run | None, *, forced: bool
+    pipeline: Pipeline, given: list[Array], prompt: str, index: int, trial: Trial, earlier: Run | None, *, forced: bool
 ) -> Run:
-    """Draw one picture; ``given`` fills with what the denoiser gives."""
+    """Draw one picture; the recorded denoiser appends its outputs to ``given``."""
     family, width, height = pipeline.session.family, trial.width or 0, trial.height or 0
-    start = along.start if along else pipeline.draw_noise(1, FIRST_SEED + index, height, width)
+    start = earlier.start if earlier else pipeline.draw_noise(1, FIRST_SEED + index, height, width)
     run = Run(start)
 
     def after_step(_: Pipeline, step: int, __: float, tensors: dict[str, Array]) -> dict[str, Array] | None:
@@ -248,7 +249,7 @@ def _draw(
         run.velocities.append([family.velocity(output, latents) for output in given])
         given.clear()
         run.latents.append(latents)
-        return {"latents": along.latents[step]} if along and forced else None
+        return {"latents": earlier.latents[step]} if earlier and forced else None
 
     output = pipeline(
         prompt,
@@ -269,7 +270,7 @@ Pairs = Callable[[Run, int], Sequence[Array]]
 
 
 def _by_step(found: Sequence[Run], expected: Sequence[Run], arrays: Pairs) -> list[tuple[list[float], list[float]]]:
-    """The relative errors and the cosines of some arrays of each step, over all runs."""
+    """By step: the relative L2 errors and the cosines of the arrays that ``arrays`` takes from a run, over all runs."""
     result = []
     for step in range(len(expected[0].latents)):
         pairs = [
@@ -277,12 +278,12 @@ def _by_step(found: Sequence[Run], expected: Sequence[Run], arrays: Pairs) -> li
             for own, other in zip(found, expected, strict=True)
             for pair in zip(arrays(own, step), arrays(other, step), strict=True)
         ]
-        result.append(([relative_error(*pair) for pair in pairs], [cosine(*pair) for pair in pairs]))
+        result.append(([relative_l2_error(*pair) for pair in pairs], [cosine(*pair) for pair in pairs]))
     return result
 
 
 def open_torch_in(compute: str, bundle: Bundle, component: str, _: str, device: str | None) -> TorchEngine:
-    """Open a component in PyTorch, in this element type."""
+    """Open a component in PyTorch, which computes in this element type."""
     return open_torch(bundle, component, device, compute)
 
 
@@ -294,7 +295,7 @@ def _open_recorded(
 
 
 class _Recorded:
-    """An engine whose results are kept."""
+    """A denoiser's engine that appends a copy of each velocity to a list."""
 
     def __init__(self, engine: Engine, given: list[Array]) -> None:
         self.inputs, self.outputs, self.device = engine.inputs, engine.outputs, engine.device

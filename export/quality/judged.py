@@ -23,7 +23,7 @@ def accuracy(bundle: Path, captions: int, backend: str, report: Report = silent)
 
     Args:
         bundle: its folder.
-        captions: how many it is asked.
+        captions: how many pictures it draws.
         backend: what runs it.
         report: called with (stage, done, total).
 

@@ -1,4 +1,4 @@
-"""LPIPS, by the package ``lpips`` where it is installed and its weights lie in torch's cache: nothing is fetched."""
+"""LPIPS by the package ``lpips``, if it is installed and its weights are in torch's cache: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Array = NDArray[np.float32]
 Distance = Callable[[Array, Array], float]
 
 BACKBONE = "alexnet-owt-7be5be79.pth"
-"""As torchvision names AlexNet's weights, which the package would fetch."""
+"""The file of AlexNet's weights in torch's cache, which the package would download."""
 
 
 def lpips() -> Distance | None:
@@ -26,8 +26,8 @@ def lpips() -> Distance | None:
     (2018).
 
     Returns:
-        ``distance(found, expected)`` of pictures (height, width, 3), float32, whose values span 1; 0 where they are
-        the same. None where the package or the weights are not on this machine.
+        ``distance(found, expected)`` of pictures (height, width, 3), float32, with values from 0 to 1; 0 where they
+        are equal. None where the package or the weights are not on this machine.
     """
     if find_spec("lpips") is None or not (Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE).is_file():
         return None

@@ -1,4 +1,4 @@
-"""Bundles for a while: of a checkpoint in float32 and in bfloat16, which a quantized one is held against."""
+"""Reference bundles of a checkpoint, in float32 and in bfloat16, that a quantized one is compared with."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from zimgkit.runtime.progress import Report, silent
 def references(
     checkpoint: Checkpoint, merged: Merge, beside: Path, given: Sequence[Path] = (), report: Report = silent
 ) -> Iterator[References]:
-    """Take bundles that are there, and build those that are not, to be removed at the end.
+    """Open the reference bundles that were given, and build the others for the time of the context.
 
-    Where all weights of the checkpoint are bfloat16, one bundle has the numbers of both.
+    If all weights of the checkpoint are bfloat16, one bundle serves as both.
 
     Args:
         checkpoint: an open checkpoint.
-        merged: what LoRAs do to it.
-        beside: a folder beside which there is room.
-        given: bundles to take.
+        merged: the LoRAs that are merged into it.
+        beside: the bundle that is compared; temporary bundles are built beside it.
+        given: bundles of the checkpoint in fp32 or bf16.
         report: called with (stage, done, total).
 
     Raises:
-        UsageError: one that was given is quantized, or of another checkpoint, or with other LoRAs.
-        BundleError: one is none.
+        UsageError: a given bundle is quantized, of another checkpoint, or has other LoRAs.
+        BundleError: a given folder is not a bundle.
         OutputError: the disk is full.
     """
     found: dict[str, Bundle] = {}
@@ -58,7 +58,7 @@ def references(
 def temporary_bundle(
     model: str, revision: str | None = None, source: str = "huggingface", report: Report = silent
 ) -> Iterator[Bundle]:
-    """Build a bundle of a checkpoint in bfloat16, in the working folder, to be removed at the end.
+    """Build a bundle of a checkpoint in bfloat16, in the working folder, for the time of the context.
 
     Raises:
         CheckpointError: the checkpoint is missing, broken, or none zimgkit serves.
@@ -70,7 +70,7 @@ def temporary_bundle(
 
 
 def _build(checkpoint: Checkpoint, merged: Merge, folder: Path, report: Report) -> Bundle:
-    """Build one whose precision the folder is named for."""
+    """Build a bundle in the precision that its folder is named for, ``float32`` or ``bfloat16``."""
     try:
         folder.mkdir()
         export(checkpoint, folder, folder.name, report, merged=merged)

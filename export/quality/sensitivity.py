@@ -1,7 +1,8 @@
-"""How much each linear costs when it alone is quantized, and a recipe that keeps the most sensitive of them.
+"""Measure what each linear costs when it alone is quantized, and propose a recipe that leaves the worst unquantized.
 
-A float bundle runs in PyTorch, on the latents that it has been to itself, with one group of linears quantized after the
-other. The recipe keeps as many of them, the most sensitive first, as a target needs; that it holds is measured.
+A float bundle runs in PyTorch, at the latents of its own float32 run, with one group of linears quantized after the
+other. The recipe leaves as many groups unquantized, the most sensitive first, as the target needs; the error with that
+recipe is measured as well.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from zimgkit.engines.files import replacing
 from zimgkit.engines.torch.engine import TorchEngine
 from zimgkit.export.networks.registry import FAMILIES, QUANTIZED_GRAPHS, parts
 from zimgkit.export.quality.cost import Draw, Run, Trial, drawing, open_torch_in, velocity_errors
-from zimgkit.export.quantization.fake_quantization import quantizable, switch
+from zimgkit.export.quantization.fake_quantization import quantizable
 from zimgkit.export.quantization.quantize import QuantizationSettings, linear_weights
-from zimgkit.export.quantization.recipe import DIGITS
+from zimgkit.export.quantization.recipe import BLOCK_NUMBER
 from zimgkit.runtime.progress import Report, silent
 
 GROUPS = ("linear", "kind", "block")
@@ -32,13 +33,13 @@ GROUPS = ("linear", "kind", "block")
 
 
 @dataclass(frozen=True)
-class Error:
-    """Of velocities."""
+class VelocityError:
+    """The error of velocities against the float32 run."""
 
-    relative: float
-    """The mean over pictures, branches of guidance and steps."""
+    relative_l2_error: float
+    """The mean relative L2 error over pictures, branches of guidance and steps."""
     cosine: float
-    """The least of them."""
+    """The smallest cosine over the same."""
 
 
 @dataclass(frozen=True)
@@ -47,30 +48,32 @@ class Group:
 
     component: str
     pattern: str
-    """As recipes have it."""
+    """The pattern of their names, as recipes have it."""
     weights: tuple[str, ...]
+    """The names of their weights in the bundle."""
     parameters: int
-    """How many numbers the weights have together."""
-    alone: Error
-    """With these quantized and no others."""
+    """The number of parameters of all these weights."""
+    alone: VelocityError
+    """The error with these linears quantized and no others."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What was found."""
+    """The errors of all groups, and the recipe that follows from them."""
 
     name: str
-    """Of the checkpoint."""
+    """The checkpoint's name."""
     precision: str
     target: float
+    """The smallest cosine that is acceptable."""
     groups: tuple[Group, ...]
     """The most sensitive first."""
-    all: Error
-    """With all of them quantized."""
-    kept: int
-    """How many of the first groups the recipe keeps."""
-    rest: Error
-    """With the others quantized."""
+    all_quantized: VelocityError
+    """The error with all groups quantized."""
+    unquantized: int
+    """How many of the first groups the recipe leaves unquantized."""
+    with_recipe: VelocityError
+    """The error with the other groups quantized."""
 
 
 def sensitivity(
@@ -83,20 +86,20 @@ def sensitivity(
     device: str | None = None,
     report: Report = silent,
 ) -> Sensitivity:
-    """Measure every linear of the text encoder and the denoiser, and find how many have to stay as they are.
+    """Measure every linear of the text encoder and the denoiser, and find how many have to stay unquantized.
 
     Args:
-        bundle: one that is not quantized.
-        settings: how linears are quantized; the recipe is not regarded.
-        trial: the pictures whose velocities count.
-        target: the least cosine of a velocity and the float32 network's that will do.
+        bundle: an unquantized bundle.
+        settings: how linears are quantized; the recipe is ignored.
+        trial: the pictures whose velocities are compared.
+        target: the smallest acceptable cosine of a velocity and the float32 network's.
         by: one of :data:`GROUPS`.
         device: as torch names devices.
         report: called with (stage, done, total).
 
     Raises:
         UsageError: the bundle is quantized, the settings do not fit each other, or the target is no cosine.
-        BackendError: PyTorch cannot run it.
+        BackendError: PyTorch cannot run a graph.
     """
     settings.check()
     if bundle.manifest.quantization is not None:
@@ -116,27 +119,28 @@ def sensitivity(
             report("quantize one by one", index, len(groups))
             found.append(replace(group, alone=measured([group])))
         report("quantize one by one", len(groups), len(groups))
-        found.sort(key=lambda group: (group.alone.cosine, -group.alone.relative))
-        errors = {0: measured(found), len(found): Error(0.0, 1.0)}
-        # The least number that holds: what is kept more never makes it worse, but for the last digits.
-        fails, holds = 0, len(found)
-        while errors[fails].cosine < target and holds - fails > 1:
-            report("find a recipe", len(found) - (holds - fails), len(found))
-            middle = (fails + holds) // 2
+        found.sort(key=lambda group: (group.alone.cosine, -group.alone.relative_l2_error))
+        errors = {0: measured(found), len(found): VelocityError(0.0, 1.0)}
+        # Bisect for the smallest number that reaches the target: more unquantized groups never raise the error by much.
+        too_few, enough = 0, len(found)
+        while errors[too_few].cosine < target and enough - too_few > 1:
+            report("find a recipe", len(found) - (enough - too_few), len(found))
+            middle = (too_few + enough) // 2
             errors[middle] = measured(found[middle:])
-            fails, holds = (fails, middle) if errors[middle].cosine >= target else (middle, holds)
+            too_few, enough = (too_few, middle) if errors[middle].cosine >= target else (middle, enough)
         report("find a recipe", len(found), len(found))
-    kept = 0 if errors[0].cosine >= target else holds
-    return Sensitivity(bundle.manifest.name, settings.precision, target, tuple(found), errors[0], kept, errors[kept])
+    count = 0 if errors[0].cosine >= target else enough
+    return Sensitivity(bundle.manifest.name, settings.precision, target, tuple(found), errors[0], count, errors[count])
 
 
 def proposed_recipe(found: Sensitivity) -> str:
-    """The recipe that is proposed, as ``--recipe`` takes it."""
+    """Write the proposed recipe as TOML, as ``--recipe`` takes it."""
     lines = [
-        f"# {found.name}, {found.precision}: which linears stay as they are, as zimg-export sensitivity proposes.",
-        f"# The least cosine of a velocity is {found.rest.cosine:.6f} by it, and {found.all.cosine:.6f} without.",
+        f"# {found.name}, {found.precision}: which linears stay unquantized, as zimg-export sensitivity proposes.",
+        f"# The smallest cosine of a velocity is {found.with_recipe.cosine:.6f} with it, and "
+        f"{found.all_quantized.cosine:.6f} without.",
     ]
-    for group in found.groups[: found.kept]:
+    for group in found.groups[: found.unquantized]:
         lines += [
             "",
             "[[keep]]",
@@ -150,46 +154,53 @@ def proposed_recipe(found: Sensitivity) -> str:
 
 
 def save_recipe(found: Sensitivity, path: Path) -> None:
-    """Write the recipe to a file, beside it first."""
+    """Write the proposed recipe to a file, which is replaced in one step."""
     with replacing(path) as part:
         part.write_text(proposed_recipe(found), "utf-8")
 
 
 def sensitivity_data(found: Sensitivity) -> dict[str, Any]:
-    """For machines."""
+    """Describe the result as ``--json`` prints it."""
     groups = [
         {
             "component": group.component,
             "tensors": group.pattern,
             "weights": list(group.weights),
             "parameters": group.parameters,
-            "kept": index < found.kept,
+            "unquantized": index < found.unquantized,
             **vars(group.alone),
         }
         for index, group in enumerate(found.groups)
     ]
-    return vars(found) | {"groups": groups, "all": vars(found.all), "rest": vars(found.rest)}
+    return vars(found) | {
+        "groups": groups,
+        "all_quantized": vars(found.all_quantized),
+        "with_recipe": vars(found.with_recipe),
+    }
 
 
 def sensitivity_text(found: Sensitivity) -> str:
-    """For people: the groups, the most sensitive first."""
+    """Format the result for people: a line for each group, the most sensitive first."""
     width = max((len(group.pattern) for group in found.groups), default=0)
-    lines = [f"{'quantized alone':<{width}}  component     parameters  relative error    cosine"]
+    lines = [f"{'quantized alone':<{width}}  component     parameters  relative L2 error    cosine"]
     for index, group in enumerate(found.groups):
-        figures = f"{group.parameters:>12,}  {group.alone.relative:>14.2e}  {group.alone.cosine:.6f}"
-        lines.append(f"{group.pattern:<{width}}  {group.component:<12}{figures}{'  kept' * (index < found.kept)}")
+        figures = f"{group.parameters:>12,}  {group.alone.relative_l2_error:>17.2e}  {group.alone.cosine:.6f}"
+        lines.append(
+            f"{group.pattern:<{width}}  {group.component:<12}{figures}{'  unquantized' * (index < found.unquantized)}"
+        )
     total = sum(group.parameters for group in found.groups) or 1
-    share = sum(group.parameters for group in found.groups[: found.kept]) / total
-    lines.append(f"all of them: relative error {found.all.relative:.2e}, cosine {found.all.cosine:.6f}")
+    share = sum(group.parameters for group in found.groups[: found.unquantized]) / total
+    errors = found.all_quantized
+    lines.append(f"all quantized: relative L2 error {errors.relative_l2_error:.2e}, cosine {errors.cosine:.6f}")
     lines.append(
-        f"{found.kept} of {len(found.groups)} kept, {share:.1%} of the weights: relative error "
-        f"{found.rest.relative:.2e}, cosine {found.rest.cosine:.6f} (target {found.target:g})"
+        f"{found.unquantized} of {len(found.groups)} unquantized, {share:.1%} of the weights: relative L2 error "
+        f"{found.with_recipe.relative_l2_error:.2e}, cosine {found.with_recipe.cosine:.6f} (target {found.target:g})"
     )
     return "\n".join(lines)
 
 
 def _groups(bundle: Bundle, settings: QuantizationSettings, by: str) -> list[Group]:
-    """What is quantized together, in the order of the graphs."""
+    """Group the linears that are quantized together, in the order of the graphs."""
     manifest = bundle.manifest
     groups: list[Group] = []
     for source in FAMILIES[manifest.family].components:
@@ -203,20 +214,20 @@ def _groups(bundle: Bundle, settings: QuantizationSettings, by: str) -> list[Gro
                 members[_pattern(_parameter(weight, parameters), by)].append(weight)
             for pattern, names in members.items():
                 size = sum(int(np.prod(weights[name].shape)) for name in names)
-                groups.append(Group(component, pattern, tuple(names), size, Error(0.0, 1.0)))
+                groups.append(Group(component, pattern, tuple(names), size, VelocityError(0.0, 1.0)))
     return groups
 
 
 def _pattern(name: str, by: str) -> str:
-    """The recipe's pattern of a linear's group."""
-    number = DIGITS.search(name)
+    """The pattern, as recipes have it, of the group that a linear belongs to."""
+    number = BLOCK_NUMBER.search(name)
     if by == "linear" or number is None:
         return name
     return f"{name[: number.end()]}.*" if by == "block" else f"{name[: number.start()]}*{name[number.end() :]}"
 
 
 def _parameter(tensor: str, parameters: Iterable[str]) -> str:
-    """The network's own name, which recipes use, of a tensor that the checkpoint may store under a longer one."""
+    """The network's name of a tensor, which recipes use; the checkpoint's name may have a longer prefix."""
     return next(name for name in parameters if f".{tensor}".endswith(f".{name}"))
 
 
@@ -230,23 +241,23 @@ def _open_switched(
 ) -> TorchEngine:
     engine = open_torch_in("float32", bundle, component, backend, device)
     if component in QUANTIZED_GRAPHS:
-        switch(engine, bundle, component, settings, active[component])
+        switch_quantization(engine, bundle, component, settings, active[component])
     return engine
 
 
 def _measured(
     draw: Draw, trial: Trial, expected: Sequence[Run], active: dict[str, set[str]], groups: Iterable[Group]
-) -> Error:
-    """The error with some groups quantized."""
+) -> VelocityError:
+    """Measure the error with these groups quantized and no others."""
     for names in active.values():
         names.clear()
     for group in groups:
         active[group.component].update(group.weights)
     errors = velocity_errors(expected, draw(trial, expected, forced=True))
     relative = [value for values, _ in errors for value in values]
-    return Error(float(np.mean(relative)), min(value for _, values in errors for value in values))
+    return VelocityError(float(np.mean(relative)), min(value for _, values in errors for value in values))
 
 
 def _text(value: str) -> str:
-    """A string of TOML, whose escapes are those of JSON."""
+    """Quote a string for TOML, whose escapes are those of JSON."""
     return json.dumps(value, ensure_ascii=False)

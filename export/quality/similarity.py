@@ -1,4 +1,4 @@
-"""How alike two arrays or two pictures are."""
+"""Measures of similarity: of two arrays cosine and relative L2 error, of two pictures PSNR and SSIM."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def cosine(found: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(a @ b) / norms if norms else float(np.array_equal(a, b))
 
 
-def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    """The norm of the difference over that of what is expected; infinite where that is zero and the other is not."""
+def relative_l2_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """The L2 norm of the difference over that of ``expected``; infinite where only ``expected`` is zero."""
     difference = float(np.linalg.norm(found.astype(np.float64) - expected))
     norm = float(np.linalg.norm(expected.astype(np.float64)))
     return difference / norm if norm else float(np.inf if difference else 0)
 
 
 def psnr(squared_error: float) -> float | None:
-    """The peak signal-to-noise ratio in dB of pictures whose values span 1; None where they are the same.
+    """The peak signal-to-noise ratio in dB of two pictures with values from 0 to 1; None where they are equal.
 
     Args:
         squared_error: the mean of their squared differences.
@@ -39,14 +39,14 @@ def psnr(squared_error: float) -> float | None:
 
 
 def ssim(found: Array, expected: Array) -> float:
-    """The structural similarity of two pictures whose values span 1; 1 where they are the same.
+    """The structural similarity (SSIM) of two pictures with values from 0 to 1; 1 where they are equal.
 
     Equation 13 of Wang, Bovik, Sheikh and Simoncelli, "Image Quality Assessment: From Error Visibility to Structural
-    Similarity" (2004), with their constants and window, averaged over the places where the window fits and over
+    Similarity" (2004), with their constants and window, averaged over all positions where the window fits and over
     channels.
 
     Args:
-        found: (height, width, channels), no side shorter than 11.
+        found: (height, width, channels) float32, height and width at least 11.
         expected: of the same shape.
     """
     x, y = found.astype(np.float64), expected.astype(np.float64)
@@ -60,7 +60,7 @@ def ssim(found: Array, expected: Array) -> float:
 
 
 def _blur(picture: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A picture under the window, wherever that fits whole."""
+    """The Gaussian-weighted means of a picture (height, width, channels) at all positions where the window fits."""
     offsets = np.arange(SIDE) - SIDE // 2
     weights = np.exp(-(offsets**2) / (2 * SIGMA**2))
     for axis in (0, 1):

@@ -1,4 +1,4 @@
-"""A bundle held against its checkpoint: every hash, every weight, every network's result, and what quantizing cost."""
+"""Check a bundle against its checkpoint: every hash, every weight, every network's output, and its precision's cost."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from zimgkit.runtime.commands.inspect import cost_lines
 from zimgkit.runtime.progress import Report, silent
 
 BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
-"""Precision of the bundle -> the largest relative error of a network that passes.
+"""Element type of the weights -> the largest relative maximum error of a network that passes.
 
-Rounding weights to bfloat16 alone moves the result of a deep network with random inputs by about a hundredth.
+Rounding weights to bfloat16 alone changes the output of a deep network on random inputs by about a hundredth.
 """
 
-KEEP_MORE = "keep more with --recipe; zimg-export sensitivity proposes one"
+LEAVE_MORE = "leave more linears unquantized with --recipe; zimg-export sensitivity proposes one"
 
 
 @dataclass(frozen=True)
@@ -47,26 +47,25 @@ class Measuring:
     trial: Trial = field(default_factory=Trial)
     """The pictures that are compared."""
     references: tuple[Path, ...] = ()
-    """Bundles of the same checkpoint in float32 and bfloat16; those that are missing are built for it."""
+    """Bundles of the same checkpoint in float32 and bfloat16; those that are missing are built temporarily."""
     backend: str = "onnxruntime"
-    """What runs the bundle."""
+    """The backend that runs the bundle; the reference bundles run in PyTorch."""
     device: str | None = None
-    """Of all runs."""
+    """The device of all runs."""
     captions: int | None = None
-    """How many pictures a judge looks at; None takes :data:`.judged.CAPTIONS` of a checkpoint that comes
-    with zimgkit, and of others none."""
+    """How many pictures are judged; None is :data:`.judged.CAPTIONS` of a demo model, and none of other checkpoints."""
 
     def __call__(self, folder: Path, checkpoint: Checkpoint, merged: Merge, report: Report = silent) -> Cost:
-        """Measure a bundle, and write the cost into its manifest.
+        """Measure the cost of a bundle's precision, and write it into the manifest.
 
         Args:
             folder: the bundle's.
-            checkpoint: what it was built from.
-            merged: what LoRAs did to that.
+            checkpoint: the one that the bundle was built from.
+            merged: the LoRAs that were merged into it.
             report: called with (stage, done, total).
 
         Raises:
-            ZimgError: whatever went wrong, in one line; the manifest is as it was then.
+            ZimgError: a bundle cannot be run or compared; the manifest is unchanged.
         """
         bundle = Bundle.open(folder, verify=False)
         captions = self.captions
@@ -102,19 +101,20 @@ def verify(
         revision: branch, tag or commit on the hub.
         source: ``"huggingface"`` or ``"modelscope"``.
         seed: of the random inputs.
-        measuring: how the cost of its precision is measured, and written into the bundle where all else is right; not
-            at all when None.
+        measuring: how the cost of the precision is measured, which is then written into the bundle if all checks
+            pass; None measures nothing.
         report: called with (stage, done, total).
 
     Returns:
-        ``components``: by name, ``tensors``, ``different`` (how many are not what the checkpoint's become), and for
-        those with a graph ``relative_error``, the largest difference from the PyTorch network in float32 with the
-        checkpoint's own weights, over the largest value, or ``not_run``, why there is none; ``bound``; ``passed``;
-        ``cost`` where it was measured, and ``past_bound``, why it is more than the recipe allows, or None.
+        ``components``: by name, the number of ``tensors``, how many are ``different`` from the checkpoint's, and for
+        those with a graph ``relative_max_error``: the largest absolute difference from the output of the PyTorch
+        network in float32 over the largest absolute output; or ``not_run``, the reason why it was not compared.
+        ``bound``: the largest error that passes. ``passed``. ``cost`` where it was measured, and ``past_bound``: why it
+        is past the recipe's bound, or None.
 
     Raises:
-        BundleError: the bundle is broken.
-        CheckpointError: the checkpoint is, or is of another family than the bundle; or a LoRA's file is gone.
+        BundleError: the bundle is broken, or of another family than the checkpoint.
+        CheckpointError: the checkpoint is broken, or a LoRA's file is missing.
     """
     bundle = Bundle.open(path, verify=False)
     bundle.verify(afresh=True)
@@ -135,13 +135,13 @@ def verify(
             wanted = as_stored(bundle, name, wanted)
         result: dict[str, Any] = {"tensors": len(wanted), "different": _different(bundle, name, wanted)}
         if part.network is not None and name in QUANTIZED and bundle.manifest.quantization is not None:
-            result["not_run"] = "what its quantization costs shows in pictures, not on random inputs"
+            result["not_run"] = "the cost of quantization is measured on pictures, not on random inputs"
         elif part.network is not None:
             result |= _compare(bundle, name, part, wanted, seed)
         components[name] = result
     report("verify", len(parts), len(parts))
     bound = BOUNDS[precision]
-    passed = all(not c["different"] and c.get("relative_error", 0.0) <= bound for c in components.values())
+    passed = all(not c["different"] and c.get("relative_max_error", 0.0) <= bound for c in components.values())
     found: dict[str, Any] = {}
     if measuring is not None and passed:
         with only_writer_of(bundle.root):
@@ -157,7 +157,7 @@ def verify(
 
 
 def _merged(bundle: Bundle, checkpoint: Checkpoint, hub: str) -> Merge:
-    """What the bundle's LoRAs do, from their files."""
+    """Read the bundle's LoRAs from their files again."""
     if not bundle.manifest.loras:
         return NOTHING
     loras = read_loras([f"{lora.source}:{lora.scale!r}" for lora in bundle.manifest.loras], hub)
@@ -168,12 +168,12 @@ def _merged(bundle: Bundle, checkpoint: Checkpoint, hub: str) -> Merge:
 
 
 def verification_text(result: Mapping[str, Any]) -> str:
-    """The result for people."""
+    """Format the result of :func:`verify` for people."""
     lines = []
     for name, entry in result["components"].items():
         line = f"{name:<14}{entry['tensors'] - entry['different']} of {entry['tensors']} weights are the checkpoint's"
-        if "relative_error" in entry:
-            line += f", relative error {entry['relative_error']:.2e}"
+        if "relative_max_error" in entry:
+            line += f", relative maximum error {entry['relative_max_error']:.2e}"
         if "not_run" in entry:
             line += f", network not compared: {entry['not_run']}"
         lines.append(line)
@@ -187,7 +187,7 @@ def refuse_failures(result: Mapping[str, Any], *, strict: bool = False) -> None:
 
     Args:
         result: of :func:`verify`.
-        strict: whether a cost past the recipe's bound is a failure.
+        strict: whether a cost past the recipe's bound is a failure as well.
 
     Raises:
         BundleError: the check failed.
@@ -195,11 +195,11 @@ def refuse_failures(result: Mapping[str, Any], *, strict: bool = False) -> None:
     if not result["passed"]:
         raise BundleError(f"{result['path']} is not what the checkpoint makes", "build it again")
     if strict and result.get("past_bound"):
-        raise BundleError(result["past_bound"], KEEP_MORE)
+        raise BundleError(result["past_bound"], LEAVE_MORE)
 
 
 def _different(bundle: Bundle, component: str, wanted: Mapping[str, Wanted]) -> int:
-    """How many weights are not what the checkpoint's tensors become."""
+    """Count the weights that are not what the checkpoint's tensors become when the bundle is built."""
     tensors = bundle.tensors(component)
     return sum(not _same(want, tensors, bundle.manifest.precision) for want in wanted.values())
 
@@ -219,7 +219,7 @@ def _same(want: Wanted, tensors: Mapping[str, Any], precision: str) -> bool:
 
 
 def _compare(bundle: Bundle, name: str, part: Part, wanted: Mapping[str, Wanted], seed: int) -> dict[str, Any]:
-    """Run a component's graph and the PyTorch network on the same random inputs."""
+    """Run a component's graph and the PyTorch network on the same random inputs, and compare their outputs."""
     needed = 8 * sum(int(np.prod(want.shape)) for want in wanted.values())
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > available:
@@ -238,7 +238,7 @@ def _compare(bundle: Bundle, name: str, part: Part, wanted: Mapping[str, Wanted]
         engine.close()
     found = [results[output].astype(np.float32) for output in part.outputs]
     errors = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, expected, strict=True)]
-    return {"relative_error": float(max(errors))}
+    return {"relative_max_error": float(max(errors))}
 
 
 def _values(want: Wanted) -> NDArray[np.float32]:
@@ -246,7 +246,7 @@ def _values(want: Wanted) -> NDArray[np.float32]:
 
 
 def _random_inputs(part: Part, seed: int) -> dict[str, NDArray[Any]]:
-    """Inputs of the sizes that were traced: normal numbers, cosines and sines of one angle, ids of the vocabulary."""
+    """Draw inputs of the traced shapes: normal numbers, cosines and sines of the same angles, ids of the vocabulary."""
     rng = np.random.default_rng(seed)
     vocabulary = part.parameters().get("embed_tokens.weight", (1,))[0]
     feeds: dict[str, NDArray[Any]] = {}

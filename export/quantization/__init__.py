@@ -1,1 +1,1 @@
-"""Fewer bits: number formats, recipes, calibration, and what becomes of weights and graphs."""
+"""Quantize linears: number formats, calibration, recipes, quantized weights and the Q/DQ graph pass."""

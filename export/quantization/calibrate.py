@@ -1,7 +1,8 @@
-"""Run a float bundle over prompts, and note what goes into its linears.
+"""Calibrate: run an unquantized bundle over prompts, and collect statistics of the inputs of its linears.
 
-The pipeline itself runs, with all its steps and both branches of guidance, on the PyTorch interpreter of the bundle's
-graphs, which can show what a node is given. What was seen is saved after each prompt, and an interrupted run goes on.
+The whole pipeline runs, with all steps and both branches of guidance, on the PyTorch interpreter of the bundle's
+graphs, which calls an observer with the input of a node. The statistics are saved after each prompt, so a calibration
+that was interrupted continues with the next one.
 """
 
 from __future__ import annotations
@@ -29,36 +30,40 @@ from zimgkit.runtime.pipeline import Pipeline
 from zimgkit.runtime.progress import Report, silent
 
 FEWEST_PROMPTS = 4
-"""With fewer, the largest values that were seen say little of those to come."""
+"""The largest values over fewer prompts do not bound those of other prompts."""
 
 
 class CalibrationSet(msgspec.Struct, frozen=True):
-    """What a calibration runs."""
+    """The prompts, sizes and steps that a calibration runs."""
 
     prompts: tuple[str, ...] = ()
-    """Where empty, a dozen that the model knows."""
+    """The default prompts of :func:`calibration_prompts` where empty."""
     sizes: tuple[tuple[int, int], ...] = ()
-    """Width and height in pixels; the model's default where empty. Each prompt is run at each of them."""
+    """Width and height in pixels; each prompt is run at each size. The model's default size where empty."""
     steps: int | None = None
-    """Of each run; the model's default where None."""
+    """Denoising steps of each run; the model's default where None."""
 
     def filled(self, name: str) -> CalibrationSet:
-        """With the prompts for a checkpoint of this name where it has none."""
+        """Fill in the default prompts for a checkpoint of this name, if there are none."""
         return msgspec.structs.replace(self, prompts=self.prompts or calibration_prompts(name))
 
 
 def read_prompts(path: Path, fewest: int = FEWEST_PROMPTS) -> tuple[str, ...]:
-    """Read prompts, one a line.
+    """Read the different prompts of a text file, one a line.
+
+    Args:
+        path: a text file in UTF-8.
+        fewest: how many prompts it must have.
 
     Raises:
-        UsageError: the file is missing, empty, no text, or has fewer.
+        UsageError: the file is missing, is not UTF-8, or has fewer prompts.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
     except OSError as error:
         raise UsageError(f"the prompts {path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise UsageError(f"the prompts {path} are no text in UTF-8", "give one prompt a line") from None
+        raise UsageError(f"the prompts {path} are not text in UTF-8", "give one prompt a line") from None
     prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if len(prompts) < fewest:
         message = f"{path} has {len(prompts)} different prompts, and this needs {fewest}"
@@ -67,14 +72,14 @@ def read_prompts(path: Path, fewest: int = FEWEST_PROMPTS) -> tuple[str, ...]:
 
 
 def statistics_path(bundle: Path) -> Path:
-    """Where the statistics of a bundle lie."""
+    """The file of a bundle's calibration statistics, beside its folder."""
     return bundle.with_name(f"{bundle.name}.calibration.safetensors")
 
 
 def load_finished(
     store: Path, source: Any, loras: Sequence[MergedLora], calibration_set: CalibrationSet
 ) -> Statistics | None:
-    """Statistics that are there already, if they are whole and of this checkpoint with these LoRAs and this set."""
+    """Load statistics if the calibration was finished, with the same checkpoint, LoRAs and calibration set; or None."""
     found = _load(store, (source, loras), calibration_set)
     return found if found and found.made["done"] == len(calibration_set.prompts) else None
 
@@ -82,18 +87,18 @@ def load_finished(
 def calibrate(
     bundle: Bundle, calibration_set: CalibrationSet, store: Path, *, device: str | None = None, report: Report = silent
 ) -> Statistics:
-    """Run a bundle over prompts.
+    """Run a bundle over prompts, and collect the statistics of the inputs of its linears.
 
     Args:
-        bundle: one that is not quantized.
+        bundle: an unquantized bundle.
         calibration_set: the prompts, the sizes and the steps. Prompt n starts from the noise of seed n.
-        store: where the statistics are kept; what is there of the same set is gone on with.
+        store: the file of the statistics; an interrupted calibration of the same set in it is continued.
         device: as torch names devices.
         report: called with (stage, done, total).
 
     Raises:
-        UsageError: the bundle is quantized, or too few prompts.
-        ZimgError: an input is NaN or Inf, naming the layer.
+        UsageError: the bundle is quantized, or there are too few prompts.
+        ZimgError: an input has NaN or Inf; the message names the linear.
         OutputError: the statistics cannot be written.
     """
     if bundle.manifest.quantization is not None:
@@ -103,7 +108,7 @@ def calibrate(
         raise UsageError(f"a calibration needs {FEWEST_PROMPTS} prompts, not {len(calibration_set.prompts)}")
     source = (bundle.manifest.checkpoint, bundle.manifest.loras)
     statistics = _load(store, source, calibration_set) or Statistics(made=_made(source, calibration_set, 0))
-    opener = partial(_open_watched, statistics)
+    opener = partial(_open_observed, statistics)
     with Pipeline(bundle, backend="torch", device=device, warn=lambda _: None, opener=opener) as pipeline:
         for index in range(statistics.made["done"], len(calibration_set.prompts)):
             report("calibrate", index, len(calibration_set.prompts))
@@ -127,14 +132,16 @@ def calibrate(
 
 
 def _made(of: tuple[Any, Sequence[MergedLora]], calibration_set: CalibrationSet, done: int) -> dict[str, Any]:
+    """Describe what statistics are of: checkpoint, LoRAs and calibration set, and how many of its prompts are done."""
     source, loras = of
+    # Stored in calibration files and manifests: the key of the calibration set is "plan".
     made = {"source": msgspec.to_builtins(source), "plan": msgspec.to_builtins(calibration_set), "done": done}
-    # By content: the same file may lie elsewhere.
+    # LoRAs are compared by content: the same file may have another path.
     return made | ({"loras": [[lora.sha256, lora.scale] for lora in loras]} if loras else {})
 
 
 def _load(store: Path, source: tuple[Any, Sequence[MergedLora]], calibration_set: CalibrationSet) -> Statistics | None:
-    """What is there of this checkpoint, these LoRAs and this set."""
+    """Load statistics of the same checkpoint, LoRAs and calibration set, finished or not; None if there are none."""
     if not store.exists():
         return None
     try:
@@ -142,28 +149,28 @@ def _load(store: Path, source: tuple[Any, Sequence[MergedLora]], calibration_set
     except (SafetensorsError, UsageError):
         return None
     wanted = _made(source, calibration_set, 0)
-    # Through JSON, for that is where it has been: tuples are lists there.
+    # Compared as JSON, which the file holds: tuples have become lists in it.
     same = msgspec.json.encode(found.made | {"done": 0}, order="sorted") == msgspec.json.encode(wanted, order="sorted")
     return found if same else None
 
 
-def _open_watched(statistics: Statistics, bundle: Bundle, component: str, _: str, device: str | None) -> TorchEngine:
-    """Open a component, and watch its linears if it is one that is quantized."""
+def _open_observed(statistics: Statistics, bundle: Bundle, component: str, _: str, device: str | None) -> TorchEngine:
+    """Open a component with observers on the inputs of its linears, if it is one that is quantized."""
     engine = open_engine(bundle, component, device)
     if component in QUANTIZED:
         inputs = statistics.inputs.setdefault(component, {})
         readers = statistics.readers.setdefault(component, {})
-        watchers: dict[str, Callable[[Tensor], None]] = {}
+        observers: dict[str, Callable[[Tensor], None]] = {}
         for linear in named_linears(load(bundle, engine.graph)):
             readers[linear.weight] = linear.first_reader
             if linear.first_reader == linear.weight:
-                watchers[linear.label] = partial(_note, inputs, component, linear.first_reader)
-        engine.watch(watchers)
+                observers[linear.label] = partial(_observe, inputs, component, linear.first_reader)
+        engine.watch(observers)
     return engine
 
 
-def _note(inputs: dict[str, InputStatistics], component: str, name: str, values: Tensor) -> None:
-    """Count one input of a linear in."""
+def _observe(inputs: dict[str, InputStatistics], component: str, name: str, values: Tensor) -> None:
+    """Add one input (..., in) of a linear to the statistics."""
     magnitudes = values.detach().reshape(-1, values.shape[-1]).abs().float()
     channels = magnitudes.amax(0).cpu().numpy()
     if not np.isfinite(channels).all():

@@ -1,6 +1,6 @@
-"""Quantization that can be switched on and off, linear by linear, in a float bundle that PyTorch runs.
+"""Fake quantization, switched on and off linear by linear, in an unquantized bundle that PyTorch runs.
 
-The numbers are those of a quantized bundle: values are rounded, and multiplied by their scales again, before a product.
+Weights and inputs are quantized and dequantized before each product, so the numbers are those of a quantized bundle.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ from torch import Tensor
 from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.torch.engine import TorchEngine
 from zimgkit.engines.torch.graph import load
-from zimgkit.export.quantization.formats import FLOAT8, Format, block_of, scale_of
+from zimgkit.export.quantization.formats import FLOAT8, Format, block_size, scale_of
 from zimgkit.export.quantization.linears import named_linears
 from zimgkit.export.quantization.quantize import QuantizationSettings, QuantizedInput, quantized_inputs
 from zimgkit.export.weights.stream import Wanted
 
 
 def quantizable(bundle: Bundle, component: str, settings: QuantizationSettings) -> dict[str, Wanted]:
-    """The weights of a component's linears that can be quantized, by name.
+    """Find the weights of a component's linears that can be quantized, by name.
 
-    Left out are those whose result nothing reads, as far as a calibration tells, and in formats of blocks those whose
-    rows have none.
+    Left out are linears that never ran in the calibration, because nothing reads their result, and in formats with
+    per-block scales those whose rows no block size divides.
     """
     graph, tensors = next(iter(bundle.component(component).graphs.values())), bundle.tensors(component)
     found = {}
     for linear in named_linears(load(bundle, graph)):
         info = tensors[linear.weight]
         read = settings.statistics is None or settings.statistics.first_reader(component, linear.weight)
-        if read and not (settings.scheme.weights.blocks and block_of(info.shape[1]) is None):
+        if read and not (settings.scheme.weights.blocks and block_size(info.shape[1]) is None):
             found[linear.weight] = Wanted(info, info.shape)
     return found
 
 
-def switch(
+def switch_quantization(
     engine: TorchEngine, bundle: Bundle, component: str, settings: QuantizationSettings, active: Collection[str]
 ) -> None:
-    """Quantize linears of an engine as long as their weights are in a collection, which may change between runs.
+    """Quantize those linears of an engine whose weights are in a collection, which may change between runs.
 
     Args:
         engine: of the component, computing in float32.
-        bundle: where it is from, not quantized.
+        bundle: the unquantized bundle it is of.
         component: its name.
-        settings: how linears are quantized; the recipe is not regarded.
-        active: names of weights.
+        settings: how linears are quantized; the recipe is ignored.
+        active: the names of the weights whose linears are quantized.
     """
     wanted, scheme = quantizable(bundle, component, settings), settings.scheme
     inputs: dict[str, QuantizedInput] = {}
@@ -56,7 +56,7 @@ def switch(
             inputs |= dict.fromkeys(entry.linears, entry)
     engine.wrap(
         {
-            linear.label: _Switch(
+            linear.label: _SwitchedLinear(
                 active, linear.weight, scheme.weights, scheme.activations, inputs.get(linear.weight), linear.operator
             )
             for linear in named_linears(load(bundle, engine.graph))
@@ -66,8 +66,8 @@ def switch(
 
 
 @dataclass(frozen=True)
-class _Switch:
-    """Makes a linear that is quantized while it is active."""
+class _SwitchedLinear:
+    """Wraps the product of a linear: quantized while its weight is active."""
 
     active: Collection[str]
     weight: str
@@ -94,16 +94,16 @@ class _Switch:
 
 
 def rounded_weight(rows: Tensor, number_format: Format) -> Tensor:
-    """What a quantized bundle has of a weight (out, in), in float32."""
-    blocks = rows.reshape(len(rows), -1, block_of(rows.shape[1]) or 1) if number_format.blocks else rows[:, None]
+    """Quantize and dequantize a weight (out, in) float32, with per-channel or per-block scales."""
+    blocks = rows.reshape(len(rows), -1, block_size(rows.shape[1]) or 1) if number_format.blocks else rows[:, None]
     largest = blocks.abs().amax(-1, keepdim=True).cpu().numpy()
     scales = torch.from_numpy(scale_of(largest, number_format)).to(rows.device)
     return (_rounded(blocks / scales, number_format, number_format.largest) * scales).reshape(rows.shape)
 
 
 def rounded_input(x: Tensor, scale: float, number_format: Format) -> Tensor:
-    """What a quantized bundle multiplies of an input."""
-    # Unlike a weight's, an integer input's range has one number more below zero.
+    """Quantize and dequantize an input (..., in) float32, with one scale."""
+    # An integer input may take the lowest number, -128, where a weight's range is symmetric.
     lowest = number_format.largest + (number_format is not FLOAT8)
     return _rounded(x / scale, number_format, lowest) * scale
 

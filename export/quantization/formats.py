@@ -1,7 +1,7 @@
 """Number formats of quantized weights and activations: how scales are chosen, and values rounded to them.
 
-Symmetric all of them: a stored value times its scale is the number. Scales are rounded up to bfloat16 before any value
-is divided by them, so that a graph that computes in bfloat16 and one in float32 see the very same numbers.
+All formats are symmetric: a stored value times its scale is the number. Scales are rounded up to bfloat16 before any
+value is divided by them, so that graphs in bfloat16 and in float32 dequantize to the same numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Array = NDArray[np.float32]
 SCALE = "bfloat16"
 """The element type that scales are stored in."""
 BLOCKS = (128, 64, 32, 16)
-"""How many neighbours along the input of a linear share a scale, in formats of blocks: the first that divides it."""
+"""Block sizes of per-block scales, along the input of a linear: the first that divides its width is taken."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Format:
     stored: str
     """The element type of its tensors in a safetensors file."""
     largest: float
-    """The largest number before scaling."""
+    """The largest stored value."""
     round: Callable[[Array], NDArray[Any]]
-    """Numbers within the largest, to what is stored."""
+    """Round scaled values, float32 of magnitudes up to ``largest``, to stored ones."""
     widen: Callable[[NDArray[Any]], Array]
-    """What is stored, to numbers."""
+    """Convert stored values to float32, without their scale."""
     blocks: bool = False
-    """Whether scales are for blocks of a row, not for whole rows."""
+    """Whether weights have per-block scales; otherwise they have per-channel ones, one for each row."""
 
 
 def _to_int8(values: Array) -> NDArray[Any]:
@@ -60,7 +60,7 @@ def _from_float8(stored: NDArray[Any]) -> Array:
 
 
 def _to_int4(values: Array) -> NDArray[Any]:
-    """Two to a byte, the first in the low half, as ONNX packs them."""
+    """Pack two values in a byte, the first in the low half, as ONNX does."""
     nibbles = np.rint(values).astype(np.int8).view(np.uint8) & 15
     return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
 
@@ -77,13 +77,13 @@ INT4 = Format(22, "uint8", 7.0, _to_int4, _from_int4, blocks=True)
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a precision does to a linear."""
+    """How a precision quantizes a linear."""
 
     weights: Format
     activations: Format | None = None
-    """Of its input; None where it stays as it is."""
+    """The format of its input, with one scale; None where inputs are not quantized."""
     smooth: float = 0.0
-    """SmoothQuant's alpha: how much of the activations' outliers goes to the weights."""
+    """SmoothQuant's alpha: the share of the activations' outliers that goes to the weights, 0 to 1."""
 
 
 SCHEMES = {
@@ -92,39 +92,39 @@ SCHEMES = {
     "int8-weights": Scheme(INT8),
     "int4-weights": Scheme(INT4),
 }
-"""Name on the command line -> what it does."""
+"""Precision, as on the command line -> its scheme."""
 
 
 def round_up(values: Array) -> Array:
-    """The least bfloat16 numbers that are not below these positive ones, as float32."""
+    """Round positive numbers up to bfloat16; the result is float32."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return bfloat16_to_float32(((bits + 0xFFFF) >> 16).astype(np.uint16))
 
 
 def scale_of(absmax: Array, number_format: Format) -> Array:
-    """The scales by which the largest magnitudes just fit; 1 where all is zero."""
+    """The smallest bfloat16 scales that represent these largest magnitudes; 1 where all values are zero."""
     return round_up(np.where(absmax == 0, 1, np.maximum(absmax / number_format.largest, np.float32(1e-30))))
 
 
-def block_of(width: int) -> int | None:
-    """How many neighbours of a row of this width share a scale: None where no size will do."""
+def block_size(width: int) -> int | None:
+    """The block size of a row of this width; None where no block size divides it."""
     return next((size for size in BLOCKS if width % size == 0), None)
 
 
 def weight_scales(rows: Array, number_format: Format) -> Array:
-    """The scales of some rows (out, in) of a weight: (out,), or (out, blocks) in formats of blocks."""
+    """The per-channel scales (out,), or per-block scales (out, blocks), of rows (out, in) of a weight."""
     if number_format.blocks:
-        rows = rows.reshape(len(rows), -1, block_of(rows.shape[1]) or 1)
+        rows = rows.reshape(len(rows), -1, block_size(rows.shape[1]) or 1)
     return scale_of(np.abs(rows).max(axis=-1), number_format)
 
 
 def encode(values: Array, scales: Array, number_format: Format) -> NDArray[Any]:
-    """Round rows (out, in) to what is stored, by the scales of :func:`weight_scales`."""
+    """Quantize rows (out, in) with the scales of :func:`weight_scales`; the result is as it is stored."""
     divided = values.reshape(*scales.shape, -1) / scales[..., None]
     divided = np.clip(divided, -number_format.largest, number_format.largest, out=divided)
     return number_format.round(divided.reshape(values.shape))
 
 
 def stored_scales(scales: Array) -> NDArray[np.uint16]:
-    """Scales as they are stored: the bit patterns of bfloat16."""
+    """Convert scales to the bit patterns of bfloat16, as they are stored."""
     return float32_to_bfloat16(scales)

@@ -1,9 +1,9 @@
-"""Put quantized weights, and quantized inputs where they are, into an assembled graph.
+"""Insert Q/DQ nodes into an assembled graph: at quantized weights and, in schemes that quantize them, at inputs.
 
-A block is one function for all its calls, and a recipe may keep a weight in one call and not in another: a function
-gets a variant for each set of its weights that is quantized. In a variant ``DequantizeLinear`` takes the place of the
-weight; an input goes through ``QuantizeLinear`` and ``DequantizeLinear``, once for all linears that read it. Compilers
-and ONNX Runtime make one integer or float8 multiplication of these.
+A block is one function for all its calls, and a recipe may quantize a weight in one call and not in another: a function
+gets a variant for each set of its weights that is quantized. In a variant ``DequantizeLinear`` replaces the weight, and
+an input passes through ``QuantizeLinear`` and ``DequantizeLinear``, once for all linears that read it. Compilers and
+ONNX Runtime fuse these with the product into one in integers or float8.
 """
 
 from __future__ import annotations
@@ -20,28 +20,30 @@ from numpy.typing import NDArray
 from zimgkit.engines.tensors.dtypes import BY_NAME
 from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.graphs.external import external
-from zimgkit.export.quantization.formats import Format, Scheme, block_of
-from zimgkit.export.quantization.linears import Linear, calls, linears
+from zimgkit.export.quantization.formats import Format, Scheme, block_size
+from zimgkit.export.quantization.linears import Linear, calls, linears, present
 from zimgkit.export.quantization.quantized_weights import INPUT_SCALE, SMOOTH, WEIGHT_SCALE
 
 
 @dataclass(frozen=True)
 class _Variant:
+    """A function with some of its weights quantized."""
+
     function: ir.Function
     scales: tuple[tuple[int, str], ...]
-    """Its further inputs: each belongs to the weight at this place of the call's inputs, and has this suffix."""
+    """Its additional inputs, the scales: the index of a weight among the call's inputs, and the suffix of the scale."""
 
 
 class Quantize(ir.passes.InPlacePass):
-    """Quantize some weights of a model, and what they are multiplied with.
+    """Quantize some linears of a model.
 
     Args:
-        scheme: what is done to a linear.
-        tensors: where everything lies, by its name in the bundle: the quantized weights, their scales, and the scales
-            of inputs under the name of the first linear that reads them.
+        scheme: how linears are quantized.
+        tensors: the bundle's tensors by name: the quantized weights, their scales, and the scales of inputs, named
+            for the first reader of each.
         weights: the names of the weights that are quantized.
         compute: the element type that the graph computes in.
-        folder: where the graph will lie, to which its references to files are relative.
+        folder: the folder of the graph, to which its references to weight files are relative.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Quantize(ir.passes.InPlacePass):
                 continue
             variant = self._variant(model, function, found, given)
             node.op_type = variant.function.name
-            values = [_present(value) for value in node.inputs]
+            values = [present(value) for value in node.inputs]
             scales = [self._initializer(model, f"{values[index].name}{suffix}") for index, suffix in variant.scales]
             node.resize_inputs(len(values) + len(scales))
             for index, value in enumerate(scales, start=len(values)):
@@ -99,7 +101,7 @@ class Quantize(ir.passes.InPlacePass):
         self._point(value, self._tensors[str(value.name)], self._scheme.weights)
 
     def _point(self, value: ir.Value, info: TensorInfo, number_format: Format | None = None) -> None:
-        """Make an initializer of what lies in a weight file; one of packed numbers has the shape they unpack to."""
+        """Point an initializer to a tensor of a weight file; packed values have the shape that they unpack to."""
         dtype = ir.DataType(number_format.onnx) if number_format else None
         data = external(info, self._folder, dtype, value.shape if number_format else None)
         value.const_value = data
@@ -126,14 +128,14 @@ class Quantize(ir.passes.InPlacePass):
     def _make(
         self, original: ir.Function, name: str, shapes: Mapping[int, tuple[int, int]], smoothed: Collection[int]
     ) -> _Variant:
-        """A copy of a function with some of its weights quantized: those at these places, of these shapes."""
+        """Copy a function, and quantize some of its weights: index among its inputs -> shape (out, in)."""
         function = original.clone()
         function.name = name
         parameters = list(function.inputs)
         scales: list[tuple[int, str]] = []
 
         def scale(value: ir.Value, suffix: str, before: ir.Node) -> ir.Value:
-            """A further input of the function, in the element type it computes in."""
+            """Add a scale to the inputs of the function, and cast it to the element type that is computed in."""
             parameter = ir.Value(name=f"{value.name}{suffix}")
             function.inputs.append(parameter)
             scales.append((parameters.index(value), suffix))
@@ -156,30 +158,30 @@ class Quantize(ir.passes.InPlacePass):
         return _Variant(function, tuple(scales))
 
     def _input(self, function: ir.Function, linear: Linear, scale: Any, *, smooth: bool) -> ir.Value:
-        """An input, smoothed, quantized and dequantized."""
+        """Smooth, quantize and dequantize an input."""
         value, node, number_format = linear.input, linear.node, self._scheme.activations
         if smooth:
             value = _add(function, node, "Mul", [value, scale(linear.first_reader, SMOOTH, node)])
         step = scale(linear.first_reader, INPUT_SCALE, node)
         dtype, zero = ir.DataType(number_format.onnx if number_format else 0), 0
         if self._compute == ir.DataType.FLOAT and dtype == ir.DataType.INT8:
-            # The same numbers, unsigned: ONNX Runtime fuses no signed input that several linears read.
+            # The same numbers, unsigned: ONNX Runtime does not fuse a signed input that several linears read.
             dtype, zero = ir.DataType.UINT8, 128
         point = _constant(function, node, np.full((), zero, dtype.numpy()))
         quantized = _add(function, node, "QuantizeLinear", [value, step, point])
         return _add(function, node, "DequantizeLinear", [quantized, step, point])
 
     def _weight(self, function: ir.Function, linear: Linear, scale: Any, shape: tuple[int, int]) -> None:
-        """A weight, dequantized, in the place of the weight itself or of its cast."""
+        """Replace a weight, or its cast, by the dequantized weight."""
         weight, number_format = linear.weight, self._scheme.weights
         first = linear.cast or _first_user(function, weight)
         attributes: dict[str, Any] = {"axis": 0}
         if number_format.blocks:
-            attributes = {"axis": 1, "block_size": block_of(shape[1])}
+            attributes = {"axis": 1, "block_size": block_size(shape[1])}
         inputs = [weight, scale(weight, WEIGHT_SCALE, first)]
         if self._compute == ir.DataType.FLOAT and number_format.onnx == ir.DataType.INT8:
-            # ONNX Runtime's change from signed to unsigned numbers gives a scale of many values one zero point, unless
-            # there are as many already.
+            # ONNX Runtime's conversion from signed to unsigned integers adds a single zero point to per-channel scales,
+            # unless there is one for each channel already.
             inputs.append(_constant(function, first, np.zeros(shape[:1], np.int8)))
         users = [(use.node, use.idx) for use in (linear.cast.outputs[0] if linear.cast else weight).uses()]
         dequantized = _add(function, first, "DequantizeLinear", inputs, attributes)
@@ -193,7 +195,7 @@ class Quantize(ir.passes.InPlacePass):
 def _add(
     function: ir.Function, before: ir.Node, operator: str, inputs: list[ir.Value], attributes: Mapping[str, Any] = {}
 ) -> ir.Value:
-    """Insert a node; its one output."""
+    """Insert a node, and return its one output."""
     node = ir.node(operator, inputs, dict(attributes))
     function.insert_before(before, node)
     return node.outputs[0]
@@ -205,7 +207,7 @@ def _first_user(function: ir.Function, value: ir.Value) -> ir.Node:
 
 
 def _constant(function: ir.Function, before: ir.Node, values: NDArray[Any]) -> ir.Value:
-    """Insert a constant."""
+    """Insert a constant, and return its value."""
     return _add(function, before, "Constant", [], {"value": ir.tensor(values)})
 
 
@@ -215,9 +217,3 @@ def _shape(weight: ir.Value) -> tuple[int, int]:
         raise RuntimeError(f"{weight.name} has no shape")
     out, width = weight.shape.numpy()
     return int(out), int(width)
-
-
-def _present(value: ir.Value | None) -> ir.Value:
-    if value is None:
-        raise RuntimeError("a block leaves an input out")
-    return value

@@ -1,4 +1,4 @@
-"""The prompts that calibrations and costs are measured on where none are named, in words that the model knows."""
+"""The default prompts of calibrations and of cost measurements: the demo models know other words than large ones."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from zimgkit.export.networks.registry import is_carried
 
 
 def calibration_prompts(name: str) -> tuple[str, ...]:
-    """A dozen prompts in English and Chinese, of all kinds.
+    """Read the calibration prompts: a dozen in English and Chinese, of all kinds.
 
     Args:
-        name: the checkpoint's; the demo models know shapes and colours alone.
+        name: the checkpoint's; the demo models have prompts of their own.
     """
     return _read(name, "calibration")
 
 
 def cost_prompts(name: str) -> tuple[str, ...]:
-    """A few prompts, none of which a calibration uses by default.
+    """Read the prompts of cost measurements: a few, none of which a calibration uses by default.
 
     Args:
         name: as for :func:`calibration_prompts`.

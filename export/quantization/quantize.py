@@ -1,4 +1,4 @@
-"""Which tensors of a bundle are quantized, and how each of them and its scales is made from the checkpoint's."""
+"""Decide which weights of a bundle are quantized, and describe how they and their scales are written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zimgkit.engines.errors import UsageError
 from zimgkit.engines.tensors.dtypes import float32_to_bfloat16
 from zimgkit.export.networks.parts import Part
 from zimgkit.export.networks.registry import QUANTIZED
-from zimgkit.export.quantization.formats import SCALE, SCHEMES, Array, Format, Scheme, block_of
+from zimgkit.export.quantization.formats import SCALE, SCHEMES, Array, Format, Scheme, block_size
 from zimgkit.export.quantization.quantized_weights import INPUT_SCALE, SMOOTH, scheme_of, weight_wanted
 from zimgkit.export.quantization.recipe import Recipe
 from zimgkit.export.quantization.statistics import RANGES, Statistics, scale_for, smoothing
@@ -29,27 +29,27 @@ class QuantizationSettings:
     """A key of :data:`zimgkit.export.quantization.formats.SCHEMES`."""
     recipe: Recipe
     statistics: Statistics | None = None
-    """Of a calibration, where inputs are quantized."""
+    """The calibration statistics; needed where inputs are quantized."""
     range: str = "max"
-    """Which range of its inputs is represented: ``"max"``, ``"percentile"`` or ``"mse"``."""
+    """The method that computes the ranges of inputs: ``"max"``, ``"percentile"`` or ``"mse"``."""
     smooth: float | None = None
     """SmoothQuant's alpha; the precision's own where None."""
 
     @property
     def scheme(self) -> Scheme:
-        """What the precision does."""
+        """The scheme of the precision."""
         return SCHEMES[self.precision]
 
     @property
     def alpha(self) -> float:
-        """SmoothQuant's alpha."""
+        """SmoothQuant's alpha, 0 to 1."""
         return self.scheme.smooth if self.smooth is None else self.smooth
 
     def check(self) -> None:
         """Check that the settings fit each other.
 
         Raises:
-            UsageError: they do not.
+            UsageError: they do not; the message says which.
         """
         if self.precision not in SCHEMES:
             raise UsageError(f"no precision is called {self.precision!r}", f"choose one of {', '.join(SCHEMES)}")
@@ -58,7 +58,7 @@ class QuantizationSettings:
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"SmoothQuant's alpha is {self.alpha:g}", "give a number from 0 to 1")
         if self.scheme.activations is None and self.smooth:
-            raise UsageError(f"{self.precision} leaves inputs as they are, so nothing is smoothed", "leave it out")
+            raise UsageError(f"{self.precision} does not quantize inputs, so nothing is smoothed", "leave it out")
         if self.alpha and self.range != "max":
             message = f"the range {self.range!r} needs the distribution of inputs before they are smoothed"
             raise UsageError(message, "add --smooth 0, or use the range max")
@@ -67,16 +67,16 @@ class QuantizationSettings:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A component's part of a quantized bundle."""
+    """The weights of a component in a quantized bundle."""
 
     wanted: dict[str, Wanted]
-    """Parameter or scale -> what it comes from; what is not quantized is as it was."""
+    """Parameter or scale -> how it is written; unquantized parameters are unchanged."""
     quantized: tuple[str, ...]
-    """The parameters that are."""
-    kept: dict[str, str]
-    """The linears' weights, by the checkpoint's names, that are not, and why."""
+    """The parameters that are quantized."""
+    unquantized: dict[str, str]
+    """The other linears: name of the weight in the checkpoint -> the reason."""
     inputs: dict[str, str]
-    """The quantized weights, by the checkpoint's names, and those whose names the scales of their inputs bear."""
+    """Name of a quantized weight in the checkpoint -> that of the first reader of its input, which the scales have."""
 
 
 def linear_weights(part: Part) -> list[str]:
@@ -88,13 +88,13 @@ def linear_weights(part: Part) -> list[str]:
 
 
 def quantize(component: str, part: Part, wanted: Mapping[str, Wanted], settings: QuantizationSettings) -> Quantized:
-    """Turn what a component takes from a checkpoint into what it takes in a quantized bundle.
+    """Decide which linears of a component are quantized, and describe their weights and scales.
 
     Args:
         component: its name.
-        part: what it is.
-        wanted: parameter -> what it comes from.
-        settings: how.
+        part: the component before it is built.
+        wanted: parameter -> the float tensor it comes from.
+        settings: how linears are quantized.
 
     Raises:
         UsageError: the recipe names a linear that is not there, or the calibration is of another model.
@@ -102,18 +102,20 @@ def quantize(component: str, part: Part, wanted: Mapping[str, Wanted], settings:
     """
     names = linear_weights(part)
     scheme = scheme_of(settings.precision, on_the_host=part.network is None)
-    kept = settings.recipe.kept(settings.precision, component, names)
+    unquantized = settings.recipe.unquantized(settings.precision, component, names)
     first_readers: dict[str, str | None] = {}
     if scheme.weights.blocks:
-        reason = "its rows have no blocks that divide them"
-        kept |= {name: reason for name in names if name not in kept and block_of(wanted[name].shape[1]) is None}
+        reason = "no block size divides its rows"
+        unquantized |= {
+            name: reason for name in names if name not in unquantized and block_size(wanted[name].shape[1]) is None
+        }
     if scheme.activations is not None:
         reason = "nothing reads its result"
         first_readers = {
             name: _statistics(settings).first_reader(component, wanted[name].source.name) for name in names
         }
-        kept |= {name: reason for name in names if name not in kept and first_readers[name] is None}
-    chosen = tuple(name for name in names if name not in kept)
+        unquantized |= {name: reason for name in names if name not in unquantized and first_readers[name] is None}
+    chosen = tuple(name for name in names if name not in unquantized)
     result = dict(wanted)
     factors: dict[str, Array] = {}
     if scheme.activations is not None:
@@ -123,7 +125,7 @@ def quantize(component: str, part: Part, wanted: Mapping[str, Wanted], settings:
     return Quantized(
         result,
         chosen,
-        {wanted[name].source.name: reason for name, reason in kept.items()},
+        {wanted[name].source.name: reason for name, reason in unquantized.items()},
         {wanted[name].source.name: first_reader for name in chosen if (first_reader := first_readers.get(name))},
     )
 
@@ -139,25 +141,26 @@ class QuantizedInput:
     """How one input of linears is quantized."""
 
     linears: tuple[str, ...]
-    """Those of the chosen ones that read it."""
+    """The quantized linears that read it, by parameter."""
     scale: float
+    """The one scale of all its values, after it was smoothed."""
     factors: Array | None
-    """(in,), what its channels are divided by first, and the columns of those linears multiplied; None for nothing."""
+    """SmoothQuant's (in,) float32: its channels are divided by them, the columns of the weights multiplied; or None."""
 
 
 def quantized_inputs(
     component: str, chosen: Mapping[str, Wanted], settings: QuantizationSettings, number_format: Format
 ) -> dict[str, QuantizedInput]:
-    """How the inputs of some linears are quantized.
+    """Compute the scales, and SmoothQuant's factors, of the inputs of some linears.
 
     Args:
-        component: which has them.
-        chosen: parameter -> what it comes from, of the linears that are quantized.
-        settings: how.
-        number_format: what inputs are rounded to.
+        component: its name.
+        chosen: parameter -> the float weight, of the linears that are quantized.
+        settings: how linears are quantized.
+        number_format: the format of inputs.
 
     Returns:
-        By the name of the first linear that reads it, whether chosen or not.
+        The first reader of an input, by its weight's name, whether that is quantized or not -> how it is quantized.
 
     Raises:
         UsageError: the calibration is of another model, or there is none.
@@ -191,7 +194,7 @@ def _inputs(
     number_format: Format,
     result: dict[str, Wanted],
 ) -> dict[str, Array]:
-    """Add the scales of the inputs of linears to what is wanted; give the factors of each linear's columns."""
+    """Add the scales of inputs to ``result``, and return the factors of each linear's columns, (in,) float32."""
     by_tensor = {want.source.name: want for want in chosen.values()}
     factors: dict[str, Array] = {}
     for first_reader, entry in quantized_inputs(component, chosen, settings, number_format).items():
@@ -206,12 +209,12 @@ def _inputs(
 
 
 def _columns(want: Wanted) -> Array:
-    """The largest magnitude of each column of a weight."""
+    """The largest magnitude of each column of a weight: (in,) float32."""
     found: Array = np.max([np.abs(rows).max(axis=0) for rows in read_rows(want)], axis=0)
     return found
 
 
 def _constant(owner: Wanted, values: Array, suffix: str) -> Wanted:
-    """Numbers that go into the bundle as they are, under the name of a tensor and a suffix."""
+    """Describe a tensor of given values in bfloat16, whose name is that of another tensor and a suffix."""
     stored = float32_to_bfloat16(values)
     return Wanted(owner.source, values.shape, encoding=Encoding(SCALE, lambda _: iter([stored])), suffix=suffix)

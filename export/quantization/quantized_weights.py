@@ -1,4 +1,4 @@
-"""A quantized weight and its scales, and how both are made from a float one; it needs no PyTorch."""
+"""Stream float weights into quantized weights and their scales; needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zimgkit.export.quantization.formats import (
     Array,
     Format,
     Scheme,
-    block_of,
+    block_size,
     encode,
     stored_scales,
     weight_scales,
@@ -28,29 +28,32 @@ from zimgkit.export.quantization.formats import (
 from zimgkit.export.weights.stream import Encoding, Rows, Wanted
 
 ON_THE_HOST = Scheme(INT8)
-"""What is done to the linears of a component without a graph, in every precision: numpy multiplies them."""
+"""The scheme of components without a graph, in every precision: numpy multiplies by their weights on the host."""
 WEIGHT_SCALE, INPUT_SCALE, SMOOTH = ".scale", ".input_scale", ".smooth"
-"""What the names of scales have more than that of the weight; those of an input follow the first weight it meets."""
+"""Suffixes of the names of scales, after the name of a weight; an input's scales have that of its first reader."""
 
 
 def scheme_of(precision: str, *, on_the_host: bool) -> Scheme:
-    """What a precision does to the linears of a component.
+    """How a precision quantizes the linears of a component.
 
     Args:
         precision: a key of :data:`zimgkit.export.quantization.formats.SCHEMES`.
-        on_the_host: whether the component has no graph.
+        on_the_host: whether the component has no graph, and is computed on the host.
     """
     return ON_THE_HOST if on_the_host else SCHEMES[precision]
 
 
 def weight_wanted(name: str, want: Wanted, number_format: Format, factors: Array | None = None) -> dict[str, Wanted]:
-    """A quantized weight and its scales.
+    """Describe a quantized weight and its scales.
 
     Args:
         name: of the parameter.
-        want: what it comes from, (out, in).
-        number_format: what its values are rounded to.
-        factors: (in,), what its columns are multiplied by first.
+        want: the float weight, (out, in).
+        number_format: the format of its values.
+        factors: (in,) float32, which its columns are multiplied by first.
+
+    Returns:
+        The parameter's name and that of its scales -> how to write them.
     """
     out, width = want.shape
     tensor = want.source.name
@@ -72,7 +75,7 @@ def weight_wanted(name: str, want: Wanted, number_format: Format, factors: Array
             yield stored_scales(scales)
 
     packed = width // 2 if number_format.blocks else width
-    scale_shape = (out, width // (block_of(width) or 1)) if number_format.blocks else (out,)
+    scale_shape = (out, width // (block_size(width) or 1)) if number_format.blocks else (out,)
     return {
         name: replace(want, shape=(out, packed), encoding=Encoding(number_format.stored, stored)),
         name + WEIGHT_SCALE: replace(
@@ -82,14 +85,14 @@ def weight_wanted(name: str, want: Wanted, number_format: Format, factors: Array
 
 
 def as_stored(bundle: Bundle, component: str, wanted: Mapping[str, Wanted]) -> dict[str, Wanted]:
-    """Turn what a component takes from a checkpoint into the weights and their scales as a quantized bundle has them.
+    """Describe a component's weights and scales as a quantized bundle has them.
 
-    What was measured is taken from the bundle: the factors that smooth inputs.
+    SmoothQuant's factors, which follow from a calibration, are taken from the bundle.
 
     Args:
         bundle: an open bundle.
         component: its name.
-        wanted: parameter -> what it comes from, under the tensor's name in the bundle.
+        wanted: parameter -> the float weight, under the tensor's name in the bundle.
     """
     quantization, tensors = bundle.manifest.quantization, bundle.tensors(component)
     if quantization is None:
@@ -107,7 +110,7 @@ def as_stored(bundle: Bundle, component: str, wanted: Mapping[str, Wanted]) -> d
 
 
 def float_shapes(bundle: Bundle, component: str, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a component's tensors as the checkpoint has them, without the scales among them.
+    """The shapes of a component's tensors before they were quantized, without those of scales.
 
     Args:
         bundle: an open bundle.
@@ -118,7 +121,7 @@ def float_shapes(bundle: Bundle, component: str, names: Iterable[str]) -> dict[s
     shapes = {name: tensors[name].shape for name in names}
     if bundle.manifest.quantization is None:
         return shapes
-    # A scale has the name of a tensor and one word more.
+    # A scale has the name of a tensor and a suffix.
     shapes = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] not in tensors}
     if _weight_format(bundle, component).blocks:
         packed = [name for name in shapes if name + WEIGHT_SCALE in tensors]
@@ -127,7 +130,7 @@ def float_shapes(bundle: Bundle, component: str, names: Iterable[str]) -> dict[s
 
 
 def _weight_format(bundle: Bundle, component: str) -> Format:
-    """Of a quantized bundle's component."""
+    """The format of the weights of a quantized bundle's component."""
     quantization, entry = bundle.manifest.quantization, bundle.component(component)
     precision = quantization.precision if quantization else ""
     return scheme_of(precision, on_the_host=not entry.graphs).weights

@@ -1,17 +1,17 @@
-"""Recipes: which linears a quantized bundle keeps in its base precision, why, and what error is acceptable.
+"""Recipes: which linears of a quantized bundle stay unquantized, why, and what error is acceptable.
 
 A recipe is a TOML file; those of the families are data of this package::
 
     [[keep]]
     component = "denoiser"
-    tensors = ["t_embedder.*", "layers.-1.*"]   # patterns; a number below zero counts blocks from the end
+    tensors = ["t_embedder.*", "layers.-1.*"]   # glob patterns; a negative block number counts from the end
     reason = "the time embedding steers every block"
     source = "where that was found"
-    precisions = ["fp8", "int8"]                # all where it is left out
-    deeper_than = 12                            # only in networks of more blocks
+    precisions = ["fp8", "int8"]                # all if left out
+    deeper_than = 12                            # only in networks of more blocks than this
 
     [bounds.fp8]
-    cosine = 0.999                              # of a step's velocity and the float32 network's, at least
+    cosine = 0.999                              # the smallest cosine of a velocity with the float32 network's
 """
 
 from __future__ import annotations
@@ -31,25 +31,30 @@ from zimgkit.engines.errors import UsageError
 from zimgkit.export.networks.registry import is_carried
 from zimgkit.export.quantization.formats import SCHEMES
 
-DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
+BLOCK_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+"""The number of a block in the name of a tensor, such as 17 in ``layers.17.attention.to_q.weight``."""
 
 
 class Keep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Tensors that are not quantized."""
+    """A rule: linears that are not quantized."""
 
     component: str
     tensors: tuple[str, ...]
+    """Glob patterns of the names of their weights."""
     reason: str
     source: str = ""
+    """Where the reason was found: a measurement or a publication."""
     precisions: tuple[str, ...] = tuple(SCHEMES)
+    """The precisions that the rule is for."""
     deeper_than: int = 0
+    """The rule is only for networks of more blocks than this."""
 
 
 class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a bundle's denoiser may cost."""
+    """The error of a bundle's denoiser that is acceptable."""
 
     cosine: float
-    """Of a step's velocity and that of the float32 network: at least this."""
+    """The smallest acceptable cosine of a velocity and that of the float32 network."""
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,19 +62,23 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     keep: tuple[Keep, ...] = ()
     bounds: dict[str, Bounds] = {}
+    """Precision -> its bounds."""
 
-    def kept(self, precision: str, component: str, linears: Sequence[str]) -> dict[str, str]:
-        """The linears of a component that stay as they are, and why.
+    def unquantized(self, precision: str, component: str, linears: Sequence[str]) -> dict[str, str]:
+        """Find the linears of a component that stay unquantized.
 
         Args:
             precision: a key of :data:`zimgkit.export.quantization.formats.SCHEMES`.
-            component: of the bundle.
-            linears: the names of all weights of its linears.
+            component: its name.
+            linears: the names of the weights of all its linears.
+
+        Returns:
+            Name of a weight -> the reason why it is not quantized.
 
         Raises:
-            UsageError: a pattern fits none of them; the nearest names are given.
+            UsageError: a pattern matches none of them; the hint has the nearest names.
         """
-        kept: dict[str, str] = {}
+        reasons: dict[str, str] = {}
         blocks = _blocks(linears)
         depth = max(blocks.values(), default=0)
         for rule in self.keep:
@@ -83,14 +92,14 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     message = f"the recipe keeps {pattern!r} of {component}, which has no such linear"
                     raise UsageError(message, f"the nearest are {', '.join(near)}")
                 if precision in rule.precisions:
-                    kept |= dict.fromkeys(found, rule.reason)
-        return kept
+                    reasons |= dict.fromkeys(found, rule.reason)
+        return reasons
 
     def check_components(self, components: Iterable[str]) -> None:
-        """Check that all rules are for components that are quantized.
+        """Check that the components of all rules can be quantized.
 
         Raises:
-            UsageError: one is not.
+            UsageError: one cannot.
         """
         known = tuple(components)
         for rule in self.keep:
@@ -99,17 +108,17 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _blocks(names: Iterable[str]) -> dict[str, int]:
-    """How many blocks each list of blocks has, by what stands before the number."""
+    """Count the blocks of each list of blocks, such as ``layers.``: prefix -> number of blocks."""
     counts: dict[str, int] = {}
     for name in names:
-        for match in DIGITS.finditer(name):
+        for match in BLOCK_NUMBER.finditer(name):
             prefix = name[: match.start()]
             counts[prefix] = max(counts.get(prefix, 0), int(match[0]) + 1)
     return counts
 
 
 def _from_the_end(pattern: str, blocks: Mapping[str, int]) -> str:
-    """Replace a block's number below zero by its number from the start."""
+    """Replace a negative block number, which counts from the end, by the number from the start."""
     match = re.search(r"(?<![^.])-\d+(?![^.])", pattern)
     if match is None:
         return pattern
@@ -118,7 +127,7 @@ def _from_the_end(pattern: str, blocks: Mapping[str, int]) -> str:
 
 
 def family_recipe(family: str, name: str = "") -> Recipe:
-    """The recipe that comes with the package.
+    """Read the recipe of a family or a model that comes with the package.
 
     Args:
         family: of the checkpoint.
@@ -134,7 +143,7 @@ def read_recipe(path: Path) -> Recipe:
     """Read a recipe file.
 
     Raises:
-        UsageError: it is missing, no TOML, or has what no recipe has.
+        UsageError: the file is missing, not TOML, or has fields that no recipe has.
     """
     try:
         found: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
@@ -142,7 +151,7 @@ def read_recipe(path: Path) -> Recipe:
     except OSError as error:
         raise UsageError(f"the recipe {path} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        message = f"the recipe {path} is not one ({str(error).splitlines()[0]})"
+        message = f"the recipe {path} is not a recipe ({str(error).splitlines()[0]})"
         raise UsageError(message, "docs/quantization.md shows how one looks") from None
     for precision in (*recipe.bounds, *(name for rule in recipe.keep for name in rule.precisions)):
         if precision not in SCHEMES:

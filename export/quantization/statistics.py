@@ -1,4 +1,4 @@
-"""What calibration saw of the inputs of linears, how it is kept, and which ranges follow from it."""
+"""Calibration statistics of the inputs of linears: how they are stored, and which ranges and scales follow."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from zimgkit.engines.tensors.safetensors import read_header, view, write
 from zimgkit.export.quantization.formats import Array, Format, round_up
 
 BINS = 2048
+"""Of the histograms of magnitudes."""
 VERSION = 1
 KIND = "zimg-calibration"
 PERCENTILE = 99.99
+"""The percentage of magnitudes within the range of the method ``"percentile"``."""
 CLIPS = tuple(n / 64 for n in range(16, 65))
-"""Parts of the largest magnitude that the MSE range is searched among."""
+"""The candidates of the method ``"mse"``: ranges as fractions of the largest magnitude."""
 
 
 @dataclass
 class InputStatistics:
-    """One input of linears, over all runs."""
+    """The statistics of one input of linears, over all runs."""
 
     channels: Array
     """(in,) float32: the largest magnitude of each channel."""
     histogram: NDArray[np.float64]
-    """(BINS,): how many values have a magnitude in each of equal bins from 0 to ``top``."""
+    """(BINS,) float64: how many magnitudes are in each of equal bins from 0 to ``top``."""
     top: float
-    """A power of two, at or above the largest magnitude."""
+    """The upper end of the histogram: a power of two, at or above the largest magnitude."""
 
     @classmethod
     def empty(cls, width: int) -> InputStatistics:
-        """Of no values yet."""
+        """Make the statistics of no values yet, of an input of this many channels."""
         return cls(np.zeros(width, np.float32), np.zeros(BINS), 2.0**-20)
 
     @property
@@ -46,11 +48,11 @@ class InputStatistics:
         return float(self.channels.max())
 
     def add(self, channels: Array, count: Callable[[float], NDArray[np.float64]]) -> None:
-        """Count some values in.
+        """Add some values.
 
         Args:
-            channels: (in,), their largest magnitudes.
-            count: gives their histogram up to a magnitude.
+            channels: (in,) float32, the largest magnitude of each channel.
+            count: gives the (BINS,) histogram of their magnitudes from 0 to its argument.
         """
         self.channels = np.maximum(self.channels, channels)
         while self.top < self.absmax:
@@ -60,11 +62,11 @@ class InputStatistics:
         self.histogram += count(self.top)
 
     def range(self, method: str, number_format: Format) -> float:
-        """The largest magnitude that shall be represented.
+        """Compute the range of an input: the largest magnitude that its scale represents.
 
         Args:
             method: ``"max"``, ``"percentile"`` or ``"mse"``.
-            number_format: what values will be rounded to.
+            number_format: the format that values are rounded to.
         """
         if method == "percentile":
             reached = np.cumsum(self.histogram) >= PERCENTILE / 100 * self.histogram.sum()
@@ -74,7 +76,7 @@ class InputStatistics:
         return self.absmax
 
     def _error(self, largest: float, number_format: Format) -> float:
-        """The squared error of rounding all values, each taken for the middle of its bin, to a range."""
+        """The sum of squared errors of rounding all values within a range; each counts as the middle of its bin."""
         centers = ((np.arange(BINS) + 0.5) * (self.top / BINS)).astype(np.float32)
         scale = np.float32(max(largest, 1e-30) / number_format.largest)
         stored = number_format.round(np.minimum(centers / scale, np.float32(number_format.largest)))
@@ -83,24 +85,25 @@ class InputStatistics:
 
 
 RANGES = ("max", "percentile", "mse")
+"""The methods that compute the range of an input."""
 
 
 @dataclass
 class Statistics:
-    """Of all components that were calibrated."""
+    """The statistics of all components that were calibrated."""
 
     inputs: dict[str, dict[str, InputStatistics]] = field(default_factory=dict)
-    """Component -> the first linear that reads an input, by its weight's name -> the input."""
+    """Component -> the first reader of an input, by its weight's name -> the statistics of that input."""
     readers: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Component -> every linear, by its weight's name -> the first one that reads the same input."""
+    """Component -> every linear, by its weight's name -> the first reader of its input."""
     made: dict[str, Any] = field(default_factory=dict)
-    """What they were made from and with."""
+    """The checkpoint, the LoRAs and the calibration set they are of, and how many prompts are done."""
 
     def first_reader(self, component: str, weight: str) -> str | None:
-        """The first linear that reads the input of this one, by its weight's name; None where neither ever ran.
+        """The first reader of a linear's input, by its weight's name; None if that input was never computed.
 
         Raises:
-            UsageError: the linear is none of those that were calibrated.
+            UsageError: the linear was not calibrated.
         """
         first_reader = self.readers.get(component, {}).get(weight)
         if first_reader is None:
@@ -109,7 +112,7 @@ class Statistics:
         return first_reader if first_reader in self.inputs.get(component, {}) else None
 
     def save(self, path: Path) -> None:
-        """Write to a safetensors file, beside it first."""
+        """Write a safetensors file, which is replaced in one step."""
         tensors: dict[str, NDArray[Any]] = {}
         for component, inputs in self.inputs.items():
             for name, entry in inputs.items():
@@ -130,8 +133,8 @@ class Statistics:
         """Read what :meth:`save` wrote.
 
         Raises:
-            SafetensorsError: it is no safetensors file.
-            UsageError: it is one, but none of these.
+            SafetensorsError: the file is not a safetensors file.
+            UsageError: it does not hold calibration statistics.
         """
         header = read_header(path)
         try:
@@ -147,7 +150,7 @@ class Statistics:
                     top = float(view(header[f"{component}/{name}/top"])[0])
                     inputs.setdefault(component, {})[name] = InputStatistics(parts[0], parts[1], top)
         except (KeyError, ValueError, TypeError) as error:
-            message = f"{path} holds no calibration that this zimgkit reads ({error})"
+            message = f"{path} holds no calibration statistics that this zimgkit reads ({error})"
             raise UsageError(message, "make one with: zimg-export calibrate") from None
         return cls(inputs, readers, made)
 
@@ -160,15 +163,15 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def smoothing(channels: Array, columns: Array, alpha: float) -> Array:
-    """SmoothQuant's factors: what weights are multiplied by and inputs divided by, channel by channel.
+    """Compute SmoothQuant's factors: an input's channels are divided by them, and the weights' columns multiplied.
 
-    ``s = max|x|^alpha / max|w|^(1 - alpha)`` (Xiao et al., 2022, equation 4), rounded to a power of two: then dividing
-    an input by it, or a norm's weight, rounds nothing.
+    ``s = max|x|^alpha / max|w|^(1 - alpha)`` (Xiao et al., 2022, equation 4), rounded to powers of two: dividing
+    an input by those is exact.
 
     Args:
         channels: (in,), the largest magnitude of each channel of the input.
-        columns: (in,), of each column of the weights that read it.
-        alpha: how much of the outliers goes to the weights; 0 leaves all as it is.
+        columns: (in,), the largest magnitude of each column of the weights that read it.
+        alpha: the share of the outliers that goes to the weights, 0 to 1; 0 changes nothing.
 
     Returns:
         (in,) float32.
@@ -182,6 +185,6 @@ def smoothing(channels: Array, columns: Array, alpha: float) -> Array:
 
 
 def scale_for(largest: float, number_format: Format) -> float:
-    """The scale of an input whose largest magnitude is this one; 1 where it is always zero."""
+    """The scale, a bfloat16 number, of an input with this range; 1 where the input is always zero."""
     ratio = np.array([largest / number_format.largest], np.float32)
     return float(round_up(np.maximum(ratio, np.float32(1e-30)))[0]) if largest > 0 else 1.0

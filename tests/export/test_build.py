@@ -89,7 +89,7 @@ def test_verify(family, bundle_of, checkpoint_of):
         assert (result.code, report["passed"]) == (0, True)
         for name, entry in report["components"].items():
             assert entry["different"] == 0
-            assert name == "modulation" or entry["relative_error"] < (2e-5 if precision == "fp32" else 5e-2)
+            assert name == "modulation" or entry["relative_max_error"] < (2e-5 if precision == "fp32" else 5e-2)
 
 
 def test_verify_finds_weights_of_another_checkpoint(family, bundle_of, checkpoint_of):

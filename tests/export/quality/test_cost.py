@@ -244,10 +244,10 @@ def test_verify_past_the_bound(copied, checkpoint_of, bundle_of):
     given = options(checkpoint_of("z-image"), bundle_of("z-image"), bundle_of("z-image", "bf16"))
     result = invoke(main, "verify", copied, *given)
     assert result.code == 0
-    assert "and the recipe asks for 0.9999999; keep more with --recipe" in result.err
+    assert "and the recipe asks for 0.9999999; leave more linears unquantized with --recipe" in result.err
     strict = invoke(main, "verify", copied, *given, "--strict")
     assert strict.code == 1 and strict.err.count("\n") == 1
-    assert "and the recipe asks for 0.9999999; keep more" in strict.err
+    assert "and the recipe asks for 0.9999999; leave more" in strict.err
 
 
 def test_references_of_another_checkpoint(copied, checkpoint_of, bundle_of):
@@ -305,7 +305,7 @@ def test_a_strict_build_leaves_nothing(checkpoint_of, bundle_of, tmp_path):
     recipe = Recipe((), {"int4-weights": Bounds(0.9999999)})
     given = (bundle_of("z-image"), bundle_of("z-image", "bf16"))
     measuring = verify.Measuring(Trial(("a",), 64, 64, 1), given)
-    with pytest.raises(BundleError, match=r"and the recipe asks for 0\.9999999; keep more with --recipe"):
+    with pytest.raises(BundleError, match=r"and the recipe asks for 0\.9999999; leave more linears unquantized"):
         build(
             str(checkpoint_of("z-image")), tmp_path / "b", precision="int4-weights",
             quantization=Quantizing(recipe, check=cost_check(measuring, strict=True)),

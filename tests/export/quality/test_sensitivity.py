@@ -23,7 +23,7 @@ from zimgkit.export.cli.main import main
 from zimgkit.export.components import parts_of
 from zimgkit.export.quality import sensitivity
 from zimgkit.export.quality.cost import Trial
-from zimgkit.export.quality.sensitivity import Error, Group, Sensitivity, proposed_recipe
+from zimgkit.export.quality.sensitivity import Group, Sensitivity, VelocityError, proposed_recipe
 from zimgkit.export.quantization.calibrate import statistics_path
 from zimgkit.export.quantization.fake_quantization import rounded_input, rounded_weight, switch
 from zimgkit.export.quantization.formats import FLOAT8, INT4, INT8, encode, scale_of, weight_scales
@@ -99,7 +99,7 @@ def test_all_switched_on_is_the_quantized_bundle(precision, bundle_of, quantized
 
 
 def _rounded_but(names, folder):
-    """A float32 bundle whose denoiser has the values of bfloat16, as what is kept of a quantized one, but for names."""
+    """A float32 bundle whose denoiser has the values of bfloat16, as an unquantized weight has, except in some."""
     bundle = Bundle.open(folder)
     files = dict(bundle.manifest.files)
     for name, info in bundle.tensors("denoiser").items():
@@ -129,18 +129,18 @@ def test_the_recipe_holds(family, by, wanted, bundle_of):
     cosines = [group.alone.cosine for group in found.groups]
     assert cosines == sorted(cosines)
     assert {group.component for group in found.groups} == {"text_encoder", "denoiser"}
-    assert found.all.cosine < 0.9999 <= found.rest.cosine
-    assert 0 < found.kept <= len(found.groups)
-    assert found.all.relative > max(group.alone.relative for group in found.groups[1:]) / 2
+    assert found.all_quantized.cosine < 0.9999 <= found.with_recipe.cosine
+    assert 0 < found.unquantized <= len(found.groups)
+    assert found.all_quantized.relative_l2_error > max(group.alone.relative_l2_error for group in found.groups[1:]) / 2
     patterns = [group.pattern for group in found.groups]
     assert wanted in patterns and len(set(zip(patterns, cosines, strict=True))) == len(patterns)
-    # A low target needs nothing to be kept.
-    easy = replace(found, kept=0)
+    # A low target needs no linear to stay unquantized.
+    easy = replace(found, unquantized=0)
     assert "[[keep]]" not in proposed_recipe(easy)
 
 
 def test_the_command(bundle_of, checkpoint_of, quantized_of, tmp_path):
-    """Its recipe is one that ``build`` takes; the calibration statistics_path the bundle serves."""
+    """Its recipe is one that ``build`` takes; the calibration beside the bundle serves."""
     folder = shutil.copytree(bundle_of("z-image", "bf16"), tmp_path / "b")
     statistics = quantized_of("z-image", "int8").parent / "statistics.calibration.safetensors"
     shutil.copy(statistics, statistics_path(folder))
@@ -152,34 +152,34 @@ def test_the_command(bundle_of, checkpoint_of, quantized_of, tmp_path):
     )  # fmt: skip
     assert result.code == 0, result
     data = json.loads(result.out)
-    kept = [group for group in data["groups"] if group["kept"]]
+    unquantized = [group for group in data["groups"] if group["unquantized"]]
     recipe = read_recipe(tmp_path / "r.toml")
     assert [(rule.component, rule.tensors) for rule in recipe.keep] == [
-        (group["component"], (group["tensors"],)) for group in kept
+        (group["component"], (group["tensors"],)) for group in unquantized
     ]
     assert recipe.bounds["int8"].cosine == 0.99999
-    assert recipe.keep[0].reason == f"cosine {kept[0]['cosine']:.6f} when quantized alone"
+    assert recipe.keep[0].reason == f"cosine {unquantized[0]['cosine']:.6f} when quantized alone"
     assert statistics_path(folder).read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"b", "r.toml", statistics_path(folder).name}
     names = {name for group in data["groups"] for name in group["weights"]}
     parts = parts_of(open_checkpoint(str(checkpoint_of("z-image"))))
     for component in ("text_encoder", "denoiser"):
         linears = linear_weights(parts[component])
-        found = recipe.kept("int8", component, linears)
-        assert sum(len(group["weights"]) for group in kept if group["component"] == component) == len(found)
+        found = recipe.unquantized("int8", component, linears)
+        assert sum(len(group["weights"]) for group in unquantized if group["component"] == component) == len(found)
     assert names <= Bundle.open(folder).tensors("denoiser").keys() | Bundle.open(folder).tensors("text_encoder").keys()
 
 
 def test_text_and_recipe():
     groups = tuple(
-        Group("denoiser", f"layers.{i}.*", (f"layers.{i}.a",), 10, Error(0.1 / (i + 1), 0.99 + 0.002 * i))
+        Group("denoiser", f"layers.{i}.*", (f"layers.{i}.a",), 10, VelocityError(0.1 / (i + 1), 0.99 + 0.002 * i))
         for i in range(3)
     )
-    found = Sensitivity("Z", "fp8", 0.998, groups, Error(0.2, 0.98), 2, Error(0.01, 0.9985))
+    found = Sensitivity("Z", "fp8", 0.998, groups, VelocityError(0.2, 0.98), 2, VelocityError(0.01, 0.9985))
     text = sensitivity.sensitivity_text(found).splitlines()
-    assert text[1].split() == ["layers.0.*", "denoiser", "10", "1.00e-01", "0.990000", "kept"]
-    assert "kept" not in text[3]
-    assert text[-1].startswith("2 of 3 kept, 66.7% of the weights: ")
+    assert text[1].split() == ["layers.0.*", "denoiser", "10", "1.00e-01", "0.990000", "unquantized"]
+    assert "unquantized" not in text[3]
+    assert text[-1].startswith("2 of 3 unquantized, 66.7% of the weights: ")
     assert proposed_recipe(found).count("[[keep]]") == 2
 
 

@@ -13,7 +13,7 @@ from zimgkit.export.quantization.formats import (
     INT4,
     INT8,
     SCHEMES,
-    block_of,
+    block_size,
     encode,
     round_up,
     stored_scales,
@@ -76,7 +76,7 @@ def test_float8_is_torchs(shape, seed):
 def test_int4_is_packed_as_onnx_has_it(shape):
     values = weights(shape, 1)
     scales = weight_scales(values, INT4)
-    block = block_of(shape[1])
+    block = block_size(shape[1])
     assert scales.shape == (shape[0], shape[1] // block)
     spread = np.repeat(scales, block, axis=1)
     expected = np.clip(np.rint(values / spread), -7, 7)
@@ -118,7 +118,7 @@ def test_round_up():
 
 @pytest.mark.parametrize(("width", "block"), [(3840, 128), (192, 64), (96, 32), (48, 16), (24, None), (7, None)])
 def test_blocks_divide_rows(width, block):
-    assert block_of(width) == block
+    assert block_size(width) == block
 
 
 def test_what_the_command_offers():

@@ -157,7 +157,7 @@ def test_what_the_host_multiplies_is_int8_in_every_precision(precision, wanted):
 def test_what_is_kept_and_why(wanted):
     quantized = quantize("denoiser", PART, wanted, settings("int8-weights", "k.*"))
     assert quantized.quantized == ("q.weight", "out.weight")
-    assert quantized.kept == {"model.k.weight": "because"}
+    assert quantized.unquantized == {"model.k.weight": "because"}
     everything = quantize("denoiser", PART, wanted, settings("fp8", "*"))
     assert not everything.quantized and everything.wanted == wanted
 
@@ -167,7 +167,7 @@ def test_rows_that_no_block_divides_are_kept(tmp_path):
     info = read_header(tmp_path / "m.safetensors")["weight"]
     part = Part("transformer", lambda: nn.Sequential(nn.Linear(24, 4, bias=False)))
     quantized = quantize("denoiser", part, {"0.weight": Wanted(info, (4, 24))}, settings("int4-weights"))
-    assert quantized.kept == {"weight": "its rows have no blocks that divide them"}
+    assert quantized.unquantized == {"weight": "no block size divides its rows"}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -194,7 +194,7 @@ def test_statistics_of_another_model(wanted):
 def test_a_linear_whose_result_is_never_read(wanted):
     found = statistics()
     found.inputs["denoiser"].pop("model.out.weight")
-    assert quantize("denoiser", PART, wanted, settings("fp8", statistics=found)).kept == {
+    assert quantize("denoiser", PART, wanted, settings("fp8", statistics=found)).unquantized == {
         "model.out.weight": "nothing reads its result"
     }
 
@@ -207,7 +207,7 @@ def test_a_linear_whose_result_is_never_read(wanted):
         (settings("int8", smooth=1.5), r"alpha is 1\.5; give a number from 0 to 1"),
         (settings("int8", smooth=float("nan")), "alpha is nan"),
         (settings("int8", range="mse"), "'mse' needs the distribution of inputs before they are smoothed; add --smoot"),
-        (settings("int8-weights", smooth=0.5), "int8-weights leaves inputs as they are"),
+        (settings("int8-weights", smooth=0.5), "int8-weights does not quantize inputs"),
         (QuantizationSettings("fp8", Recipe((Keep("vae", ("*",), "x"),))), "the recipe names the component 'vae'"),
     ],
 )

@@ -55,14 +55,14 @@ def test_the_families_recipes_fit_the_real_networks(family, precision):
     assert set(recipe.bounds) == set(SCHEMES)
     assert all(rule.reason and rule.source for rule in recipe.keep)
     for component, sizes in real_linears(family).items():
-        kept = recipe.kept(precision, component, list(sizes))
+        kept = recipe.unquantized(precision, component, list(sizes))
         share = 1 - sum(sizes[name] for name in kept) / sum(sizes.values())
         assert share >= SHARE.get((family, component, precision), 0.7)
 
 
 def test_ends_of_deep_networks():
     sizes = real_linears("qwen-image")["denoiser"]
-    kept = family_recipe("qwen-image").kept("fp8", "denoiser", list(sizes))
+    kept = family_recipe("qwen-image").unquantized("fp8", "denoiser", list(sizes))
     blocks = {name.split(".")[1] for name in kept if name.endswith("attn.to_q.weight")}
     assert blocks == {"0", "1", "58", "59"}
 
@@ -84,21 +84,21 @@ def recipe(*patterns: str, **changes: object) -> Recipe:
     ],
 )
 def test_patterns(pattern, names):
-    assert recipe(pattern).kept("fp8", "denoiser", NAMES) == dict.fromkeys(names, "because")
+    assert recipe(pattern).unquantized("fp8", "denoiser", NAMES) == dict.fromkeys(names, "because")
 
 
 def test_rules_for_some_precisions_components_and_depths():
     assert not recipe("*", precisions=("int8",)).kept("fp8", "denoiser", NAMES)
-    assert not recipe("*").kept("fp8", "text_encoder", NAMES)
-    assert not recipe("*", deeper_than=4).kept("fp8", "denoiser", NAMES)
-    assert len(recipe("*", deeper_than=3).kept("fp8", "denoiser", NAMES)) == len(NAMES)
-    assert not recipe("layers.-9.*", deeper_than=12).kept("fp8", "denoiser", NAMES)
+    assert not recipe("*").unquantized("fp8", "text_encoder", NAMES)
+    assert not recipe("*", deeper_than=4).unquantized("fp8", "denoiser", NAMES)
+    assert len(recipe("*", deeper_than=3).unquantized("fp8", "denoiser", NAMES)) == len(NAMES)
+    assert not recipe("layers.-9.*", deeper_than=12).unquantized("fp8", "denoiser", NAMES)
 
 
 @pytest.mark.parametrize("pattern", ["layers.9.attention.to_q.weight", "layers.0.atention.to_q.weight", "layers.-5.*"])
 def test_a_name_that_is_not_there(pattern):
     with pytest.raises(UsageError, match=r"which has no such linear; the nearest are layers\.\d") as caught:
-        recipe(pattern).kept("fp8", "denoiser", NAMES)
+        recipe(pattern).unquantized("fp8", "denoiser", NAMES)
     assert pattern in str(caught.value)
 
 
@@ -120,12 +120,12 @@ def test_a_file(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[[keep]\n", "is not one"),
-        ('[[keep]]\ncomponent = "denoiser"\n', "is not one .*missing required field"),
-        (GOOD + 'tensor = ["x"]\n', "is not one .*unknown field"),
+        ("[[keep]\n", "is not a recipe"),
+        ('[[keep]]\ncomponent = "denoiser"\n', "is not a recipe .*missing required field"),
+        (GOOD + 'tensor = ["x"]\n', "is not a recipe .*unknown field"),
         (GOOD + 'precisions = ["fp4"]\n', "names the precision 'fp4'; there are fp8"),
-        ("bounds = 3\n", "is not one"),
-        ("\0", "is not one"),
+        ("bounds = 3\n", "is not a recipe"),
+        ("\0", "is not a recipe"),
     ],
 )
 def test_a_file_that_is_none(text, said, tmp_path: Path):
@@ -141,5 +141,5 @@ def test_a_file_that_is_missing_or_no_text(tmp_path: Path):
     with pytest.raises(UsageError, match=r"cannot be read \(Is a directory"):
         read_recipe(tmp_path)
     (tmp_path / "r.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="is not one"):
+    with pytest.raises(UsageError, match="is not a recipe"):
         read_recipe(tmp_path / "r.toml")

@@ -143,8 +143,8 @@ def test_a_linear_that_was_not_calibrated(name):
 
 def test_a_linear_that_never_ran():
     statistics = some()
-    statistics.readers["denoiser"]["dead"] = "dead"
-    assert statistics.first_reader("denoiser", "dead") is None
+    statistics.readers["denoiser"]["unread"] = "unread"
+    assert statistics.first_reader("denoiser", "unread") is None
 
 
 def test_files_that_are_none(tmp_path: Path):
@@ -156,7 +156,7 @@ def test_files_that_are_none(tmp_path: Path):
         Statistics.load(path)
     for metadata in (None, {"kind": "zimg-calibration"}, {"kind": "zimg-calibration", "version": "99"}):
         save_file({"a": np.zeros(3, np.float32)}, path, metadata)
-        with pytest.raises(UsageError, match="holds no calibration that this zimgkit reads"):
+        with pytest.raises(UsageError, match="holds no calibration statistics that this zimgkit reads"):
             Statistics.load(path)
     good = {"kind": "zimg-calibration", "version": "1", "readers": "{}", "made": "{}"}
     save_file({"denoiser/x/channels": np.zeros(3, np.float32)}, path, good)  # No histogram.
