@@ -21,9 +21,10 @@ from zimgkit.export.build import names_of, parts_of, wanted_by
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
 from zimgkit.export.networks.parts import Part
-from zimgkit.export.quality.cost import Trial, baseline, measure, past_bound
+from zimgkit.export.quality.cost import baseline, measure, past_bound
 from zimgkit.export.quality.judged import CAPTIONS, accuracy
 from zimgkit.export.quality.references import references
+from zimgkit.export.quality.runs import Trial
 from zimgkit.export.quantization.prompts import is_demo_model
 from zimgkit.export.quantization.quantize import COMPONENTS
 from zimgkit.export.quantization.quantized_weights import as_stored
