@@ -56,8 +56,9 @@ def compare(
 
     from zimgkit.engines.bundle import Bundle
     from zimgkit.export.build import Quantizing, build
-    from zimgkit.export.quality.cost import References, Trial, baseline, measure
+    from zimgkit.export.quality.cost import References, baseline, measure
     from zimgkit.export.quality.judged import accuracy
+    from zimgkit.export.quality.runs import Trial
     from zimgkit.export.quantization.calibrate import CalibrationSet, calibrate
     from zimgkit.runtime.commands.sheet import draw_sheet
 

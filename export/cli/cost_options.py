@@ -10,7 +10,7 @@ import click
 from zimgkit.export.cli.options import FILE
 
 if TYPE_CHECKING:
-    from zimgkit.export.quality.cost import Trial
+    from zimgkit.export.quality.runs import Trial
 
 PROMPTS = click.option("--prompts", "cost_prompts", type=FILE, help="Of the pictures, one a line. [default: three]")
 SIZE = click.option("--size", "cost_size", metavar="WxH", help="Of the pictures. [default: the checkpoint's]")
@@ -23,7 +23,7 @@ def trial(cost_prompts: Path | None, cost_size: str | None, cost_steps: int | No
         UsageError: the prompts cannot be read, or the size is not WIDTHxHEIGHT.
     """
     from zimgkit.export.compilers.shape_profiles import parse_size
-    from zimgkit.export.quality.cost import Trial
+    from zimgkit.export.quality.runs import Trial
     from zimgkit.export.quantization.calibrate import read_prompts
 
     prompts = () if cost_prompts is None else read_prompts(cost_prompts, fewest=1)

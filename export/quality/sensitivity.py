@@ -22,8 +22,9 @@ from zimgkit.engines.errors import UsageError
 from zimgkit.engines.files import replacing
 from zimgkit.engines.torch.engine import TorchEngine
 from zimgkit.export.networks.registry import FAMILIES, QUANTIZED_GRAPHS, parts
-from zimgkit.export.quality.cost import Draw, Run, Trial, drawing, open_torch_in, velocity_errors
-from zimgkit.export.quantization.fake_quantization import quantizable
+from zimgkit.export.quality.cost import velocity_errors
+from zimgkit.export.quality.runs import Draw, Run, Trial, drawing, open_torch_in
+from zimgkit.export.quantization.fake_quantization import quantizable, switch_quantization
 from zimgkit.export.quantization.quantize import QuantizationSettings, linear_weights
 from zimgkit.export.quantization.recipe import BLOCK_NUMBER
 from zimgkit.runtime.progress import Report, silent

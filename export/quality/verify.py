@@ -23,9 +23,10 @@ from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
 from zimgkit.export.lora.names import names_of
 from zimgkit.export.networks.parts import Part
 from zimgkit.export.networks.registry import QUANTIZED, is_carried
-from zimgkit.export.quality.cost import Trial, baseline, measure, past_bound
+from zimgkit.export.quality.cost import baseline, measure, past_bound
 from zimgkit.export.quality.judged import CAPTIONS, accuracy
 from zimgkit.export.quality.references import references
+from zimgkit.export.quality.runs import Trial
 from zimgkit.export.quantization.quantized_weights import as_stored
 from zimgkit.export.weights.stream import Wanted, pieces
 from zimgkit.runtime.commands.inspect import cost_lines

@@ -25,19 +25,9 @@ from zimgkit.export.cli.main import main
 from zimgkit.export.cli.quantization_options import cost_check
 from zimgkit.export.lora.merge import NOTHING
 from zimgkit.export.quality import cost, judged, verify
-from zimgkit.export.quality.cost import (
-    FIRST_SEED,
-    References,
-    Run,
-    Trial,
-    baseline,
-    difference,
-    drawing,
-    measure,
-    open_torch_in,
-    past_bound,
-)
+from zimgkit.export.quality.cost import References, baseline, difference, measure, past_bound
 from zimgkit.export.quality.references import references
+from zimgkit.export.quality.runs import FIRST_SEED, Run, Trial, drawing, open_torch_in
 from zimgkit.export.quantization.prompts import cost_prompts
 from zimgkit.export.quantization.recipe import Bounds, Recipe, family_recipe
 from zimgkit.runtime import demo_models, families

@@ -22,10 +22,10 @@ from zimgkit.export.checkpoints.checkpoint import open_checkpoint
 from zimgkit.export.cli.main import main
 from zimgkit.export.components import parts_of
 from zimgkit.export.quality import sensitivity
-from zimgkit.export.quality.cost import Trial
+from zimgkit.export.quality.runs import Trial
 from zimgkit.export.quality.sensitivity import Group, Sensitivity, VelocityError, proposed_recipe
 from zimgkit.export.quantization.calibrate import statistics_path
-from zimgkit.export.quantization.fake_quantization import rounded_input, rounded_weight, switch
+from zimgkit.export.quantization.fake_quantization import rounded_input, rounded_weight, switch_quantization
 from zimgkit.export.quantization.formats import FLOAT8, INT4, INT8, encode, scale_of, weight_scales
 from zimgkit.export.quantization.quantize import QuantizationSettings, linear_weights
 from zimgkit.export.quantization.recipe import Recipe, read_recipe
@@ -86,12 +86,12 @@ def test_all_switched_on_is_the_quantized_bundle(precision, bundle_of, quantized
     settings = QuantizationSettings(precision, Recipe(), statistics)
     runs = quantized.record(floating.root, "denoiser")[:2]
     engine = open_engine(floating, "denoiser", "cpu")
-    switch(engine, floating, "denoiser", settings, set())
+    switch_quantization(engine, floating, "denoiser", settings, set())
     for feeds, expected in runs:
         (found,) = engine.run(feeds).values()
         np.testing.assert_allclose(found, expected, atol=1e-4)
     engine = open_engine(floating, "denoiser", "cpu")
-    switch(engine, floating, "denoiser", settings, active)
+    switch_quantization(engine, floating, "denoiser", settings, active)
     replayed = quantized.replay(other.root, "denoiser", "torch", runs)
     for (feeds, expected), bundled in zip(runs, replayed, strict=True):
         (found,) = engine.run(feeds).values()

@@ -88,7 +88,7 @@ def test_patterns(pattern, names):
 
 
 def test_rules_for_some_precisions_components_and_depths():
-    assert not recipe("*", precisions=("int8",)).kept("fp8", "denoiser", NAMES)
+    assert not recipe("*", precisions=("int8",)).unquantized("fp8", "denoiser", NAMES)
     assert not recipe("*").unquantized("fp8", "text_encoder", NAMES)
     assert not recipe("*", deeper_than=4).unquantized("fp8", "denoiser", NAMES)
     assert len(recipe("*", deeper_than=3).unquantized("fp8", "denoiser", NAMES)) == len(NAMES)
