@@ -47,9 +47,9 @@ COMMANDS = {
 NOT_RUN = {
     "make demo": "sets up an environment as the lines above it do",
     "make test": "runs this test",
-    'zimg-run generate --bundle z-image-turbo --prompt "…" --backend torch': "test_torch_and_train draws a smaller one",
-    "pip install '.[tensorrt]'": "gigabytes of CUDA; test_tensorrt installs what else is in it",
-    "zimg-export compile z-image-turbo --size 1024x1024 --size 832x1216": "test_tensorrt compiles a smaller size",
+    'zimg-run generate --bundle z-image-turbo --prompt "…" --backend torch': "test_torch_and_train draws less",
+    "pip install '.[tensorrt]'": "gigabytes of CUDA; test_tensorrt_and_tensorrt_rtx installs the rest",
+    "zimg-export compile z-image-turbo --size 1024x1024 --size 832x1216": "likewise; it compiles a smaller size",
     "zimg-run generate --bundle z-image-turbo --backend tensorrt"
     ' --prompt "a red fox in fresh snow, early light"': "needs a GPU",
 }

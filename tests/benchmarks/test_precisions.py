@@ -26,12 +26,15 @@ def test_a_tiny_model(checkpoint_of, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", demo_models.NAMES)
 def test_gates_of_the_demo_models(name, tmp_path):
-    """What eight bits by the models' own recipes cost in the velocity of each of their default steps."""
+    """What eight bits by the models' own recipes cost in the velocity of each of their default steps.
+
+    One prompt: a cosine is over all numbers of a velocity, and the least of twenty steps is what the bounds are for.
+    """
     given = {
         "size": None,
         "steps": None,
         "repeats": 1,
-        "prompts": cost_prompts(name)[:2],
+        "prompts": cost_prompts(name)[:1],
         "precisions": ["fp8", "int8"],
     }
     found = precisions.compare(name, tmp_path, **given)["precisions"]

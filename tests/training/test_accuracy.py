@@ -36,10 +36,14 @@ def test_shares() -> None:
 
 @pytest.mark.parametrize("name", demo_models.NAMES)
 def test_the_carried_models_draw_what_they_are_asked_for(name: str) -> None:
-    """A sample of what `python -m zimgkit.training judge` counts in full."""
-    cases = accuracy(name, captions=24)
-    assert share(cases, 1) >= 10 / 12, cases
-    assert share(cases, 2) >= 8 / 12, cases
+    """A sample of what `python -m zimgkit.training judge` counts in full.
+
+    In full 96 to 99 % are right. The pictures are the same in every run, so the
+    bounds guard against a broken model or loop, which has nearly none right, and leave room for other processors.
+    """
+    cases = accuracy(name, captions=16)
+    assert share(cases, 1) >= 7 / 8, cases
+    assert share(cases, 2) >= 6 / 8, cases
 
 
 def test_the_command_says_what_went_wrong() -> None:
