@@ -14,19 +14,19 @@ from torch import nn
 from zimgkit.engines.bundle import atomic_folder
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.export.checkpoints.checkpoint import Checkpoint
+from zimgkit.training import families
+from zimgkit.training.families import Configs, TrainingFamily
 
 MARK = "model_index.json"
 LOG_VARIANCE = -6.0
 """Of an autoencoder's latents, at first."""
-NEAR_PAIRS, NEAR_BIAS = 5, 3.0
-"""How many of the fastest rotations, and how strongly, let heads of a text model look at tokens nearby, at first."""
 
 
 def start_checkpoint(
     folder: Path,
-    family: str,
+    family: TrainingFamily,
     tokenizer: Any,
-    configs: Mapping[str, Mapping[str, Any]],
+    configs: Configs,
     *,
     seed: int = 0,
     overwrite: bool = False,
@@ -35,7 +35,7 @@ def start_checkpoint(
 
     Args:
         folder: where.
-        family: ``"z-image"`` or ``"qwen-image"``.
+        family: which architecture.
         tokenizer: of transformers, as ``train_tokenizer`` makes it.
         configs: of scheduler, transformer, text_encoder and vae; ids and the size of the vocabulary are filled in.
         seed: of the weights.
@@ -46,53 +46,16 @@ def start_checkpoint(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = (_z_image if family == "z-image" else _qwen_image)(tokenizer, configs)
+        pipeline = family.start(tokenizer, configs)
         for part in (pipeline.transformer, pipeline.text_encoder):
-            _initialize(part)
-        if family == "qwen-image":
-            _look_nearby(pipeline.text_encoder.model.language_model)
+            initialize(part)
+        family.initialize_text(pipeline.text_encoder)
         _initialize_autoencoder(pipeline.vae)
     with atomic_folder(folder.expanduser().absolute(), overwrite=overwrite, mark=MARK) as work:
         pipeline.save_pretrained(work)
 
 
-def _z_image(tokenizer: Any, configs: Mapping[str, Mapping[str, Any]]) -> Any:
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-    from transformers import Qwen3Config, Qwen3Model
-
-    return ZImagePipeline(
-        FlowMatchEulerDiscreteScheduler(**configs["scheduler"]),
-        AutoencoderKL(**{"scaling_factor": 1.0, "shift_factor": 0.0, **configs["vae"]}),
-        Qwen3Model(Qwen3Config(**configs["text_encoder"], vocab_size=len(tokenizer))),
-        tokenizer,
-        ZImageTransformer2DModel(**configs["transformer"]),
-    )
-
-
-def _qwen_image(tokenizer: Any, configs: Mapping[str, Mapping[str, Any]]) -> Any:
-    from diffusers import (
-        AutoencoderKLQwenImage,
-        FlowMatchEulerDiscreteScheduler,
-        QwenImagePipeline,
-        QwenImageTransformer2DModel,
-    )
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    text, channels = dict(configs["text_encoder"]), configs["vae"]["z_dim"]
-    text["text_config"] = {**text["text_config"], "vocab_size": len(tokenizer)}
-    for name in ("image_pad", "video_pad", "vision_start", "vision_end"):
-        key = f"{name.removesuffix('_pad')}_token_id"
-        text[key] = tokenizer.convert_tokens_to_ids(f"<|{name}|>")
-    return QwenImagePipeline(
-        FlowMatchEulerDiscreteScheduler(**configs["scheduler"]),
-        AutoencoderKLQwenImage(**{"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels, **configs["vae"]}),
-        Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**text)),
-        tokenizer,
-        QwenImageTransformer2DModel(**configs["transformer"]),
-    )
-
-
-def _initialize(network: nn.Module) -> None:
+def initialize(network: nn.Module) -> None:
     """Weights to begin with: linears by their fan-in, and every block of the transformer begins as the identity.
 
     The identity comes from modulations of zero, so that gates are closed ("adaLN-Zero", Peebles and Xie, 2022,
@@ -109,24 +72,6 @@ def _initialize(network: nn.Module) -> None:
     for name, parameter in network.named_parameters():
         if name.endswith("pad_token") or "embed_tokens" in name:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-
-
-def _look_nearby(language_model: Any) -> None:
-    """Let all heads of a Qwen2.5 model but the last begin by attending to the token before, the one before that, ….
-
-    Attention begins as an even mean. Qwen-Image's template puts 34 tokens before a caption's first, so a noun would see
-    next to nothing of its adjective, and no transformer learns to read what is not there. Biases of queries and keys
-    alone make a logit that depends on the distance: a sum of cosines, one for each rotation that they are not zero in.
-    """
-    for layer in language_model.layers:
-        attention = layer.self_attn
-        half, keys = attention.head_dim // 2, attention.k_proj.bias.data.view(-1, attention.head_dim)
-        queries = attention.q_proj.bias.data.view(-1, attention.head_dim)
-        speeds = language_model.rotary_emb.inv_freq[:NEAR_PAIRS]
-        keys[:, :NEAR_PAIRS] = NEAR_BIAS
-        for distance, query in enumerate(queries[:-1], start=1):
-            query[:NEAR_PAIRS] = NEAR_BIAS * torch.cos(speeds * distance)
-            query[half : half + NEAR_PAIRS] = -NEAR_BIAS * torch.sin(speeds * distance)
 
 
 def _initialize_autoencoder(vae: nn.Module) -> None:
@@ -180,22 +125,10 @@ def load_component(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch
     Raises:
         CheckpointError: it cannot be loaded.
     """
-    import diffusers
-    import transformers
-
-    classes = {
-        ("z-image", "transformer"): diffusers.ZImageTransformer2DModel,
-        ("z-image", "vae"): diffusers.AutoencoderKL,
-        ("z-image", "text_encoder"): transformers.Qwen3Model,
-        ("qwen-image", "transformer"): diffusers.QwenImageTransformer2DModel,
-        ("qwen-image", "vae"): diffusers.AutoencoderKLQwenImage,
-        ("qwen-image", "text_encoder"): transformers.Qwen2_5_VLForConditionalGeneration,
-    }
+    kind = families.family(checkpoint.family).reference_class(name)
     folder = checkpoint.root / name
     try:
-        model = classes[checkpoint.family, name].from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-        )
+        model = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
     except Exception as error:  # both libraries raise whatever their parsers raise
         raise CheckpointError(f"{folder} cannot be loaded ({' '.join(str(error).split())[:200]})") from None
     return model

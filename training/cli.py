@@ -13,11 +13,10 @@ import click
 import zimgkit
 from zimgkit.engines.base import BACKENDS
 from zimgkit.engines.errors import UsageError, ZimgError, install
+from zimgkit.export.networks.registry import FAMILIES
 from zimgkit.runtime.commands import console
 
-FAMILY = click.option(
-    "--family", type=click.Choice(["z-image", "qwen-image"]), required=True, help="Which architecture."
-)
+FAMILY = click.option("--family", type=click.Choice(list(FAMILIES)), required=True, help="Which architecture.")
 FOLDER = click.Path(path_type=Path)
 
 
@@ -69,9 +68,9 @@ def vae(model: Path, data: Path, out: Path, **options: Any) -> None:
     """Train the autoencoder of MODEL on the pictures of DATA; write the checkpoint OUT."""
     _need_train()
     from zimgkit.export.checkpoints.checkpoint import open_checkpoint
-    from zimgkit.training import stages
+    from zimgkit.training import families, stages
 
-    defaults = stages.VAE[open_checkpoint(str(model)).family]
+    defaults = families.family(open_checkpoint(str(model)).family).vae_settings
     _stage(stages.train_vae, defaults, options, model, data, out)
 
 
@@ -84,9 +83,9 @@ def diffusion(model: Path, data: Path, out: Path, **options: Any) -> None:
     """Train the transformer and the text model of MODEL on DATA; write the checkpoint OUT."""
     _need_train()
     from zimgkit.export.checkpoints.checkpoint import open_checkpoint
-    from zimgkit.training import stages
+    from zimgkit.training import families, stages
 
-    defaults = stages.DIFFUSION[open_checkpoint(str(model)).family]
+    defaults = families.family(open_checkpoint(str(model)).family).diffusion_settings
     _stage(stages.train_diffusion, defaults, options, model, data, out)
 
 
@@ -145,7 +144,9 @@ def demo(
 ) -> None:
     """Make a demo model OUT from nothing: its pictures, tokenizer, autoencoder, transformer and text model."""
     _need_train()
-    from zimgkit.training import stages
+    from zimgkit.training import families, stages
+
+    own = families.family(family)
 
     def make_data(folder: Path) -> None:
         import subprocess
@@ -161,8 +162,8 @@ def demo(
             family,
             out,
             make_data=make_data,
-            vae=replace(stages.VAE[family], **_given({"steps": vae_steps})),
-            diffusion=replace(stages.DIFFUSION[family], **_given({"steps": steps})),
+            vae=replace(own.vae_settings, **_given({"steps": vae_steps})),
+            diffusion=replace(own.diffusion_settings, **_given({"steps": steps})),
             seed=seed,
             resume=resume,
             **ways,

@@ -1,8 +1,8 @@
-"""Flow matching as both families use it: the network learns the velocity from latents to noise.
+"""Flow matching: the network learns the velocity from latents to noise.
 
 Latents at noise level sigma are (1 - sigma) latents + sigma noise, and the velocity is noise - latents ("Flow Matching
-for Generative Modeling", Lipman et al., 2022, https://arxiv.org/abs/2210.02747; rectified flow). Qwen-Image is given
-sigma and predicts the velocity; Z-Image is given 1 - sigma and predicts the negated velocity.
+for Generative Modeling", Lipman et al., 2022, https://arxiv.org/abs/2210.02747; rectified flow). How a network is
+asked for it is its family's.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from zimgkit.export.checkpoints.checkpoint import Checkpoint
 from zimgkit.runtime.diffusion.schedule import calculate_mu
-from zimgkit.training import prompts
+from zimgkit.training import families, prompts
 from zimgkit.training.checkpoint import load_component, load_tokenizer
 from zimgkit.training.dataset import Dataset, Size, draw_batch
+from zimgkit.training.families import TrainingFamily
 from zimgkit.training.latents import Latents
 from zimgkit.training.preview import drawer
 
@@ -28,43 +29,7 @@ DROPOUT = 0.1
 EDGES = ("embed", "img_in", "proj_out", "norm_out", "final_layer")
 """Parts of the names of matrices that are no hidden layer's: the first and the last ones."""
 LENGTHS = 32
-"""Texts of a batch lie between two multiples of so many tokens: Z-Image pads them to the next one."""
-
-
-def velocity(
-    transformer: Any, latents: Tensor, sigmas: Tensor, prompt_embeds: Tensor, mask: Tensor, family: str
-) -> Tensor:
-    """Ask a transformer of diffusers for the velocity.
-
-    Args:
-        transformer: ``ZImageTransformer2DModel`` or ``QwenImageTransformer2DModel``.
-        latents: (batch, channels, h, w).
-        sigmas: (batch,).
-        prompt_embeds: (batch, tokens, hidden).
-        mask: (batch, tokens) bool, True from the left as far as each prompt goes.
-        family: ``"z-image"`` or ``"qwen-image"``.
-
-    Returns:
-        (batch, channels, h, w).
-    """
-    if family == "z-image":
-        # Pads up to 32 tokens are the network's own; those of the batch must not be there at all.
-        captions = [rows[: int(keep.sum())] for rows, keep in zip(prompt_embeds, mask, strict=True)]
-        pictures = list(latents.unsqueeze(2))
-        return -torch.stack(transformer(pictures, 1 - sigmas, captions, return_dict=False)[0]).squeeze(2)
-    batch, channels, height, width = latents.shape
-    rows, columns = height // 2, width // 2
-    tokens = latents.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-    out: Tensor = transformer(
-        hidden_states=tokens,
-        timestep=sigmas,
-        encoder_hidden_states=prompt_embeds,
-        encoder_hidden_states_mask=None if bool(mask.all()) else mask,
-        img_shapes=[[(1, rows, columns)]] * batch,
-        return_dict=False,
-    )[0]
-    out = out.reshape(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return out.reshape(batch, channels, height, width)
+"""Texts of a batch lie between two multiples of so many tokens: there are networks that pad them to the next one."""
 
 
 def draw_sigmas(count: int, image_tokens: int, scheduler: Mapping[str, Any], generator: torch.Generator) -> Tensor:
@@ -87,18 +52,10 @@ def draw_sigmas(count: int, image_tokens: int, scheduler: Mapping[str, Any], gen
     return shift * even / (1 + (shift - 1) * even)
 
 
-def dead_ends(transformer: Any, family: str) -> tuple[str, ...]:
-    """Modules whose results nothing reads: the text stream of Qwen-Image ends in the last block."""
-    if family == "z-image":
-        return ()
-    last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}"
-    return tuple(f"{last}.{name}" for name in ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp"))
-
-
 class Denoiser(nn.Module):
     """The transformer, and the text model where it is trained along; returns the loss of a batch."""
 
-    def __init__(self, family: str, transformer: Any, text_encoder: Any = None) -> None:
+    def __init__(self, family: TrainingFamily, transformer: Any, text_encoder: Any = None) -> None:
         super().__init__()
         self.family = family
         self.transformer = transformer
@@ -115,11 +72,11 @@ class Denoiser(nn.Module):
             mask: (batch, tokens) bool.
         """
         if self.text_encoder is not None:
-            text, mask = prompts.encode(self.text_encoder, text, mask, self.family)
+            text, mask = self.family.encode(self.text_encoder, text, mask)
         level = sigmas[:, None, None, None]
         noisy = (1 - level) * latents + level * noise
         dtype = next(self.transformer.parameters()).dtype
-        out = velocity(self.transformer, noisy.to(dtype), sigmas.to(dtype), text.to(dtype), mask, self.family)
+        out = self.family.velocity(self.transformer, noisy.to(dtype), sigmas.to(dtype), text.to(dtype), mask)
         return (out.float() - (noise - latents)).square().mean()
 
 
@@ -192,24 +149,18 @@ def denoiser_task(checkpoint: Checkpoint, dataset: Dataset, latents: Latents) ->
     Raises:
         CheckpointError: a component cannot be loaded.
     """
-    family, tokenizer = checkpoint.family, load_tokenizer(checkpoint)
+    family, tokenizer = families.family(checkpoint.family), load_tokenizer(checkpoint)
     text_encoder = load_component(checkpoint, "text_encoder")
-    if family == "z-image":
-        # The pipeline reads what goes into the last layer.
-        text_encoder.layers[-1].requires_grad_(False)
-        text_encoder.norm.requires_grad_(False)
-    else:
-        text_encoder.requires_grad_(False)
-        text_encoder.model.language_model.requires_grad_(True)
+    family.freeze_unused_text(text_encoder)
     transformer = load_component(checkpoint, "transformer")
-    for name in dead_ends(transformer, family):
+    for name in family.unused_modules(transformer):
         transformer.get_submodule(name).requires_grad_(False)
     task = DenoiserTask(
         "diffusion",
         Denoiser(family, transformer, text_encoder),
         latents,
         prompts.tokenize([row.prompt for row in dataset.rows], tokenizer, family),
-        prompts.tokenize(prompts.NO_PROMPT[family], tokenizer, family),
+        prompts.tokenize(family.no_prompts, tokenizer, family),
         checkpoint.config("scheduler"),
     )
     task.hidden = frozenset(

@@ -18,19 +18,13 @@ from torch import Tensor, nn
 from zimgkit.engines.errors import UsageError
 from zimgkit.engines.files import replacing
 from zimgkit.export.checkpoints.checkpoint import Checkpoint
-from zimgkit.training import prompts
+from zimgkit.training import families, prompts
 from zimgkit.training.checkpoint import load_component, load_tokenizer
 from zimgkit.training.dataset import Dataset
-from zimgkit.training.diffusion import Denoiser, DenoiserTask, dead_ends
+from zimgkit.training.diffusion import Denoiser, DenoiserTask
+from zimgkit.training.families import TrainingFamily
 from zimgkit.training.latents import Latents
 from zimgkit.training.preview import drawer
-
-TARGETS = {
-    "z-image": "to_q,to_k,to_v,to_out.0,w1,w2,w3",
-    "qwen-image": "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,"
-    "img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1",
-}
-"""Family -> ends of the names of the linears DiffSynth adapts by default."""
 
 
 class LoraLinear(nn.Module):
@@ -52,12 +46,12 @@ class LoraLinear(nn.Module):
         return out + delta.to(out.dtype)
 
 
-def add_adapters(transformer: Any, family: str, targets: str, rank: int, seed: int) -> None:
+def add_adapters(transformer: Any, family: TrainingFamily, targets: str, rank: int, seed: int) -> None:
     """Freeze a network and put an adapter beside each linear whose name has one of these ends, if it is of any use.
 
     Args:
         transformer: a network of diffusers.
-        family: ``"z-image"`` or ``"qwen-image"``.
+        family: its family.
         targets: ends of names, separated by commas.
         rank: of the adapters.
         seed: of what they begin with.
@@ -68,7 +62,7 @@ def add_adapters(transformer: Any, family: str, targets: str, rank: int, seed: i
     if rank < 1:
         raise UsageError(f"--rank is {rank}", "it must be at least 1")
     transformer.requires_grad_(False)
-    dead = dead_ends(transformer, family)
+    unused = family.unused_modules(transformer)
     linears = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     generator = torch.Generator().manual_seed(seed)
     for target in filter(None, (part.strip() for part in targets.split(","))):
@@ -78,7 +72,7 @@ def add_adapters(transformer: Any, family: str, targets: str, rank: int, seed: i
             raise UsageError(f"--targets: no linear is called {target}", f"there are {', '.join(ends)}")
         for name in fitting:
             parent, _, child = name.rpartition(".")
-            if isinstance(transformer.get_submodule(name), nn.Linear) and not name.startswith(dead):
+            if isinstance(transformer.get_submodule(name), nn.Linear) and not name.startswith(unused):
                 setattr(transformer.get_submodule(parent), child, LoraLinear(linears[name], rank, generator))
 
 
@@ -109,14 +103,13 @@ def lora_task(
         CheckpointError: a component cannot be loaded.
         UsageError: see :func:`add_adapters`.
     """
-    family, tokenizer, dtype = checkpoint.family, load_tokenizer(checkpoint), getattr(torch, precision)
+    family, tokenizer, dtype = families.family(checkpoint.family), load_tokenizer(checkpoint), getattr(torch, precision)
     transformer = load_component(checkpoint, "transformer", dtype)
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    add_adapters(transformer, family, targets or TARGETS[family], rank, seed)
+    add_adapters(transformer, family, targets or family.lora_targets, rank, seed)
     text_encoder = load_component(checkpoint, "text_encoder", dtype).eval().requires_grad_(False)
-    none = prompts.NO_PROMPT[family]
-    captions = list(dict.fromkeys([*(row.prompt for row in dataset.rows), *none]))
+    captions = list(dict.fromkeys([*(row.prompt for row in dataset.rows), *family.no_prompts]))
     ids = prompts.tokenize(captions, tokenizer, family)
     rows = dict(zip(captions, prompts.encode_all(text_encoder, ids, family), strict=True))
     task = DenoiserTask(
@@ -124,7 +117,7 @@ def lora_task(
         Denoiser(family, transformer),
         latents,
         [rows[row.prompt] for row in dataset.rows],
-        [rows[prompt] for prompt in none],
+        [rows[prompt] for prompt in family.no_prompts],
         checkpoint.config("scheduler"),
     )
     task.draw = drawer(checkpoint, dataset, transformer, lambda texts: [rows[text] for text in texts])

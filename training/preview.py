@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from zimgkit.export.checkpoints.checkpoint import Checkpoint
-from zimgkit.runtime.families import family as host
+from zimgkit.training import families
 from zimgkit.training.checkpoint import load_component
 from zimgkit.training.dataset import Dataset
-from zimgkit.training.prompts import NO_PROMPT, pad
 from zimgkit.training.vae import write_grid
 
 PICTURES = 8
@@ -34,10 +33,10 @@ def drawer(checkpoint: Checkpoint, dataset: Dataset, transformer: Any, encode: E
         transformer: of diffusers.
         encode: reads the captions, and those that stand for no prompt.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, ZImagePipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
-    family = checkpoint.family
-    pipeline: Any = (ZImagePipeline if family == "z-image" else QwenImagePipeline)(
+    family = families.family(checkpoint.family)
+    pipeline: Any = family.reference_class("pipeline")(
         scheduler=FlowMatchEulerDiscreteScheduler.from_config(checkpoint.config("scheduler")),
         vae=load_component(checkpoint, "vae").eval(),
         text_encoder=None,
@@ -47,31 +46,21 @@ def drawer(checkpoint: Checkpoint, dataset: Dataset, transformer: Any, encode: E
     pipeline.set_progress_bar_config(disable=True)
     (height, width), rows = max(dataset.buckets().items(), key=lambda bucket: len(bucket[1]))
     chosen = [dataset.rows[int(rows[place])].prompt for place in torch.linspace(0, len(rows) - 1, PICTURES).long()]
-    scale = host(family).guidance_scale(CFG_SCALE)
+    scale = family.host.guidance_scale(CFG_SCALE)
 
     def draw(path: Path) -> None:
         parameter = next(transformer.parameters())
         pipeline.vae.to(parameter.device)
         positive, negative = (
-            [row.to(parameter) for row in encode(texts)] for texts in (chosen, NO_PROMPT[family][:1] * PICTURES)
+            [row.to(parameter) for row in encode(texts)] for texts in (chosen, family.no_prompts[:1] * PICTURES)
         )
-        conditions: dict[str, Any] = {
-            "prompt_embeds": positive,
-            "negative_prompt_embeds": negative,
-            "guidance_scale": scale,
-        }
-        if family == "qwen-image":
-            conditions = {"true_cfg_scale": scale}
-            for name, texts in (("prompt_embeds", positive), ("negative_prompt_embeds", negative)):
-                conditions[name], mask = pad(texts)
-                conditions[f"{name}_mask"] = mask.to(parameter.device)
         images = pipeline(
             height=height,
             width=width,
             num_inference_steps=STEPS,
             generator=torch.Generator("cpu").manual_seed(0),
             output_type="pt",
-            **conditions,
+            **family.guided_call(positive, negative, scale),
         ).images
         write_grid(path, 2 * images.float() - 1, columns=PICTURES // 2)
         path.with_suffix(".txt").write_text("".join(f"{prompt}\n" for prompt in chosen), encoding="utf-8")

@@ -14,26 +14,19 @@ import torch
 from zimgkit.engines.errors import OutputError, UsageError
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from zimgkit.runtime.progress import Report, silent
+from zimgkit.training import families
 from zimgkit.training.checkpoint import derive_checkpoint, start_checkpoint
-from zimgkit.training.configs import DEMO, LEARNED_TOKENS
 from zimgkit.training.dataset import Dataset, read_dataset
 from zimgkit.training.diffusion import denoiser_task
+from zimgkit.training.families import Configs
 from zimgkit.training.latents import cache_latents
 from zimgkit.training.loop import STATE, Log, Settings, train
 from zimgkit.training.lora import lora_task, write_lora
-from zimgkit.training.tokenizer import train_tokenizer
+from zimgkit.training.tokenizer import LEARNED_TOKENS, train_tokenizer
 from zimgkit.training.vae import AutoencoderTask, measure, stored_autoencoder
 
-VAE = {
-    "z-image": Settings(steps=2000, batch_size=4, learning_rate=3e-3, ema=0.995, warmup=50),
-    "qwen-image": Settings(steps=2000, batch_size=8, learning_rate=3e-3, ema=0.995, warmup=50),
-}
-DIFFUSION = {
-    "z-image": Settings(steps=12000, batch_size=24, learning_rate=1.5e-3, warmup=300),
-    "qwen-image": Settings(steps=21000, restart=13000, batch_size=24, learning_rate=1.5e-3, warmup=300),
-}
 LORA = Settings(steps=600, batch_size=16, learning_rate=1e-3, weight_decay=0.0, ema=0.99, warmup=50, save_every=200)
-"""What each stage takes by default: about two hours for a demo model on two cores, minutes for an adapter."""
+"""How adapters are trained by default: minutes on two cores for those of a small model."""
 
 
 def run_of(out: Path) -> Path:
@@ -42,14 +35,14 @@ def run_of(out: Path) -> Path:
 
 
 def train_model_tokenizer(
-    data: Path, out: Path, family: str, *, configs: Any = None, seed: int = 0, overwrite: bool = False
+    data: Path, out: Path, family: str, *, configs: Configs | None = None, seed: int = 0, overwrite: bool = False
 ) -> None:
     """Begin a demo model: learn a tokenizer from a dataset's captions and write an untrained checkpoint around it.
 
     Args:
         data: the dataset's folder.
         out: the checkpoint's folder.
-        family: ``"z-image"`` or ``"qwen-image"``.
+        family: the name of its architecture.
         configs: of the components, by default the demo model's.
         seed: of the weights.
         overwrite: replace a checkpoint that is there.
@@ -59,7 +52,8 @@ def train_model_tokenizer(
         OutputError: the folder exists or cannot be written.
     """
     tokenizer = train_tokenizer((row.prompt for row in read_dataset(data).rows), LEARNED_TOKENS)
-    start_checkpoint(out, family, tokenizer, configs or DEMO[family], seed=seed, overwrite=overwrite)
+    own = families.family(family)
+    start_checkpoint(out, own, tokenizer, configs or own.configs, seed=seed, overwrite=overwrite)
 
 
 def train_vae(
@@ -88,11 +82,12 @@ def train_vae(
     """
     _refuse_existing(out)
     checkpoint, dataset = open_checkpoint(str(model)), read_dataset(data)
-    settings = settings or VAE[checkpoint.family]
+    family = families.family(checkpoint.family)
+    settings = settings or family.vae_settings
     task = AutoencoderTask(checkpoint, dataset)
     about = _about(checkpoint, dataset)
     train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log)
-    statistics = measure(task.module, dataset, checkpoint.family)
+    statistics = measure(task.module, dataset, family)
     derive_checkpoint(checkpoint.root, out, {"vae": stored_autoencoder(checkpoint, task.module, statistics)})
 
 
@@ -112,7 +107,7 @@ def train_diffusion(
     """
     _refuse_existing(out)
     checkpoint, dataset = open_checkpoint(str(model)), read_dataset(data)
-    settings = settings or DIFFUSION[checkpoint.family]
+    settings = settings or families.family(checkpoint.family).diffusion_settings
     latents = cache_latents(checkpoint, dataset, run_of(out), report)
     task = denoiser_task(checkpoint, dataset, latents)
     parts = {"transformer": task.module.transformer, "text_encoder": task.module.text_encoder}
@@ -177,7 +172,7 @@ def train_demo(
     out: Path,
     *,
     make_data: Callable[[Path], None],
-    configs: Any = None,
+    configs: Configs | None = None,
     vae: Settings | None = None,
     diffusion: Settings | None = None,
     seed: int = 0,
@@ -190,7 +185,7 @@ def train_demo(
     Everything but the finished checkpoint lies in ``<out>.run``: ``data``, ``begun``, ``with-vae`` and their runs.
 
     Args:
-        family: ``"z-image"`` or ``"qwen-image"``.
+        family: the name of its architecture.
         out: the checkpoint's folder.
         make_data: writes the dataset into a folder.
         configs: of the components, by default the demo model's.
@@ -221,7 +216,7 @@ def train_demo(
             begun,
             data,
             with_vae,
-            replace(vae or VAE[family], seed=seed),
+            replace(vae or families.family(family).vae_settings, seed=seed),
             resume=_has_state(with_vae),
             report=report,
             log=log,
@@ -232,7 +227,7 @@ def train_demo(
             with_vae,
             data,
             finished,
-            replace(diffusion or DIFFUSION[family], seed=seed),
+            replace(diffusion or families.family(family).diffusion_settings, seed=seed),
             resume=_has_state(finished),
             report=report,
             log=log,

@@ -1,7 +1,7 @@
 """A small tokenizer of Qwen's kind: byte-level BPE learned from captions, around the real special tokens and template.
 
-Qwen-Image's pipeline drops the first 34 tokens, which is how many its template's head has in the real vocabulary: one
-for each word, mark and line break. Here every word of that head is made a token too, so the number is the same.
+A pipeline may drop as many tokens as its template's head has in the real vocabulary: one for each word, mark and line
+break. Here every word of those heads is made a token too, so the number is the same.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from zimgkit.export.demo import CHAT_TEMPLATE, ROLES, SPECIAL_TOKENS
-from zimgkit.runtime.families import FAMILIES
-from zimgkit.runtime.families.qwen_image import QwenImage
+from zimgkit.runtime.families import FAMILIES, Family
 
+LEARNED_TOKENS = 1024
+"""The most entries of a small model's vocabulary, bytes and merges, before the special tokens."""
 REPEATS = 1000
 """How often the templates stand in what is learned from: often enough that none of their words is left in pieces."""
 
@@ -70,11 +71,11 @@ def _merges(learner: Any) -> list[tuple[str, str]]:
     return [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
 
 
-def templated(prompt: str, tokenizer: Any, family: str) -> str:
+def templated(prompt: str, tokenizer: Any, host: type[Family]) -> str:
     """A prompt in its template, as the family's pipeline puts it before tokenizing."""
-    if family == "z-image":
+    if host.USES_CHAT_TEMPLATE:
         turn = [{"role": "user", "content": prompt}]
         return str(
             tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=True)
         )
-    return QwenImage.TEXT.prefix + prompt + QwenImage.TEXT.suffix
+    return host.TEXT.prefix + prompt + host.TEXT.suffix

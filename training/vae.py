@@ -1,4 +1,4 @@
-"""Training of both autoencoders, in the form zimgkit exports: two-dimensional, whatever the checkpoint stores.
+"""Training of autoencoders, in the form zimgkit exports: two-dimensional, whatever the checkpoint stores.
 
 The loss is the mean squared difference of pixels, of their hue more than of their lightness; the mean absolute
 difference and that of gradients, which count when the squares have become small and make edges sharp; and a little of
@@ -16,22 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from zimgkit.export.checkpoints.checkpoint import Checkpoint
-from zimgkit.export.networks.autoencoder_kl import AutoencoderKLDecoder, AutoencoderKLEncoder
-from zimgkit.export.networks.qwen_image_vae import QwenImageVAEDecoder, QwenImageVAEEncoder
+from zimgkit.training import families
 from zimgkit.training.checkpoint import load_component
 from zimgkit.training.dataset import Dataset, draw_batch, load_pictures
+from zimgkit.training.families import TrainingFamily
 
-NETWORKS = {
-    "z-image": (AutoencoderKLEncoder, AutoencoderKLDecoder),
-    "qwen-image": (QwenImageVAEEncoder, QwenImageVAEDecoder),
-}
 SQUARES, HUE, SHARPNESS, DIVERGENCE = 4.0, 4.0, 0.25, 1e-4
 """Weights of squares, of hue among them, of absolute differences, and of the divergence, a mean over latents."""
-CROPS = {"z-image": {64: 0.7, 128: 0.3}, "qwen-image": {32: 0.6, 64: 0.33, 128: 0.07}}
-"""Family -> sides of the pieces of pictures it is trained on, in pixels, and how often.
-
-Small ones make many short steps; but Z-Image's norms are over all pixels, and learn most from whole pictures.
-"""
 EDGES = ("conv_in.weight", "conv_out.weight", "quant_conv.weight")
 """Ends of the names of kernels that are no hidden layer's."""
 MEASURED = 512
@@ -41,9 +32,9 @@ MEASURED = 512
 class Autoencoder(nn.Module):
     """Encoder and decoder of one still image; returns the loss of a batch."""
 
-    def __init__(self, family: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, family: TrainingFamily, config: Mapping[str, Any]) -> None:
         super().__init__()
-        encoder, decoder = NETWORKS[family]
+        encoder, decoder = family.autoencoder
         self.encoder, self.decoder = encoder(config), decoder(config)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +62,7 @@ class AutoencoderTask:
     def __init__(self, checkpoint: Checkpoint, dataset: Dataset) -> None:
         self.dataset = dataset
         self.buckets = dataset.buckets()
-        self.crops = CROPS[checkpoint.family]
+        self.crops = families.family(checkpoint.family).crops
         self.channels = latent_channels(checkpoint.config("vae"))
         self.module = load_autoencoder(checkpoint)
         self.hidden = frozenset(
@@ -104,13 +95,13 @@ class AutoencoderTask:
 
 
 def latent_channels(config: Mapping[str, Any]) -> int:
-    """Channels of the latents, by either family's ``vae/config.json``."""
+    """Channels of the latents, by any family's ``vae/config.json``."""
     return int(config["latent_channels"] if "latent_channels" in config else config["z_dim"])
 
 
 def load_autoencoder(checkpoint: Checkpoint) -> Autoencoder:
     """A checkpoint's autoencoder in float32, as the networks that a still image needs."""
-    module = Autoencoder(checkpoint.family, checkpoint.config("vae"))
+    module = Autoencoder(families.family(checkpoint.family), checkpoint.config("vae"))
     stored = load_component(checkpoint, "vae").state_dict()
     for half in (module.encoder, module.decoder):
         wanted = half.state_dict()
@@ -146,7 +137,7 @@ def stored_autoencoder(checkpoint: Checkpoint, module: Autoencoder, statistics: 
     return model
 
 
-def measure(module: Autoencoder, dataset: Dataset, family: str) -> dict[str, Any]:
+def measure(module: Autoencoder, dataset: Dataset, family: TrainingFamily) -> dict[str, Any]:
     """Mean and standard deviation of latents, as the transformer is trained on, in the words of the family's config."""
     sums: list[Tensor] = []
     device = next(module.parameters()).device
@@ -160,12 +151,7 @@ def measure(module: Autoencoder, dataset: Dataset, family: str) -> dict[str, Any
                 moments = torch.stack([torch.ones_like(mean), mean, mean.square()])
                 sums.append(moments.double().sum(dim=(1, 3, 4)).cpu())
     count, first, second = torch.stack(sums).sum(dim=0)
-    if family == "qwen-image":
-        mean = first / count
-        return {"latents_mean": mean.tolist(), "latents_std": (second / count - mean.square()).sqrt().tolist()}
-    mean = first.sum() / count.sum()
-    std = (second.sum() / count.sum() - mean.square()).sqrt()
-    return {"scaling_factor": float(1 / std), "shift_factor": float(mean)}
+    return family.latents_statistics(count, first, second)
 
 
 def write_grid(path: Path, pixels: Tensor, columns: int) -> None:

@@ -10,10 +10,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, ZImage
 
 from tests.training import toy
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from zimgkit.training import prompts
+from zimgkit.training import families, prompts
 from zimgkit.training.checkpoint import load_component, load_tokenizer
 from zimgkit.training.dataset import read_dataset
-from zimgkit.training.diffusion import Denoiser, denoiser_task, draw_sigmas, velocity
+from zimgkit.training.diffusion import Denoiser, denoiser_task, draw_sigmas
 from zimgkit.training.latents import cache_latents
 from zimgkit.training.stages import train_model_tokenizer
 
@@ -41,31 +41,32 @@ def random_transformer(checkpoint: Checkpoint) -> Any:
 
 def test_prompts_are_encoded_as_the_pipeline_does(checkpoint: Checkpoint) -> None:
     tokenizer, text_encoder = load_tokenizer(checkpoint), load_component(checkpoint, "text_encoder").eval()
-    pipeline = PIPELINES[checkpoint.family](FlowMatchEulerDiscreteScheduler(), None, text_encoder, tokenizer, None)
-    ids, mask = prompts.pad(prompts.tokenize([*PROMPTS, " ", ""], tokenizer, checkpoint.family))
+    family = families.family(checkpoint.family)
+    pipeline = PIPELINES[family.name](FlowMatchEulerDiscreteScheduler(), None, text_encoder, tokenizer, None)
+    ids, mask = prompts.pad(prompts.tokenize([*PROMPTS, " ", ""], tokenizer, family))
     with torch.no_grad():
-        rows, mask = prompts.encode(text_encoder, ids, mask, checkpoint.family)
+        rows, mask = family.encode(text_encoder, ids, mask)
         together = [row[keep] for row, keep in zip(rows, mask, strict=True)]
         for index, prompt in enumerate([*PROMPTS, " ", ""]):
             found = pipeline.encode_prompt(
                 [prompt],
                 device="cpu",
-                **({"do_classifier_free_guidance": False} if checkpoint.family == "z-image" else {}),
+                **({"do_classifier_free_guidance": False} if family.name == "z-image" else {}),
             )[0][0]
             torch.testing.assert_close(together[index], found, atol=1e-5, rtol=1e-5)
-    alone = prompts.encode_all(text_encoder, prompts.tokenize(PROMPTS, tokenizer, checkpoint.family), checkpoint.family)
+    alone = prompts.encode_all(text_encoder, prompts.tokenize(PROMPTS, tokenizer, family), family)
     for first, second in zip(alone, together, strict=False):
         torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
 
 
 def test_a_batch_is_what_its_pictures_are_alone(checkpoint: Checkpoint) -> None:
-    transformer = random_transformer(checkpoint)
+    transformer, velocity = random_transformer(checkpoint), families.family(checkpoint.family).velocity
     generator = torch.Generator().manual_seed(0)
     latents, sigmas = torch.randn(3, 4, 4, 8, generator=generator), torch.tensor([0.1, 0.5, 0.9])
     texts = [torch.randn(length, 32, generator=generator) for length in (40, 7, 19)]
     rows, mask = prompts.pad(texts)
     with torch.no_grad():
-        together = velocity(transformer, latents, sigmas, rows, mask, checkpoint.family)
+        together = velocity(transformer, latents, sigmas, rows, mask)
         for index, text in enumerate(texts):
             one = velocity(
                 transformer,
@@ -73,14 +74,13 @@ def test_a_batch_is_what_its_pictures_are_alone(checkpoint: Checkpoint) -> None:
                 sigmas[index : index + 1],
                 text[None],
                 torch.ones(1, len(text), dtype=torch.bool),
-                checkpoint.family,
             )
             torch.testing.assert_close(together[index : index + 1], one, atol=1e-5, rtol=1e-4)
 
 
 def test_the_velocity_leads_where_the_pipeline_goes(checkpoint: Checkpoint) -> None:
     """Euler steps of ours end at the latents that the reference pipeline ends at."""
-    family = checkpoint.family
+    family, own = checkpoint.family, families.family(checkpoint.family)
     transformer, text_encoder = random_transformer(checkpoint), load_component(checkpoint, "text_encoder").eval()
     tokenizer = load_tokenizer(checkpoint)
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(checkpoint.config("scheduler"))
@@ -93,18 +93,18 @@ def test_the_velocity_leads_where_the_pipeline_goes(checkpoint: Checkpoint) -> N
         [PROMPTS[0]], height=32, width=64, num_inference_steps=4, latents=start, output_type="latent", **options
     ).images
     end = end if family == "z-image" else pipeline._unpack_latents(end, 32, 64, 8).squeeze(2)
-    ids, mask = prompts.pad(prompts.tokenize(PROMPTS[:1], tokenizer, family))
+    ids, mask = prompts.pad(prompts.tokenize(PROMPTS[:1], tokenizer, own))
     with torch.no_grad():
-        rows, mask = prompts.encode(text_encoder, ids, mask, family)
+        rows, mask = own.encode(text_encoder, ids, mask)
         latents = noise
         for sigma, after in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
-            latents = latents + (after - sigma) * velocity(transformer, latents, sigma[None], rows, mask, family)
+            latents = latents + (after - sigma) * own.velocity(transformer, latents, sigma[None], rows, mask)
     torch.testing.assert_close(latents, end, atol=1e-4, rtol=1e-4)
 
 
 def test_the_loss_is_that_of_the_velocity(checkpoint: Checkpoint) -> None:
     """A network that predicts zero, as it does at first, is wrong by the velocity itself."""
-    module = Denoiser(checkpoint.family, load_component(checkpoint, "transformer"))
+    module = Denoiser(families.family(checkpoint.family), load_component(checkpoint, "transformer"))
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn(2, 4, 4, 4, generator=generator) for _ in range(2))
     text, mask = torch.randn(2, 5, 32, generator=generator), torch.ones(2, 5, dtype=torch.bool)
@@ -124,8 +124,8 @@ def test_everything_that_is_trained_gets_gradients(checkpoint: Checkpoint, tmp_p
             assert bool(parameter.grad.any()), name
         else:
             assert parameter.grad is None, name
-            dead = ("visual", "layers.1", "norm.weight", "txt_mlp", "to_add_out", "add_q_proj", "norm_added_q")
-            assert any(part in name for part in dead), name
+            unused = ("visual", "layers.1", "norm.weight", "txt_mlp", "to_add_out", "add_q_proj", "norm_added_q")
+            assert any(part in name for part in unused), name
 
 
 def test_captions_are_left_out_now_and_then(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from torch import nn
 
 from tests.training import toy
 from zimgkit.engines.errors import UsageError
-from zimgkit.training.lora import TARGETS, LoraLinear, add_adapters, write_lora
+from zimgkit.training import families
+from zimgkit.training.lora import LoraLinear, add_adapters, write_lora
 from zimgkit.training.stages import LORA, train_lora, train_model_tokenizer
 
 FAMILIES = {
@@ -85,7 +86,8 @@ def transformer_of(family: str) -> Any:
 def test_an_adapter_is_the_sum_of_its_linear_and_a_product(family: str) -> None:
     model = transformer_of(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    add_adapters(model, family, TARGETS[family], rank=4, seed=1)
+    own = families.family(family)
+    add_adapters(model, own, own.lora_targets, rank=4, seed=1)
     x = torch.randn(2, 5, 48)
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
     name, module = next(iter(adapted.items()))
@@ -100,7 +102,7 @@ def test_an_adapter_is_the_sum_of_its_linear_and_a_product(family: str) -> None:
 
 def test_chosen_targets() -> None:
     model = transformer_of("z-image")
-    add_adapters(model, "z-image", "layers.1.attention.to_q, w2", rank=1, seed=0)
+    add_adapters(model, families.family("z-image"), "layers.1.attention.to_q, w2", rank=1, seed=0)
     adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLinear)]
     assert len(adapted) == 1 + 4
     assert "layers.1.attention.to_q" in adapted
@@ -112,7 +114,7 @@ def test_chosen_targets() -> None:
 )
 def test_bad_choices(targets: str, rank: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        add_adapters(transformer_of("z-image"), "z-image", targets, rank, seed=0)
+        add_adapters(transformer_of("z-image"), families.family("z-image"), targets, rank, seed=0)
 
 
 def test_the_name_of_the_file(tmp_path: Path) -> None:

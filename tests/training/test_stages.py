@@ -15,14 +15,12 @@ from zimgkit.engines.errors import CheckpointError, OutputError
 from zimgkit.export.build import build
 from zimgkit.export.checkpoints.checkpoint import open_checkpoint
 from zimgkit.runtime import Pipeline
-from zimgkit.training.configs import DEMO
+from zimgkit.training import families
 from zimgkit.training.dataset import DatasetError, read_dataset
 from zimgkit.training.diffusion import denoiser_task
 from zimgkit.training.latents import cache_latents
 from zimgkit.training.loop import Settings, train
 from zimgkit.training.stages import (
-    DIFFUSION,
-    VAE,
     run_of,
     train_demo,
     train_diffusion,
@@ -31,9 +29,10 @@ from zimgkit.training.stages import (
 )
 
 FAMILIES = list(toy.CONFIGS)
+TOY = families.family("z-image")
 QUICK: dict[str, Settings] = {
-    "vae": replace(VAE["z-image"], steps=4, batch_size=2, warmup=1, save_every=2),
-    "diffusion": replace(DIFFUSION["z-image"], steps=4, batch_size=2, warmup=1, save_every=2),
+    "vae": replace(TOY.vae_settings, steps=4, batch_size=2, warmup=1, save_every=2),
+    "diffusion": replace(TOY.diffusion_settings, steps=4, batch_size=2, warmup=1, save_every=2),
 }
 
 
@@ -76,7 +75,7 @@ def test_one_picture_is_learned_by_heart(family: str, tmp_path: Path) -> None:
     dataset, checkpoint = read_dataset(data), open_checkpoint(str(begun))
     task = denoiser_task(checkpoint, dataset, cache_latents(checkpoint, dataset, tmp_path / "cache"))
     lines: list[str] = []
-    settings = replace(DIFFUSION["z-image"], steps=150, batch_size=8, learning_rate=5e-3, warmup=10, save_every=50)
+    settings = replace(TOY.diffusion_settings, steps=150, batch_size=8, learning_rate=5e-3, warmup=10, save_every=50)
     train(task, tmp_path / "run", settings, log=lines.append)
     first, last = (float(lines[index].split("loss ")[1].split(",")[0]) for index in (0, -1))
     assert last < 0.5 * first
@@ -154,9 +153,9 @@ def test_a_stage_that_has_saved_nothing_begins_anew(tmp_path: Path) -> None:
 
 def test_both_demo_models_together_are_at_most_12_megabytes(tmp_path: Path) -> None:
     data, size = toy.dataset(tmp_path / "data"), 0
-    for family, configs in DEMO.items():
+    for family in FAMILIES:
         folder = tmp_path / family
-        train_model_tokenizer(data, folder, family, configs=configs)
+        train_model_tokenizer(data, folder, family)
         # Stored in float32 before they are trained.
         size += sum(path.stat().st_size for path in folder.rglob("*.safetensors")) // 2
     vocabulary = 2 * 2 * 96 * 600  # The toy's captions have few words.

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from zimgkit.runtime.families.qwen_image import QwenImage
+from zimgkit.training import families
 from zimgkit.training.prompts import tokenize
 from zimgkit.training.tokenizer import train_tokenizer
 
@@ -22,10 +22,11 @@ def tokenizer() -> Any:
 
 
 def test_the_head_of_the_template_has_as_many_tokens_as_the_pipeline_drops(tokenizer: Any) -> None:
-    text = QwenImage.TEXT
+    family = families.family("qwen-image")
+    text = family.host.TEXT
     assert len(tokenizer(text.prefix)["input_ids"]) == text.drop == 34
     for prompt in ("a red circle", "红色的圆形", " ", "", "Zebra 42!"):
-        (ids,) = tokenize([prompt], tokenizer, "qwen-image")
+        (ids,) = tokenize([prompt], tokenizer, family)
         assert tokenizer.decode(ids[34:]) == prompt + text.suffix
 
 

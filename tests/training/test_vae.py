@@ -13,9 +13,10 @@ from torch import Tensor
 from tests.training import toy
 from zimgkit.engines.errors import OutputError
 from zimgkit.export.checkpoints.checkpoint import open_checkpoint
+from zimgkit.training import families
 from zimgkit.training.dataset import load_pictures, read_dataset
 from zimgkit.training.latents import cache_latents
-from zimgkit.training.stages import VAE, train_model_tokenizer, train_vae
+from zimgkit.training.stages import train_model_tokenizer, train_vae
 from zimgkit.training.vae import load_autoencoder
 
 CLASSES = {"z-image": AutoencoderKL, "qwen-image": AutoencoderKLQwenImage}
@@ -43,7 +44,10 @@ def reference_mean(model: AutoencoderKL | AutoencoderKLQwenImage, pixels: Tensor
 def test_it_is_trained_measured_and_stored_as_the_reference_has_it(family: str, data: Path, tmp_path: Path) -> None:
     begun, trained = begin(family, data, tmp_path / "begun"), tmp_path / "trained"
     lines: list[str] = []
-    settings = replace(VAE[family], steps=60, batch_size=4, learning_rate=5e-3, warmup=5, ema=0.9, save_every=30)
+    settings = replace(
+        families.family(family).vae_settings,
+        steps=60, batch_size=4, learning_rate=5e-3, warmup=5, ema=0.9, save_every=30,
+    )  # fmt: skip
     train_vae(begun, data, trained, settings, log=lines.append)
     early, late = (float(line.split("loss ")[1].split(",")[0]) for line in lines)
     assert late < 0.85 * early
@@ -81,7 +85,7 @@ def test_it_is_trained_measured_and_stored_as_the_reference_has_it(family: str, 
 
 def test_stored_kernels_act_in_their_last_slice_only(data: Path, tmp_path: Path) -> None:
     begun, trained = begin("qwen-image", data, tmp_path / "begun"), tmp_path / "trained"
-    train_vae(begun, data, trained, replace(VAE["qwen-image"], steps=1, batch_size=1))
+    train_vae(begun, data, trained, replace(families.family("qwen-image").vae_settings, steps=1, batch_size=1))
     state = AutoencoderKLQwenImage.from_pretrained(trained / "vae").state_dict()
     kernels = {name: value for name, value in state.items() if value.ndim == 5 and value.shape[2] == 3}
     assert any("time_conv" in name for name in kernels)

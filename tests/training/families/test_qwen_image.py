@@ -1,4 +1,4 @@
-"""How an untrained checkpoint begins."""
+"""How an untrained text model begins."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from zimgkit.training.checkpoint import _initialize, _look_nearby
-from zimgkit.training.configs import QWEN_IMAGE
+from zimgkit.training.checkpoint import initialize
+from zimgkit.training.families.qwen_image import CONFIGS, look_nearby
 
 
 @pytest.fixture(scope="module")
 def language_model() -> torch.nn.Module:
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**QWEN_IMAGE["text_encoder"]))
-    _initialize(model)
-    _look_nearby(model.model.language_model)
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**CONFIGS["text_encoder"]))
+    initialize(model)
+    look_nearby(model)
     model.model.language_model.config._attn_implementation = "eager"
     return model.model.language_model.eval()
 

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import pytest
+
+from zimgkit.engines.errors import CheckpointError
+from zimgkit.export.networks.registry import FAMILIES
+from zimgkit.training import families
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_that_is_exported_can_be_trained(name: str) -> None:
+    family = families.family(name)
+    assert family.name == name
+    for component in ("pipeline", *FAMILIES[name].components):
+        assert family.reference_class(component).__name__ == family.classes[component].partition(".")[2]
+    assert {family.reference_class(component).__name__ for component in ("pipeline", "transformer")} == set(
+        FAMILIES[name].classes
+    )
+    family.vae_settings.check()
+    family.diffusion_settings.check()
+    assert sum(family.crops.values()) == pytest.approx(1)
+
+
+def test_another_family() -> None:
+    with pytest.raises(CheckpointError, match="no family is called 'flux'"):
+        families.family("flux")
