@@ -55,7 +55,7 @@ def write_demo_checkpoint(folder: Path, family: str, *, seed: int = 0, overwrite
     if family not in FAMILIES:
         raise UsageError(f"no family is called {family!r}", f"choose one of {', '.join(FAMILIES)}")
     configs = import_module(FAMILIES[family].demo).CONFIGS
-    with atomic_folder(folder.expanduser().absolute(), overwrite=overwrite, mark="model_index.json") as work:
+    with atomic_folder(folder.expanduser().absolute(), overwrite=overwrite, known_by="model_index.json") as work:
         _write_json(work / "model_index.json", configs["model_index"])
         _write_json(work / "scheduler" / "scheduler_config.json", configs["scheduler"])
         _write_tokenizer(work / "tokenizer")

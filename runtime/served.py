@@ -8,15 +8,15 @@ from zimgkit.engines.bundle import Bundle, Range
 from zimgkit.engines.errors import UsageError
 
 
-def check_served(bundle: Bundle, backend: str, sides: Mapping[str, int], width: int, height: int) -> None:
-    """Check that every component's engines have a profile that holds these sides.
+def check_served(bundle: Bundle, backend: str, sizes: Mapping[str, int], width: int, height: int) -> None:
+    """Check that every component's engines have a shape profile that holds these sizes.
 
     Components without an engine are left to whoever opens them.
 
     Args:
         bundle: an open bundle.
         backend: the backend that will run it.
-        sides: free side -> length, as the family's ``graph_sides`` gives them.
+        sizes: dynamic dimension -> length, as :meth:`.families.base.Family.dynamic_dimensions` gives them.
         width: of the picture in pixels, for the message.
         height: likewise.
 
@@ -25,10 +25,12 @@ def check_served(bundle: Bundle, backend: str, sides: Mapping[str, int], width: 
     """
     for component in bundle.manifest.components:
         profiles = [profile for engine in bundle.engines(component, backend) for profile in engine.profiles]
-        if profiles and not any(_holds(profile, sides) for profile in profiles):
-            ranges = [", ".join(f"{side} {_text(ends)}" for side, ends in profile.items()) for profile in profiles]
-            wanted = {side: sides[side] for profile in profiles for side in profile if side in sides}
-            asked = ", ".join(f"{side} {length}" for side, length in wanted.items())
+        if profiles and not any(_holds(profile, sizes) for profile in profiles):
+            ranges = [
+                ", ".join(f"{dimension} {_text(ends)}" for dimension, ends in profile.items()) for profile in profiles
+            ]
+            wanted = {name: sizes[name] for profile in profiles for name in profile if name in sizes}
+            asked = ", ".join(f"{dimension} {size}" for dimension, size in wanted.items())
             raise UsageError(
                 f"{width}x{height} with this prompt is {asked}, and {component} was compiled for {' or '.join(ranges)}",
                 f"compile it for all sizes wanted: zimg-export compile {bundle.root} --size {width}x{height} --size …",
@@ -41,8 +43,8 @@ def largest_batch(bundle: Bundle, component: str, backend: str) -> int:
     return min((profile["batch"][2] for profile in profiles if "batch" in profile), default=1)
 
 
-def _holds(profile: Mapping[str, Range], sides: Mapping[str, int]) -> bool:
-    return all(least <= sides[side] <= most for side, (least, _, most) in profile.items() if side in sides)
+def _holds(profile: Mapping[str, Range], sizes: Mapping[str, int]) -> bool:
+    return all(low <= sizes[name] <= high for name, (low, _, high) in profile.items() if name in sizes)
 
 
 def _text(ends: Range) -> str:

@@ -51,7 +51,7 @@ def start_checkpoint(
             initialize(part)
         family.initialize_text(pipeline.text_encoder)
         _initialize_autoencoder(pipeline.vae)
-    with atomic_folder(folder.expanduser().absolute(), overwrite=overwrite, mark=MARK) as work:
+    with atomic_folder(folder.expanduser().absolute(), overwrite=overwrite, known_by=MARK) as work:
         pipeline.save_pretrained(work)
 
 
@@ -105,7 +105,7 @@ def derive_checkpoint(
     Raises:
         OutputError: the folder exists or cannot be written.
     """
-    with atomic_folder(target.expanduser().absolute(), overwrite=overwrite, mark=MARK) as work:
+    with atomic_folder(target.expanduser().absolute(), overwrite=overwrite, known_by=MARK) as work:
         shutil.copytree(source, work, dirs_exist_ok=True, ignore=lambda _, names: set(names) & set(components))
         for name, model in components.items():
             model.to(getattr(torch, precision)).save_pretrained(work / name)

@@ -30,7 +30,7 @@ def ship(checkpoint: Path, out: Path, *, overwrite: bool = False, report: Report
     opened = open_checkpoint(os.fspath(checkpoint))
     # Where the checkpoint lay when it was made is nobody's concern; by its name it is found wherever zimgkit is.
     opened = replace(opened, source=Source(opened.name, None, opened.source.files))
-    with atomic_folder(out.expanduser().absolute(), overwrite=overwrite, mark=MANIFEST) as work:
+    with atomic_folder(out.expanduser().absolute(), overwrite=overwrite, known_by=MANIFEST) as work:
         export(opened, work, "bfloat16", report)
         if copied := [file.name for file in work.glob("*.safetensors") if file.stem in {"text_encoder", "denoiser"}]:
             raise CheckpointError(

@@ -38,13 +38,13 @@ def record_files(root: Path) -> dict[str, FileRecord]:
 
 
 @contextlib.contextmanager
-def atomic_folder(target: Path, *, overwrite: bool = False, mark: str = MANIFEST) -> Iterator[Path]:
+def atomic_folder(target: Path, *, overwrite: bool = False, known_by: str = MANIFEST) -> Iterator[Path]:
     """Give a new folder beside ``target`` to write into; rename it to ``target`` at the end, or leave nothing.
 
     Args:
         target: the folder that shall exist afterwards.
         overwrite: replace a folder that exists, if it is one of ours or empty.
-        mark: the file by which one of ours is known.
+        known_by: the file by which one of ours is known.
 
     Raises:
         OutputError: the target exists, is no bundle, or cannot be written, or the disk is full.
@@ -52,11 +52,11 @@ def atomic_folder(target: Path, *, overwrite: bool = False, mark: str = MANIFEST
     work = beside(target, "part")
     made: list[Path] = []
     try:
-        _check_target(target, overwrite, mark)
+        _check_target(target, overwrite, known_by)
         made = [parent for parent in target.parents if not parent.exists()]
         work.mkdir(parents=True)
         yield work
-        _check_target(target, overwrite, mark)
+        _check_target(target, overwrite, known_by)
         _move(work, target)
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
@@ -69,13 +69,13 @@ def atomic_folder(target: Path, *, overwrite: bool = False, mark: str = MANIFEST
                 parent.rmdir()  # Stays where the target is in it.
 
 
-def _check_target(target: Path, overwrite: bool, mark: str) -> None:
+def _check_target(target: Path, overwrite: bool, known_by: str) -> None:
     if target.is_symlink():
         raise OutputError(f"{target} is a link", "name the folder itself")
     if not target.exists():
         return
-    if not (target / mark).is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputError(f"{target} exists and has no {mark}", "name another folder")
+    if not (target / known_by).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"{target} exists and has no {known_by}", "name another folder")
     if not overwrite:
         raise OutputError(f"{target} exists already", "name another folder, or replace it with --overwrite")
 

@@ -27,7 +27,7 @@ from zimgkit.engines.shapes import Shape, choose_profile
 from zimgkit.engines.tensorrt import api as tensorrt_api
 from zimgkit.engines.tensorrt import cuda
 from zimgkit.engines.tensorrt.memory import Memory, Pool, pool_of
-from zimgkit.engines.tensorrt.plan import Plan, choose_plan, compile_command
+from zimgkit.engines.tensorrt.plan import LoadedPlan, choose_plan, compile_command
 from zimgkit.engines.tensors.dtypes import BY_NAME, bfloat16_to_float32, float32_to_bfloat16
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def open_engine(bundle: Bundle, component: str, device: str | None = None) -> Te
     pool = pool_of(index)
     pool.trim()  # The weights are not the pool's to make room for.
     with contextlib.ExitStack() as undo:
-        plan = Plan(trt, bundle, entry)
+        plan = LoadedPlan(trt, bundle, entry)
         undo.callback(plan.close)
         stream = cuda.Stream()
         undo.callback(stream.close)
@@ -83,7 +83,7 @@ def _parse_device(device: str) -> int:
 class _Context:
     """An execution context, and what was last set in it, so that nothing is set twice."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: LoadedPlan) -> None:
         self._plan = plan
         self._context = plan.context()
         self._profile: int | None = None
@@ -154,7 +154,7 @@ class TensorRTEngine(BaseEngine):
     backend = "tensorrt"
 
     def __init__(
-        self, bundle: Bundle, component: str, plan: Plan, context: _Context, stream: cuda.Stream, pool: Pool
+        self, bundle: Bundle, component: str, plan: LoadedPlan, context: _Context, stream: cuda.Stream, pool: Pool
     ) -> None:
         super().__init__(component, bundle.component(component), f"cuda:{pool.index}")
         self._plan, self._context, self._stream = plan, context, stream

@@ -57,7 +57,7 @@ def choose_plan(bundle: Bundle, component: str, compiler: str, version: str, arc
     return min(fresh, key=lambda plan: plan.device == "any")
 
 
-class Plan:
+class LoadedPlan:
     """A plan, loaded: its weights are on the current GPU. Free it with :meth:`close`.
 
     Raises:

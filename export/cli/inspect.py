@@ -19,8 +19,8 @@ def inspect_command(model: str, revision: str | None, source: str, as_json: bool
     from zimgkit.export.lora import inspect as lora_inspect
 
     if lora_inspect.is_lora(model):
-        found = lora_inspect.summary(model, source)
-        console.print_json(found) if as_json else click.echo(lora_inspect.as_text(found))
+        found = lora_inspect.lora_summary(model, source)
+        console.print_json(found) if as_json else click.echo(lora_inspect.lora_text(found))
         return
     need_export()
     from zimgkit.export.inspect import checkpoint_summary, checkpoint_text

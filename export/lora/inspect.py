@@ -23,7 +23,7 @@ def is_lora(argument: str) -> bool:
     return path.name.endswith((SUFFIX, *PICKLES))
 
 
-def summary(argument: str, hub: str = "huggingface") -> dict[str, Any]:
+def lora_summary(argument: str, hub: str = "huggingface") -> dict[str, Any]:
     """Describe a LoRA.
 
     Args:
@@ -54,7 +54,7 @@ def summary(argument: str, hub: str = "huggingface") -> dict[str, Any]:
     }
 
 
-def as_text(summary: dict[str, Any]) -> str:
+def lora_text(summary: dict[str, Any]) -> str:
     """The summary for people."""
     kinds = ", ".join(summary["kinds"]) + (" with DoRA" if summary["dora"] else "")
     alphas = ", ".join(f"{alpha:g}" for alpha in summary["alphas"])

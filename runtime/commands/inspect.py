@@ -155,9 +155,9 @@ def cost_lines(cost: dict[str, Any]) -> list[str]:
 
 
 def range_text(ends: Sequence[int]) -> str:
-    """A range of lengths, least, likeliest and most, for people."""
-    least, likely, most = ends
-    return str(most) if least == most else f"{least}…{likely}…{most}"
+    """The min, opt and max length of a dynamic dimension, for people."""
+    low, opt, high = ends
+    return str(high) if low == high else f"{low}…{opt}…{high}"
 
 
 def _size(size: float) -> str:

@@ -43,7 +43,7 @@ def write_dataset(
     Raises:
         OutputError: the folder exists or cannot be written, or the disk is full.
     """
-    with atomic_folder(folder.expanduser().absolute(), overwrite=overwrite, mark=METADATA) as work:
+    with atomic_folder(folder.expanduser().absolute(), overwrite=overwrite, known_by=METADATA) as work:
         (work / "images").mkdir()
         with (work / METADATA).open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file, lineterminator="\n")

@@ -468,11 +468,11 @@ class TestAtomicFolder:
 
     def test_other_folders_of_ours_are_known_by_another_file(self, folder: Path) -> None:
         handmade.write_bundle(folder / "target", FILES)
-        work = atomic_folder(folder / "target", overwrite=True, mark="model_index.json")
+        work = atomic_folder(folder / "target", overwrite=True, known_by="model_index.json")
         with pytest.raises(OutputError, match=r"has no model_index\.json"), work:
             pytest.fail("the work began")
         (folder / "target" / "model_index.json").touch()
-        with atomic_folder(folder / "target", overwrite=True, mark="model_index.json"):
+        with atomic_folder(folder / "target", overwrite=True, known_by="model_index.json"):
             pass
         assert names_in(folder / "target") == []
 
