@@ -30,7 +30,7 @@ def check_served(bundle: Bundle, backend: str, sizes: Mapping[str, int], width: 
                 ", ".join(f"{dimension} {_text(ends)}" for dimension, ends in profile.items()) for profile in profiles
             ]
             wanted = {name: sizes[name] for profile in profiles for name in profile if name in sizes}
-            asked = ", ".join(f"{dimension} {size}" for dimension, size in wanted.items())
+            asked = ", ".join(f"{name} {size}" for name, size in wanted.items())
             raise UsageError(
                 f"{width}x{height} with this prompt is {asked}, and {component} was compiled for {' or '.join(ranges)}",
                 f"compile it for all sizes wanted: zimg-export compile {bundle.root} --size {width}x{height} --size …",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import gc
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -282,3 +283,12 @@ def test_what_is_no_number_makes_no_picture(bundle: Bundle, component: str, mess
 
     with Pipeline(bundle, opener=opener) as pipeline, pytest.raises(BackendError, match=f"{message} gave NaN or Inf"):
         pipeline("a", **SMALL, seed=1)
+
+
+def test_the_documentation() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    there: dict[str, Any] = {}
+    exec(code, there)
+    with Pipeline.open("zimg-tiny-z") as pipeline:
+        assert np.array_equal(there["picture"], pipeline("a red circle", seed=1, output_type="np").images[0])
