@@ -18,9 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from zimgkit.export.networks.registry import FAMILIES
+
 ROOT = Path(__file__).resolve().parents[1]
 
-FAMILIES = ("z-image", "qwen-image")
 TOOLS = ("zimgkit", "numpy", "onnxruntime", "torch", "diffusers", "transformers")
 GPU_TOOLS = ("onnxruntime-gpu", "tensorrt", "tensorrt_rtx", "onnxruntime-ep-nv-tensorrt-rtx", "cuda-bindings", "triton")
 
@@ -181,7 +182,7 @@ def parser(about: str | None, *, family: bool = True, folder: bool = True) -> ar
     """A parser with the options that the scripts share: ``--family``, ``--folder`` and ``--json``."""
     made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     if family:
-        made.add_argument("--family", choices=FAMILIES, help="[default: both]")
+        made.add_argument("--family", choices=FAMILIES, help="[default: all]")
     if folder:
         made.add_argument("--folder", type=Path, help="where to make the temporary folder [default: the system's]")
     made.add_argument("--json", type=Path, help="write the figures there as well")
@@ -190,7 +191,7 @@ def parser(about: str | None, *, family: bool = True, folder: bool = True) -> ar
 
 def families(options: argparse.Namespace) -> tuple[str, ...]:
     """Those that ``--family`` asks for."""
-    return (options.family,) if options.family else FAMILIES
+    return (options.family,) if options.family else tuple(FAMILIES)
 
 
 def each(

@@ -5,7 +5,7 @@ own, with its embedders and its last layer, random weights and an engine. Needs 
 installed, as it is for the tests (``make test-tensorrt`` lays it out, ``PYTHONPATH=.venv/tensorrt`` finds it).
 
     python benchmarks/compile_full.py
-    python benchmarks/compile_full.py --family z-image --blocks 5 --min-size 512x512 --max-size 1536x1536
+    python benchmarks/compile_full.py --family FAMILY --blocks 5 --min-size 512x512 --max-size 1536x1536
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import families
 import random_checkpoint
 
 PEAK_PER_WEIGHT = 3.2
@@ -32,16 +33,17 @@ def chunks(family: str, *, tiny: bool, blocks: int | None) -> list[dict[str, Any
     """The configs of the chunks: all blocks of the network, no more than so many in one.
 
     Args:
-        family: ``"z-image"`` or ``"qwen-image"``.
+        family: its name.
         tiny: of the tests' width, for a trial.
         blocks: the most in one chunk; what the memory allows when None.
     """
     whole = random_checkpoint.transformer_config(family, tiny=tiny)
-    depth = whole[random_checkpoint.DEPTH[family]]
+    key = families.family(family).depth
+    depth = whole[key]
     most = blocks or max(1, int(_memory() * USABLE / PEAK_PER_WEIGHT / block_bytes(family, whole)))
     count = -(-depth // most)
     layers = [depth // count + (index < depth % count) for index in range(count)]
-    cut = [whole | {random_checkpoint.DEPTH[family]: number} for number in layers]
+    cut = [whole | {key: number} for number in layers]
     # The blocks that refine the image before it meets the caption are in the first chunk.
     return [config | ({REFINERS: 0} if REFINERS in config and index else {}) for index, config in enumerate(cut)]
 
@@ -51,7 +53,7 @@ def block_bytes(family: str, config: dict[str, Any]) -> int:
     from zimgkit.export.networks.registry import parts
 
     def denoiser(layers: int) -> int:
-        part = parts(family, "transformer", config | {random_checkpoint.DEPTH[family]: layers})["denoiser"]
+        part = parts(family, "transformer", config | {families.family(family).depth: layers})["denoiser"]
         return 2 * sum(math.prod(shape) for shape in part.parameters().values())
 
     return denoiser(2) - denoiser(1)
@@ -81,7 +83,7 @@ def compile_chunk(family: str, config: dict[str, Any], folder: Path, sizes: list
             shutil.rmtree(path, ignore_errors=True)
     (engine,) = json.loads(done.output[done.output.index("{\n") :])["engines"]
     return {
-        "blocks": config[random_checkpoint.DEPTH[family]] + config.get(REFINERS, 0),
+        "blocks": config[families.family(family).depth] + config.get(REFINERS, 0),
         "weight_bytes": manifest["components"]["denoiser"]["weight_bytes"],
         "plan_bytes": engine["bytes"],
         "seconds": round(done.seconds, 1),

@@ -4,7 +4,7 @@ The models have a few hundred million random weights, and the VAEs have their re
 float32 from one checkpoint on all cores, and take turns.
 
     python benchmarks/cpu_vs_diffusers.py
-    python benchmarks/cpu_vs_diffusers.py --family qwen-image --no-compile --steps 2 --repeats 3
+    python benchmarks/cpu_vs_diffusers.py --family FAMILY --no-compile --steps 2 --repeats 3
 """
 
 from __future__ import annotations
@@ -22,44 +22,11 @@ from typing import Any
 from unittest.mock import patch
 
 import common
+import families
 import numpy as np
 from numpy.typing import NDArray
-from sparse_checkpoint import CONFIGS
 
 PROMPT = "A red circle left of a blue square, on a white table by a window; morning light, long shadows."
-
-MODELS: dict[str, dict[str, dict[str, Any]]] = {
-    "z-image": {
-        "transformer": {"dim": 1280, "n_heads": 10, "n_kv_heads": 10, "n_layers": 8, "axes_dims": [32, 48, 48]},
-        "text_encoder": {
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-        },
-    },
-    "qwen-image": {
-        "transformer": {
-            "num_attention_heads": 10,
-            "attention_head_dim": 128,
-            "axes_dims_rope": (16, 56, 56),
-            "num_layers": 4,
-            "in_channels": 64,
-            "out_channels": 16,
-        },
-        "text_encoder": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
-        },
-    },
-}
-"""Family -> what makes the tests' tiny models larger. The VAEs are the real ones."""
 
 STEP = "denoising step"
 COMPONENTS = ("text encoder", STEP, "VAE decoder")
@@ -89,7 +56,7 @@ Draw = Callable[[], NDArray[np.float32]]
 Contestant = tuple[Draw, Clock]
 
 
-def write_checkpoint(family: str, folder: Path, overrides: dict[str, dict[str, Any]]) -> int:
+def write_checkpoint(family: str, folder: Path, overrides: families.Configs) -> int:
     """Save a random checkpoint; how many parameters its text encoder, transformer and VAE have."""
     pipeline = common.reference().FAMILIES[family](**overrides)
     pipeline.save_pretrained(folder)
@@ -97,21 +64,15 @@ def write_checkpoint(family: str, folder: Path, overrides: dict[str, dict[str, A
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-def real_vae(family: str) -> dict[str, Any]:
-    """The real config of a family's VAE."""
-    return {key: value for key, value in CONFIGS[family]["vae"].items() if not key.startswith("_")}
-
-
 def zimg(bundle: Path, size: int, steps: int) -> Contestant:
-    """The pipeline of zimgkit. The conditioner and the modulation table are done once and counted to the steps."""
+    """The pipeline of zimgkit. What is done once for a prompt or a schedule counts to the steps."""
     from zimgkit.engines.base import open_engine
     from zimgkit.engines.bundle import Bundle
-    from zimgkit.runtime.families import qwen_image
+    from zimgkit.runtime.families import family as host_of
     from zimgkit.runtime.pipeline import Pipeline
 
     clock = Clock()
     names = {"text_encoder": "text encoder", "vae_decoder": "VAE decoder"}
-    table = clock.time(STEP, qwen_image.modulation_table)
     call = {"height": size, "width": size, "num_inference_steps": steps, "seed": 0, "output_type": "np"}
 
     def opened(bundle: Any, component: str, *where: Any) -> Any:
@@ -120,12 +81,12 @@ def zimg(bundle: Path, size: int, steps: int) -> Contestant:
         return engine
 
     pipeline = Pipeline(Bundle.open(bundle), opener=opened)
+    host = host_of(pipeline.bundle.manifest.family)
+    scheduled = clock.time(STEP, host.schedule_inputs)
 
     def draw() -> NDArray[np.float32]:
-        with patch.object(qwen_image, "modulation_table", table):
-            images: NDArray[np.float32] = pipeline(
-                PROMPT, guidance_scale=_unguided(pipeline.bundle.manifest.family), **call
-            ).images
+        with patch.object(host, "schedule_inputs", scheduled):
+            images: NDArray[np.float32] = pipeline(PROMPT, guidance_scale=_unguided(host.NAME), **call).images
         return images
 
     return draw, clock
@@ -133,16 +94,18 @@ def zimg(bundle: Path, size: int, steps: int) -> Contestant:
 
 def _unguided(family: str) -> float:
     """The guidance scale that is none, so that a step is one forward."""
-    return {"z-image": 0.0, "qwen-image": 1.0}[family]
+    from zimgkit.runtime.families import family as host_of
+
+    return host_of(family).guidance_scale(1.0)
 
 
 def diffusers(folder: Path, family: str, size: int, steps: int, *, compiled: bool) -> Contestant:
     """The pipeline of diffusers, its three networks compiled by ``torch.compile`` or not."""
+    import diffusers as package
     import torch
-    from diffusers import QwenImagePipeline, ZImagePipeline
 
-    kind = {"z-image": ZImagePipeline, "qwen-image": QwenImagePipeline}[family]
-    pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32)
+    own = families.family(family)
+    pipeline = getattr(package, own.pipeline).from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     clock = Clock()
     if compiled:
@@ -151,8 +114,8 @@ def diffusers(folder: Path, family: str, size: int, steps: int, *, compiled: boo
     pipeline.text_encoder.forward = clock.time("text encoder", pipeline.text_encoder.forward)
     pipeline.transformer.forward = clock.time(STEP, pipeline.transformer.forward)
     pipeline.vae.decode = clock.time("VAE decoder", pipeline.vae.decode)
-    scale = {"z-image": "guidance_scale", "qwen-image": "true_cfg_scale"}[family]
-    call = {"height": size, "width": size, "num_inference_steps": steps, "output_type": "np", scale: _unguided(family)}
+    call = {"height": size, "width": size, "num_inference_steps": steps, "output_type": "np"}
+    call[own.scale] = _unguided(family)
 
     def draw() -> NDArray[np.float32]:
         images: NDArray[np.float32] = pipeline(PROMPT, generator=torch.Generator("cpu").manual_seed(0), **call).images
@@ -161,11 +124,11 @@ def diffusers(folder: Path, family: str, size: int, steps: int, *, compiled: boo
     return draw, clock
 
 
-def compare(family: str, folder: Path, overrides: dict[str, dict[str, Any]], **settings: Any) -> dict[str, Any]:
+def compare(family: str, folder: Path, overrides: families.Configs, **settings: Any) -> dict[str, Any]:
     """Write a checkpoint, build its bundle, and :func:`race` on them with these settings.
 
     Args:
-        family: ``"z-image"`` or ``"qwen-image"``.
+        family: its name.
         folder: an empty folder.
         overrides: component -> what differs from the tests' tiny model.
         settings: of the race.
@@ -192,7 +155,7 @@ def race(
     """Let the contestants take turns.
 
     Args:
-        family: ``"z-image"`` or ``"qwen-image"``.
+        family: its name.
         model: a checkpoint's folder, in float32.
         bundle: the bundle built from it, in float32.
         size: height and width in pixels.
@@ -298,7 +261,7 @@ def main() -> None:
             result = compare(
                 family,
                 Path(folder),
-                MODELS[family] | {"vae": real_vae(family)},
+                families.family(family).mid_size,
                 size=options.size,
                 steps=options.steps,
                 repeats=options.repeats,

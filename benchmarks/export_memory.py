@@ -3,9 +3,9 @@
 The checkpoint has the real configs, names and shards and weighs nothing (see ``sparse_checkpoint.py``). All is removed
 at the end. Exits with 1 where a bound is broken.
 
-    python benchmarks/export_memory.py                               # both families as most checkpoints are, bfloat16
-    python benchmarks/export_memory.py --family z-image --stored fp32     # the transformer is cast: writes 12.3 GB
-    python benchmarks/export_memory.py --precision int8-weights           # quantized on the way: writes 11 and 29 GB
+    python benchmarks/export_memory.py                               # all families as most checkpoints are, bfloat16
+    python benchmarks/export_memory.py --family FAMILY --stored fp32      # the transformer is cast, and written
+    python benchmarks/export_memory.py --precision int8-weights           # quantized on the way: writes half of it
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def export(family: str, folder: Path, *, precision: str = "bf16", stored: str = 
     """Write a sparse checkpoint into a folder and build a bundle from it beside it.
 
     Args:
-        family: ``"z-image"`` or ``"qwen-image"``.
+        family: its name.
         folder: an empty folder, on the disk that shall be measured.
         precision: of the bundle, one of :data:`PRECISIONS`.
         stored: of the checkpoint's transformer, ``"fp32"`` or ``"bf16"``.

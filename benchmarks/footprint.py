@@ -20,6 +20,9 @@ from typing import Any
 from unittest.mock import patch
 
 import common
+import families
+
+from zimgkit.export.networks.registry import FAMILIES
 
 START_SECONDS = 0.5
 BEYOND_WEIGHTS_MB = 150
@@ -28,12 +31,13 @@ BOUNDED_SIZE = 256
 """Side of the picture that the bound on memory is about. What is beyond the weights grows with the picture."""
 
 BOUNDED = ("zimg-run --help", "import zimgkit.runtime", "import Pipeline")
+PIPELINE = families.family(next(iter(FAMILIES))).pipeline
 IMPORTS = {
     "import zimgkit.runtime": "import zimgkit.runtime",
     "import Pipeline": "from zimgkit.runtime import Pipeline",
     "python alone": "pass",
     "numpy and onnxruntime": "import numpy, onnxruntime",
-    "diffusers' ZImagePipeline": "from diffusers import ZImagePipeline",
+    f"diffusers' {PIPELINE}": f"from diffusers import {PIPELINE}",
 }
 """What is timed -> the code a fresh interpreter runs. The last ones are there for comparison."""
 
@@ -81,7 +85,7 @@ def generation(bundle: Path, size: int, steps: int) -> dict[str, int]:
 def generations(sizes: Sequence[int], steps: int) -> dict[str, dict[int, dict[str, int]]]:
     """Family -> size in pixels -> peak memory of drawing a picture with its demo."""
     found = {}
-    for family in common.FAMILIES:
+    for family in FAMILIES:
         with (
             tempfile.TemporaryDirectory(prefix="zimg-footprint-") as folder,
             patch.dict(os.environ, common.own_cache(Path(folder))),

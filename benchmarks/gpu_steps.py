@@ -7,7 +7,7 @@ goes back there, for all alike; a step is one forward without guidance.
 What to run, on one H100 or one RTX 4090:
 
     python benchmarks/gpu_steps.py --json benchmarks/results/gpu_steps.json
-    python benchmarks/gpu_steps.py --family qwen-image --layers 20       # where 60 do not fit
+    python benchmarks/gpu_steps.py --family FAMILY --layers 20           # where all do not fit
     python benchmarks/gpu_steps.py --tiny --device cpu --width 64 --height 64 --tokens 20      # tries the script
 
 Disk: the weights in bfloat16 (12.3 GB and 40.9 GB), and with TensorRT its plan, nearly as much again.

@@ -4,8 +4,8 @@ The checkpoint is in bfloat16, as most are. Both commands are timed whole, from 
 traces the networks, and another one, which finds them traced. Exits with 1 where a swap is not 20 times as fast as the
 first.
 
-    python benchmarks/lora_swap.py                        # both families, LoRAs on attention and on all linears
-    python benchmarks/lora_swap.py --family z-image --repeats 5 --json swap.json
+    python benchmarks/lora_swap.py                        # all families, LoRAs on attention and on all linears
+    python benchmarks/lora_swap.py --family FAMILY --repeats 5 --json swap.json
     python benchmarks/lora_swap.py --precision int8-weights
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from cpu_vs_diffusers import MODELS, real_vae
+import families
 
 RATIO = 20.0
 PRECISIONS = ("bf16", "int8-weights", "int4-weights")
@@ -64,7 +64,7 @@ def compare(
     """Build with one LoRA, then swap to another one and back, for each kind of targets.
 
     Args:
-        family: ``"z-image"`` or ``"qwen-image"``.
+        family: its name.
         folder: an empty folder, on the disk that shall be measured.
         precision: of the bundle.
         repeats: how often to swap.
@@ -132,7 +132,7 @@ def main() -> int:
     options = parser.parse_args()
 
     def compare_one(family: str, folder: Path) -> dict[str, Any]:
-        overrides = MODELS[family] | {"vae": real_vae(family)}
+        overrides = families.family(family).mid_size
         return compare(family, folder, precision=options.precision, repeats=options.repeats, overrides=overrides)
 
     return common.each(common.families(options), options, compare_one, report)

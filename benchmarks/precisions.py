@@ -19,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import common
-from cpu_vs_diffusers import MODELS, real_vae
+import families
 from lora_swap import write_checkpoint
 
 PRECISIONS = ("fp32", "bf16", "fp8", "int8", "int8-weights", "int4-weights")
@@ -209,13 +209,13 @@ def main() -> int:
     def compare_one(family: str | None, folder: Path) -> dict[str, Any]:
         if family is None:
             return compare(options.model, folder, size=options.size, steps=options.steps, **given)
-        write_checkpoint(family, folder / "checkpoint", MODELS[family] | {"vae": real_vae(family)})
+        write_checkpoint(family, folder / "checkpoint", families.family(family).mid_size)
         first = {"prompts": prompts or cost_prompts(family)[:1]}
         size, steps = options.size or 512, options.steps or 4
         return compare(folder / "checkpoint", folder, size=size, steps=steps, **given | first)
 
-    families = [None] if options.model else common.families(options)
-    return common.each(families, options, compare_one, report)
+    cases = [None] if options.model else common.families(options)
+    return common.each(cases, options, compare_one, report)
 
 
 if __name__ == "__main__":

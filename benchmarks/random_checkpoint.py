@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import common
-from sparse_checkpoint import CONFIGS, SHARDS, STEMS, shapes_of, write_holes
+import families
+from sparse_checkpoint import shapes_of, write_holes
+
+from zimgkit.export.networks.registry import WEIGHT_FILES
 
 if TYPE_CHECKING:
     import torch
@@ -21,34 +24,15 @@ if TYPE_CHECKING:
 
     from zimgkit.engines.tensors.safetensors import TensorInfo
 
-TINY = {
-    "z-image": {
-        "dim": 48,
-        "n_layers": 2,
-        "n_refiner_layers": 1,
-        "n_heads": 3,
-        "n_kv_heads": 3,
-        "cap_feat_dim": 32,
-        "axes_dims": [8, 4, 4],
-    },
-    "qwen-image": {
-        "num_layers": 2,
-        "num_attention_heads": 3,
-        "attention_head_dim": 16,
-        "joint_attention_dim": 32,
-        "axes_dims_rope": [8, 4, 4],
-    },
-}
-"""What makes a transformer tiny."""
-DEPTH = {"z-image": "n_layers", "qwen-image": "num_layers"}
 PIECE = 1 << 24
 """How many weights are made at a time."""
 
 
 def transformer_config(family: str, *, tiny: bool = False, layers: int | None = None) -> dict[str, Any]:
     """The real config of a family's transformer, or a tiny one, with as many layers as wanted."""
-    config = CONFIGS[family]["transformer"] | (TINY[family] if tiny else {})
-    return config | ({} if layers is None else {DEPTH[family]: layers})
+    own = families.family(family)
+    config = {**own.configs["transformer"], **(own.tiny if tiny else {})}
+    return config | ({} if layers is None else {own.depth: layers})
 
 
 def weight_bytes(config: dict[str, Any]) -> int:
@@ -60,7 +44,7 @@ def write(family: str, folder: Path, config: dict[str, Any], *, device: str = "c
     """Write a checkpoint in the diffusers layout, its transformer in bfloat16.
 
     Args:
-        family: ``"z-image"`` or ``"qwen-image"``.
+        family: its name.
         folder: an empty or new folder.
         config: of the transformer.
         device: where the weights are made, such as ``"cuda"``; another one draws other numbers.
@@ -75,8 +59,8 @@ def write(family: str, folder: Path, config: dict[str, Any], *, device: str = "c
     shutil.rmtree(transformer)
     transformer.mkdir()
     (transformer / "config.json").write_text(json.dumps(config, indent=2))
-    path = transformer / f"{STEMS['transformer']}.safetensors"
-    write_holes(path, "bfloat16", shapes_of("transformer", config), SHARDS[family]["transformer"])
+    path = transformer / f"{WEIGHT_FILES['transformer']}.safetensors"
+    write_holes(path, "bfloat16", shapes_of("transformer", config), families.family(family).shards["transformer"])
     generator = torch.Generator(device).manual_seed(seed)
     for file in sorted(transformer.glob("*.safetensors")):
         with file.open("r+b") as out:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import common
+import families
 import numpy as np
 import random_checkpoint
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float32]
 
 SIGMA = np.float32(0.75)
-"""The noise level of the step: its time is exact in bfloat16 as well, in either family's units."""
+"""The noise level of the step: its time is exact in bfloat16 as well, in any family's units."""
 FLOAT32 = "float32"
 
 
@@ -90,7 +91,7 @@ def prepare(folder: Path) -> None:
     shape = (1, *family.noise_shape(settings.height, settings.width))
     # All contestants read these, and those in bfloat16 cannot hold more.
     latents = round_to(family.from_noise(randn_tensor(shape, settings.seed)), "bfloat16")
-    width = config["cap_feat_dim" if settings.family == "z-image" else "joint_attention_dim"]
+    width = config[families.family(settings.family).text_width]
     prompt_embeds = round_to(randn_tensor((settings.tokens, width), settings.seed + 1), "bfloat16")
     np.savez(folder / "inputs.npz", latents=latents, prompt_embeds=prompt_embeds)
     step = diffusers(folder, settings, FLOAT32)
@@ -135,6 +136,7 @@ def diffusers(folder: Path, settings: Settings, precision: str = "bfloat16", *, 
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    own = families.family(settings.family)
     dtype, device = getattr(torch, precision), settings.device
     kind = getattr(package, settings.config()["_class_name"])
     transformer = kind.from_pretrained(folder / "checkpoint" / "transformer", torch_dtype=torch.bfloat16)
@@ -147,33 +149,18 @@ def diffusers(folder: Path, settings: Settings, precision: str = "bfloat16", *, 
     inputs = np.load(folder / "inputs.npz")
     latents, prompt_embeds = (torch.from_numpy(inputs[name]) for name in ("latents", "prompt_embeds"))
     prompt_embeds = prompt_embeds.to(device, dtype)
-    times = {"z-image": 1 - SIGMA, "qwen-image": SIGMA}
-    time_in = torch.tensor([times[settings.family]], dtype=torch.float32, device=device)
+    time_in = torch.tensor([own.time(SIGMA)], dtype=torch.float32, device=device)
     sides = (1, settings.height // 16, settings.width // 16)
-
-    def call(latents: Any) -> Any:
-        if settings.family == "z-image":
-            return network([latents[0][:, None]], time_in, [prompt_embeds], return_dict=False)[0][0]
-        return network(
-            hidden_states=latents,
-            encoder_hidden_states=prompt_embeds[None],
-            timestep=time_in,
-            img_shapes=[[sides]],
-            return_dict=False,
-        )[0]
 
     @torch.inference_mode()
     def run() -> Array:
         # In float32 a fused kernel may compute with TF32's ten bits.
         with sdpa_kernel(SDPBackend.MATH) if precision == FLOAT32 else nullcontext():
-            out: Array = call(latents.to(device, dtype)).float().cpu().numpy()
-        return out
+            out = own.forward(network, latents.to(device, dtype), time_in, prompt_embeds, sides)
+            host: Array = out.float().cpu().numpy()
+        return host
 
-    def velocity(out: Array) -> Array:
-        # Z-Image's network gives the negated velocity of (channels, frames, height, width).
-        return -out[None, :, 0] if settings.family == "z-image" else out
-
-    return Step(run, velocity)
+    return Step(run, own.velocity)
 
 
 def _visit(transformer: nn.Module, device: str) -> None:

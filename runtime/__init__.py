@@ -1,7 +1,7 @@
 """Bundle to picture: prompt, noise, schedule, guidance and the loop, in numpy. Never imports torch.
 
 >>> from zimgkit.runtime import Pipeline
->>> pipeline = Pipeline.open("z-image-turbo")  # doctest: +SKIP
+>>> pipeline = Pipeline.open("zimg-tiny-z")  # doctest: +SKIP
 >>> pipeline("a red circle left of a blue square", seed=0).images[0].save("out.png")  # doctest: +SKIP
 """
 

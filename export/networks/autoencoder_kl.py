@@ -1,4 +1,4 @@
-"""``AutoencoderKL``, the autoencoder of Z-Image: image-shaped latents of an eighth of the picture's size.
+"""``AutoencoderKL``: image-shaped latents of an eighth of the picture's size.
 
 Source: ``AutoencoderKL`` of diffusers 0.42, after "High-Resolution Image Synthesis with Latent Diffusion Models"
 (Rombach et al., 2022). All parameters are the checkpoint's own tensors. Scaling and shifting of latents is the host's.

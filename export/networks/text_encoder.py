@@ -1,7 +1,7 @@
 """The language models that read the prompt, as transformers defines them, without the parts no picture needs.
 
-Z-Image takes the second-to-last hidden state of Qwen3: its last layer, final norm and head are unused. Qwen-Image
-takes the last hidden state of Qwen2.5-VL: its head is unused, and so is its vision tower where no picture is read.
+Of Qwen3 the second-to-last hidden state is taken: its last layer, final norm and head are unused. Of Qwen2.5-VL it is
+the last hidden state: its head is unused, and so is its vision tower where no picture is read.
 Prompts run one at a time at their exact length, so causal attention needs no mask.
 
 A network's ``forward`` only calls its children; each kind of child is traced once, see ``zimgkit.export.graphs.trace``.

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 NAMES = ("zimg-tiny-z", "zimg-tiny-qwen")
-"""One of each family: Z-Image, Qwen-Image."""
+"""One of each family."""
 DEFAULT = NAMES[0]
 LORAS = tuple(f"{name}-{lora}" for name in NAMES for lora in ("outlined", "bolt"))
 """A style, outlines alone, and a concept, a shape that the models do not know, for each of them."""

@@ -16,7 +16,7 @@ from zimgkit.engines.errors import CheckpointError
 PATCH = 2
 
 TokenLayout = Literal["c ph pw", "ph pw c"]
-"""Order of a token's numbers, slowest first: "c ph pw" (Qwen-Image) is channel, then row and column in the patch."""
+"""Order of a token's numbers, slowest first: "c ph pw" is channel, then row and column in the patch."""
 
 
 def pack(latents: NDArray[np.float32], layout: TokenLayout) -> NDArray[np.float32]:

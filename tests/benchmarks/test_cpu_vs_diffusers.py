@@ -5,18 +5,21 @@ import math
 import os
 
 import cpu_vs_diffusers as benchmark
+import families
 import pytest
 
 from zimgkit.engines.tensors import safetensors
-from zimgkit.runtime.families import qwen_image
+from zimgkit.runtime import engine_pool
+from zimgkit.runtime.families import family as host_of
 
 
 @pytest.mark.parametrize("family", ["z-image", "qwen-image"])
 def test_tiny_models_race(family, checkpoint_of, bundle_of, capsys):
-    before = qwen_image.modulation_table, os.environ.get("ZIMG_CACHE_LIMIT")
+    host = host_of(family)
+    before = engine_pool.open_engine, host.schedule_inputs, os.environ.get("ZIMG_CACHE_LIMIT")
     paths = checkpoint_of(family), bundle_of(family)
     result = benchmark.race(family, *paths, size=64, steps=2, repeats=2, compiled=False)
-    assert (qwen_image.modulation_table, os.environ.get("ZIMG_CACHE_LIMIT")) == before
+    assert (engine_pool.open_engine, host.schedule_inputs, os.environ.get("ZIMG_CACHE_LIMIT")) == before
     assert list(result["seconds"]) == ["diffusers", "zimg"]
     assert result["difference"]["diffusers"] == 0
     assert 0 < result["difference"]["zimg"] < 1e-3
@@ -43,7 +46,7 @@ def test_a_compiler_that_fails_is_told():
 
 @pytest.mark.parametrize("family", ["z-image", "qwen-image"])
 def test_checkpoint_of_given_configs(family, tmp_path):
-    vae = benchmark.real_vae(family)
+    vae = dict(families.family(family).mid_size["vae"])
     vae |= {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4} if family == "z-image" else {"base_dim": 4}
     parameters = benchmark.write_checkpoint(family, tmp_path, {"vae": vae})
     headers = [safetensors.read_header(file) for file in tmp_path.rglob("*.safetensors")]

@@ -1,0 +1,135 @@
+"""Z-Image in the benchmarks: the configs are those of Tongyi-MAI/Z-Image-Turbo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from families.base import BenchmarkFamily, Config, Configs, arguments
+
+CONFIGS: Configs = {
+    "transformer": {
+        "_class_name": "ZImageTransformer2DModel",
+        "all_patch_size": [2],
+        "all_f_patch_size": [1],
+        "in_channels": 16,
+        "dim": 3840,
+        "n_layers": 30,
+        "n_refiner_layers": 2,
+        "n_heads": 30,
+        "n_kv_heads": 30,
+        "norm_eps": 1e-5,
+        "qk_norm": True,
+        "cap_feat_dim": 2560,
+        "rope_theta": 256.0,
+        "t_scale": 1000.0,
+        "axes_dims": [32, 48, 48],
+        "axes_lens": [1536, 512, 512],
+    },
+    "text_encoder": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000,
+        "rope_scaling": None,
+        "max_position_embeddings": 40960,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+    },
+    "vae": {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "act_fn": "silu",
+        "latent_channels": 16,
+        "norm_num_groups": 32,
+        "sample_size": 1024,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "latents_mean": None,
+        "latents_std": None,
+        "force_upcast": True,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "mid_block_add_attention": True,
+    },
+    "scheduler": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "use_dynamic_shifting": False,
+        "shift": 3.0,
+    },
+}
+
+
+def products(config: Config, image: int, text: int) -> int:
+    """Image and caption each fill up to a multiple of 32 tokens."""
+    dim = int(config["dim"])
+    hidden, width = int(dim / 3 * 8), min(dim, 256)
+    image, text = -(-image // 32) * 32, -(-text // 32) * 32
+    layers, refiners, patch = int(config["n_layers"]), int(config["n_refiner_layers"]), 4 * int(config["in_channels"])
+
+    def block(length: int) -> int:
+        return 2 * length * (4 * dim**2 + 3 * dim * hidden) + 4 * length**2 * dim
+
+    blocks = layers * block(image + text) + refiners * (block(image) + block(text))
+    time = 2 * (256 * 1024 + 1024 * width) + 2 * width * dim * (4 * (layers + refiners) + 1)
+    ends = 2 * image * patch * dim + 2 * (image + text) * dim * patch + 2 * text * int(config["cap_feat_dim"]) * dim
+    return blocks + time + ends
+
+
+def forward(network: Any, latents: Any, time: Any, prompt_embeds: Any, sides: tuple[int, int, int]) -> Any:
+    """Lists go in and out."""
+    return network([latents[0][:, None]], time, [prompt_embeds], return_dict=False)[0][0]
+
+
+def velocity(out: Any) -> Any:
+    """The network gives the negated velocity of (channels, frames, height, width)."""
+    return -out[None, :, 0]
+
+
+FAMILY = BenchmarkFamily(
+    pipeline="ZImagePipeline",
+    scale="guidance_scale",
+    configs=CONFIGS,
+    shards={"transformer": 3, "text_encoder": 3, "vae": 1},
+    mid_size={
+        "transformer": {"dim": 1280, "n_heads": 10, "n_kv_heads": 10, "n_layers": 8, "axes_dims": [32, 48, 48]},
+        "text_encoder": {
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+        },
+        "vae": arguments(CONFIGS["vae"]),
+    },
+    tiny={
+        "dim": 48,
+        "n_layers": 2,
+        "n_refiner_layers": 1,
+        "n_heads": 3,
+        "n_kv_heads": 3,
+        "cap_feat_dim": 32,
+        "axes_dims": [8, 4, 4],
+    },
+    depth="n_layers",
+    text_width="cap_feat_dim",
+    products=products,
+    time=lambda sigma: 1 - sigma,
+    forward=forward,
+    velocity=velocity,
+)
