@@ -144,6 +144,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     folder = checkpoint.root / "tokenizer"
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parsers raise
         raise CheckpointError(f"{folder} cannot be loaded ({' '.join(str(error).split())[:200]})") from None

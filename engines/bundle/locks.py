@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,30 +15,82 @@ from platformdirs import user_cache_path
 
 from zimgkit.engines.errors import OutputError
 
+LEFT_BEHIND = r"\.{name}\.[0-9a-z_]{{8}}\.(part|float|references)"
+"""Folders that a killed build leaves beside a bundle: itself, and float bundles to calibrate on or compare with."""
+SET_ASIDE = r"\.{name}\.[0-9a-f]{{8}}\.old"
+
 
 @contextlib.contextmanager
 def only_writer_of(out: Path) -> Iterator[None]:
     """Hold the lock of a bundle's folder, and clear what a killed build of it left behind.
 
+    The lock is a file beside the bundle, so that all users and containers that share the folder share it. Where none
+    can be written there, it is one in the user's cache.
+
     Raises:
         OutputError: another process holds it.
     """
-    from filelock import FileLock, Timeout
+    out = out.resolve()
+    made = [parent for parent in out.parents if not parent.exists()]
+    try:
+        with _locked(out):
+            _clear(out)
+            yield
+    finally:
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()  # Stays where a bundle is in it.
 
-    key = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:32]
-    path = user_cache_path("zimgkit") / "locks" / f"{key}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=0)
+
+def _clear(out: Path) -> None:
+    """Remove what a killed build left, and bring a bundle back that was put aside and not replaced."""
+    name = re.escape(out.name)
+    for path in list(out.parent.iterdir()) if out.parent.is_dir() else ():
+        if re.fullmatch(LEFT_BEHIND.format(name=name), path.name):
+            shutil.rmtree(path, ignore_errors=True)
+        elif re.fullmatch(SET_ASIDE.format(name=name), path.name):
+            shutil.rmtree(path, ignore_errors=True) if out.exists() else path.rename(out)
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    path = out.with_name(f".{out.name}.lock")
     try:
-        lock.acquire()
-    except Timeout:
-        raise OutputError(f"another process is writing {out}", "wait for it, or name another folder") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _acquire(path)
+    except OSError:
+        key = hashlib.sha256(os.fsencode(out)).hexdigest()[:32]
+        path = user_cache_path("zimgkit") / "locks" / f"{key}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _acquire(path)
+    if file is None:
+        raise OutputError(f"another process is writing {out}", "wait for it, or name another folder")
     try:
-        for leftover in out.parent.glob(f".{out.name}.*.part"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        for replaced in out.parent.glob(f".{out.name}.*.old"):
-            # Killed between putting the old bundle aside and putting the new one in its place.
-            shutil.rmtree(replaced, ignore_errors=True) if out.exists() else replaced.rename(out)
         yield
     finally:
-        lock.release()
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _acquire(path: Path) -> int | None:
+    """Lock a file, which is made where it is not there; None where another process holds it.
+
+    Raises:
+        OSError: it cannot be made, or its file system knows no locks.
+    """
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who held it may have removed it meanwhile: then this is the lock of a file that nobody sees.
+            if os.path.samestat(os.fstat(file), path.stat()):
+                return file
+        except BlockingIOError:
+            os.close(file)
+            return None
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)

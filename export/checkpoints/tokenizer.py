@@ -34,7 +34,7 @@ def export_tokenizer(folder: Path, target: Path, text: TextConfig, *, chat_templ
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing", "fetch the checkpoint again")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         backend = tokenizer.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()

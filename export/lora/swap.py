@@ -38,6 +38,7 @@ from zimgkit.engines.bundle import (
 )
 from zimgkit.engines.bundle.locks import only_writer_of
 from zimgkit.engines.errors import BundleError, OutputError, UsageError
+from zimgkit.engines.files import flush
 from zimgkit.engines.tensors.dtypes import BY_ONNX, to_float32
 from zimgkit.engines.tensors.safetensors import TensorInfo, read_header
 from zimgkit.export.checkpoints.checkpoint import canonical
@@ -259,7 +260,7 @@ class _Swap:
         for change, role, file, wants in jobs:
             if wants:
                 written = write_wanted(folder / file, wants, progress)
-                _flush(folder / file)
+                flush(folder / file)
                 change.files[role] = file
                 change.moved |= written if role == "lora" else {}
         growth = [entry for name, change in self._changes.items() for entry in self._growth(name, change)]
@@ -271,7 +272,7 @@ class _Swap:
                     _point_to(graph, change.moved, (folder, self._bundle.root))
                     path = folder / graph_name(member, compute, precision, self._suffix)
                     path.write_bytes(graph.SerializeToString(deterministic=True))
-                    _flush(path)
+                    flush(path)
                     change.graphs[member][compute] = path.name
 
     def _plan(self, name: str, merged: Merge) -> _Change | None:
@@ -442,12 +443,6 @@ def _some(name: str | None) -> tuple[str, ...]:
 def _renamed(want: Wanted, name: str) -> Wanted:
     """The same under the bundle's name, where the checkpoint at hand stores it under another one."""
     return replace(want, source=replace(want.source, name=name))
-
-
-def _flush(file: Path) -> None:
-    """Bring a file's bytes to the disk before the manifest says that they are there."""
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
 
 
 def _read_graph(path: Path) -> onnx.ModelProto:

@@ -76,24 +76,88 @@ def test_an_error_lets_go(tmp_path):
             raise KeyboardInterrupt
 
 
-def test_only_its_own_leftovers_go(tmp_path):
-    others = {"bundle", ".bundle2.1.part", ".bundle", "bundle.1.part", ".other.1.old"}
-    for name in (*others, ".bundle.1.part", ".bundle.2.part"):
-        folder(tmp_path / name)
-    with only_writer_of(tmp_path / "bundle"):
-        assert {path.name for path in tmp_path.iterdir()} == others
+@pytest.mark.parametrize("name", ["bundle", "a", "m[12]", "a*", "b?", "x.v2", "ü (1)"])
+def test_only_its_own_leftovers_go(tmp_path, name):
+    """Names are names, never patterns."""
+    strange = {"bundle.0123abcd.part", ".bundle2.0123abcd.part", ".bundle", ".other.0123abcd.old", ".m1.0123abcd.part"}
+    others = strange | {
+        f".{name}.v3.0123abcd.part",
+        f".{name}.v3.0123abcd.old",
+        f".{name}.notes.part",
+        "bbb",
+        ".ab.0123abcd.part",
+    }
+    own = {f".{name}.0123abcd.part", f".{name}.ab_cd3fg.float", f".{name}.ab_cd3fg.references", f".{name}.0123abcd.old"}
+    for entry in {name, *others, *own}:
+        folder(tmp_path / entry)
+    with only_writer_of(tmp_path / name):
+        assert {path.name for path in tmp_path.iterdir()} == others | {name, f".{name}.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == others | {name}
 
 
 def test_what_was_put_aside_comes_back_where_nothing_took_its_place(tmp_path):
-    folder(tmp_path / ".bundle.1.old")
+    folder(tmp_path / ".bundle.0000000a.old")
     with only_writer_of(tmp_path / "bundle"):
-        assert (tmp_path / "bundle" / "file").read_text() == ".bundle.1.old"
-    folder(tmp_path / ".bundle.2.old")
+        assert (tmp_path / "bundle" / "file").read_text() == ".bundle.0000000a.old"
+    folder(tmp_path / ".bundle.0000000b.old")
     with only_writer_of(tmp_path / "bundle"):
-        assert (tmp_path / "bundle" / "file").read_text() == ".bundle.1.old"
-        assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+        assert (tmp_path / "bundle" / "file").read_text() == ".bundle.0000000a.old"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_another_users_cache_folder_changes_nothing(other, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    with pytest.raises(OutputError, match="another process is writing"), only_writer_of(tmp_path / "bundle"):
+        pass
+
+
+def test_a_folder_where_no_lock_can_be_written(tmp_path, monkeypatch):
+    from zimgkit.engines.bundle import locks
+
+    acquire, asked = locks._acquire, []
+
+    def refuse(path):
+        asked.append(path)
+        if path.parent == tmp_path:
+            raise PermissionError(13, "read-only")
+        return acquire(path)
+
+    monkeypatch.setattr(locks, "_acquire", refuse)
+    with only_writer_of(tmp_path / "bundle"):
+        assert asked[0] == tmp_path / ".bundle.lock"
+        assert asked[1].parent.name == "locks" and asked[1].exists()
+    assert not asked[1].exists()
+
+
+def race(out: Path, log: Path, start: Any) -> None:
+    start.wait(60)
+    done = 0
+    while done < 50:
+        try:
+            with only_writer_of(out):
+                with log.open("a") as file:
+                    file.write("in ")
+                with log.open("a") as file:
+                    file.write("out\n")
+                done += 1
+        except OutputError:
+            pass
+
+
+def test_four_processes_never_hold_it_at_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    start, log = context.Event(), tmp_path / "log"
+    processes = [context.Process(target=race, args=(tmp_path / "bundle", log, start)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    start.set()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    assert log.read_text() == "in out\n" * 200
 
 
 def test_a_folder_that_is_not_there_yet(tmp_path):
     with only_writer_of(tmp_path / "a" / "b" / "bundle"):
-        assert not (tmp_path / "a").exists()
+        pass
+    assert not (tmp_path / "a").exists()
