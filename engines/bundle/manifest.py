@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,15 @@ class Manifest(msgspec.Struct, frozen=True):
         return tuple(name for name, entry in self.components.items() if entry.variant_of == component)
 
 
+def _build_command(root: Path) -> str:
+    """What makes a bundle of what was named in the place of one: a checkpoint that is here, or the name of one."""
+    if root.exists():
+        model, out = (root, f"{root}-bundle") if (root / "model_index.json").is_file() else ("MODEL", "BUNDLE")
+    else:
+        model, out = root, f"{root.name.lower()}-bundle"
+    return shlex.join(["zimg-export", "build", "--model", str(model), "--out", str(out)])
+
+
 def read_manifest(root: Path) -> Manifest:
     """Read ``bundle.json``.
 
@@ -289,7 +299,7 @@ def read_manifest(root: Path) -> Manifest:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        hint = "make one with: zimg-export build --model MODEL --out BUNDLE"
+        hint = f"make one with: {_build_command(root)}"
         raise BundleError(f"{root} is not a bundle: it has no {MANIFEST}", hint) from None
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror})") from None

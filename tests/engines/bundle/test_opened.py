@@ -162,6 +162,15 @@ class TestOpen:
             f"{tmp_path / name} is not a bundle: it has no bundle.json; make one with: zimg-export build"
         )
 
+    def test_what_makes_one_of_what_was_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert refused(Path("a/Z-Model")).endswith("zimg-export build --model a/Z-Model --out z-model-bundle")
+        checkpoint = tmp_path / "my model"
+        checkpoint.mkdir()
+        (checkpoint / "model_index.json").write_text("{}")
+        assert refused(Path("my model")).endswith("zimg-export build --model 'my model' --out 'my model-bundle'")
+        assert refused(tmp_path).endswith("zimg-export build --model MODEL --out BUNDLE")
+
     def test_the_manifest_is_a_folder(self, tmp_path: Path) -> None:
         (tmp_path / MANIFEST).mkdir()
         assert "bundle.json cannot be read (Is a directory)" in refused(tmp_path)
