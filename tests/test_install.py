@@ -5,6 +5,7 @@ pip installs from the index it is set up for, under the constraints of the devel
 
 from __future__ import annotations
 
+import configparser
 import os
 import re
 import shlex
@@ -150,8 +151,12 @@ class TestDistributions:
             assert f"zimgkit/runtime/demo_models/{name}/bundle.json" in found
         (info,) = {name.split("/")[0] for name in found} - {"zimgkit"}
         assert found[f"{info}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
-        scripts = found[f"{info}/entry_points.txt"].decode().splitlines()
-        assert [line.split(" = ")[0] for line in scripts if " = " in line] == ["zimg-export", "zimg-run"]
+        entry_points = configparser.ConfigParser()
+        entry_points.read_string(found[f"{info}/entry_points.txt"].decode())
+        assert {group: list(entry_points[group]) for group in entry_points.sections()} == {
+            "console_scripts": ["zimg-export", "zimg-run"],
+            "zimgkit.judges": ["demo"],
+        }
 
     def test_the_source_distribution_builds_the_same_wheel(self, distributions: Path, wheel: Path) -> None:
         assert (distributions / "again" / wheel.name).read_bytes() == wheel.read_bytes()
