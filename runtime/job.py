@@ -64,6 +64,10 @@ class Schedule:
         return len(self.sigmas) - 1
 
 
+def _nothing() -> None:
+    """There is nothing to release."""
+
+
 @dataclass(eq=False)
 class Job:
     """One picture under way. One thread at a time may step it; any may cancel it."""
@@ -77,8 +81,8 @@ class Job:
     positive: Conditions | None
     """None once nothing is left to denoise."""
     negative: Conditions | None
-    releases: list[Callable[[], None]] = field(default_factory=list, repr=False)
-    """Called once each, when the job needs the denoiser no more."""
+    on_release: Callable[[], object] = field(default=_nothing, repr=False)
+    """Called when the job needs the denoiser no more; a second call does nothing."""
     step: int = 0
     """Steps that are done."""
     denoised: Array | None = None
@@ -119,9 +123,4 @@ class Job:
     def release(self) -> None:
         """Let go of the conditions and the denoiser; a second call does nothing."""
         self.positive = self.negative = None
-        while True:
-            try:
-                release = self.releases.pop()  # Only one thread gets it.
-            except IndexError:
-                return
-            release()
+        self.on_release()

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,7 +170,7 @@ class Pipeline:
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **others: Any,
-    ) -> Any:
+    ) -> Output:
         """Generate pictures; the full text is made from the list of parameters, below."""
         given = {
             "prompt": prompt,
@@ -207,7 +207,8 @@ class Pipeline:
         finally:
             for job in jobs:
                 job.release()
-        return Output(images, request) if return_dict else (images,)
+        # What a type checker knows of an output serves for the tuple as well: both are unpacked and indexed alike.
+        return Output(images, request) if return_dict else cast("Output", (images,))
 
     def draw_noise(self, pictures: int, seed: int | Sequence[int], height: int, width: int) -> Array:
         """The noise a call starts from; see :meth:`zimgkit.runtime.session.Session.draw_noise`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -97,18 +98,15 @@ class Session:
         jobs = []
         for index in range(request.batch):
             prompt = index // request.num_images_per_prompt
-            self.engines.keep("denoiser", self.device_of("denoiser"))
-            jobs.append(
-                Job(
-                    request,
-                    index,
-                    latents[index : index + 1],
-                    schedule,
-                    positive[prompt],
-                    negative[prompt] if negative else None,
-                    [partial(self.engines.let_go, "denoiser", self.device_of("denoiser"))],
-                )
-            )
+            away = negative[prompt] if negative else None
+            job = Job(request, index, latents[index : index + 1], schedule, positive[prompt], away)
+            where = ("denoiser", self.device_of("denoiser"))
+            self.engines.keep(*where)
+            # Once: when the job is denoised or cancelled, or when nobody refers to it any more.
+            release = weakref.finalize(job, self.engines.let_go, *where)
+            release.atexit = False
+            job.on_release = release
+            jobs.append(job)
         return jobs
 
     def step(self, jobs: Sequence[Job]) -> None:

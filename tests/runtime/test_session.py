@@ -187,6 +187,17 @@ def test_the_denoiser_stays_open_from_step_to_step_whatever_the_budget(bundle: B
     assert device.open == []
 
 
+def test_a_job_that_is_forgotten_keeps_nothing(bundle: Bundle) -> None:
+    device = Device()
+    session = Session(bundle, memory_budget=0, opener=device)
+    jobs = session.begin(ask(session))
+    session.step(jobs)
+    assert device.open == ["denoiser"]
+    jobs.clear()
+    assert device.alive() == 0
+    assert device.open == []
+
+
 def test_a_full_device_gives_up_an_engine_between_two_steps_but_none_in_use(bundle: Bundle) -> None:
     device = Device(room=1)
     with Pipeline(bundle, opener=device) as pipeline:

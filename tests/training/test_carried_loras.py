@@ -13,7 +13,7 @@ from PIL.ImageFilter import MaxFilter
 from tests.commands import invoke
 from zimgkit.engines.tensors.safetensors import read_header
 from zimgkit.export.cli.main import main
-from zimgkit.export.lora.inspect import summary
+from zimgkit.export.lora.inspect import lora_summary
 from zimgkit.runtime import Pipeline, demo_models
 from zimgkit.training.judge import look
 from zimgkit.training.world.drawing import draw
@@ -134,7 +134,7 @@ def test_their_files(lora: str) -> None:
     path = demo_models.locate_lora(lora)
     assert path.stat().st_size <= 300_000
     assert all(".lora_A.default.weight" in key or ".lora_B.default.weight" in key for key in read_header(path))
-    found = summary(lora)
+    found = lora_summary(lora)
     assert found["families"] == [{"z": "z-image", "qwen": "qwen-image"}[lora.split("-")[2]]]
 
 

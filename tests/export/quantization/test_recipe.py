@@ -36,11 +36,11 @@ SHARE = {
 def real_linears(family: str) -> dict[str, dict[str, int]]:
     """The linears of a family's full-size components, and how many weights each has."""
     sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))
-    import sparse_checkpoint
+    from families import family as benchmark_family
 
     found = {}
     for source in ("text_encoder", "transformer"):
-        for name, part in parts(family, source, sparse_checkpoint.CONFIGS[family][source]).items():
+        for name, part in parts(family, source, benchmark_family(family).configs[source]).items():
             if name in QUANTIZED:
                 shapes = part.parameters()
                 found[name] = {key: shapes[key][0] * shapes[key][1] for key in linear_weights(part)}
