@@ -41,7 +41,7 @@ def compile_command(bundle: Path, backend: str, detailed: bool, quiet: bool, as_
       zimg-export compile BUNDLE --size 1024x1024 --size 832x1216
       zimg-export compile BUNDLE --min-size 512x512 --max-size 1536x1536
     """  # noqa: D301
-    need("compiling", ("onnx", "filelock"), backend)
+    need("compiling", ("onnx",), backend)
     from zimgkit.export.compilers.compile import compile_bundle
     from zimgkit.runtime.progress import bar
 
