@@ -138,10 +138,9 @@ class Pipeline:
         """What runs the networks."""
         return self.session.backend
 
-    def to(self, device: str) -> Pipeline:
+    def to(self, device: Device) -> Pipeline:
         """Run on another device from now on, as diffusers' pipelines do; engines are opened there when needed."""
-        self.session.close()
-        self.session.device = device
+        self.session.move_to(device)
         return self
 
     def __call__(

@@ -61,7 +61,7 @@ class Session:
     ) -> None:
         self.bundle = bundle
         self.backend = backend
-        self.device = device
+        self._device = self._known(device)
         self.report = report
         self.warn = warn
         self.family = family_of(bundle.manifest)
@@ -186,6 +186,28 @@ class Session:
             noise = randn_tensor(shape, seed)
         return self.family.from_noise(round_to(noise, self.family.noise_dtype(self.bundle.manifest.precision)))
 
+    @property
+    def device(self) -> Device:
+        """Where its components run."""
+        return self._device
+
+    def move_to(self, device: Device) -> None:
+        """Run on other devices from now on; engines are opened there when they are needed.
+
+        Raises:
+            UsageError: a component is named that the bundle has not.
+        """
+        self._device = self._known(device)
+        self.close()
+
+    def _known(self, device: Device) -> Device:
+        """Check that devices are given to components that there are."""
+        components = self.bundle.manifest.components
+        for name in device if isinstance(device, Mapping) else ():
+            if name not in components:
+                raise UsageError(f"device names the component {name!r}", f"choose of {', '.join(components)}")
+        return device
+
     def device_of(self, component: str) -> str | None:
         """Where a component runs; None for the best device present."""
         return self.device.get(component) if isinstance(self.device, Mapping) else self.device
@@ -204,30 +226,24 @@ class Session:
 
     def _encode(self, request: Request) -> tuple[list[Conditions], list[Conditions] | None]:
         """The conditions of each prompt and of each negative prompt; equal ones share theirs."""
-        asked: list[list[str | Array]] = []
-        for texts, embeds in (
-            (request.prompts, request.prompt_embeds),
-            (request.negative_prompts or (), request.negative_prompt_embeds),
-        ):
-            asked.append([*texts] if embeds is None else [*embeds])
-        rows: dict[str | int, Array] = {id(entry): entry for entry in asked[0] + asked[1] if not isinstance(entry, str)}
+        asked = (
+            request.prompt_embeds or request.prompts,
+            request.negative_prompt_embeds or request.negative_prompts or (),
+        )
+        texts = [entry for entries in asked for entry in entries if isinstance(entry, str)]
+        rows: dict[str | int, Array] = {
+            id(entry): entry for entries in asked for entry in entries if not isinstance(entry, str)
+        }
         for given in rows.values():
             self._check_embeds(given)
             self._check_served(request, self.bundle.manifest.text.drop + len(given))
-        rows.update(self._read(request, [entry for entry in asked[0] + asked[1] if isinstance(entry, str)]))
+        rows.update(self._read(request, texts))
         conditions = {}
         with self.engines.engine("conditioner", self.device_of("conditioner")) as engine:
             for key, prompt_embeds in rows.items():
                 (conditioning,) = engine.run(self.family.conditioner_inputs(prompt_embeds)).values()
-                conditions[key] = Conditions(
-                    partial(
-                        self.family.denoiser_constants,
-                        conditioning,
-                        len(prompt_embeds),
-                        request.height,
-                        request.width,
-                    )
-                )
+                size = (len(prompt_embeds), request.height, request.width)
+                conditions[key] = Conditions(partial(self.family.denoiser_constants, conditioning, *size))
         self.report("encode", len(rows), len(rows))
         positive, negative = (
             [conditions[entry if isinstance(entry, str) else id(entry)] for entry in entries] for entries in asked

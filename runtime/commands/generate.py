@@ -73,12 +73,11 @@ def generate(
             had, has = template.loras or "no LoRA", _loras(manifest) or "no LoRA"
             warn(f"{from_image} was made with {had}, and this bundle has {has}")
         index, drawn = (template.image_index, template.num_images) if template and count == 1 else (0, count)
-        request = check(manifest, pipeline.session.family, **given)
-        if index and isinstance(request.seed, int):
+        if index and "seed" in given:
             # Its noise was drawn together with that of the pictures before it, which need not be made again.
+            request = check(manifest, pipeline.session.family, **given)
             size = (request.height, request.width)
             given["latents"] = pipeline.session.draw_noise(drawn, request.seed, *size, index)
-            given["seed"] = request.seed
         result = pipeline(**given, num_images_per_prompt=count)
     seconds = time.perf_counter() - started
     made = [_record(result, pipeline, index + i, drawn) for i in range(count)]

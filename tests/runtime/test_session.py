@@ -269,6 +269,13 @@ def test_components_have_devices_of_their_own(bundle: Bundle) -> None:
     assert where == {"text_encoder": "cuda:1", "conditioner": None, "denoiser": "cuda:0", "vae_decoder": None}
 
 
+def test_a_device_for_a_component_that_there_is_not(bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="device names the component 'denoizer'; choose of text_encoder, conditioner"):
+        Pipeline(bundle, device={"denoizer": "cpu"})
+    with Pipeline(bundle, device="cpu") as pipeline, pytest.raises(UsageError, match="'vae'; choose of"):
+        pipeline.to({"vae": "cpu"})
+
+
 def test_rows_of_another_text_encoder_are_refused(session: Session) -> None:
     width = session.bundle.component("conditioner").inputs["prompt_embeds"].shape[-1]
     with pytest.raises(UsageError, match=f"3 rows of 5 numbers; this bundle takes .* rows of {width} numbers"):
