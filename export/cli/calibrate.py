@@ -8,19 +8,20 @@ from typing import Any
 import click
 
 from zimgkit.export.cli.extras import need_export
-from zimgkit.export.cli.options import FILE, QUIET
+from zimgkit.export.cli.options import BUNDLE, QUIET
 from zimgkit.export.cli.quantization_options import calibrate_options, calibration_set
 
 
 @click.command("calibrate")
-@click.argument("bundle", type=FILE)
+@BUNDLE
 @calibrate_options
 @QUIET
 def calibrate_command(bundle: Path, quiet: bool, calibration_device: str | None, **options: Any) -> None:
     """Collect statistics of the inputs of all linears of a bundle that is not quantized.
 
-    They are written to BUNDLE.calibration.safetensors, for build --calibration in fp8 and int8. A calibration that was
-    interrupted continues with the prompts that are left.
+    They are written to BUNDLE.calibration.safetensors, for build --calibration in fp8 and int8; those of a bundle that
+    comes with zimgkit into the current folder. A calibration that was interrupted continues with the prompts that are
+    left.
     """
     need_export()
     from zimgkit.engines.bundle import Bundle

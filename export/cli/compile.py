@@ -11,7 +11,7 @@ import msgspec
 
 from zimgkit.export.cli import compile_options
 from zimgkit.export.cli.extras import need
-from zimgkit.export.cli.options import AS_JSON, COMPILED_BACKENDS, FILE, QUIET
+from zimgkit.export.cli.options import AS_JSON, BUNDLE, COMPILED_BACKENDS, QUIET, refuse_carried
 from zimgkit.export.compilers.tensorrt import layers
 from zimgkit.runtime.commands import console
 from zimgkit.runtime.commands.inspect import range_text
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command("compile")
-@click.argument("bundle", type=FILE)
+@BUNDLE
 @click.option(
     "--backend",
     type=click.Choice(COMPILED_BACKENDS),
@@ -45,6 +45,7 @@ def compile_command(bundle: Path, backend: str, detailed: bool, quiet: bool, as_
     from zimgkit.export.compilers.compile import compile_bundle
     from zimgkit.runtime.progress import bar
 
+    refuse_carried(bundle, f"compile one of your own: zimg-export build --model {bundle.name} --out FOLDER")
     arguments = compile_options.compile_arguments(**options)
     with bar(enabled=not quiet) as report:
         compiled = compile_bundle(bundle, backend=backend, **arguments, report=report)

@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 
 import click
 
+from zimgkit.engines.errors import UsageError
 from zimgkit.runtime import demo_models
+from zimgkit.runtime.commands.options import BundleFolder
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Option = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -22,8 +24,8 @@ CALIBRATED = ("fp8", "int8")
 QUANTIZED = (*CALIBRATED, "int8-weights", "int4-weights")
 """All precisions that quantize."""
 
-BUNDLE = click.argument("bundle", type=FILE, callback=lambda _, __, value: demo_models.locate(value))
-"""A bundle to read: a folder, or the name of one that zimgkit carries."""
+BUNDLE_FOLDER = BundleFolder()
+BUNDLE = click.argument("bundle", type=BUNDLE_FOLDER)
 SOURCE = click.option(
     "--source",
     type=click.Choice(["huggingface", "modelscope"]),
@@ -57,3 +59,13 @@ def add_options(options: Iterable[Option], command: Command) -> Command:
     for option in reversed([*options]):
         command = option(command)  # type: ignore[assignment]
     return command
+
+
+def refuse_carried(bundle: Path, instead: str) -> None:
+    """Refuse to write into a bundle that comes with zimgkit.
+
+    Raises:
+        UsageError: it is one; the hint is what to do instead.
+    """
+    if demo_models.is_carried(bundle):
+        raise UsageError(f"{bundle.name} comes with zimgkit and stays as it is", instead)

@@ -10,7 +10,7 @@ import click
 
 from zimgkit.engines.errors import UsageError
 from zimgkit.export.cli.cost_options import trial
-from zimgkit.export.cli.options import CALIBRATED, FILE, QUANTIZED, Command, add_options
+from zimgkit.export.cli.options import BUNDLE_FOLDER, CALIBRATED, FILE, QUANTIZED, Command, add_options
 from zimgkit.runtime.commands import console
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ _BUILD = (
     click.option(
         "--calibration", type=FILE, help="Prompts, one a line, or the .calibration.safetensors of an earlier run."
     ),
-    click.option("--from-bundle", type=FILE, help="A float bundle to calibrate on; by default one is built for it."),
+    click.option(
+        "--from-bundle", type=BUNDLE_FOLDER, help="A float bundle to calibrate on; by default one is built for it."
+    ),
     *_CALIBRATION,
     click.option(
         "--range",

@@ -10,7 +10,17 @@ import click
 from zimgkit.engines.errors import OutputError, UsageError
 from zimgkit.export.cli import cost_options
 from zimgkit.export.cli.extras import need_export
-from zimgkit.export.cli.options import AS_JSON, CALIBRATED, DEVICE, FILE, QUANTIZED, QUIET, REVISION, SOURCE
+from zimgkit.export.cli.options import (
+    AS_JSON,
+    BUNDLE_FOLDER,
+    CALIBRATED,
+    DEVICE,
+    FILE,
+    QUANTIZED,
+    QUIET,
+    REVISION,
+    SOURCE,
+)
 from zimgkit.runtime.commands import console
 
 if TYPE_CHECKING:
@@ -20,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @click.command("sensitivity")
-@click.argument("bundle", required=False, type=FILE)
+@click.argument("bundle", required=False, type=BUNDLE_FOLDER)
 @click.option("--model", help="A checkpoint, in place of a bundle; one in bf16 is built for the measurement.")
 @click.option("--precision", type=click.Choice(QUANTIZED), required=True, help="What to quantize to.")
 @click.option("--target", type=float, help="The cosine to reach. [default: the bound of the family's recipe]")

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zimgkit.engines.errors import UsageError
 from zimgkit.export.cli.extras import need
 from zimgkit.export.cli.options import (
     ALLOW_UNMATCHED,
@@ -22,8 +21,8 @@ from zimgkit.export.cli.options import (
     REVISION,
     SOURCE,
     STEPS,
+    refuse_carried,
 )
-from zimgkit.runtime import demo_models
 from zimgkit.runtime.commands import console
 
 if TYPE_CHECKING:
@@ -55,8 +54,8 @@ def swap_lora_command(bundle: Path, quiet: bool, as_json: bool, **options: Any) 
     from zimgkit.export.lora.swap import swap
     from zimgkit.runtime.progress import bar
 
-    if options["out"] is None and demo_models.is_carried(bundle):
-        raise UsageError(f"{bundle.name} comes with zimgkit and stays as it is", "write a new bundle with --out")
+    if options["out"] is None:
+        refuse_carried(bundle, "write a new bundle with --out")
     with bar(enabled=not quiet) as report:
         swapped = swap(bundle, report=report, **options)
     root, stale = swapped.bundle.root, list(dict.fromkeys(engine.component for engine in swapped.stale))

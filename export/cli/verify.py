@@ -10,7 +10,7 @@ import click
 from zimgkit.engines.base import BACKENDS
 from zimgkit.export.cli import cost_options
 from zimgkit.export.cli.extras import need_export
-from zimgkit.export.cli.options import AS_JSON, BUNDLE, DEVICE, FILE, QUIET, REVISION, SOURCE
+from zimgkit.export.cli.options import AS_JSON, BUNDLE, BUNDLE_FOLDER, DEVICE, QUIET, REVISION, SOURCE
 from zimgkit.runtime.commands import console
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--reference",
     "references",
-    type=FILE,
+    type=BUNDLE_FOLDER,
     multiple=True,
     help="A bundle of the same checkpoint in fp32 or bf16; by default both are built for the measurement.",
 )

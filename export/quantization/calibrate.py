@@ -26,8 +26,10 @@ from zimgkit.export.networks.registry import QUANTIZED
 from zimgkit.export.quantization.linears import named_linears
 from zimgkit.export.quantization.prompts import calibration_prompts
 from zimgkit.export.quantization.statistics import BINS, InputStatistics, Statistics
+from zimgkit.runtime import demo_models
 from zimgkit.runtime.pipeline import Pipeline
 from zimgkit.runtime.progress import Report, silent
+from zimgkit.runtime.text.prompts import read_prompts as prompts_in
 
 FEWEST_PROMPTS = 4
 """The largest values over fewer prompts do not bound those of other prompts."""
@@ -49,22 +51,16 @@ class CalibrationSet(msgspec.Struct, frozen=True):
 
 
 def read_prompts(path: Path, fewest: int = FEWEST_PROMPTS) -> tuple[str, ...]:
-    """Read the different prompts of a text file, one a line.
+    """Read the different prompts of a file of :func:`zimgkit.runtime.text.prompts.read_prompts`.
 
     Args:
-        path: a text file in UTF-8.
+        path: the file.
         fewest: how many prompts it must have.
 
     Raises:
-        UsageError: the file is missing, is not UTF-8, or has fewer prompts.
+        UsageError: the file cannot be read, or has fewer prompts.
     """
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise UsageError(f"the prompts {path} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"the prompts {path} are not text in UTF-8", "give one prompt a line") from None
-    prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    prompts = tuple(dict.fromkeys(prompts_in(path)))
     if len(prompts) < fewest:
         message = f"{path} has {len(prompts)} different prompts, and this needs {fewest}"
         raise UsageError(message, "give one prompt a line, a dozen of all kinds")
@@ -72,7 +68,8 @@ def read_prompts(path: Path, fewest: int = FEWEST_PROMPTS) -> tuple[str, ...]:
 
 
 def statistics_path(bundle: Path) -> Path:
-    """The file of a bundle's calibration statistics, beside its folder."""
+    """The file of a bundle's calibration statistics: beside its folder, or here for one that comes with zimgkit."""
+    bundle = Path(bundle.name) if demo_models.is_carried(bundle) else bundle
     return bundle.with_name(f"{bundle.name}.calibration.safetensors")
 
 

@@ -11,7 +11,7 @@ import zimgkit
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.commands import console
-from zimgkit.runtime.commands.options import AS_JSON, BACKEND, DEVICE, QUIET, SETTINGS, call_options
+from zimgkit.runtime.commands.options import AS_JSON, BACKEND, BUNDLE, DEVICE, QUIET, SETTINGS, call_options
 
 
 @click.group("zimg-run", context_settings=SETTINGS)
@@ -24,7 +24,7 @@ def cli() -> None:
 @click.argument("text", required=False)
 @click.option(
     "--bundle",
-    type=click.Path(path_type=Path),
+    type=BUNDLE,
     default=demo_models.DEFAULT,
     show_default=True,
     help=f"A bundle's folder, or one of zimgkit's own: {', '.join(demo_models.NAMES)}.",
@@ -85,7 +85,7 @@ def generate(
     "--bundle",
     "bundles",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=BUNDLE,
     default=[demo_models.DEFAULT],
     show_default=True,
     help="May be given several times: their pictures stand side by side.",
@@ -133,7 +133,7 @@ def sheet(
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BUNDLE)
 @AS_JSON
 def inspect(bundle: Path, as_json: bool) -> None:
     """Show what a bundle is and what is in it, after checking its files."""

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from zimgkit.engines.base import BACKENDS
+from zimgkit.runtime import demo_models
 from zimgkit.runtime.parameters import PARAMETERS, RECOMMENDED
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+
+class BundleFolder(click.Path):
+    """A bundle's folder, or the name of one that zimgkit carries; its value is the folder's path."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The folder, which need not be there."""
+        return demo_models.locate(os.fsdecode(super().convert(value, param, ctx)))
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The names that fit and the bundles that lie in the folder; where there are none, all folders."""
+        from click.shell_completion import CompletionItem
+
+        names = (*demo_models.NAMES, *sorted(path.parent.name for path in Path().glob("*/bundle.json")))
+        fitting = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        return fitting or [CompletionItem(incomplete, type="dir")]
+
+
+BUNDLE = BundleFolder()
 BACKEND = click.option(
     "--backend",
     type=click.Choice(list(BACKENDS)),

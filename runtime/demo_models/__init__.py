@@ -42,4 +42,4 @@ def locate_lora(name: str) -> Path:
 
 def is_carried(path: Path) -> bool:
     """Whether a folder is one of those that come with zimgkit, which stay as they are."""
-    return path.parent == FOLDER
+    return path.resolve().parent == FOLDER

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from tests.commands import invoke
-from zimgkit.export.cli.main import main
+from zimgkit.export.cli.main import cli, main
+from zimgkit.export.quantization.statistics import Statistics
+from zimgkit.runtime import demo_models
+from zimgkit.runtime.commands.cli import cli as run_cli
 
 COMMANDS = ("build", "calibrate", "compile", "swap-lora", "inspect", "verify", "sensitivity", "demo-checkpoint")
 
@@ -31,3 +37,36 @@ def test_help_imports_nothing_heavy():
 
 def test_an_unknown_command():
     invoke(main, "export").assert_refused("No such command 'export'", 2)
+
+
+def test_every_bundle_may_be_a_carried_one_by_name():
+    takes = {
+        f"{command.name} {parameter.name}": parameter.type
+        for group in (cli, run_cli)
+        for command in group.commands.values()
+        for parameter in command.params
+        if parameter.name in ("bundle", "bundles", "from_bundle", "references")
+    }
+    assert len(takes) == 10
+    for kind in takes.values():
+        assert kind.convert("zimg-tiny-z", None, None) == demo_models.FOLDER / "zimg-tiny-z"
+        assert kind.convert("none", None, None) == Path("none")
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+def test_carried_bundles_are_not_written_into(by_path):
+    bundle = demo_models.FOLDER / "zimg-tiny-z" if by_path else "zimg-tiny-z"
+    before = sorted(path.name for path in demo_models.FOLDER.iterdir())
+    refused = invoke(main, "compile", bundle)
+    refused.assert_refused("zimg-tiny-z comes with zimgkit and stays as it is; compile one of your own: zimg-export", 2)
+    invoke(main, "swap-lora", bundle).assert_refused("stays as it is; write a new bundle with --out", 2)
+    assert sorted(path.name for path in demo_models.FOLDER.iterdir()) == before
+
+
+def test_a_carried_bundle_is_calibrated_into_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_bytes("\ufeff# comment\ra\r\nb\nc\u2028c\rd".encode())
+    options = ("--prompts", "p.txt", "--calibration-size", "64x64", "--calibration-steps", 1)
+    result = invoke(main, "calibrate", "zimg-tiny-z", *options, "--calibration-device", "cpu", "--quiet")
+    assert (result.code, result.out) == (0, "zimg-tiny-z.calibration.safetensors\n")
+    assert list(Statistics.load(Path(result.out.strip())).made["plan"]["prompts"]) == ["a", "b", "c\u2028c", "d"]

@@ -140,7 +140,7 @@ def test_too_few_prompts(bundle_of, tmp_path):
         (b"", "has 0 different prompts, and this needs 4"),
         (b"\n \n", "has 0 different prompts"),
         (b"a\nb\na\na\n", "has 2 different prompts"),
-        (b"\xff\xfe\x00", "are not text in UTF-8"),
+        (b"\xff\xfe\x00", "no text in UTF-8"),
     ],
 )
 def test_prompts_that_do_not_do(text, said, tmp_path):
