@@ -37,7 +37,9 @@ def modules_after(code: str, *arguments: object) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["generate", "--help"], ["inspect", "--help"], ["--version"]], ids=" ".join
+    "arguments",
+    [["--help"], ["generate", "--help"], ["inspect", "--help"], ["list", "--help"], ["--version"]],
+    ids=" ".join,
 )
 def test_the_command_starts_light(arguments: list[str]) -> None:
     loaded = modules_after(COMMAND, *arguments)

@@ -146,6 +146,25 @@ def inspect(bundle: Path, as_json: bool) -> None:
         console.say(bundle_text(summary))
 
 
+@cli.command("list")
+@click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@AS_JSON
+def list_command(folders: tuple[Path, ...], as_json: bool) -> None:
+    """List the bundles in FOLDERS and their children.
+
+    By default: those that come with zimgkit, in the current folder, and in the caches of Hugging Face and ModelScope.
+    """
+    from zimgkit.runtime.commands.listing import list_bundles, list_text
+
+    found = list_bundles(folders)
+    if as_json:
+        console.print_json(found)
+    elif found:
+        console.say(list_text(found))
+    else:
+        console.say("no bundles there; zimg-export build makes them", err=True)
+
+
 def main() -> None:
     """The console script."""
     console.run(cli)

@@ -72,7 +72,7 @@ def bundle_text(summary: dict[str, Any]) -> str:
     quantization = summary["quantization"]
     precision = quantization["precision"] if quantization else summary["precision"]
     lines = [
-        f"{summary['name']}  ({summary['family']}, {precision}, {_size(summary['bytes'])})",
+        f"{summary['name']}  ({summary['family']}, {precision}, {size_text(summary['bytes'])})",
         f"  path      {summary['path']}",
         f"  source    {source['model']}{revision}",
         "  built by  "
@@ -86,7 +86,7 @@ def bundle_text(summary: dict[str, Any]) -> str:
     for name, component in summary["components"].items():
         shares = f", over the weights of {component['variant_of']}" if component["variant_of"] else ""
         lines.append(f"  {name}{shares}")
-        lines.append(f"    weights  {component['parameters']:,} parameters, {_size(component['weight_bytes'])}")
+        lines.append(f"    weights  {component['parameters']:,} parameters, {size_text(component['weight_bytes'])}")
         lines.extend(f"    in       {file}" for file in component["weights"])
         for compute, file in component["graphs"].items():
             lines.append(f"    graph    {file}, computes in {compute}")
@@ -94,7 +94,7 @@ def bundle_text(summary: dict[str, Any]) -> str:
         lines.extend(f"    output   {key}: {spec}" for key, spec in component["outputs"].items())
     for engine in summary["engines"]:
         compiler = f"{engine['compiler']} {engine['version']}"
-        lines.append(f"  engine of {engine['component']}, {compiler}, {engine['device']}, {_size(engine['bytes'])}")
+        lines.append(f"  engine of {engine['component']}, {compiler}, {engine['device']}, {size_text(engine['bytes'])}")
         lines.append(f"    in       {engine['file']}")
         for profile in engine["profiles"]:
             lines.append("    serves   " + ", ".join(f"{side} {range_text(ends)}" for side, ends in profile.items()))
@@ -160,7 +160,8 @@ def range_text(ends: Sequence[int]) -> str:
     return str(high) if low == high else f"{low}…{opt}…{high}"
 
 
-def _size(size: float) -> str:
+def size_text(size: float) -> str:
+    """A number of bytes, for people."""
     for unit in ("B", "kB", "MB"):
         if size < 999.5:
             return f"{size:.3g} {unit}"
