@@ -11,35 +11,41 @@ from zimgkit.engines.errors import UsageError, ZimgError
 from zimgkit.export.cli import compile_options, quantization_options
 from zimgkit.export.cli.compile import compiled_data, compiled_text
 from zimgkit.export.cli.extras import need_export
+from zimgkit.export.cli.headings import ExportCommand
 from zimgkit.export.cli.options import (
     ALLOW_UNMATCHED,
-    AS_JSON,
     COMPILED_BACKENDS,
     FILE,
     GUIDANCE,
     KEEP_BASE,
     LORA,
     QUANTIZED,
-    QUIET,
     REVISION,
     SOURCE,
     STEPS,
 )
 from zimgkit.runtime.commands import console
+from zimgkit.runtime.commands.options import AS_JSON, QUIET
 
 
-@click.command("build")
-@click.option("--model", required=True, help="A folder in the diffusers layout, a hub id, or a short name.")
-@click.option("--out", required=True, type=FILE, help="The bundle's folder.")
+@click.command("build", cls=ExportCommand)
+@click.option(
+    "--model",
+    required=True,
+    help="The checkpoint: a folder in the diffusers layout, a hub id, its URL, or a short name.",
+)
+@click.option("-o", "--out", required=True, type=FILE, help="The folder of the new bundle.")
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "bf16", *QUANTIZED, "auto"]),
     default="bf16",
     show_default=True,
-    help="Of the weights; fp8 and int8 quantize the inputs of linears too, which needs a calibration.",
+    help="The precision of the weights; fp8 and int8 quantize the inputs of linears too, after a calibration.",
 )
 @click.option(
-    "--card", type=click.Choice(["rtx4090", "h100"]), help="For --precision auto, in place of this machine's GPU."
+    "--card",
+    type=click.Choice(["rtx4090", "h100"]),
+    help="The GPU that --precision auto is to suit. [default: this machine's]",
 )
 @quantization_options.build_options
 @REVISION
@@ -50,13 +56,15 @@ from zimgkit.runtime.commands import console
 @ALLOW_UNMATCHED
 @STEPS
 @GUIDANCE
-@click.option("--cut-denoiser", is_flag=True, help="Also write its head, body and tail as graphs, for block caching.")
+@click.option(
+    "--cut-denoiser", is_flag=True, help="Also write the denoiser's head, body and tail as graphs, for block caching."
+)
 @click.option(
     "--backend",
     type=click.Choice(["onnxruntime", *COMPILED_BACKENDS]),
     default="onnxruntime",
     show_default=True,
-    help="The others compile engines as well, with the options from --size on.",
+    help="What will run the bundle; all but onnxruntime compile engines, with the options below.",
 )
 @compile_options.compile_options
 @QUIET

@@ -8,11 +8,13 @@ from typing import Any
 import click
 
 from zimgkit.export.cli.extras import need_export
-from zimgkit.export.cli.options import BUNDLE, QUIET
+from zimgkit.export.cli.headings import ExportCommand
+from zimgkit.export.cli.options import BUNDLE
 from zimgkit.export.cli.quantization_options import calibrate_options, calibration_set
+from zimgkit.runtime.commands.options import QUIET
 
 
-@click.command("calibrate")
+@click.command("calibrate", cls=ExportCommand)
 @BUNDLE
 @calibrate_options
 @QUIET

@@ -11,16 +11,18 @@ import msgspec
 
 from zimgkit.export.cli import compile_options
 from zimgkit.export.cli.extras import need
-from zimgkit.export.cli.options import AS_JSON, BUNDLE, COMPILED_BACKENDS, QUIET, refuse_carried
+from zimgkit.export.cli.headings import ExportCommand
+from zimgkit.export.cli.options import BUNDLE, COMPILED_BACKENDS, refuse_carried
 from zimgkit.export.compilers.tensorrt import layers
 from zimgkit.runtime.commands import console
 from zimgkit.runtime.commands.inspect import range_text
+from zimgkit.runtime.commands.options import AS_JSON, QUIET
 
 if TYPE_CHECKING:
     from zimgkit.export.compilers.compile import CompiledComponent
 
 
-@click.command("compile")
+@click.command("compile", cls=ExportCommand)
 @BUNDLE
 @click.option(
     "--backend",

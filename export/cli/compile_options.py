@@ -21,27 +21,45 @@ OPTIONS = (
     click.option(
         "--size", "sizes", multiple=True, metavar="WxH", help="Serve this one size, fastest; may be repeated."
     ),
-    click.option("--min-size", metavar="WxH", help="The min of the range up to --max-size. [default: 256x256]"),
-    click.option("--opt-size", metavar="WxH", help="The size that range is optimized for. [default: the checkpoint's]"),
-    click.option("--max-size", metavar="WxH", help="Serve a range of sizes, up to this one."),
-    click.option("--max-prompt-tokens", type=int, metavar="N", help="The longest prompt to serve. [default: 512]"),
+    click.option("--min-size", metavar="WxH", help="The smallest size of a range up to --max-size. [default: 256x256]"),
     click.option(
-        "--batch", type=int, default=1, show_default=True, help="Pictures of a prompt denoised together, at most."
+        "--opt-size", metavar="WxH", help="The size that a range is optimized for. [default: the checkpoint's]"
+    ),
+    click.option("--max-size", metavar="WxH", help="Serve a range of sizes, up to this one."),
+    click.option(
+        "--max-prompt-tokens", type=int, metavar="N", help="The longest prompt to serve, in tokens. [default: 512]"
     ),
     click.option(
-        "--component", "components", multiple=True, metavar="NAME", help="Compile only this one; may be repeated."
+        "--batch",
+        type=int,
+        default=1,
+        show_default=True,
+        help="How many pictures of a prompt are denoised together, at most.",
+    ),
+    click.option(
+        "--component",
+        "components",
+        multiple=True,
+        metavar="NAME",
+        help="Compile this component alone; may be repeated.",
     ),
     click.option(
         "--weight-streaming-budget",
         metavar="BYTES",
         help="Keep this much of each component's weights on the device (8GB), and stream the rest.",
     ),
-    click.option("--workspace", metavar="BYTES", help="Scratch memory a layer may take (4GB). [default: all]"),
+    click.option("--workspace", metavar="BYTES", help="The scratch memory that a layer may take (4GB). [default: all]"),
     click.option(
-        "--optimization-level", type=click.IntRange(0, 5), help="0 compiles fastest, 5 searches longest. [default: 3]"
+        "--optimization-level",
+        type=click.IntRange(0, 5),
+        help="How long to search for fast kernels: 0 compiles fastest. [default: 3]",
     ),
-    click.option("--refittable", is_flag=True, help="Plans that take other weights later; may run slower. Unproven."),
-    click.option("--stripped", is_flag=True, help="Plans without weights, which are loaded from the bundle. Unproven."),
+    click.option(
+        "--refittable", is_flag=True, help="Make plans that take other weights later, and may run slower; unproven."
+    ),
+    click.option(
+        "--stripped", is_flag=True, help="Make plans without weights, which are loaded from the bundle; unproven."
+    ),
     click.option("--force", is_flag=True, help="Compile engines that are up to date as well."),
     click.option("--detailed", is_flag=True, help="List every layer of every plan."),
 )

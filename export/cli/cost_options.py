@@ -12,8 +12,13 @@ from zimgkit.export.cli.options import FILE
 if TYPE_CHECKING:
     from zimgkit.export.quality.runs import Trial
 
-PROMPTS = click.option("--prompts", "cost_prompts", type=FILE, help="Of the pictures, one a line. [default: three]")
-SIZE = click.option("--size", "cost_size", metavar="WxH", help="Of the pictures. [default: the checkpoint's]")
+PROMPTS = click.option(
+    "--prompts",
+    "cost_prompts",
+    type=FILE,
+    help="A file with the prompts of the pictures, one a line. [default: three of our own]",
+)
+SIZE = click.option("--size", "cost_size", metavar="WxH", help="The size of the pictures. [default: the checkpoint's]")
 
 
 def trial(cost_prompts: Path | None, cost_size: str | None, cost_steps: int | None) -> Trial:

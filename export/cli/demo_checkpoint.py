@@ -7,14 +7,15 @@ from pathlib import Path
 import click
 
 from zimgkit.export.cli.extras import need_export
+from zimgkit.export.cli.headings import ExportCommand
 from zimgkit.export.cli.options import FILE
 from zimgkit.export.networks.registry import FAMILIES
 
 
-@click.command("demo-checkpoint")
+@click.command("demo-checkpoint", cls=ExportCommand)
 @click.argument("folder", type=FILE)
-@click.option("--family", type=click.Choice(list(FAMILIES)), required=True, help="Which architecture.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
+@click.option("--family", type=click.Choice(list(FAMILIES)), required=True, help="The architecture to write.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The seed of the random weights.")
 @click.option("--overwrite", is_flag=True, help="Replace a demo checkpoint that is there.")
 def demo_checkpoint_command(folder: Path, family: str, seed: int, overwrite: bool) -> None:
     """Write a tiny checkpoint with random weights into FOLDER, in the diffusers layout."""

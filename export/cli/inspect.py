@@ -5,11 +5,13 @@ from __future__ import annotations
 import click
 
 from zimgkit.export.cli.extras import need_export
-from zimgkit.export.cli.options import AS_JSON, REVISION, SOURCE
+from zimgkit.export.cli.headings import ExportCommand
+from zimgkit.export.cli.options import REVISION, SOURCE
 from zimgkit.runtime.commands import console
+from zimgkit.runtime.commands.options import AS_JSON
 
 
-@click.command("inspect")
+@click.command("inspect", cls=ExportCommand)
 @click.argument("model")
 @REVISION
 @SOURCE

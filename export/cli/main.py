@@ -14,10 +14,11 @@ from zimgkit.export.cli.sensitivity import sensitivity_command
 from zimgkit.export.cli.swap_lora import swap_lora_command
 from zimgkit.export.cli.verify import verify_command
 from zimgkit.runtime.commands import console
+from zimgkit.runtime.commands.options import SETTINGS
 
 
-@click.group("zimg-export", context_settings={"max_content_width": 110})
-@click.version_option(zimgkit.__version__, message="%(version)s")
+@click.group("zimg-export", context_settings=SETTINGS)
+@click.version_option(zimgkit.__version__, "-V", "--version", message="%(version)s")
 def cli() -> None:
     """Turn checkpoints into bundles that run without PyTorch."""
 

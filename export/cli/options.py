@@ -31,27 +31,30 @@ SOURCE = click.option(
     type=click.Choice(["huggingface", "modelscope"]),
     default="huggingface",
     show_default=True,
-    help="The hub of a hub id.",
+    help="The hub to fetch from.",
 )
-REVISION = click.option("--revision", help="Branch, tag or commit on the hub.")
+REVISION = click.option("--revision", help="The branch, tag or commit on the hub.")
 LORA = click.option(
     "--lora",
     "loras",
     multiple=True,
     metavar="LORA[:SCALE]",
-    help="A file, a folder or a hub's file (owner/name/file.safetensors) to merge; may be given several times.",
+    help="A LoRA to merge: a file, a folder, a file on a hub (owner/name/file.safetensors) or its URL. Repeatable.",
 )
-KEEP_BASE = click.option("--keep-base", is_flag=True, help="Keep base weights too: the next swap needs no checkpoint.")
+KEEP_BASE = click.option(
+    "--keep-base", is_flag=True, help="Keep the base weights too, so that the next swap needs no checkpoint."
+)
 ALLOW_UNMATCHED = click.option(
     "--allow-unmatched", is_flag=True, help="Skip modules of a LoRA that the model does not have."
 )
-STEPS = click.option("--num-inference-steps", type=int, help="Another default than the checkpoint's or the LoRA's.")
-GUIDANCE = click.option(
-    "--guidance-scale", type=float, help="Another default, as diffusers counts it, than the checkpoint's or the LoRA's."
+STEPS = click.option(
+    "--num-inference-steps", type=int, help="The steps to recommend. [default: the checkpoint's or the LoRA's]"
 )
-DEVICE = click.option("--device", help="cpu, cuda or cuda:N. [default: the best one present]")
-QUIET = click.option("--quiet", is_flag=True, help="No progress bar.")
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+GUIDANCE = click.option(
+    "--guidance-scale",
+    type=float,
+    help="The guidance scale to recommend, as diffusers counts it. [default: the checkpoint's or the LoRA's]",
+)
 
 
 def add_options(options: Iterable[Option], command: Command) -> Command:

@@ -20,19 +20,36 @@ if TYPE_CHECKING:
     from zimgkit.export.quantization.statistics import Statistics
 
 _CALIBRATION = (
-    click.option("--calibration-size", multiple=True, metavar="WxH", help="Of the pictures; may be repeated."),
-    click.option("--calibration-steps", type=click.IntRange(1), help="Of each picture."),
-    click.option("--calibration-device", help="cpu, cuda or cuda:N. [default: the best one present]"),
+    click.option(
+        "--calibration-size",
+        multiple=True,
+        metavar="WxH",
+        help="A size of the calibration's pictures; may be repeated. [default: the checkpoint's]",
+    ),
+    click.option(
+        "--calibration-steps",
+        type=click.IntRange(1),
+        help="The steps of each of its pictures. [default: the checkpoint's]",
+    ),
+    click.option(
+        "--calibration-device", help="The device to calibrate on: cpu, cuda or cuda:N. [default: the best one present]"
+    ),
 )
 _BUILD = (
     click.option(
-        "--recipe", type=FILE, help="Which linears stay unquantized (TOML). [default: the family's or model's own]"
+        "--recipe",
+        type=FILE,
+        help="A TOML file that says which linears stay unquantized. [default: the family's or model's own]",
     ),
     click.option(
-        "--calibration", type=FILE, help="Prompts, one a line, or the .calibration.safetensors of an earlier run."
+        "--calibration",
+        type=FILE,
+        help="A file of prompts, one a line, or the .calibration.safetensors of an earlier run.",
     ),
     click.option(
-        "--from-bundle", type=BUNDLE_FOLDER, help="A float bundle to calibrate on; by default one is built for it."
+        "--from-bundle",
+        type=BUNDLE_FOLDER,
+        help="The float bundle to calibrate on. [default: one that is built for it]",
     ),
     *_CALIBRATION,
     click.option(
@@ -41,17 +58,29 @@ _BUILD = (
         type=click.Choice(["max", "percentile", "mse"]),
         help="How the range of each input follows from its statistics. [default: max]",
     ),
-    click.option("--smooth", type=float, help="SmoothQuant's alpha, 0 for none. [default: 0.5 in int8]"),
+    click.option("--smooth", type=float, help="The alpha of SmoothQuant; 0 is none. [default: 0.5 in int8]"),
     click.option(
         "--measure",
         is_flag=True,
         default=None,
         help="Measure what the precision costs, and warn past the recipe's bound.",
     ),
-    click.option("--strict", is_flag=True, default=None, help="As --measure, and build nothing past the bound."),
-    click.option("--cost-prompts", type=FILE, help="For --measure: prompts, one a line. [default: three]"),
-    click.option("--cost-size", metavar="WxH", help="For --measure: of the pictures. [default: the checkpoint's]"),
-    click.option("--cost-steps", type=click.IntRange(1), help="For --measure: of each picture. [default: likewise]"),
+    click.option(
+        "--strict", is_flag=True, default=None, help="Measure as --measure does, and build nothing past the bound."
+    ),
+    click.option(
+        "--cost-prompts",
+        type=FILE,
+        help="A file with the prompts to measure on, one a line. [default: three of our own]",
+    ),
+    click.option(
+        "--cost-size", metavar="WxH", help="The size of the pictures to measure on. [default: the checkpoint's]"
+    ),
+    click.option(
+        "--cost-steps",
+        type=click.IntRange(1),
+        help="The steps of each picture to measure on. [default: the checkpoint's]",
+    ),
 )
 _MEASURE_NAMES = ("measure", "strict", "cost_prompts", "cost_size", "cost_steps")
 _CALIBRATION_RUN_NAMES = ("from_bundle", "calibration_size", "calibration_steps", "calibration_device")
@@ -65,7 +94,9 @@ def build_options(command: Command) -> Command:
 
 def calibrate_options(command: Command) -> Command:
     """Add the options of ``calibrate``."""
-    prompts = click.option("--prompts", type=FILE, help="One a line. [default: a dozen in English and Chinese]")
+    prompts = click.option(
+        "--prompts", type=FILE, help="A file of prompts, one a line. [default: a dozen in English and Chinese]"
+    )
     return add_options((prompts, *_CALIBRATION), command)
 
 

@@ -10,18 +10,10 @@ import click
 from zimgkit.engines.errors import OutputError, UsageError
 from zimgkit.export.cli import cost_options
 from zimgkit.export.cli.extras import need_export
-from zimgkit.export.cli.options import (
-    AS_JSON,
-    BUNDLE_FOLDER,
-    CALIBRATED,
-    DEVICE,
-    FILE,
-    QUANTIZED,
-    QUIET,
-    REVISION,
-    SOURCE,
-)
+from zimgkit.export.cli.headings import ExportCommand
+from zimgkit.export.cli.options import BUNDLE_FOLDER, CALIBRATED, FILE, QUANTIZED, REVISION, SOURCE
 from zimgkit.runtime.commands import console
+from zimgkit.runtime.commands.options import AS_JSON, DEVICE, QUIET
 
 if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle
@@ -29,12 +21,12 @@ if TYPE_CHECKING:
     from zimgkit.runtime.progress import Report
 
 
-@click.command("sensitivity")
+@click.command("sensitivity", cls=ExportCommand)
 @click.argument("bundle", required=False, type=BUNDLE_FOLDER)
 @click.option("--model", help="A checkpoint, in place of a bundle; one in bf16 is built for the measurement.")
-@click.option("--precision", type=click.Choice(QUANTIZED), required=True, help="What to quantize to.")
+@click.option("--precision", type=click.Choice(QUANTIZED), required=True, help="The precision to quantize to.")
 @click.option("--target", type=float, help="The cosine to reach. [default: the bound of the family's recipe]")
-@click.option("--out", type=FILE, help="Write the recipe to this file.")
+@click.option("-o", "--out", type=FILE, help="Write the recipe to this file.")
 @click.option(
     "--by",
     type=click.Choice(["linear", "kind", "block"]),
@@ -44,8 +36,10 @@ if TYPE_CHECKING:
 )
 @cost_options.PROMPTS
 @cost_options.SIZE
-@click.option("--steps", "cost_steps", type=click.IntRange(1), default=4, show_default=True, help="Of each picture.")
-@click.option("--calibration", type=FILE, help="For fp8 and int8: statistics. [default: those beside the bundle]")
+@click.option(
+    "--steps", "cost_steps", type=click.IntRange(1), default=4, show_default=True, help="The steps of each picture."
+)
+@click.option("--calibration", type=FILE, help="The statistics of a calibration. [default: those beside the bundle]")
 @DEVICE
 @REVISION
 @SOURCE

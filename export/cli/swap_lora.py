@@ -8,34 +8,34 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zimgkit.export.cli.extras import need
+from zimgkit.export.cli.headings import ExportCommand
 from zimgkit.export.cli.options import (
     ALLOW_UNMATCHED,
-    AS_JSON,
     BUNDLE,
     COMPILED_BACKENDS,
     FILE,
     GUIDANCE,
     KEEP_BASE,
     LORA,
-    QUIET,
     REVISION,
     SOURCE,
     STEPS,
     refuse_carried,
 )
 from zimgkit.runtime.commands import console
+from zimgkit.runtime.commands.options import AS_JSON, QUIET
 
 if TYPE_CHECKING:
     from zimgkit.export.lora.swap import Swapped
 
 
-@click.command("swap-lora")
+@click.command("swap-lora", cls=ExportCommand)
 @BUNDLE
 @LORA
-@click.option("--out", type=FILE, help="A new bundle, which shares all other files.")
+@click.option("-o", "--out", type=FILE, help="Make a new bundle there, which shares all other files.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is at --out.")
 @KEEP_BASE
-@click.option("--model", help="The checkpoint it was built from, where that has moved.")
+@click.option("--model", help="The checkpoint that the bundle was built from, where that has moved.")
 @REVISION
 @SOURCE
 @ALLOW_UNMATCHED

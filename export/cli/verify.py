@@ -10,30 +10,36 @@ import click
 from zimgkit.engines.base import BACKENDS
 from zimgkit.export.cli import cost_options
 from zimgkit.export.cli.extras import need_export
-from zimgkit.export.cli.options import AS_JSON, BUNDLE, BUNDLE_FOLDER, DEVICE, QUIET, REVISION, SOURCE
+from zimgkit.export.cli.headings import ExportCommand
+from zimgkit.export.cli.options import BUNDLE, BUNDLE_FOLDER, REVISION, SOURCE
 from zimgkit.runtime.commands import console
+from zimgkit.runtime.commands.options import AS_JSON, DEVICE, QUIET
 
 if TYPE_CHECKING:
     from zimgkit.export.quality.verify import Measuring
 
 
-@click.command("verify")
+@click.command("verify", cls=ExportCommand)
 @BUNDLE
-@click.option("--model", required=True, help="The checkpoint it was built from.")
+@click.option("--model", required=True, help="The checkpoint that the bundle was built from.")
 @REVISION
 @SOURCE
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the inputs the networks are compared on.")
-@click.option("--cost/--no-cost", default=None, help="Measure what its precision costs. [default: if quantized]")
-@click.option("--strict", is_flag=True, help="Fail past the bound of the recipe it was built by.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="The seed of the inputs that networks are compared on."
+)
+@click.option("--cost/--no-cost", default=None, help="Measure what the precision costs. [default: if quantized]")
+@click.option("--strict", is_flag=True, help="Fail past the bound of the recipe that the bundle was built by.")
 @cost_options.PROMPTS
 @cost_options.SIZE
-@click.option("--steps", "cost_steps", type=click.IntRange(1), help="Of each picture. [default: the checkpoint's]")
+@click.option(
+    "--steps", "cost_steps", type=click.IntRange(1), help="The steps of each picture. [default: the checkpoint's]"
+)
 @click.option(
     "--reference",
     "references",
     type=BUNDLE_FOLDER,
     multiple=True,
-    help="A bundle of the same checkpoint in fp32 or bf16; by default both are built for the measurement.",
+    help="A bundle of the same checkpoint in fp32 or bf16. [default: both are built for the measurement]",
 )
 @click.option("--judge", type=click.IntRange(0), help="How many pictures to judge. [default: 200 of zimg-tiny-…]")
 @click.option(

@@ -11,13 +11,17 @@ import zimgkit
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.commands import console
-from zimgkit.runtime.commands.options import AS_JSON, BACKEND, BUNDLE, DEVICE, QUIET, SETTINGS, call_options
+from zimgkit.runtime.commands.headings import RunCommand
+from zimgkit.runtime.commands.options import AS_JSON, BACKEND, BUNDLE, DEVICE, FROM_IMAGE, QUIET, SETTINGS, call_options
 
 
 @click.group("zimg-run", context_settings=SETTINGS)
 @click.version_option(zimgkit.__version__, "-V", "--version", message="%(version)s")
 def cli() -> None:
     """Run a bundle: pictures from prompts, without PyTorch."""
+
+
+cli.command_class = RunCommand
 
 
 @cli.command()
@@ -27,10 +31,10 @@ def cli() -> None:
     type=BUNDLE,
     default=demo_models.DEFAULT,
     show_default=True,
-    help=f"A bundle's folder, or one of zimgkit's own: {', '.join(demo_models.NAMES)}.",
+    help=f"The bundle's folder, or one of zimgkit's own: {', '.join(demo_models.NAMES)}.",
 )
 @call_options()
-@click.option("--from-image", type=click.Path(path_type=Path), help="Take all parameters not given from this picture.")
+@FROM_IMAGE
 @BACKEND
 @DEVICE
 @click.option(
@@ -39,7 +43,7 @@ def cli() -> None:
     type=click.Path(path_type=Path),
     default=Path("out.png"),
     show_default=True,
-    help="PNG, JPEG or WebP by its ending; several pictures are numbered.",
+    help="The picture's file: PNG, JPEG or WebP by its ending; several are numbered.",
 )
 @QUIET
 @AS_JSON
@@ -80,7 +84,7 @@ def generate(
 
 
 @cli.command()
-@click.argument("prompts", type=click.Path(path_type=Path))
+@click.argument("prompts", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--bundle",
     "bundles",
@@ -88,22 +92,29 @@ def generate(
     type=BUNDLE,
     default=[demo_models.DEFAULT],
     show_default=True,
-    help="May be given several times: their pictures stand side by side.",
+    help="A bundle; may be repeated: the pictures of all stand side by side.",
 )
-@click.option("--columns", type=int, default=4, show_default=True, help="Prompts side by side.")
-@call_options(leave_out=("prompt", "num_images_per_prompt"), defaults={"seed": 0})
+@click.option("--columns", type=int, default=4, show_default=True, help="How many prompts stand side by side.")
+@call_options(leave_out=("prompt",), defaults={"seed": "0"})
+@FROM_IMAGE
 @BACKEND
 @DEVICE
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default=Path("sheet.png"), show_default=True, help="The page."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("sheet.png"),
+    show_default=True,
+    help="The page's file: PNG, JPEG or WebP by its ending.",
 )
 @QUIET
 @AS_JSON
 def sheet(
-    prompts: Path,
+    prompts: Path | None,
     bundles: tuple[Path, ...],
     columns: int,
     output: Path,
+    from_image: Path | None,
     backend: str,
     device: str | None,
     quiet: bool,
@@ -116,10 +127,11 @@ def sheet(
 
     with bar(enabled=not quiet) as report:
         result = draw_sheet(
-            prompts_of(prompts),
+            prompts_of(prompts) if prompts else (),
             output,
             call,
             bundles=bundles,
+            from_image=from_image,
             columns=columns,
             backend=backend,
             device=device,

@@ -54,9 +54,9 @@ def generate(
     """
     given = {name: value for name, value in call.items() if value is not None}
     count = checked(BY_NAME["num_images_per_prompt"], given.pop("num_images_per_prompt", 1))
-    template = read(from_image) if from_image else None
+    template = read(from_image, warn) if from_image else None
     if template:
-        given = _filled(given, template)
+        given = filled(given, template)
     if not given.get("prompt"):
         raise UsageError("there is nothing to draw", "give --prompt TEXT, or --from-image PICTURE")
     paths = _numbered(output, count)
@@ -64,20 +64,10 @@ def generate(
         images.check_target(path)
     started = time.perf_counter()
     with Pipeline.open(bundle, backend=backend, device=device, memory_budget=0, report=report, warn=warn) as pipeline:
-        manifest = pipeline.bundle.manifest
-        if template is None:
-            given.setdefault("negative_prompt", manifest.defaults.negative_prompt)
-        elif template.model not in (None, manifest.name):
-            warn(f"{from_image} was made by {template.model}, and this bundle is {manifest.name}")
-        elif template.model and template.loras != _loras(manifest):
-            had, has = template.loras or "no LoRA", _loras(manifest) or "no LoRA"
-            warn(f"{from_image} was made with {had}, and this bundle has {has}")
+        given |= completed(pipeline, given, template, count)
+        if template:
+            warn_of_others(template, f"{from_image}", pipeline.bundle.manifest, warn)
         index, drawn = (template.image_index, template.num_images) if template and count == 1 else (0, count)
-        if index and "seed" in given:
-            # Its noise was drawn together with that of the pictures before it, which need not be made again.
-            request = check(manifest, pipeline.session.family, **given)
-            size = (request.height, request.width)
-            given["latents"] = pipeline.session.draw_noise(drawn, request.seed, *size, index)
         result = pipeline(**given, num_images_per_prompt=count)
     seconds = time.perf_counter() - started
     made = [_record(result, pipeline, index + i, drawn) for i in range(count)]
@@ -93,7 +83,30 @@ def generate(
     }
 
 
-def _filled(given: Mapping[str, Any], template: Record) -> dict[str, Any]:
+def completed(pipeline: Pipeline, given: Mapping[str, Any], template: Record | None, count: int) -> dict[str, Any]:
+    """What a call on a bundle takes beside what was given: its negative prompt, or the noise of a picture's batch."""
+    manifest = pipeline.bundle.manifest
+    if template is None:
+        return {"negative_prompt": given.get("negative_prompt", manifest.defaults.negative_prompt)}
+    if count > 1 or not template.image_index or "seed" not in given:
+        return {}
+    # Its noise was drawn together with that of the pictures before it, which need not be made again.
+    request = check(manifest, pipeline.session.family, **given)
+    size = (request.height, request.width)
+    noise = pipeline.session.draw_noise(template.num_images, request.seed, *size, template.image_index)
+    return {"latents": noise}
+
+
+def warn_of_others(template: Record, path: str, manifest: Manifest, warn: Callable[[str], None]) -> None:
+    """Warn where a picture was made by another model, or with other LoRAs."""
+    if template.model not in (None, manifest.name):
+        warn(f"{path} was made by {template.model}, and this bundle is {manifest.name}")
+    elif template.model and template.loras != _loras(manifest):
+        had, has = template.loras or "no LoRA", _loras(manifest) or "no LoRA"
+        warn(f"{path} was made with {had}, and this bundle has {has}")
+
+
+def filled(given: Mapping[str, Any], template: Record) -> dict[str, Any]:
     """What was given, and the rest from a picture."""
     known = template.call()
     # The family's own scale is exact; pictures of other tools have only the other one.

@@ -46,35 +46,36 @@ BACKEND = click.option(
     show_default=True,
     help="What runs the networks.",
 )
-DEVICE = click.option("--device", help="cpu, cuda or cuda:N. [default: the best one present]")
-QUIET = click.option("--quiet", is_flag=True, help="No progress bar.")
+DEVICE = click.option("--device", help="The device to run on: cpu, cuda or cuda:N. [default: the best one present]")
+FROM_IMAGE = click.option(
+    "--from-image", type=click.Path(path_type=Path), help="Take all parameters that are not given from this picture."
+)
+QUIET = click.option("--quiet", is_flag=True, help="Show no progress bar.")
 SETTINGS = {"max_content_width": 110, "help_option_names": ["-h", "--help"]}
 SHORT = {"prompt": "-p"}
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
-def call_options(leave_out: Collection[str] = (), defaults: Mapping[str, Any] = {}) -> Decorator:
+def call_options(leave_out: Collection[str] = (), defaults: Mapping[str, str] = {}) -> Decorator:
     """Add an option for every parameter of a call that the command line has, named as the parameter is.
 
     Args:
         leave_out: names of parameters that this command does not take.
-        defaults: of those that have one here; the others are None where they are not given.
+        defaults: what is used here where another than elsewhere is, in words; no option has a value if it is not given.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for parameter in reversed(PARAMETERS):
             if not parameter.option or parameter.name in leave_out:
                 continue
-            default, text = defaults.get(parameter.name), parameter.help
-            if default is None and parameter.name != "prompt":
-                text += f" [default: {parameter.default or RECOMMENDED}]"
+            text, default = parameter.help, defaults.get(parameter.name, parameter.default or RECOMMENDED)
+            if parameter.name != "prompt":
+                text += f" [default: {default}]"
             command = click.option(
                 *filter(None, [SHORT.get(parameter.name)]),
                 f"--{parameter.option}",
                 parameter.name,
                 type=parameter.type,
-                default=default,
-                show_default=default is not None,
                 help=text,
             )(command)
         return command

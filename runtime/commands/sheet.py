@@ -1,4 +1,4 @@
-"""``zimg-run sheet``: a page of pictures, one cell for each prompt; in a cell, one picture of each bundle.
+"""``zimg-run sheet``: a page of pictures, one cell for each prompt; in a cell, the pictures of each bundle.
 
 The same seed goes to every picture, so what differs within a cell is the bundles.
 """
@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime import demo_models
+from zimgkit.runtime.commands.generate import completed, filled, warn_of_others
+from zimgkit.runtime.parameters import BY_NAME, checked
+from zimgkit.runtime.pictures.metadata import read
 from zimgkit.runtime.pictures.saving import check_target, save
 from zimgkit.runtime.pictures.sheet import compose
 from zimgkit.runtime.pipeline import Pipeline
@@ -21,7 +24,10 @@ from zimgkit.runtime.text.prompts import read_prompts
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MOST_PROMPTS = 1000
+MOST = 1000
+"""Prompts of a page, and pictures of a bundle on it."""
+SEED = 0
+"""Without another one: pages are compared."""
 
 
 def prompts_of(path: Path) -> list[str]:
@@ -31,8 +37,8 @@ def prompts_of(path: Path) -> list[str]:
         UsageError: there is no such file, it is no text in UTF-8, or holds no prompts or too many.
     """
     prompts = read_prompts(path)
-    if not 0 < len(prompts) <= MOST_PROMPTS:
-        raise UsageError(f"{path} holds {len(prompts)} prompts", f"give 1 to {MOST_PROMPTS}, one a line")
+    if not 0 < len(prompts) <= MOST:
+        raise UsageError(f"{path} holds {len(prompts)} prompts", f"give 1 to {MOST}, one a line")
     return prompts
 
 
@@ -42,6 +48,7 @@ def draw_sheet(
     call: Mapping[str, Any],
     *,
     bundles: Sequence[Path],
+    from_image: Path | None = None,
     columns: int = 4,
     backend: str = "onnxruntime",
     device: str | None = None,
@@ -51,10 +58,11 @@ def draw_sheet(
     """Draw every prompt with every bundle, and save all pictures as one.
 
     Args:
-        prompts: one for each cell.
+        prompts: one for each cell; none for that of ``from_image``.
         output: the file.
         call: parameters of :meth:`Pipeline.__call__` by name, None where one was not given.
         bundles: folders, or names of bundles that zimgkit carries.
+        from_image: a picture whose parameters fill in what is not given.
         columns: cells side by side.
         backend: as for :meth:`Pipeline.open`.
         device: as for :meth:`Pipeline.open`.
@@ -69,22 +77,36 @@ def draw_sheet(
     """
     if columns < 1:
         raise UsageError(f"columns is {columns}", "give 1 or more")
-    check_target(output)
     given = {name: value for name, value in call.items() if value is not None}
-    rows: list[list[Image]] = []
+    count = checked(BY_NAME["num_images_per_prompt"], given.pop("num_images_per_prompt", 1))
+    template = read(from_image, warn) if from_image else None
+    if template:
+        given = filled(given, template)
+        prompts = prompts or [text for text in [given["prompt"]] if text]
+    given.pop("prompt", None)
+    given.setdefault("seed", SEED)
+    if not prompts:
+        raise UsageError("there is nothing to draw", "name a file of prompts, or give --from-image PICTURE")
+    if len(prompts) * count > MOST:
+        raise UsageError(f"a page of {len(prompts)} prompts, {count} pictures each", f"draw at most {MOST} pictures")
+    check_target(output)
+    rows: list[list[list[Image]]] = []
     made = []
     for bundle in bundles:
         started = time.perf_counter()
         with Pipeline.open(demo_models.locate(bundle), backend=backend, device=device, warn=warn) as pipeline:
             manifest = pipeline.bundle.manifest
-            wanted = {"negative_prompt": manifest.defaults.negative_prompt} | given
+            wanted = given | completed(pipeline, {"prompt": prompts[0], **given}, template, count)
+            if template:
+                warn_of_others(template, f"{from_image}", manifest, warn)
             row = []
             for number, prompt in enumerate(prompts):
                 report(manifest.name, number, len(prompts))
-                row += pipeline(prompt, **wanted).images
+                row.append(pipeline(prompt, **wanted, num_images_per_prompt=count).images)
             report(manifest.name, len(prompts), len(prompts))
         rows.append(row)
         made.append({"name": manifest.name, "seconds": round(time.perf_counter() - started, 3)})
-    page = compose(prompts, list(zip(*rows, strict=True)), columns)
+    cells = [[picture for pictures in cell for picture in pictures] for cell in zip(*rows, strict=True)]
+    page = compose(prompts, cells, columns)
     save(page, output)
     return {"path": str(output), "width": page.width, "height": page.height, "bundles": made}

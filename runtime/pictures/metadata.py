@@ -10,6 +10,8 @@ format       text                                   exact copy
 PNG          text chunk ``parameters``              text chunk ``zimg``
 JPEG, WebP   EXIF ``UserComment``, in UTF-16        EXIF ``MakerNote``
 ===========  =====================================  ========================
+
+What other tools write is read by :mod:`zimgkit.runtime.pictures.foreign`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ import msgspec
 
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.parameters import PARAMETERS
+from zimgkit.runtime.pictures import foreign
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,8 +37,12 @@ PAIR = re.compile(r'(\w[\w /-]{0,60}):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 """One ``Key: value`` of the last line. Keys are bounded so that a long prompt is not searched over and over."""
 TEXT_CHUNK, EXACT_CHUNK = "parameters", "zimg"
 EXIF_IFD, USER_COMMENT, MAKER_NOTE = 0x8769, 0x9286, 0x927C
+SOFTWARE, NAMED_TAGS = 0x0131, (0x010E, 0x010F, 0x0110)
+"""EXIF tags; the latter hold ``name:text`` where ComfyUI writes WebP."""
 UNICODE, MAKER = b"UNICODE\0", b"zimg\0"
 MAX_IMAGES = 1000
+MOST_NAMED = 6
+"""Names in a warning."""
 JPEG_EXIF_LIMIT = 65_533 - len(b"Exif\0\0")
 """Bytes of EXIF that a JPEG segment can hold."""
 
@@ -58,6 +65,10 @@ KEYS: dict[str, tuple[str, type]] = {
     **PROVENANCE,
 }
 """Key in the text -> field, and its type."""
+
+
+READ = {*KEYS, "Size", "Sampler", "Model hash"}
+"""Keys of the web UI that are read, or say what is not worth a warning."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -123,10 +134,7 @@ def from_text(text: str) -> Record:
     Keys that zimgkit does not know, and values it cannot read, are passed over. Exact only for prompts that do not
     look like the rest of the text.
     """
-    lines = text.strip().split("\n")
-    # The web UI takes a last line for parameters if it has three of them, and else for a part of the prompt.
-    matches = PAIR.findall(lines[-1])
-    pairs = {key.strip(): _unquote(value) for key, value in matches} if len(matches) >= 3 else {}
+    lines, pairs = text.strip().split("\n"), _pairs(text)
     body = lines[:-1] if pairs else lines
     split = next((i for i, line in enumerate(body) if line.lstrip().startswith(NEGATIVE)), len(body))
     negative = "\n".join(body[split:]).lstrip().removeprefix(NEGATIVE).strip()
@@ -136,6 +144,12 @@ def from_text(text: str) -> Record:
     known = {name: value for name, value in found.items() if value is not None}
     record: Record = Parameters(prompt="\n".join(body[:split]).strip(), negative_prompt=negative or None, **known)
     return record
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """The parameters in the last line, if it has three of them: else the web UI takes it for a part of the prompt."""
+    matches = PAIR.findall(text.strip().split("\n")[-1])
+    return {key.strip(): _unquote(value) for key, value in matches} if len(matches) >= 3 else {}
 
 
 def from_json(text: str | bytes) -> Record:
@@ -194,8 +208,12 @@ def embedded(parameters: Record, kind: str) -> dict[str, Any]:
     return {}
 
 
-def read(path: Path) -> Record:
+def read(path: Path, warn: Callable[[str], None] = lambda message: None) -> Record:
     """Read what made a picture from its file: the exact copy if zimgkit wrote one, else the text of another tool.
+
+    Args:
+        path: the file.
+        warn: called with what another tool has written that is not taken over, if anything.
 
     Raises:
         UsageError: there is no such file, it is no picture, or it carries no parameters or impossible ones.
@@ -204,15 +222,22 @@ def read(path: Path) -> Record:
 
     try:
         with Image.open(path) as image:
-            text, exact = _carried(image)
+            texts, exact = _carried(image)
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist", "name a picture that zimgkit has written") from None
     except Exception as error:  # Pillow raises many kinds at broken files.
         raise UsageError(f"{path} is no picture zimgkit can read ({error})", "name a PNG, JPEG or WebP file") from None
-    parameters = _decoded(exact) or (from_text(text) if text else None)
+    parameters = _decoded(exact)
     if parameters is None:
-        hint = "name one as it was written: editors and web sites drop them"
-        raise UsageError(f"{path} carries no generation parameters", hint)
+        parameters, tool, left = _of_another_tool(texts)
+        if parameters is None:
+            made = f", and was made by {tool}" if tool else ""
+            hint = "name one as it was written: editors and web sites drop them"
+            raise UsageError(f"{path} carries no generation parameters{made}", hint)
+        if left:
+            names = [name[:40] for name in left[:MOST_NAMED]]
+            more = f" and {len(left) - MOST_NAMED} more" if len(left) > MOST_NAMED else ""
+            warn(f"{path} was made by {tool}, of which is not taken over: {', '.join(names)}{more}")
     if not 0 <= parameters.image_index < parameters.num_images <= MAX_IMAGES:
         place = f"picture {parameters.image_index} of {parameters.num_images}"
         raise UsageError(f"{path} says that it is {place}, which cannot be", "give the parameters by hand")
@@ -226,21 +251,39 @@ def _decoded(exact: str | bytes) -> Record | None:
         return None
 
 
-def _carried(image: Image.Image) -> tuple[str, str | bytes]:
-    """The text and the exact copy that a picture carries; empty where it has none."""
-    if image.format == "PNG":
-        return str(image.info.get(TEXT_CHUNK, "")), str(image.info.get(EXACT_CHUNK, ""))
-    tags = image.getexif().get_ifd(EXIF_IFD)
+def _of_another_tool(texts: Mapping[str, str]) -> tuple[Record | None, str, Sequence[str]]:
+    """What another tool has written, None if nothing that is known; the tool's name, and what is not taken over."""
+    if found := foreign.recognize(texts):
+        return Parameters(**({"prompt": ""} | found.call), version=found.tool), found.tool, found.left
+    tool = texts.get("Software", "")[:60]
+    if not (text := texts.get(TEXT_CHUNK)):
+        return None, tool, ()
+    return from_text(text), tool or "another tool", [key for key in _pairs(text) if key not in READ]
+
+
+def _carried(image: Image.Image) -> tuple[dict[str, str], str | bytes]:
+    """The texts by their names, and the exact copy, that a picture carries; empty where it has none."""
+    texts = {str(name): str(value) for name, value in image.info.items() if isinstance(value, str)}
+    if isinstance(xmp := image.info.get("xmp"), bytes):
+        texts[foreign.XMP] = xmp.decode("utf-8", "replace")
+    exif = image.getexif()
+    tags = dict(exif) | exif.get_ifd(EXIF_IFD)
+    for tag in NAMED_TAGS:
+        name, colon, text = str(tags.get(tag, "")).partition(":")
+        if colon and name.lower() in ("prompt", "workflow"):
+            texts.setdefault(name.lower(), text.rstrip("\0"))
+    texts.setdefault("Software", str(tags.get(SOFTWARE, "")).rstrip("\0"))
     comment, note = tags.get(USER_COMMENT, b""), tags.get(MAKER_NOTE, b"")
+    texts.setdefault(TEXT_CHUNK, _comment(comment) if isinstance(comment, bytes) else str(comment))
     exact = note.removeprefix(MAKER) if isinstance(note, bytes) and note.startswith(MAKER) else b""
-    return _comment(comment) if isinstance(comment, bytes) else str(comment), exact
+    return texts, texts.get(EXACT_CHUNK, exact) if image.format == "PNG" else exact
 
 
 def _comment(data: bytes) -> str:
-    """A ``UserComment``: eight bytes that name its encoding, then the text."""
+    """A ``UserComment``: eight bytes that name its encoding, which some tools leave out, and the text."""
     kind, body = data[:8], data[8:]
     if kind != UNICODE:
-        return body.decode("utf-8", "replace").rstrip("\0 ")
+        return (body if b"\0" in kind else data).decode("utf-8", "replace").rstrip("\0 ")
     # The web UI writes big-endian; others follow the byte order of their file.
     texts = [body.decode(f"utf-16-{order}", "replace") for order in ("be", "le")]
     return next((text for text in texts if "Steps:" in text), texts[0])

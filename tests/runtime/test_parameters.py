@@ -25,7 +25,7 @@ def options(command: str) -> dict[str, str]:
 def test_the_commands_have_the_options_that_the_list_says():
     expected = {parameter.option: parameter.name for parameter in PARAMETERS if parameter.option}
     assert options("generate") == expected
-    assert options("sheet") == {k: v for k, v in expected.items() if v not in ("prompt", "num_images_per_prompt")}
+    assert options("sheet") == {k: v for k, v in expected.items() if v != "prompt"}
 
 
 def test_the_call_takes_what_the_list_says():

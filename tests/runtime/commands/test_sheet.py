@@ -108,3 +108,32 @@ def test_the_command(tmp_path: Path) -> None:
     assert Image.open(page).width == 128 + 2 * MARGIN
     invoke(main, "sheet", tmp_path / "none.txt").assert_refused("none.txt cannot be read", 2)
     invoke(main, "sheet", prompts, "--columns", 0).assert_refused("columns is 0", 2)
+
+
+def test_a_sheet_takes_what_generate_takes(tmp_path: Path) -> None:
+    small = ("--num-inference-steps", 1, "--quiet")
+    prompts, one, page = tmp_path / "p.txt", tmp_path / "one.png", tmp_path / "page.png"
+    invoke(main, "generate", "a red circle", "--seed", 5, "--num-images", 2, "-o", one, *small)
+    second = tmp_path / "one-2.png"
+    cells = [np.asarray(Image.open(tmp_path / f"one-{number}.png")) for number in (1, 2)]
+    tall, wide, _ = cells[0].shape
+
+    def drawn(*arguments: object) -> list[np.ndarray]:
+        result = invoke(main, "sheet", *arguments, "-o", page, "--quiet")
+        assert (result.code, result.err) == (0, ""), result
+        pixels = np.asarray(Image.open(page))[MARGIN : MARGIN + tall]
+        starts = range(MARGIN, pixels.shape[1] - MARGIN, wide + GAP)
+        return [pixels[:, start : start + wide] for start in starts]
+
+    prompts.write_text("a red circle\n")
+    several = drawn(prompts, "--seed", 5, "--num-images", 2, "--num-inference-steps", 1)
+    assert len(several) == 2 and all(map(np.array_equal, several, cells))
+    assert [np.array_equal(picture, cells[1]) for picture in drawn("--from-image", second)] == [True]
+    prompts.write_text("a blue star\n")
+    invoke(main, "generate", "a blue star", "--seed", 5, "-o", one, *small)
+    assert np.array_equal(drawn(prompts, "--from-image", tmp_path / "one-1.png")[0], np.asarray(Image.open(one)))
+    invoke(main, "sheet").assert_refused("there is nothing to draw; name a file of prompts, or give --from-image", 2)
+    many = invoke(main, "sheet", prompts, "--num-images", 1000, "--num-inference-steps", 1, "--columns", 0)
+    many.assert_refused("columns is 0", 2)
+    prompts.write_text("a\nb\n")
+    invoke(main, "sheet", prompts, "--num-images", 501).assert_refused("draw at most 1000 pictures", 2)

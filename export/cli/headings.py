@@ -1,0 +1,31 @@
+"""The headings of ``zimg-export``'s helps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from zimgkit.runtime.commands.headings import GroupedCommand
+
+
+class ExportCommand(GroupedCommand):
+    """A command of ``zimg-export``."""
+
+    headings: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "Checkpoint": ("model", "revision", "source", "family"),
+        "LoRA": ("loras", "keep_base", "allow_unmatched"),
+        "Precision": ("precision", "card", "recipe", "range_", "smooth", "target", "by"),
+        "Calibration, for fp8 and int8": (
+            *("prompts", "calibration", "from_bundle", "calibration_size", "calibration_steps", "calibration_device"),
+        ),
+        "Cost of the precision": (
+            *("cost", "measure", "strict", "cost_prompts", "cost_size", "cost_steps", "references", "judge", "seed"),
+        ),
+        "Engines and devices": (
+            *("backend", "device", "components", "weight_streaming_budget", "workspace", "optimization_level"),
+            *("refittable", "stripped", "force"),
+        ),
+        "What compiled engines serve": (*("sizes", "min_size", "opt_size", "max_size", "max_prompt_tokens", "batch"),),
+        "What the bundle recommends": ("num_inference_steps", "guidance_scale"),
+        "Output": ("out", "overwrite", "cut_denoiser", "detailed", "quiet", "as_json"),
+    }

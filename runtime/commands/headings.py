@@ -1,0 +1,42 @@
+"""Long helps: a command's options under headings, by one table of their names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import click
+
+
+class GroupedCommand(click.Command):
+    """A command that lists its options under the headings of its class."""
+
+    headings: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Heading -> names of parameters; ``--help``, whose name is click's own, stands under the last."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section for each heading that has options here."""
+        heading_of = {name: heading for heading, names in self.headings.items() for name in names}
+        sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in self.headings}
+        last = [*sections][-1]
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
+                sections[heading_of.get(str(parameter.name), last)].append(record)
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+
+class RunCommand(GroupedCommand):
+    """A command of ``zimg-run``."""
+
+    headings: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "Picture": (*("prompt", "negative_prompt", "height", "width", "num_images_per_prompt", "seed", "from_image"),),
+        "Sampling": (
+            *("num_inference_steps", "guidance_scale", "cfg_scale", "cfg_normalization", "cfg_truncation"),
+            "max_sequence_length",
+        ),
+        "Bundle and device": ("bundle", "bundles", "backend", "device"),
+        "Output": ("output", "columns", "quiet", "as_json"),
+    }
