@@ -20,6 +20,7 @@ from zimgkit.engines.bundle import Source
 from zimgkit.engines.errors import CheckpointError, UsageError
 from zimgkit.engines.tensors.safetensors import SafetensorsError, TensorInfo, read_header
 from zimgkit.export.checkpoints import catalog, hub
+from zimgkit.export.checkpoints.urls import PICKLES, parse_url
 from zimgkit.export.networks.registry import FAMILIES, STORED_PREFIXES, WEIGHT_FILES, family_of_class
 from zimgkit.runtime import demo_models
 
@@ -37,7 +38,6 @@ FILES = (
 )
 """Patterns of the files that a build needs: no pickles, no second copies in other precisions."""
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -91,8 +91,8 @@ def open_checkpoint(model: str, *, revision: str | None = None, source: str = "h
     """Find a checkpoint, fetch what of it is not on this machine, and open it.
 
     Args:
-        model: a folder, a hub id (``owner/name``), a short name, or the name of a model that comes with zimgkit. What
-            exists as a path is a path.
+        model: a folder, a hub id (``owner/name``), its URL, a short name, or the name of a model that comes with
+            zimgkit. What exists as a path is a path.
         revision: for a hub: branch, tag or commit.
         source: the hub, ``"huggingface"`` or ``"modelscope"``.
 
@@ -101,7 +101,7 @@ def open_checkpoint(model: str, *, revision: str | None = None, source: str = "h
         DownloadError: it cannot be fetched.
         UsageError: no such source, or a revision of a local folder.
     """
-    root = _find(model, revision, source, FILES)
+    root, model, revision = _find(model, revision, source, FILES)
     return _open(root, model, revision, lambda component: list(_weight_files(root, component)))
 
 
@@ -111,7 +111,7 @@ def open_configs(model: str, *, revision: str | None = None, source: str = "hugg
     The arguments and errors are those of :func:`open_checkpoint`. ``source.files`` has the components' weight files
     that are on this machine, and leaves out a component that lacks one.
     """
-    root = _find(model, revision, source, CONFIGS)
+    root, model, revision = _find(model, revision, source, CONFIGS)
 
     def present(component: str) -> list[Path]:
         with contextlib.suppress(CheckpointError):
@@ -121,20 +121,24 @@ def open_configs(model: str, *, revision: str | None = None, source: str = "hugg
     return _open(root, model, revision, present)
 
 
-def _find(model: str, revision: str | None, source: str, wanted: tuple[str, ...]) -> Path:
-    """The folder of a checkpoint, after fetching the wanted files of it if it is on a hub."""
+def _find(model: str, revision: str | None, source: str, wanted: tuple[str, ...]) -> tuple[Path, str, str | None]:
+    """The folder of a checkpoint, after fetching the wanted files of it if it is on a hub; its name and revision."""
     path = Path(model).expanduser() if model.startswith("~/") else demo_models.locate(model)
     if model and os.path.lexists(path):
         if revision is not None:
             raise UsageError(f"{model} is a local folder, which has no revisions", "leave --revision out")
-        return path.absolute()
+        return path.absolute(), model, None
+    name = model
+    if address := parse_url(model):
+        revision, source = address.revision_of_all(revision), address.source
+        model, name = address.model_id, address.model
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
         raise CheckpointError(f"{model!r} does not exist", "name a local folder, a hub id (owner/name) or a short name")
     hub_id = catalog.resolve(model)
     if hub_id not in {entry.hub_id for entry in catalog.SERVED}:
         # Gigabytes are not fetched only to find that the model is of another family.
         _family(hub.fetch(hub_id, revision=revision, source=source, allow=CONFIGS[:1]))
-    return hub.fetch(hub_id, revision=revision, source=source, allow=wanted)
+    return hub.fetch(hub_id, revision=revision, source=source, allow=wanted), name, revision
 
 
 def _open(root: Path, model: str, revision: str | None, weight_files: Callable[[str], list[Path]]) -> Checkpoint:

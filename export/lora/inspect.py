@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from zimgkit.export.checkpoints.checkpoint import PICKLES
+from zimgkit.export.checkpoints.urls import PICKLES, parse_url
 from zimgkit.export.lora.formats import read_lora
 from zimgkit.export.lora.names import families, squash
 from zimgkit.export.lora.source import SUFFIX, find_lora
@@ -20,7 +20,8 @@ def is_lora(argument: str) -> bool:
     if path.is_dir():
         has_weights = any(file.suffix in (SUFFIX, *PICKLES) for file in path.iterdir())
         return has_weights and not (path / "model_index.json").exists() and not (path / "transformer").exists()
-    return path.name.endswith((SUFFIX, *PICKLES))
+    name = address.path if not path.exists() and (address := parse_url(argument)) else path.name
+    return name.endswith((SUFFIX, *PICKLES))
 
 
 def lora_summary(argument: str, hub: str = "huggingface") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from zimgkit.engines.errors import LoraError, UsageError
 from zimgkit.export.checkpoints import hub
-from zimgkit.export.checkpoints.checkpoint import PICKLES
+from zimgkit.export.checkpoints.urls import PICKLES, Address, parse_url
 from zimgkit.runtime import demo_models
 
 SUFFIX = ".safetensors"
@@ -18,7 +18,7 @@ USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """What diffusers and peft call the file in a folder that they save."""
 ON_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)[/:]([\w][^:\\]*)")
 """``owner/name/path/in/it.safetensors`` or ``owner/name:path/in/it.safetensors``."""
-HINT = "name a file, a folder, or a file on a hub (owner/name/file.safetensors), and a scale after a colon if any"
+HINT = "name a file, a folder, a hub's owner/name/file.safetensors or its URL, and a scale after a colon if any"
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ def find_lora(argument: str, hub_name: str = "huggingface") -> LoraFile:
     """Find the file that an argument names, and fetch it if it is on a hub.
 
     Args:
-        argument: ``FILE``, ``FOLDER``, ``owner/name/file.safetensors``, ``owner/name:file.safetensors`` or the name
-            of one that zimgkit carries, and ``:SCALE`` after it for another scale than 1. What exists as a path is one.
+        argument: ``FILE``, ``FOLDER``, ``owner/name/file.safetensors``, ``owner/name:file.safetensors``, the URL of a
+            file on a hub, or the name of one that zimgkit carries; and ``:SCALE`` after it for another scale than 1.
+            What exists as a path is one.
         hub_name: ``"huggingface"`` or ``"modelscope"``.
 
     Raises:
@@ -49,16 +50,20 @@ def find_lora(argument: str, hub_name: str = "huggingface") -> LoraFile:
     if path.is_dir():
         path = _in_folder(path)
     elif not path.is_file():
-        match = ON_HUB.fullmatch(name)
-        if not match or path.is_absolute():
+        address, match = parse_url(name), ON_HUB.fullmatch(name)
+        if address:
+            name = address.file
+        elif match and not path.is_absolute():
+            address = Address(hub_name, match[1], path=match[2])
+        else:
             raise LoraError(f"there is no LoRA {name!r}", HINT)
-        _refuse_pickle(name)
-        if not name.endswith(SUFFIX) or ".." in match[2].split("/"):
+        _refuse_pickle(address.path)
+        if not address.path.endswith(SUFFIX) or ".." in address.path.split("/"):
             raise LoraError(f"{name!r} does not exist, and on a hub a LoRA is a {SUFFIX} file", HINT)
-        path = hub.fetch(match[1], source=hub_name, allow=[match[2]]) / match[2]
-        if not path.is_file():
-            raise LoraError(f"{match[1]} has no file {match[2]!r}", "check the name of both")
-        return LoraFile(path, name, scale)
+        folder = hub.fetch(address.model_id, revision=address.revision, source=address.source, allow=[address.path])
+        if not (folder / address.path).is_file():
+            raise LoraError(f"{address.model_id} has no file {address.path!r}", "check the name of both")
+        return LoraFile(folder / address.path, name, scale)
     _refuse_pickle(path.name)
     return LoraFile(path, str(path.absolute()), scale)
 
@@ -74,7 +79,7 @@ def _split_scale(argument: str) -> tuple[str, float]:
     try:
         scale = float(tail)
     except ValueError:
-        if tail.endswith((SUFFIX, *PICKLES)) and not os.path.lexists(_expanded(head)):
+        if tail.startswith("//") or (tail.endswith((SUFFIX, *PICKLES)) and not os.path.lexists(_expanded(head))):
             return argument, 1.0
         raise UsageError(f"the scale of {head} is {tail!r}, which is no number", f"such as {head}:0.8") from None
     if not math.isfinite(scale):

@@ -195,11 +195,36 @@ class TestNames:
 
     @pytest.mark.parametrize(
         "name",
-        ["./none", "../none", "/none", "~/none", "a/b/c", "none/", "", " ", "a b", "-x", ".", "x\0y", "https://a/b"],
+        ["./none", "../none", "/none", "~/none", "a/b/c", "none/", "", " ", "a b", "-x", ".", "x\0y"],
     )
     def test_a_path_that_does_not_exist(self, fetched: list[tuple[Any, ...]], name: str) -> None:
         with pytest.raises(CheckpointError, match=r"does not exist; name a local folder|has no model_index.json"):
             open_checkpoint(name)
+        assert fetched == []
+
+    @pytest.mark.parametrize(
+        ("url", "asked", "recorded"),
+        [
+            ("https://huggingface.co/Qwen/Qwen-Image", (None, "huggingface"), ("Qwen/Qwen-Image", None)),
+            ("https://hf.co/Qwen/Qwen-Image/tree/v2", ("v2", "huggingface"), ("Qwen/Qwen-Image", "v2")),
+            ("https://modelscope.cn/models/Qwen/Qwen-Image/files", (None, "modelscope"),
+             ("https://modelscope.cn/models/Qwen/Qwen-Image", None)),
+        ],
+    )  # fmt: skip
+    def test_an_address(self, fetched: list[tuple[Any, ...]], url: str, asked: Any, recorded: Any) -> None:
+        source = open_checkpoint(url).source
+        assert fetched == [("Qwen/Qwen-Image", *asked, FILES)]
+        assert (source.model, source.revision) == recorded
+
+    def test_addresses_of_no_model(self, fetched: list[tuple[Any, ...]]) -> None:
+        with pytest.raises(UsageError, match="'https://a/b' is no address of a model; give the address of a model on"):
+            open_checkpoint("https://a/b")
+        with pytest.raises(
+            UsageError, match=r"z.safetensors of o/n is a single file; zimgkit opens models in the diff"
+        ):
+            open_checkpoint("https://huggingface.co/o/n/blob/main/z.safetensors")
+        with pytest.raises(UsageError, match="--revision is b, and the address has a; give one of them"):
+            open_checkpoint("https://huggingface.co/o/n/tree/a", revision="b")
         assert fetched == []
 
     def test_unknown_and_planned_names(self, fetched: list[tuple[Any, ...]]) -> None:

@@ -370,7 +370,7 @@ class TestSource:
         save_file({"a": torch.zeros(1)}, file)
         asked = []
 
-        def fetch(model_id, *, source, allow):
+        def fetch(model_id, *, revision, source, allow):
             asked.append((model_id, source, allow))
             return tmp_path
 
@@ -422,3 +422,38 @@ def test_what_a_trainer_of_ours_writes(checkpoint_of, tmp_path):
     write_lora(tmp_path / "lora.safetensors", named, "float32")
     expected = {f"{n}.weight": weights[f"{n}.weight"] + up @ down for n, (down, up) in found.items()}
     assert_near(merged_by(checkpoint, tmp_path / "lora.safetensors"), expected)
+
+
+@pytest.mark.parametrize("scale", ["", ":0.5"])
+@pytest.mark.parametrize(
+    ("url", "asked", "source"),
+    [
+        ("https://huggingface.co/o/n/blob/main/sub/x.safetensors", (None, "huggingface"), "o/n/sub/x.safetensors"),
+        ("https://huggingface.co/o/n/resolve/v1/sub/x.safetensors?download=true", ("v1", "huggingface"),
+         "https://huggingface.co/o/n/resolve/v1/sub/x.safetensors"),
+        ("https://modelscope.cn/models/o/n/resolve/master/sub/x.safetensors", (None, "modelscope"),
+         "https://modelscope.cn/models/o/n/resolve/master/sub/x.safetensors"),
+    ],
+)  # fmt: skip
+def test_a_lora_by_its_address(tmp_path, monkeypatch, url, asked, source, scale):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "x.safetensors").touch()
+    calls = []
+
+    def fetch(model, *, revision, source, allow):
+        calls.append((model, revision, source, *allow))
+        return tmp_path
+
+    monkeypatch.setattr("zimgkit.export.checkpoints.hub.fetch", fetch)
+    for argument in (url, source):  # The recorded source is found again.
+        found = find_lora(f"{argument}{scale}")
+        assert (found.path, found.source, found.scale) == (
+            tmp_path / "sub/x.safetensors",
+            source,
+            float(scale[1:] or 1),
+        )
+    assert calls == [("o/n", *asked, "sub/x.safetensors")] * 2
+    with pytest.raises(LoraError, match=r"on a hub a LoRA is a .safetensors file"):
+        find_lora(f"https://huggingface.co/o/n{scale}")
+    with pytest.raises(UsageError, match="is no address of a model; give"):
+        find_lora(f"https://civitai.com/api/download/models/1{scale}")
