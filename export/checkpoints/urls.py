@@ -103,8 +103,8 @@ def parse_url(text: str) -> Address | None:
 
 def _of_hugging_face(text: str, rest: str) -> Address:
     """``owner/name@revision/path``, as Hugging Face's file system has it."""
-    match = re.fullmatch(rf"({ID.pattern}?)(?:@([^/]+))?/*(.*)", rest)
-    if not match or not ID.fullmatch(match[1]):
+    match = re.fullmatch(rf"({ID.pattern})(?:@([^/]+))?(?:/(.*))?", rest)
+    if not match:
         raise UsageError(f"{text!r} is no address of a model", "write it as hf://owner/name")
     revision = unquote(match[2]) if match[2] else None
     return _address(text, "huggingface", match[1], revision, match[3].split("/") if match[3] else [])

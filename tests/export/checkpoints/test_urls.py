@@ -29,6 +29,8 @@ FILE = "a/b c.safetensors"
         ("https://huggingface.co/o/n/resolve/main/a/b%20c.safetensors?download=true", Address(HF, "o/n", None, FILE)),
         ("https://huggingface.co/o/n/raw/main/model_index.json", Address(HF, "o/n", None, "model_index.json")),
         ("hf://o/n", Address(HF, "o/n")),
+        ("hf://o/name-2/", Address(HF, "o/name-2")),
+        ("hf://o/name-2@v1/a/b.safetensors", Address(HF, "o/name-2", "v1", "a/b.safetensors")),
         ("hf://o/n@v1", Address(HF, "o/n", "v1")),
         ("hf://o/n@refs%2Fpr%2F3/x.safetensors", Address(HF, "o/n", "refs/pr/3", "x.safetensors")),
         ("https://modelscope.cn/models/o/n", Address(MS, "o/n")),
