@@ -141,7 +141,7 @@ def sheet(
     if as_json:
         console.print_json(result)
     else:
-        console.say(result["path"])
+        console.say("\n".join([result["path"], *(f"{name}: {text}" for name, text in result["numbered"].items())]))
 
 
 @cli.command()

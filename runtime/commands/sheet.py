@@ -16,7 +16,7 @@ from zimgkit.runtime.commands.generate import completed, filled, warn_of_others
 from zimgkit.runtime.parameters import BY_NAME, checked
 from zimgkit.runtime.pictures.metadata import read
 from zimgkit.runtime.pictures.saving import check_target, save
-from zimgkit.runtime.pictures.sheet import compose
+from zimgkit.runtime.pictures.sheet import compose, numbered
 from zimgkit.runtime.pipeline import Pipeline
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.runtime.text.prompts import read_prompts
@@ -70,7 +70,8 @@ def draw_sheet(
         warn: called with what the user should know.
 
     Returns:
-        ``path``, ``width``, ``height``, and for each bundle its name and the seconds its pictures took.
+        ``path``, ``width``, ``height``, for each of ``bundles`` its name and the seconds its pictures took, and as
+        ``numbered`` the prompts that no font here can show, by what stands in their place.
 
     Raises:
         ZimgError: whatever went wrong, in one line; no sheet is half-written.
@@ -109,4 +110,5 @@ def draw_sheet(
     cells = [[picture for pictures in cell for picture in pictures] for cell in zip(*rows, strict=True)]
     page = compose(prompts, cells, columns)
     save(page, output)
-    return {"path": str(output), "width": page.width, "height": page.height, "bundles": made}
+    unreadable = {name: prompts[number - 1] for number, name in numbered(prompts).items()}
+    return {"path": str(output), "width": page.width, "height": page.height, "bundles": made, "numbered": unreadable}
