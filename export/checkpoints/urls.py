@@ -11,6 +11,7 @@ from zimgkit.engines.errors import UsageError
 HOSTS = {
     "huggingface.co": "huggingface",
     "hf.co": "huggingface",
+    "hf-mirror.com": "huggingface",
     "modelscope.cn": "modelscope",
     "modelscope.ai": "modelscope",
 }

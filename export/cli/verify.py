@@ -11,7 +11,7 @@ from zimgkit.engines.base import BACKENDS
 from zimgkit.export.cli import cost_options
 from zimgkit.export.cli.extras import need_export
 from zimgkit.export.cli.headings import ExportCommand
-from zimgkit.export.cli.options import BUNDLE, BUNDLE_FOLDER, REVISION, SOURCE
+from zimgkit.export.cli.options import BUNDLE, BUNDLE_FOLDER, REVISION, SOURCE, refuse_carried
 from zimgkit.runtime.commands import console
 from zimgkit.runtime.commands.options import AS_JSON, DEVICE, QUIET
 
@@ -95,7 +95,7 @@ def _measuring(
     """How the bundle's cost is measured; None with ``--no-cost``, and by default of a bundle that is not quantized.
 
     Raises:
-        UsageError: the prompts cannot be read, or the size is not WIDTHxHEIGHT.
+        UsageError: the prompts cannot be read, the size is not WIDTHxHEIGHT, or the bundle comes with zimgkit.
         BundleError: the folder is not a bundle.
     """
     from zimgkit.engines.bundle import Bundle
@@ -103,4 +103,6 @@ def _measuring(
 
     pictures = cost_options.trial(cost_prompts, cost_size, cost_steps)
     wanted = Bundle.open(bundle, verify=False).manifest.quantization is not None if cost is None else cost
+    if wanted:
+        refuse_carried(bundle, "leave --cost out, or measure a copy of its folder")
     return Measuring(pictures, references, backend, device, judge) if wanted else None

@@ -47,12 +47,16 @@ def near(folders: Iterable[Path]) -> list[Path]:
 
 def in_caches() -> Iterator[Path]:
     """Folders in the caches of huggingface_hub and of modelscope that may be bundles: models, and folders in them."""
-    variables, home = os.environ, Path.home() / ".cache"
-    hugging_face = variables.get("HF_HUB_CACHE") or Path(variables.get("HF_HOME") or home / "huggingface", "hub")
-    modelscope = variables.get("MODELSCOPE_CACHE") or home / "modelscope" / "hub"
+    variables = os.environ
+    hugging_face = variables.get("HF_HUB_CACHE") or f"{variables.get('HF_HOME') or '~/.cache/huggingface'}/hub"
+    modelscope = variables.get("MODELSCOPE_CACHE") or "~/.cache/modelscope/hub"
+    # pathlib's expanduser raises where a user has no home.
     for cache, models in ((hugging_face, "models--*/snapshots/*"), (modelscope, "models/*/*")):
         for depth in ("", "*/"):
-            yield from sorted(path.parent for path in Path(cache).expanduser().glob(f"{models}/{depth}{MANIFEST}"))
+            yield from sorted(
+                path.parent
+                for path in Path(os.path.expanduser(cache)).glob(f"{models}/{depth}{MANIFEST}")  # noqa: PTH111
+            )
 
 
 def _described(place: Path) -> dict[str, Any]:

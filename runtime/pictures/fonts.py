@@ -75,7 +75,7 @@ def _places() -> Iterator[Path | None]:
 @cache
 def _of_the_system() -> Sequence[Path]:
     """Font files, regular ones without serifs first."""
-    walks = (found for folder in FOLDERS for found in os.walk(Path(folder).expanduser()))
+    walks = (found for folder in FOLDERS for found in os.walk(os.path.expanduser(folder)))  # noqa: PTH111 - users without a home
     files = (Path(folder, name) for folder, _, names in walks for name in names)
     fonts = [file for file in files if file.suffix.lower() in (".ttf", ".otf", ".ttc")]
     slanted = ("bold", "italic", "oblique", "light", "black", "thin", "condensed", "mono")

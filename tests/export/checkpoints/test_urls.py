@@ -18,6 +18,7 @@ FILE = "a/b c.safetensors"
         ("http://www.huggingface.co/o/n/", Address(HF, "o/n")),
         ("HTTPS://HuggingFace.co/o/n?library=diffusers#usage", Address(HF, "o/n")),
         ("huggingface.co/o/n", Address(HF, "o/n")),
+        ("https://hf-mirror.com/o/n", Address(HF, "o/n")),
         ("hf.co/o/n.v-2_x", Address(HF, "o/n.v-2_x")),
         ("https://user:secret@huggingface.co/o/n", Address(HF, "o/n")),
         ("https://huggingface.co/o/n/tree/main", Address(HF, "o/n")),

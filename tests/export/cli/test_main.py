@@ -59,6 +59,8 @@ def test_carried_bundles_are_not_written_into(by_path):
     before = sorted(path.name for path in demo_models.FOLDER.iterdir())
     refused = invoke(main, "compile", bundle)
     refused.assert_refused("zimg-tiny-z comes with zimgkit and stays as it is; compile one of your own: zimg-export", 2)
+    costs = invoke(main, "verify", bundle, "--model", "zimg-tiny-z", "--cost", "--quiet")
+    costs.assert_refused("stays as it is; leave --cost out, or measure a copy", 2)
     invoke(main, "swap-lora", bundle).assert_refused("stays as it is; write a new bundle with --out", 2)
     assert sorted(path.name for path in demo_models.FOLDER.iterdir()) == before
 

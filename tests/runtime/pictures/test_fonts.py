@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ CELL = [Image.new("RGB", (128, 96), "red")]
 
 
 @pytest.fixture
-def no_system(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_system(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine without fonts."""
     monkeypatch.setattr(fonts, "_of_the_system", lambda: ())
     fonts.runs.cache_clear()

