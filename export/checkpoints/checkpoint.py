@@ -129,7 +129,7 @@ def _find(model: str, revision: str | None, source: str, wanted: tuple[str, ...]
             raise UsageError(f"{model} is a local folder, which has no revisions", "leave --revision out")
         return path.absolute(), model, None
     name = model
-    if address := parse_url(model):
+    if address := parse_url(model, source):
         revision, source = address.revision_of_all(revision), address.source
         model, name = address.model_id, address.model
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):

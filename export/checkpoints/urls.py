@@ -64,8 +64,12 @@ class Address:
         return self.revision or given
 
 
-def parse_url(text: str) -> Address | None:
-    """Take an address apart: a URL, with or without ``https://``, or ``hf://owner/name@revision/path``.
+def parse_url(text: str, source: str = "huggingface") -> Address | None:
+    """Take an address apart: a URL, with or without ``https://``, or ``[hf://]owner/name@revision/path``.
+
+    Args:
+        text: what may be an address.
+        source: the hub of one that names none.
 
     Returns:
         None if the text is none.
@@ -77,8 +81,8 @@ def parse_url(text: str) -> Address | None:
     if not separator:
         host = text.partition("/")[0].removeprefix("www.").lower()
         scheme, rest = ("https", text) if host in HOSTS and "/" in text else ("", "")
-    if scheme == "hf":
-        return _of_hugging_face(text, rest)
+    if scheme == "hf" or (not scheme and re.match(rf"{ID.pattern}@", text)):
+        return _in_short(text, *(("huggingface", rest) if scheme else (source, text)))
     if not scheme:
         return None
     try:
@@ -102,13 +106,13 @@ def parse_url(text: str) -> Address | None:
     return Address(HOSTS[host], model_id)
 
 
-def _of_hugging_face(text: str, rest: str) -> Address:
+def _in_short(text: str, source: str, rest: str) -> Address:
     """``owner/name@revision/path``, as Hugging Face's file system has it."""
     match = re.fullmatch(rf"({ID.pattern})(?:@([^/]+))?(?:/(.*))?", rest)
     if not match:
-        raise UsageError(f"{text!r} is no address of a model", "write it as hf://owner/name")
+        raise UsageError(f"{text!r} is no address of a model", "write it as owner/name@revision")
     revision = unquote(match[2]) if match[2] else None
-    return _address(text, "huggingface", match[1], revision, match[3].split("/") if match[3] else [])
+    return _address(text, source, match[1], revision, match[3].split("/") if match[3] else [])
 
 
 def _address(text: str, source: str, model_id: str, revision: str | None, path: list[str]) -> Address:

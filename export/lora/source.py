@@ -50,7 +50,7 @@ def find_lora(argument: str, hub_name: str = "huggingface") -> LoraFile:
     if path.is_dir():
         path = _in_folder(path)
     elif not path.is_file():
-        address, match = parse_url(name), ON_HUB.fullmatch(name)
+        address, match = parse_url(name, hub_name), ON_HUB.fullmatch(name)
         if address:
             name = address.file
         elif match and not path.is_absolute():

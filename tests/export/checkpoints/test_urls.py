@@ -30,6 +30,8 @@ FILE = "a/b c.safetensors"
         ("https://huggingface.co/o/n/resolve/main/a/b%20c.safetensors?download=true", Address(HF, "o/n", None, FILE)),
         ("https://huggingface.co/o/n/raw/main/model_index.json", Address(HF, "o/n", None, "model_index.json")),
         ("hf://o/n", Address(HF, "o/n")),
+        ("o/name-2@v1", Address(HF, "o/name-2", "v1")),
+        ("o/name-2@main/a.safetensors", Address(HF, "o/name-2", None, "a.safetensors")),
         ("hf://o/name-2/", Address(HF, "o/name-2")),
         ("hf://o/name-2@v1/a/b.safetensors", Address(HF, "o/name-2", "v1", "a/b.safetensors")),
         ("hf://o/n@v1", Address(HF, "o/n", "v1")),
@@ -47,14 +49,15 @@ FILE = "a/b c.safetensors"
 )
 def test_addresses(text: str, expected: Address) -> None:
     assert parse_url(text) == expected
-    assert parse_url(expected.model) in (None, Address(expected.source, "o/" + expected.model_id[2:]))
-    if expected.path and expected.revision:
-        assert parse_url(expected.file) == expected
-    if expected.path and expected.revision is None:
-        assert expected.file in (
-            f"o/n/{expected.path}",
-            f"https://modelscope.cn/models/o/n/resolve/master/{expected.path}",
+    if not text.startswith(("h", "H", "mod")):
+        assert parse_url(text, MS) == Address(
+            MS, *[getattr(expected, name) for name in ("model_id", "revision", "path")]
         )
+    assert parse_url(expected.model) == (Address(MS, expected.model_id) if expected.source == MS else None)
+    if expected.path and (expected.revision or expected.source == MS):
+        assert parse_url(expected.file) == expected
+    elif expected.path:
+        assert expected.file == f"{expected.model_id}/{expected.path}"
     assert "secret" not in f"{expected.model} {expected.file}"
 
 

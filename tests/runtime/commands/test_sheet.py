@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,15 @@ def test_the_command(tmp_path: Path) -> None:
     assert Image.open(page).width == 128 + 2 * MARGIN
     invoke(main, "sheet", tmp_path / "none.txt").assert_refused("none.txt cannot be read", 2)
     invoke(main, "sheet", prompts, "--columns", 0).assert_refused("columns is 0", 2)
+
+
+def test_what_no_font_shows_is_told(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a circle\n𰻝 \x1b[31m\n", "utf-8")
+    small = ("--num-inference-steps", 1, "--height", 32, "--width", 32, "--quiet", "-o", tmp_path / "s.png")
+    result = invoke(main, "sheet", tmp_path / "p.txt", *small)
+    assert (result.code, result.out) == (0, f"{tmp_path / 's.png'}\nprompt 2: 𰻝 \\x1b[31m\n")
+    report = json.loads(invoke(main, "sheet", tmp_path / "p.txt", *small, "--json").out)
+    assert report["numbered"] == {"prompt 2": "𰻝 \x1b[31m"}
 
 
 def test_a_sheet_takes_what_generate_takes(tmp_path: Path) -> None:
