@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zimgkit.export.checkpoints.checkpoint import PICKLES
-from zimgkit.export.lora.formats import read_lora
+from zimgkit.export.lora.formats import check_values, read_lora
 from zimgkit.export.lora.names import families, squash
 from zimgkit.export.lora.source import SUFFIX, find_lora
 from zimgkit.runtime import demo_models
@@ -34,6 +34,8 @@ def lora_summary(argument: str, hub: str = "huggingface") -> dict[str, Any]:
         LoraError: it is missing, no LoRA, or broken.
     """
     lora = read_lora(find_lora(argument, hub))
+    for module in lora.modules:
+        check_values(lora, module)
     shapes = [lora.change(module).shape for module in lora.modules]
     targets = Counter(re.sub(r"\d+", "N", squash(module.name), count=1) for module in lora.modules)
     alphas = {lora.alpha(module) for module in lora.modules}
