@@ -133,7 +133,7 @@ class Lora:
             LoraError: a matrix is missing, they do not fit each other, have no rank, or a factor no float32 holds.
         """
         parts, factor = module.parts, self.factor(module)
-        if not abs(factor) <= np.finfo(np.float32).max:
+        if not abs(factor) <= float(np.finfo(np.float32).max):
             made = f"alpha {self.alpha(module)} and rank {module.rank}"
             message = f"{self.file.path}: {module.name} is multiplied by {factor} ({made})"
             raise LoraError(message, "fetch the file again, or train it again")
@@ -208,7 +208,8 @@ def _format(infos: Mapping[str, TensorInfo]) -> str:
 def _scalar(info: TensorInfo) -> float:
     if math.prod(info.shape) != 1:
         raise LoraError(f"{info.file}: {info.name} has shape {info.shape} and should be one number", "check the file")
-    return float(to_float32(view(info), info.dtype).reshape(()))
+    stored = view(info).reshape(())
+    return float(to_float32(stored, info.dtype) if info.dtype == "bfloat16" else stored)
 
 
 def _config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
