@@ -189,7 +189,7 @@ def read_lora(file: LoraFile) -> Lora:
         found[role] = info
         if role != "alpha" or squash(match["module"]) not in names:  # Some trainers call the module otherwise there.
             names[squash(match["module"])] = match["module"]
-    if not parts:
+    if all(found.keys() == {"alpha"} for found in parts.values()):
         example = f" ({next(iter(infos))}, …)" if infos else ""
         raise LoraError(
             f"{file.path} is no LoRA: none of its keys is of a format zimgkit knows{example}", "check the file"

@@ -36,20 +36,21 @@ def lora_summary(argument: str, hub: str = "huggingface") -> dict[str, Any]:
     lora = read_lora(find_lora(argument, hub))
     for module in lora.modules:
         check_values(lora, module)
-    shapes = [lora.change(module).shape for module in lora.modules]
-    targets = Counter(re.sub(r"\d+", "N", squash(module.name), count=1) for module in lora.modules)
+    modules = [module for module in lora.modules if not module.is_alpha]
+    shapes = [lora.change(module).shape for module in modules]
+    targets = Counter(re.sub(r"\d+", "N", squash(module.name), count=1) for module in modules)
     alphas = {lora.alpha(module) for module in lora.modules}
     return {
         "path": str(lora.file.path),
         "sha256": lora.sha256,
         "format": lora.format,
-        "kinds": sorted({module.kind for module in lora.modules}),
-        "dora": any(module.magnitude for module in lora.modules),
-        "families": families(module.name for module in lora.modules),
-        "ranks": sorted({module.rank for module in lora.modules if module.rank}),
+        "kinds": sorted({module.kind for module in modules}),
+        "dora": any(module.magnitude for module in modules),
+        "families": families(module.name for module in modules),
+        "ranks": sorted({module.rank for module in modules if module.rank}),
         "alphas": sorted(alpha for alpha in alphas if alpha is not None),
         "has_alpha": None not in alphas,
-        "modules": len(lora.modules),
+        "modules": len(modules),
         "widest": max(shapes),
         "targets": dict(sorted(targets.items())),
         "unknown_keys": list(lora.unknown),
