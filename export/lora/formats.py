@@ -190,7 +190,7 @@ def read_lora(file: LoraFile) -> Lora:
         if role != "alpha" or squash(match["module"]) not in names:  # Some trainers call the module otherwise there.
             names[squash(match["module"])] = match["module"]
     if all(found.keys() == {"alpha"} for found in parts.values()):
-        example = f" ({next(iter(infos))}, …)" if infos else ""
+        example = f" ({next(iter(unknown or infos))}, …)" if infos else ""
         raise LoraError(
             f"{file.path} is no LoRA: none of its keys is of a format zimgkit knows{example}", "check the file"
         )
