@@ -43,7 +43,8 @@ from zimgkit.export.quantization.graph_pass import Quantize
 from zimgkit.export.quantization.quantize import QuantizationSettings, Quantized, linear_weights, quantize
 from zimgkit.export.quantization.recipe import Recipe, family_recipe
 from zimgkit.export.quantization.statistics import Statistics
-from zimgkit.export.weights.stream import Wanted, export_weights, linkable, written_bytes
+from zimgkit.export.weights.finite import LinkedTensors
+from zimgkit.export.weights.stream import Wanted, export_weights, linkable, linked_from, written_bytes
 from zimgkit.export.writing import write_component
 from zimgkit.runtime import families
 from zimgkit.runtime.diffusion.latents import vae_normalization
@@ -213,7 +214,8 @@ def export(
 
     Raises:
         UsageError: the settings do not fit each other or the checkpoint.
-        CheckpointError: the checkpoint is not what its configs say, or not one zimgkit serves.
+        CheckpointError: the checkpoint is not what its configs say, or not one zimgkit serves, or has NaN or Inf.
+        LoraError: what LoRAs make of it has NaN or Inf.
         OSError: the disk is full.
     """
     family = families.family(checkpoint.family)
@@ -254,6 +256,9 @@ def export(
         is_cut = cut_denoiser and name == DENOISER
         components |= write_component(name, part, placed[name], precision, folder, rewrite, is_cut=is_cut)
     report("graphs", len(parts), len(parts))
+    linked = LinkedTensors(linked_from(wanted, placed))
+    files = record_files(folder, linked.look)
+    linked.check()
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         zimgkit_version=zimgkit.__version__,
@@ -267,7 +272,7 @@ def export(
         scheduler=dict(settings.scheduler),
         config=config | {"text_encoder": text_part(config["text_encoder"])},
         components=components,
-        files=record_files(folder),
+        files=files,
         tools={name: metadata.version(name) for name in TOOLS},
         quantization=_record(quantization, quantized) if quantization is not None else None,
         loras=merged.loras,

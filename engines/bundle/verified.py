@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
 CHUNK = 16 << 20
+Look = Callable[[Path, int, bytes], object]
+"""Gets the bytes of a file that is hashed: its path, the offset of some bytes, and them."""
 
 
 def state(path: Path) -> str:
@@ -52,10 +55,18 @@ def _text(digest: str, state: str) -> bytes:
     return f"{digest} {state}".encode()
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, read in chunks."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+def sha256(path: Path, look: Look | None = None) -> str:
+    """The SHA-256 of a file, read in chunks.
+
+    Args:
+        path: the file.
+        look: called with every chunk, of :data:`CHUNK` bytes but for the last.
+    """
+    digest, offset = hashlib.sha256(), 0
+    with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
+            if look is not None:
+                look(path, offset, chunk)
+            offset += len(chunk)
     return digest.hexdigest()

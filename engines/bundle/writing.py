@@ -8,12 +8,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from zimgkit.engines.bundle.manifest import MANIFEST, FileRecord, Manifest
-from zimgkit.engines.bundle.verified import sha256
+from zimgkit.engines.bundle.verified import Look, sha256
 from zimgkit.engines.errors import OutputError
 from zimgkit.engines.files import beside, replacing
 
@@ -25,12 +26,17 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
         part.write_bytes(text + b"\n")
 
 
-def record_files(root: Path) -> dict[str, FileRecord]:
-    """Hash every file below a folder but its manifest."""
+def record_files(root: Path, look: Look | None = None) -> dict[str, FileRecord]:
+    """Hash every file below a folder but its manifest.
+
+    Args:
+        root: the folder.
+        look: called with what is read, see :func:`sha256`, on several threads, but on one for each file.
+    """
     paths = {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.is_file()}
     paths.pop(MANIFEST, None)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = pool.map(sha256, paths.values())
+        digests = pool.map(partial(sha256, look=look), paths.values())
         return {
             name: FileRecord(path.stat().st_size, digest)
             for (name, path), digest in zip(paths.items(), digests, strict=True)

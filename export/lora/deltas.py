@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
+from zimgkit.engines.errors import LoraError
 from zimgkit.engines.tensors.dtypes import to_float32
 from zimgkit.engines.tensors.safetensors import TensorInfo, view
 from zimgkit.export.weights.addends import Matrix, Rows
@@ -163,6 +165,8 @@ class Addend:
     change: Change
     scale: float
     magnitude: Magnitude | None = None
+    label: str = "a LoRA"
+    """What to call it in messages: its file and the module."""
 
     def open(self, read: Rows, bounds: Sequence[tuple[int, int]]) -> Callable[[int, Matrix], Matrix]:
         """Read its matrices; the result gives from (first row, rows of W) what is added to them.
@@ -170,6 +174,9 @@ class Addend:
         Args:
             read: gives rows of W.
             bounds: of the rows to read at a time, where all of W is needed first.
+
+        Raises:
+            LoraError: a DoRA gives zeros a norm; the result raises it where the norms are those of rows.
         """
         rows, scale = self.change.open(), np.float32(self.scale)
 
@@ -184,17 +191,29 @@ class Addend:
             squares = np.zeros(self.change.shape[1])
             for start, stop in bounds:
                 squares += np.square(changed(start, read(start, stop)), dtype=np.float64).sum(axis=0)
-            ratio = (magnitude / np.sqrt(squares)).astype(np.float32)
+            ratio = self._ratio(magnitude, np.sqrt(squares), "column", 0)
             return lambda start, base: scale * (changed(start, base) * ratio - base)
 
         def by_rows(start: int, base: Matrix) -> Matrix:
             whole = changed(start, base)
             norms = np.sqrt(np.square(whole, dtype=np.float64).sum(axis=1))
-            ratio = (magnitude[start : start + len(base)] / norms).astype(np.float32)
+            ratio = self._ratio(magnitude[start : start + len(base)], norms, "row", start)
             difference: Matrix = scale * (whole * ratio[:, None] - base)
             return difference
 
         return by_rows
+
+    def _ratio(self, magnitude: Matrix, norms: NDArray[np.float64], kind: str, first: int) -> Matrix:
+        """What rows or columns are multiplied by to get these norms; 0 where they are zeros and stay that.
+
+        Peft divides by zero here: https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/dora.py.
+        """
+        zero = norms == 0
+        if (bad := np.flatnonzero(zero & (magnitude != 0))).size:
+            count = f"{bad.size} {kind}{'s' * (bad.size > 1)} of zeros"
+            message = f"{self.label}: its DoRA gives {count} another norm than 0 (the first is {kind} {first + bad[0]})"
+            raise LoraError(message, "no factor makes that of zeros: train it again")
+        return np.divide(magnitude, norms, out=np.zeros_like(norms), where=~zero).astype(np.float32)
 
 
 def _shape(info: TensorInfo) -> tuple[int, int]:

@@ -23,7 +23,9 @@ from zimgkit.engines.errors import LoraError
 from zimgkit.engines.tensors.dtypes import to_float32
 from zimgkit.engines.tensors.safetensors import SafetensorsError, TensorInfo, read_header, read_metadata, view
 from zimgkit.export.lora.deltas import Change, Factor, Hadamard, Kronecker, LowRank
+from zimgkit.export.lora.names import squash
 from zimgkit.export.lora.source import LoraFile
+from zimgkit.export.weights.finite import count_in_words, count_non_finite
 
 ROLES = (
     ("down", r"lora_A(\.[^.]+)?\.weight|lora_A|lora_down(\.weight)?|lora\.down(\.weight)?"),
@@ -69,6 +71,11 @@ class Module:
         return next(
             (kind for sign, kind in (("lokr_", "LoKr"), ("hada_", "LoHa")) if sign in " ".join(self.parts)), "LoRA"
         )
+
+    @property
+    def is_alpha(self) -> bool:
+        """Whether the file has nothing but an alpha under this name."""
+        return self.parts.keys() == {"alpha"}
 
     @property
     def rank(self) -> int | None:
@@ -123,9 +130,15 @@ class Lora:
         """A module's change, without its scale.
 
         Raises:
-            LoraError: a matrix is missing, or they do not fit each other.
+            LoraError: a matrix is missing, they do not fit each other, have no rank, or a factor no float32 holds.
         """
         parts, factor = module.parts, self.factor(module)
+        if not abs(factor) <= float(np.finfo(np.float32).max):
+            made = f"alpha {self.alpha(module)} and rank {module.rank}"
+            message = f"{self.file.path}: {module.name} is multiplied by {factor} ({made})"
+            raise LoraError(message, "fetch the file again, or train it again")
+        if module.rank == 0:
+            raise LoraError(f"{self.file.path}: the matrices of {module.name} are of rank 0", "fetch the file again")
 
         def need(name: str) -> TensorInfo:
             if name not in parts:
@@ -150,10 +163,10 @@ class Lora:
 
 
 def read_lora(file: LoraFile) -> Lora:
-    """Read what a LoRA's file is, and check that its numbers are numbers.
+    """Read what a LoRA's file is. Keys that differ in dots and underscores alone are for one module.
 
     Raises:
-        LoraError: it is no safetensors file, no LoRA, or holds NaN or infinities.
+        LoraError: it is no safetensors file, no LoRA, or has a key twice.
     """
     try:
         infos = read_header(file.path)
@@ -161,6 +174,7 @@ def read_lora(file: LoraFile) -> Lora:
     except SafetensorsError as error:
         raise LoraError(error.message, error.hint) from None
     parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    names: dict[str, str] = {}
     unknown = []
     for key, info in infos.items():
         match = ENDS.fullmatch(key)
@@ -168,17 +182,23 @@ def read_lora(file: LoraFile) -> Lora:
             unknown.append(key)
             continue
         role = next(role for role, _ in ROLES if match[role] is not None)
-        if role in parts[match["module"]]:
-            raise LoraError(f"{file.path}: {match['module']} has two {role} matrices", "keep one adapter in the file")
-        parts[match["module"]][role] = info
-    if not parts:
-        example = f" ({next(iter(infos))}, …)" if infos else ""
+        found = parts[squash(match["module"])]
+        if role in found:
+            message = f"{file.path}: {match['module']} has two {role} matrices ({found[role].name!r}, {key!r})"
+            raise LoraError(message, "keep one adapter in the file")
+        found[role] = info
+        if role != "alpha" or squash(match["module"]) not in names:  # Some trainers call the module otherwise there.
+            names[squash(match["module"])] = match["module"]
+    if all(found.keys() == {"alpha"} for found in parts.values()):
+        example = f" ({next(iter(unknown or infos))}, …)" if infos else ""
         raise LoraError(
             f"{file.path} is no LoRA: none of its keys is of a format zimgkit knows{example}", "check the file"
         )
-    digest = _check_values(file.path, infos)
-    modules = tuple(Module(name, found) for name, found in sorted(parts.items()))
-    return Lora(file, digest, _format(infos), modules, tuple(unknown), _config(file.path, metadata))
+    with file.path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    modules = [Module(names[squashed], found) for squashed, found in parts.items()]
+    modules.sort(key=lambda module: module.name)
+    return Lora(file, digest, _format(infos), tuple(modules), tuple(unknown), _config(file.path, metadata))
 
 
 def _format(infos: Mapping[str, TensorInfo]) -> str:
@@ -188,7 +208,8 @@ def _format(infos: Mapping[str, TensorInfo]) -> str:
 def _scalar(info: TensorInfo) -> float:
     if math.prod(info.shape) != 1:
         raise LoraError(f"{info.file}: {info.name} has shape {info.shape} and should be one number", "check the file")
-    return float(to_float32(view(info), info.dtype).reshape(()))
+    stored = view(info).reshape(())
+    return float(to_float32(stored, info.dtype) if info.dtype == "bfloat16" else stored)
 
 
 def _config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -205,12 +226,15 @@ def _config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return {}
 
 
-def _check_values(path: Path, infos: Mapping[str, TensorInfo]) -> str:
-    """Read the whole file once: its hash, and whether each number is finite."""
-    for info in infos.values():
+def check_values(lora: Lora, module: Module) -> None:
+    """Read all that a file holds for a module.
+
+    Raises:
+        LoraError: some of it is NaN or infinite, or in a format of 8 bits.
+    """
+    for info in module.parts.values():
         if info.dtype.startswith("float8"):
-            raise LoraError(f"{path}: {info.name} is stored in {info.dtype}", "name a LoRA in 16 or 32 bits")
-        if not np.isfinite(to_float32(view(info), info.dtype)).all():
-            raise LoraError(f"{path}: {info.name} holds NaN or infinities", "fetch the file again, or train it again")
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+            raise LoraError(f"{lora.file.path}: {info.name} is stored in {info.dtype}", "name a LoRA in 16 or 32 bits")
+        if count := count_non_finite(view(info), info.dtype):
+            message = f"{lora.file.path}: {info.name} has {count_in_words(count)}"
+            raise LoraError(message, "fetch the file again, or train it again")

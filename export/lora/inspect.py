@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zimgkit.export.checkpoints.urls import PICKLES, parse_url
-from zimgkit.export.lora.formats import read_lora
+from zimgkit.export.lora.formats import check_values, read_lora
 from zimgkit.export.lora.names import families, squash
 from zimgkit.export.lora.source import SUFFIX, find_lora
 from zimgkit.runtime import demo_models
@@ -35,20 +35,23 @@ def lora_summary(argument: str, hub: str = "huggingface") -> dict[str, Any]:
         LoraError: it is missing, no LoRA, or broken.
     """
     lora = read_lora(find_lora(argument, hub))
-    shapes = [lora.change(module).shape for module in lora.modules]
-    targets = Counter(re.sub(r"\d+", "N", squash(module.name), count=1) for module in lora.modules)
+    for module in lora.modules:
+        check_values(lora, module)
+    modules = [module for module in lora.modules if not module.is_alpha]
+    shapes = [lora.change(module).shape for module in modules]
+    targets = Counter(re.sub(r"\d+", "N", squash(module.name), count=1) for module in modules)
     alphas = {lora.alpha(module) for module in lora.modules}
     return {
         "path": str(lora.file.path),
         "sha256": lora.sha256,
         "format": lora.format,
-        "kinds": sorted({module.kind for module in lora.modules}),
-        "dora": any(module.magnitude for module in lora.modules),
-        "families": families(module.name for module in lora.modules),
-        "ranks": sorted({module.rank for module in lora.modules if module.rank}),
+        "kinds": sorted({module.kind for module in modules}),
+        "dora": any(module.magnitude for module in modules),
+        "families": families(module.name for module in modules),
+        "ranks": sorted({module.rank for module in modules if module.rank}),
         "alphas": sorted(alpha for alpha in alphas if alpha is not None),
         "has_alpha": None not in alphas,
-        "modules": len(lora.modules),
+        "modules": len(modules),
         "widest": max(shapes),
         "targets": dict(sorted(targets.items())),
         "unknown_keys": list(lora.unknown),

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zimgkit.engines.bundle import MergedLora
 from zimgkit.engines.errors import LoraError
 from zimgkit.export.lora.deltas import Addend, Change, Magnitude, Slice
-from zimgkit.export.lora.formats import Lora, Module, read_lora
+from zimgkit.export.lora.formats import Lora, Module, check_values, read_lora
 from zimgkit.export.lora.names import TEXT_ENCODER, Meaning, Names, Target, families
 from zimgkit.export.lora.source import find_lora
 from zimgkit.export.weights.addends import Addends
@@ -64,8 +64,9 @@ def merge(loras: Sequence[Lora], names: Names, family: str, *, allow_unmatched: 
     for lora in loras:
         meanings = {module.name: names.find(module.name) for module in lora.modules}
         ignored += _unmatched(lora, meanings, names, family, allow_unmatched=allow_unmatched)
-        for module, target, change in _changes(lora, meanings):
-            addend = Addend(change, lora.file.scale, _magnitude(lora, module, target, change))
+        for module, target, change in _changes(_with_alphas(lora, meanings), meanings):
+            label = f"{lora.file.path}: {module.name}"
+            addend = Addend(change, lora.file.scale, _magnitude(lora, module, target, change), label)
             found[target.component][target.tensor].append(((lora.sha256, lora.file.scale), addend))
     merged = {
         (lora.sha256, lora.file.scale, index): MergedLora(lora.file.source, lora.sha256, lora.file.scale)
@@ -115,23 +116,43 @@ def _unmatched(
     )
 
 
+def _with_alphas(lora: Lora, meanings: Mapping[str, Meaning | None]) -> Lora:
+    """The same, where alphas that stand alone went to the modules of the same tensors, as ``out`` to ``to_out.0``."""
+    alone = {
+        meaning.targets: module.parts["alpha"]
+        for module in lora.modules
+        if module.is_alpha and (meaning := meanings[module.name]) and meaning.targets
+    }
+    modules = []
+    for module in lora.modules:
+        meaning = meanings[module.name]
+        if meaning and not module.is_alpha and "alpha" not in module.parts and meaning.targets in alone:
+            modules.append(replace(module, parts={**module.parts, "alpha": alone.pop(meaning.targets)}))
+        else:
+            modules.append(module)
+    left = alone.values()
+    return replace(lora, modules=tuple(m for m in modules if not m.is_alpha or m.parts["alpha"] in left))
+
+
 def _changes(lora: Lora, meanings: Mapping[str, Meaning | None]) -> list[tuple[Module, Target, Change]]:
     """Each tensor's change. Of a module that is there under the checkpoint's name and another, the first counts."""
     own: dict[tuple[str, str], str] = {}
-    for name, meaning in meanings.items():
+    for module in lora.modules:
+        meaning = meanings[module.name]
         for target in meaning.targets if meaning and not meaning.is_alias else ():
             key = target.component, target.tensor
             if key in own:
-                both = f"{own[key]!r} and {name!r}"
+                both = f"{own[key]!r} and {module.name!r}"
                 raise LoraError(
                     f"{lora.file.path}: {both} are both for {target.tensor}", "keep one of them in the file"
                 )
-            own[key] = name
+            own[key] = module.name
     changes = []
     for module in lora.modules:
         meaning = meanings[module.name]
         if meaning is None or not meaning.targets:
             continue
+        check_values(lora, module)
         whole = lora.change(module)
         shape = (sum(target.shape[0] for target in meaning.targets), meaning.targets[0].shape[1])
         if whole.shape != shape:
@@ -145,6 +166,8 @@ def _changes(lora: Lora, meanings: Mapping[str, Meaning | None]) -> list[tuple[M
                 is_part = len(meaning.targets) > 1
                 change = Slice(whole, target.first, target.shape[0]) if is_part else whole
                 changes.append((module, target, change))
+    if changes and not any(lora.factor(module) for module, _, _ in changes):
+        raise LoraError(f"{lora.file.path} changes nothing: every alpha in it is 0", "fetch it again")
     return changes
 
 

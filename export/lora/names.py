@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PREFIXES = (
     "base_model_model_",
     "lora_unet_",
+    "lora_prior_unet_",
+    "lora_dit_",
     "lora_transformer_",
     "lora_te_",
     "lora_te1_",
@@ -29,6 +31,12 @@ PREFIXES = (
     "text_encoder_",
     "language_model_",
     "model_",
+    "unet_",
+    "dit_",
+    "net_",
+    "pipe_",
+    "module_",  # Of torch's DistributedDataParallel, and the next of torch.compile.
+    "_orig_mod_",
 )
 TEXT_ENCODER = "text encoder"
 OTHERS = (

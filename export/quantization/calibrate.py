@@ -25,7 +25,7 @@ from zimgkit.engines.torch.graph import load
 from zimgkit.export.networks.registry import QUANTIZED
 from zimgkit.export.quantization.linears import named_linears
 from zimgkit.export.quantization.prompts import calibration_prompts
-from zimgkit.export.quantization.statistics import BINS, InputStatistics, Statistics
+from zimgkit.export.quantization.statistics import BINS, LARGEST, InputStatistics, Statistics
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.pipeline import Pipeline
 from zimgkit.runtime.progress import Report, silent
@@ -95,7 +95,7 @@ def calibrate(
 
     Raises:
         UsageError: the bundle is quantized, or there are too few prompts.
-        ZimgError: an input has NaN or Inf; the message names the linear.
+        ZimgError: an input has NaN, Inf or almost that; the message names the linear.
         OutputError: the statistics cannot be written.
     """
     if bundle.manifest.quantization is not None:
@@ -170,8 +170,9 @@ def _observe(inputs: dict[str, InputStatistics], component: str, name: str, valu
     """Add one input (..., in) of a linear to the statistics."""
     magnitudes = values.detach().reshape(-1, values.shape[-1]).abs().float()
     channels = magnitudes.amax(0).cpu().numpy()
-    if not np.isfinite(channels).all():
-        message = f"calibration met NaN or Inf in the input of {name} ({component})"
+    if not (channels <= LARGEST).all():
+        met = f"a magnitude of {channels.max():.3g}" if np.isfinite(channels).all() else "NaN or Inf"
+        message = f"calibration met {met} in the input of {name} ({component})"
         raise ZimgError(message, "check the checkpoint: zimg-export verify")
     entry = inputs.setdefault(name, InputStatistics.empty(len(channels)))
     entry.add(channels, lambda top: torch.histc(magnitudes, BINS, 0, top).cpu().numpy().astype(np.float64))

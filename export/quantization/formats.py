@@ -96,14 +96,22 @@ SCHEMES = {
 
 
 def round_up(values: Array) -> Array:
-    """Round positive numbers up to bfloat16; the result is float32."""
+    """Round positive numbers up to bfloat16; the result is float32. NaN and infinity stay what they are."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return bfloat16_to_float32(((bits + 0xFFFF) >> 16).astype(np.uint16))
+    rounded = bfloat16_to_float32(((bits + 0xFFFF) >> 16).astype(np.uint16))
+    return np.where(np.isfinite(values), rounded, values)  # The carry may make zero of a NaN.
 
 
 def scale_of(absmax: Array, number_format: Format) -> Array:
     """The smallest bfloat16 scales that represent these largest magnitudes; 1 where all values are zero."""
     return round_up(np.where(absmax == 0, 1, np.maximum(absmax / number_format.largest, np.float32(1e-30))))
+
+
+def fits(scales: Array, number_format: Format) -> bool:
+    """Whether all that is stored with these scales is a finite bfloat16 number, times its scale."""
+    with np.errstate(over="ignore"):
+        largest = scales * np.float32(number_format.largest)
+    return bool(np.isfinite(bfloat16_to_float32(float32_to_bfloat16(largest))).all())
 
 
 def block_size(width: int) -> int | None:

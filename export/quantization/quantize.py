@@ -14,7 +14,7 @@ from zimgkit.engines.errors import UsageError
 from zimgkit.engines.tensors.dtypes import float32_to_bfloat16
 from zimgkit.export.networks.parts import Part
 from zimgkit.export.networks.registry import QUANTIZED
-from zimgkit.export.quantization.formats import SCALE, SCHEMES, Array, Format, Scheme, block_size
+from zimgkit.export.quantization.formats import SCALE, SCHEMES, Array, Format, Scheme, block_size, fits
 from zimgkit.export.quantization.quantized_weights import INPUT_SCALE, SMOOTH, scheme_of, weight_wanted
 from zimgkit.export.quantization.recipe import Recipe
 from zimgkit.export.quantization.statistics import RANGES, Statistics, scale_for, smoothing
@@ -163,7 +163,7 @@ def quantized_inputs(
         The first reader of an input, by its weight's name, whether that is quantized or not -> how it is quantized.
 
     Raises:
-        UsageError: the calibration is of another model, or there is none.
+        UsageError: the calibration is of another model, has inputs that no scale represents, or there is none.
     """
     statistics = _statistics(settings)
     readers: dict[str, list[str]] = defaultdict(list)
@@ -182,8 +182,13 @@ def quantized_inputs(
         if settings.alpha:
             columns = np.max([_columns(want) for want in wants], axis=0)
             factors = smoothing(entry.channels, columns, settings.alpha)
-            largest = float((entry.channels / factors).max())
-        result[first_reader] = QuantizedInput(tuple(names), scale_for(largest, number_format), factors)
+            with np.errstate(over="ignore"):
+                largest = float((entry.channels / factors).max())
+        scale = scale_for(largest, number_format)
+        if not fits(np.array(scale, np.float32), number_format):
+            message = f"the calibration has inputs of {first_reader} up to {largest:.3g}"
+            raise UsageError(f"{message}, which have no scale in bfloat16", "check the checkpoint: zimg-export verify")
+        result[first_reader] = QuantizedInput(tuple(names), scale, factors)
     return result
 
 

@@ -22,6 +22,7 @@ from zimgkit.export.quantization.formats import (
     Scheme,
     block_size,
     encode,
+    fits,
     stored_scales,
     weight_scales,
 )
@@ -60,10 +61,13 @@ def weight_wanted(name: str, want: Wanted, number_format: Format, factors: Array
 
     def scaled(rows: Rows) -> Iterator[tuple[Array, Array]]:
         for piece in rows:
-            values = piece if factors is None else piece * factors
+            with np.errstate(over="ignore"):
+                values = piece if factors is None else piece * factors
             scales = weight_scales(values, number_format)
-            if not np.isfinite(scales).all():
-                raise CheckpointError(f"{want.source.file}: {tensor} has NaN or Inf", "fetch the checkpoint again")
+            if not fits(scales, number_format):
+                message = f"{want.source.file}: {tensor!r} has values up to {np.abs(values).max():.3g}"
+                hint = "keep it as it is with a recipe, or check the checkpoint"
+                raise CheckpointError(f"{message}, which have no scale in bfloat16", hint)
             yield values, scales
 
     def stored(rows: Rows) -> Iterator[NDArray[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,13 @@ from numpy.typing import NDArray
 
 from zimgkit.engines.errors import UsageError
 from zimgkit.engines.files import replacing
-from zimgkit.engines.tensors.safetensors import read_header, view, write
+from zimgkit.engines.tensors.safetensors import TensorInfo, read_header, view, write
 from zimgkit.export.quantization.formats import Array, Format, round_up
 
 BINS = 2048
 """Of the histograms of magnitudes."""
+LARGEST = 2.0**127
+"""The largest magnitude that is counted: the upper end of a histogram is a power of two, and a float32."""
 VERSION = 1
 KIND = "zimg-calibration"
 PERCENTILE = 99.99
@@ -146,13 +149,29 @@ class Statistics:
             for key in header:
                 component, name, what = key.split("/")
                 if what == "channels":
-                    parts = [np.array(view(header[f"{component}/{name}/{part}"])) for part in ("channels", "histogram")]
-                    top = float(view(header[f"{component}/{name}/top"])[0])
-                    inputs.setdefault(component, {})[name] = InputStatistics(parts[0], parts[1], top)
+                    places = [header[f"{component}/{name}/{part}"] for part in ("channels", "histogram", "top")]
+                    inputs.setdefault(component, {})[name] = _input_statistics(name, *places)
         except (KeyError, ValueError, TypeError) as error:
             message = f"{path} holds no calibration statistics that this zimgkit reads ({error})"
             raise UsageError(message, "make one with: zimg-export calibrate") from None
         return cls(inputs, readers, made)
+
+
+def _input_statistics(name: str, channels: TensorInfo, histogram: TensorInfo, top: TensorInfo) -> InputStatistics:
+    """Read the statistics of one input; a ValueError says what is wrong with them."""
+    found = [(info.dtype, info.shape) for info in (channels, histogram, top)]
+    if (
+        found != [("float32", (math.prod(channels.shape),)), ("float64", (BINS,)), ("float64", (1,))]
+        or not channels.nbytes
+    ):
+        raise ValueError(f"{name} has tensors of other types or shapes")
+    values = [np.array(view(info)) for info in (channels, histogram, top)]
+    entry = InputStatistics(values[0], values[1], float(values[2][0]))
+    # Comparisons with NaN are false.
+    are_counts = np.isfinite(entry.histogram).all() and (entry.histogram >= 0).all()
+    if not (are_counts and (entry.channels >= 0).all() and entry.absmax <= entry.top <= LARGEST and entry.top > 0):
+        raise ValueError(f"{name} has NaN, Inf, or magnitudes out of their range")
+    return entry
 
 
 def _metadata(path: Path) -> dict[str, str]:

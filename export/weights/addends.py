@@ -16,6 +16,11 @@ Rows = Callable[[int, int], Matrix]
 class Addend(Protocol):
     """A change of one matrix, such as a LoRA's."""
 
+    @property
+    def label(self) -> str:
+        """What to call it in messages."""
+        ...
+
     def open(self, read: Rows, bounds: Sequence[tuple[int, int]]) -> Callable[[int, Matrix], Matrix]:
         """Read what it is made of; the result gives from (first row, rows of W) what is added to them.
 

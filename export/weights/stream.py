@@ -20,9 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
+from zimgkit.engines.errors import CheckpointError, LoraError
 from zimgkit.engines.tensors.dtypes import BY_NAME, float32_to_bfloat16, to_float32
 from zimgkit.engines.tensors.safetensors import TensorInfo, write
 from zimgkit.export.weights.addends import Addend, Matrix, merged
+from zimgkit.export.weights.finite import HINT, count_in_words, count_non_finite
 from zimgkit.export.weights.layout import base_name, lora_name, weights_name
 
 if TYPE_CHECKING:
@@ -101,6 +103,8 @@ def export_weights(
         its suffix where it has one.
 
     Raises:
+        CheckpointError: a tensor that is written has NaN or Inf. Those that are linked are not read here.
+        LoraError: a tensor has them with what LoRAs add.
         OSError: the disk is full or a file cannot be written.
     """
     linked = _link_unchanged(wanted, precision, folder, keep_base=keep_base)
@@ -198,8 +202,35 @@ def written_bytes(want: Wanted, precision: str) -> int:
     return int(np.prod(want.shape, dtype=np.int64)) * BY_NAME[want.dtype(precision)].storage.itemsize
 
 
+def linked_from(
+    wanted: Mapping[str, Mapping[str, Wanted]], placed: Mapping[str, Mapping[str, TensorInfo]]
+) -> dict[TensorInfo, TensorInfo]:
+    """The tensors of a bundle that nobody has read, because their files were linked -> where they come from.
+
+    Args:
+        wanted: as :func:`export_weights` takes it.
+        placed: what that returned.
+    """
+    pairs = ((placed[component][name], want.source) for component in wanted for name, want in wanted[component].items())
+    return {info: source for info, source in pairs if info == replace(source, file=info.file)}
+
+
 def pieces(want: Wanted, precision: str) -> Iterator[NDArray[Any]]:
-    """The bytes of one parameter, in order."""
+    """The bytes of one parameter, in order.
+
+    Raises:
+        CheckpointError: it has NaN or Inf, in the checkpoint or in this precision.
+        LoraError: it has them with what LoRAs add.
+        OSError: the file ended early.
+    """
+    dtype = want.dtype(precision)
+    for piece in _pieces(want, precision):
+        if count_non_finite(piece, dtype):
+            raise _not_finite(want, dtype)
+        yield piece
+
+
+def _pieces(want: Wanted, precision: str) -> Iterator[NDArray[Any]]:
     info = want.source
     if want.encoding is not None:
         yield from want.encoding.make(read_rows(want))
@@ -217,7 +248,17 @@ def pieces(want: Wanted, precision: str) -> Iterator[NDArray[Any]]:
 
 
 def read_rows(want: Wanted) -> Rows:
-    """What a matrix comes from, LoRAs merged, in float32, as many whole rows at a time as make a piece."""
+    """What a matrix comes from, LoRAs merged, in float32, as many whole rows at a time as make a piece.
+
+    The errors are those of :func:`pieces`.
+    """
+    for rows in _rows(want):
+        if count_non_finite(rows, "float32"):
+            raise _not_finite(want, "float32")
+        yield rows
+
+
+def _rows(want: Wanted) -> Rows:
     if want.addends:
         yield from _merged_rows(want, lambda rows: rows)
         return
@@ -226,15 +267,44 @@ def read_rows(want: Wanted) -> Rows:
         yield to_float32(piece, want.source.dtype).reshape(-1, width)
 
 
+def _not_finite(want: Wanted, dtype: str) -> CheckpointError:
+    """Who is to blame that a tensor has NaN or Inf in this element type; all of it is read again for that."""
+
+    def count(addends: tuple[Addend, ...], stored: str) -> int:
+        plain = replace(want, addends=addends, encoding=None)
+        return sum(count_non_finite(piece, stored) for piece in _pieces(plain, stored))
+
+    source = want.source
+    own = f"{source.file}: {source.name!r}"
+    if found := sum(count_non_finite(piece, source.dtype) for piece in read_pieces(source)):
+        return CheckpointError(f"{own} has {count_in_words(found)}", HINT)
+    stored = "float32" if want.encoding else dtype
+    if found := count((), stored):
+        hint = "build it in float32: --precision fp32" if stored != "float32" else HINT
+        return CheckpointError(f"{own} has {found:,} values that {stored} cannot hold", hint)
+    for addend in want.addends:
+        if found := count((addend,), stored):
+            message = f"{addend.label} changes {source.name!r} to {count_in_words(found)} in {stored}"
+            return LoraError(message, "give it a smaller scale, or fetch it again")
+    both = " and ".join(addend.label for addend in want.addends)
+    return LoraError(f"{both} together change {source.name!r} to NaN or infinities", "give them smaller scales")
+
+
 def _merged_rows(want: Wanted, finish: Callable[[Matrix], NDArray[Any]]) -> Iterator[NDArray[Any]]:
     """The rows of a matrix that LoRAs change, some at a time, merged and finished on all cores."""
     rows, width = want.source.shape
     step = max(1, MERGED_PIECE // width)
     bounds = [(start, min(start + step, rows)) for start in range(0, rows, step)]
-    values = merged(partial(_read_rows, want.source), bounds, want.addends)
+    with np.errstate(all="ignore"):  # What overflows is found in the result.
+        values = merged(partial(_read_rows, want.source), bounds, want.addends)
+
+    def piece(ends: tuple[int, int]) -> NDArray[Any]:
+        with np.errstate(all="ignore"):
+            return finish(values(*ends))
+
     # The products are small: threads of their own would only fight with those of the pool.
     with _blas().limit(limits=1), ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(lambda ends: finish(values(*ends)), bounds)
+        yield from pool.map(piece, bounds)
 
 
 @cache
@@ -273,5 +343,6 @@ def read_pieces(info: TensorInfo, size: int | None = None) -> Iterator[NDArray[A
 def _cast(piece: NDArray[Any], stored: str, precision: str) -> NDArray[Any]:
     if stored == precision:
         return piece
-    values = to_float32(piece, stored)
+    with np.errstate(over="ignore"):  # Of float64; it is found in the result.
+        values = to_float32(piece, stored)
     return float32_to_bfloat16(values) if precision == "bfloat16" else values

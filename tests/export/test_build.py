@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -175,6 +176,32 @@ def test_unexpected_tensor(checkpoint, tmp_path):
     tensors = load_file(file)
     save_file(tensors | {"control.weight": next(iter(tensors.values())).clone()}, file)
     assert_refused(checkpoint, tmp_path, "has no use for 'control.weight'")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8-weights"])
+def test_a_weight_that_is_no_number(checkpoint, tmp_path, precision):
+    """In a file that is linked, one that is cast, and one that is quantized."""
+    file = weights(checkpoint, "transformer")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(("s.1.attention.to_q.weight", "s.1.attn.to_q.weight")))
+    tensors[name][3, 5:8] = float("nan")
+    tensors[name][0, 0] = float("inf")
+    save_file(tensors, file)
+    before = sorted(tmp_path.iterdir())
+    result = invoke(main, "build", "--model", checkpoint, "--out", tmp_path / "b", "--precision", precision, "--quiet")
+    result.assert_refused(f"{file}: {name!r} has 4 values that are NaN or infinite", 1)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("component, unused", [("text_encoder", r"(model\.)?norm\..*"), ("vae", r"encoder\..*")])
+def test_what_no_picture_needs_may_be_no_number(checkpoint_of, tmp_path, component, unused):
+    checkpoint = shutil.copytree(checkpoint_of("z-image"), tmp_path / "checkpoint")
+    file = weights(checkpoint, component)
+    tensors = load_file(file)
+    broken = {name: value * float("nan") for name, value in tensors.items() if re.fullmatch(unused, name)}
+    assert broken
+    save_file(tensors | broken, file)
+    assert export(checkpoint, tmp_path / "bundle").code == 0
 
 
 def test_a_config_of_another_size(checkpoint, family, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from zimgkit.engines.bundle import MANIFEST, Bundle
 from zimgkit.engines.tensors.safetensors import view
 from zimgkit.export.lora import swap as swaps
+from zimgkit.export.lora.graphs import read_graph
 
 
 def swap(bundle, *loras, **options):
@@ -19,7 +20,7 @@ def contents(bundle):
     for name, component in opened.manifest.components.items():
         tensors = opened.tensors(name)
         for graph in component.graphs.values():
-            model = swaps._read_graph(opened.file(graph))
+            model = read_graph(opened.file(graph))
             for tensor in model.graph.initializer:
                 if entry := {item.key: item.value for item in tensor.external_data}:
                     info = tensors[tensor.name]

@@ -91,6 +91,17 @@ def test_dots_and_what_is_there_twice(z_image, checkpoint_of, tmp_path):
     assert_near(merged_by(checkpoint_of("z-image"), path), fused(z_image, path))
 
 
+def test_dots_whose_alphas_have_underscores(z_image, checkpoint_of, tmp_path):
+    """https://github.com/huggingface/diffusers/issues/13203: ``to_q.alpha`` beside ``to.q.lora.down.weight``."""
+    weights = lora_files.modules(z_image.transformer.state_dict(), ("to_q", "to_k", "to_v", "to_out.0", "w1"))
+    stored = lora_files.dots(lora_files.pairs(weights))
+    stored |= {f"diffusion_model.{n}.alpha": torch.tensor(lora_files.alpha_of(i)) for i, n in enumerate(weights)}
+    path = write(tmp_path / "lora.safetensors", stored)
+    expected = fused(z_image, path)
+    assert len(expected) == len(weights)
+    assert_near(merged_by(checkpoint_of("z-image"), path), expected)
+
+
 @pytest.mark.parametrize("low_rank", ["neither", "second"])
 def test_lokr(z_image, checkpoint_of, tmp_path, low_rank):
     generator = torch.Generator().manual_seed(3)

@@ -73,6 +73,19 @@ def test_a_model_of_others(tmp_path):
     assert "for a model that zimgkit does not know" in invoke(main, "inspect", path).out
 
 
+def test_an_alpha_under_another_name_of_its_module(tmp_path):
+    pairs = {f"to.q.lora.{side}.weight": torch.ones(3, 3) for side in ("down", "up")}
+    stored = {f"layers.0.attention.{end}": value for end, value in pairs.items()}
+    path = lora_files.write(
+        tmp_path / "lora.safetensors", stored | {"layers.0.attention.to_q.alpha": torch.tensor(2.0)}
+    )
+    found = json.loads(invoke(main, "inspect", path, "--json").out)
+    assert (found["modules"], found["alphas"], found["has_alpha"]) == (1, [2.0], True)
+    stored = {"layers.0.attention.to_q.alpha": torch.tensor(2.0)}
+    alone = lora_files.write(tmp_path / "alone.safetensors", stored)
+    invoke(main, "inspect", alone).assert_refused("is no LoRA", 1)
+
+
 def test_what_is_none(tmp_path, checkpoint_of):
     (tmp_path / "lora.pt").write_bytes(b"\x80\x04.")
     invoke(main, "inspect", tmp_path / "lora.pt").assert_refused("is a pickle, which zimgkit never opens", 1)

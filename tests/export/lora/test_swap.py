@@ -26,6 +26,7 @@ from zimgkit.export.checkpoints.checkpoint import open_checkpoint
 from zimgkit.export.cli.main import main
 from zimgkit.export.components import parts_of
 from zimgkit.export.lora import swap as swaps
+from zimgkit.export.lora.graphs import initializers, read_graph
 from zimgkit.export.quality.verify import verify
 from zimgkit.runtime.commands.cli import main as run
 
@@ -253,7 +254,7 @@ def refittable(with_engines, bundle_of, tmp_path, monkeypatch):
 
 def contents_of(bundle, component):
     """The tensors of one component's graph."""
-    return swaps._initializers(swaps._read_graph(bundle.file(bundle.component(component).graphs["float32"])))
+    return initializers(read_graph(bundle.file(bundle.component(component).graphs["float32"])))
 
 
 def test_a_refittable_engine_takes_what_changed(refittable, loras_of, checkpoint_of, tmp_path):
@@ -364,7 +365,7 @@ def test_a_kill_on_the_way_to_another_folder(built, loras_of, copy_of, tmp_path)
     assert results == sorted(results)
 
 
-@pytest.mark.parametrize("place", ["write_wanted", "write_manifest", "_point_to"])
+@pytest.mark.parametrize("place", ["write_wanted", "write_manifest", "point_to"])
 def test_a_disk_that_fills_up(place, built, loras_of, copy_of, monkeypatch):
     bundle = copy_of(built("z-image"))
     before = states(bundle)

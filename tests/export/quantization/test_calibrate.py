@@ -23,11 +23,13 @@ from zimgkit.export.quantization.calibrate import (
     read_prompts,
     statistics_path,
 )
+from zimgkit.export.quantization.calibrate import _observe as observe
 from zimgkit.export.quantization.quantize import linear_weights
-from zimgkit.export.quantization.statistics import Statistics
+from zimgkit.export.quantization.statistics import InputStatistics, Statistics
 from zimgkit.runtime.pipeline import Pipeline
 
 SHORT = CalibrationSet(quantized.PROMPTS, ((64, 64),), 1)
+NAN, INF = float("nan"), float("inf")
 FAMILIES = ("z-image", "qwen-image")
 
 
@@ -127,6 +129,16 @@ def test_nan_names_the_layer(bundle_of, tmp_path):
     with pytest.raises(ZimgError, match=r"NaN or Inf in the input of layers\.1\.attention\.to_q\.weight \(denoiser\)"):
         calibrate(Bundle.open(folder, verify=False), SHORT, tmp_path / "s", device="cpu")
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("value, said", [(NAN, "NaN or Inf"), (-INF, "NaN or Inf"), (-2e38, r"a magnitude of 2e\+38")])
+def test_an_input_that_no_histogram_counts(value, said):
+    inputs: dict[str, InputStatistics] = {}
+    observe(inputs, "denoiser", "q.weight", torch.tensor([[1.0, 1.7e38]]))
+    assert inputs["q.weight"].histogram.sum() == 2
+    with pytest.raises(ZimgError, match=rf"calibration met {said} in the input of q\.weight \(denoiser\)"):
+        observe(inputs, "denoiser", "q.weight", torch.tensor([[1.0, value]]))
+    assert inputs["q.weight"].histogram.sum() == 2
 
 
 def test_too_few_prompts(bundle_of, tmp_path):

@@ -15,6 +15,7 @@ from zimgkit.export.quantization.formats import (
     SCHEMES,
     block_size,
     encode,
+    fits,
     round_up,
     stored_scales,
     weight_scales,
@@ -98,7 +99,33 @@ def test_rows_of_zeros_stay_zero(name):
     assert np.isfinite(back).all() and not back[0].any()
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("huge", [1e4, 1e30, 3.3e38])
+def test_a_huge_value_keeps_its_own(name, huge):
+    """What is beside it in a row, or in a block, is rounded to zero; what is in others is as without it."""
+    values, number_format = weights((4, 256), 0), FORMATS[name]
+    values[1, 3] = -huge
+    scales = weight_scales(values, number_format)
+    back = number_format.widen(encode(values, scales, number_format)).reshape(*scales.shape, -1) * scales[..., None]
+    assert fits(scales, number_format) and np.isfinite(back).all()
+    assert back.reshape(values.shape)[1, 3] == pytest.approx(-huge, rel=1 / number_format.largest + 2**-7)
+    plain = weights((4, 256), 0)
+    alone = weight_scales(plain, number_format)
+    expected = number_format.widen(encode(plain, alone, number_format)).reshape(values.shape)
+    found = number_format.widen(encode(values, scales, number_format)).reshape(values.shape)
+    assert np.array_equal(found[[0, 2, 3]], expected[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("bad", [3.39e38, np.inf, np.nan])
+def test_what_has_no_scale(name, bad):
+    values = weights((4, 256), 0)
+    values[2, 5] = bad
+    assert not fits(weight_scales(values, FORMATS[name]), FORMATS[name])
+    assert fits(weight_scales(values[[0, 1, 3]], FORMATS[name]), FORMATS[name])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, np.uint32(0xFFFFFFFF).view(np.float32)])
 def test_what_is_no_number_shows_in_the_scale(bad):
     values = weights((4, 32), 0)
     values[2, 5] = bad

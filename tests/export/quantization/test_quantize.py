@@ -176,8 +176,36 @@ def test_a_weight_that_is_no_number(bad, wanted, tmp_path):
     state = load_file(file)
     state["model.out.weight"][3, 3] = bad
     save_file(state, file)
-    with pytest.raises(CheckpointError, match=r"m\.safetensors: model\.out\.weight has NaN or Inf"):
-        export(wanted, settings("int8-weights"), tmp_path / "out")
+    for number, precision in enumerate(SCHEMES):
+        with pytest.raises(
+            CheckpointError, match=r"m\.safetensors: 'model\.out\.weight' has 1 value that is NaN or inf"
+        ):
+            export(wanted, settings(precision), tmp_path / str(number))
+
+
+def test_a_weight_too_large_for_a_scale(wanted, tmp_path):
+    """As it is, or times the factors that smooth its inputs."""
+    file = wanted["q.weight"].source.file
+    state = load_file(file)
+    state["model.out.weight"][3, 3] = 3.3895e38
+    save_file(state, file)
+    with pytest.raises(CheckpointError, match=r"'model\.out\.weight' has values up to 3\.39e\+38, which have no scale"):
+        export(wanted, settings("int8-weights"), tmp_path / "weights")
+    state["model.out.weight"][3, 3] = 1
+    state["model.out.weight"][4] = 1e37
+    save_file(state, file)
+    found = statistics()
+    found.inputs["denoiser"]["model.out.weight"].channels[:] = 1e6
+    with pytest.raises(CheckpointError, match=r"'model\.out\.weight' has values up to .*, which have no scale"):
+        export(wanted, settings("fp8", statistics=found, smooth=1.0), tmp_path / "smooth")
+
+
+def test_an_input_too_large_for_a_scale(wanted, recwarn):
+    found = statistics()
+    found.inputs["denoiser"]["model.q.weight"].channels[7] = 3.4e38
+    with pytest.raises(UsageError, match=r"has inputs of model\.q\.weight up to 3\.4e\+38, which have no scale"):
+        quantize("denoiser", PART, wanted, settings("fp8", statistics=found))
+    assert not recwarn
 
 
 def test_statistics_of_another_model(wanted):

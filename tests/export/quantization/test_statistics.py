@@ -147,6 +147,26 @@ def test_a_linear_that_never_ran():
     assert statistics.first_reader("denoiser", "unread") is None
 
 
+@pytest.mark.parametrize("part, value", [
+    ("channels", np.array([1, np.nan, 2], np.float32)), ("channels", np.array([1, -1, 2], np.float32)),
+    ("channels", np.array([1, np.inf, 2], np.float32)), ("channels", np.array([1, 9, 2], np.float32)),
+    ("channels", np.array([[1, 2]], np.float32)), ("channels", np.array([1, 2], np.float64)),
+    ("channels", np.zeros(0, np.float32)), ("channels", np.array(1, np.float32)),
+    ("histogram", np.full(BINS, np.nan)), ("histogram", -np.ones(BINS)), ("histogram", np.zeros(5)),
+    ("histogram", np.full(BINS, np.inf)), ("top", np.array([np.nan])), ("top", np.array([np.inf])),
+    ("top", np.zeros(1)), ("top", np.array([-4.0])), ("top", np.zeros(0)), ("top", np.array([2.0**200])),
+])  # fmt: skip
+def test_numbers_that_no_calibration_has(tmp_path: Path, part, value):
+    path = tmp_path / "x.safetensors"
+    good = {"channels": np.array([1, 3, 2], np.float32), "histogram": np.ones(BINS), "top": np.array([4.0])}
+    metadata = {"kind": "zimg-calibration", "version": "1", "readers": "{}", "made": "{}"}
+    save_file({f"c/x/{name}": tensor for name, tensor in good.items()}, path, metadata)
+    assert Statistics.load(path).inputs["c"]["x"].absmax == 3
+    save_file({f"c/x/{name}": tensor for name, tensor in (good | {part: value}).items()}, path, metadata)
+    with pytest.raises(UsageError, match=r"holds no calibration statistics that this zimgkit reads \(x has "):
+        Statistics.load(path)
+
+
 def test_files_that_are_none(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     with pytest.raises(ZimgError, match="does not exist"):

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from zimgkit.engines.errors import CheckpointError, LoraError
 from zimgkit.engines.tensors.safetensors import read_header
 from zimgkit.export.lora.deltas import Addend, LowRank
 from zimgkit.export.weights import stream as weights
-from zimgkit.export.weights.stream import Wanted, export_weights
+from zimgkit.export.weights.stream import Encoding, Wanted, export_weights, linked_from, pieces
 
 
 @pytest.fixture
@@ -184,3 +185,66 @@ def test_a_file_that_ends_early_is_an_error(shards, tmp_path):
     os.truncate(file, want["net.c"].source.offset + 4)
     with pytest.raises(OSError, match="ended early"):
         export_weights({"net": want}, "bfloat16", out)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("name", ["c", "d", "e"])
+@pytest.mark.parametrize("kind", ["copied", "transformed", "encoded"])
+def test_what_is_no_number_is_named(shards, tmp_path, name, kind):
+    file = shards / "m-00002-of-00002.safetensors"
+    state = load_file(file)
+    state[name].reshape(-1)[[0, 3, -1]] = torch.tensor([NAN, INF, -INF]).to(state[name].dtype)
+    save_file(state, file)
+    want = wanted(shards, name)["net." + name]
+    if kind == "transformed":
+        want = replace(want, transform=lambda values: 2 * values)
+    if kind == "encoded":
+        want = replace(want, encoding=Encoding("int8", lambda rows: (np.zeros(r.size, np.int8) for r in rows)))
+    with pytest.raises(CheckpointError, match=rf"00002\.safetensors: '{name}' has 3 values that are NaN or infinite"):
+        export_weights({"net": {"x": want}}, "bfloat16", tmp_path)
+
+
+def test_what_a_precision_cannot_hold_is_named(tmp_path):
+    """The largest float32 is rounded to infinity, the largest bfloat16 is not."""
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    save_file({"a": torch.tensor([3.4e38, 3.3895e38, -3.4e38, 1e38])}, folder / "m.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        export_weights({"net": wanted(folder)}, "bfloat16", tmp_path)
+    message = f"{folder / 'm.safetensors'}: 'a' has 2 values that bfloat16 cannot hold"
+    assert str(caught.value) == f"{message}; build it in float32: --precision fp32"
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_a_lora_that_overflows_is_named(shards, with_lora, tmp_path, precision, recwarn):
+    wants, _ = with_lora
+    (addend,) = wants["net.c"].addends
+    huge = replace(addend, scale=1e39 if precision == "float32" else 2e38, label="huge.safetensors: c")
+    for own in ((huge,), (addend, huge)):
+        wants["net.c"] = replace(wants["net.c"], addends=own)
+        with pytest.raises(
+            LoraError, match=rf"^huge.safetensors: c changes 'c' to \d+ values that are .* in {precision}"
+        ):
+            export_weights({"net": wants}, precision, tmp_path)
+    assert not recwarn
+
+
+def test_loras_that_overflow_together(shards, with_lora, tmp_path):
+    wants, _ = with_lora
+    (addend,) = wants["net.c"].addends
+    whole = replace(wants["net.c"], addends=(replace(addend, scale=1.0),))
+    top = float(np.abs(np.concatenate([*pieces(whole, "float32")])).max())
+    both = tuple(replace(addend, scale=2.5e38 / top, label=label) for label in ("one", "two"))
+    with pytest.raises(LoraError, match=r"^one and two together change 'c' to NaN or infinities"):
+        export_weights({"net": wants | {"net.c": replace(wants["net.c"], addends=both)}}, "float32", tmp_path)
+
+
+def test_linked_tensors_are_those_nobody_read(shards, with_lora, tmp_path):
+    wants = wanted(shards) | {"net.a": with_lora[0]["net.a"]}
+    for keep, names in ((False, set()), (True, {"b"})):
+        out = tmp_path / str(keep)
+        out.mkdir()
+        placed = export_weights({"net": wants}, "bfloat16", out, keep_base=keep)
+        assert {source.name for source in linked_from({"net": wants}, placed).values()} == names
