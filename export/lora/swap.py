@@ -123,6 +123,8 @@ def swap(
         raise UsageError(f"{out} is the bundle itself", "leave --out out to change it")
     with only_writer_of(path), only_writer_of(target) if out is not None else contextlib.nullcontext():
         bundle = Bundle.open(path)
+        if out is None:
+            bundle.check_changeable()
         job = _Swap(bundle, Origin(bundle, model, revision, source), keep_base, report)
         read = read_loras(loras, source)
         merged = merge(read, job.names, bundle.manifest.family, allow_unmatched=allow_unmatched) if read else NOTHING
