@@ -56,7 +56,7 @@ def test_as_data(tmp_path):
     assert found["defaults"] == {
         "num_inference_steps": 20, "guidance_scale": 4.0, "height": 1328, "width": 1664, "negative_prompt": " ",
     }  # fmt: skip
-    assert found["bytes"] == 1000 + 500 + 5 + 5 + 2
+    assert found["bytes"] == 1000 + 500 + 2 + 2 + 2
     assert list(found["components"]) == ["denoiser", "modulation"]
     denoiser = found["components"]["denoiser"]
     assert denoiser["inputs"] == {"hidden_states": "float32[1, tokens, 64]", "timestep": "float32[1]"}
