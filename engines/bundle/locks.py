@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from zimgkit.engines.errors import OutputError
+from zimgkit.engines.files import acquire
 
 LEFT_BEHIND = r"\.{name}\.[0-9a-z_]{{8}}\.(part|float|references)"
 """Folders that a killed build leaves beside a bundle: itself, and float bundles to calibrate on or compare with."""
@@ -79,18 +79,11 @@ def _acquire(path: Path) -> int | None:
         OSError: it cannot be made, or its file system knows no locks.
     """
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who held it may have removed it meanwhile: then this is the lock of a file that nobody sees.
-            if os.path.samestat(os.fstat(file), path.stat()):
-                return file
-        except BlockingIOError:
-            os.close(file)
-            return None
+            file = acquire(path)
         except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(file)
-            raise
-        os.close(file)
+            path.touch()
+            continue
+        # Who held it may just have removed it: then there is a new one to lock.
+        if file is not None or path.exists():
+            return file

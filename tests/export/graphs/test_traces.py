@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -34,12 +35,22 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "zimgkit" / "traces"
 
 
+_TRACED: dict[str | None, Any] = {}
+
+
+def traced_once(kinds, trace=traces.trace):
+    """What is traced, once for all tests: it takes seconds."""
+    key = traces.fingerprint(kinds)
+    if key not in _TRACED:
+        _TRACED[key] = trace(kinds)
+    return _TRACED[key]
+
+
 @pytest.fixture
 def count(monkeypatch):
     """How often something was traced."""
     calls = []
-    original = traces.trace
-    monkeypatch.setattr(traces, "trace", lambda kinds: calls.append(kinds) or original(kinds))
+    monkeypatch.setattr(traces, "trace", lambda kinds: calls.append(kinds) or traced_once(kinds))
     return calls
 
 
