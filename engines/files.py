@@ -67,6 +67,8 @@ def _own(target: Path, ending: str, make: Callable[[Path], None]) -> Iterator[Pa
         make(path)
         try:
             lock = acquire(path)
+        except FileNotFoundError:  # Taken for a dead one's before it was locked.
+            continue
         except OSError:
             lock = -1  # A file system without locks, where leftovers stay.
         if lock is not None:

@@ -305,6 +305,10 @@ def read_manifest(root: Path) -> Manifest:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise BundleError(
+                f"{path} is a link to {path.readlink()}, which is missing", "copy the bundle whole"
+            ) from None
         hint = _instead(root)
         raise BundleError(f"{root} is not a bundle: it has no {MANIFEST}", hint) from None
     except OSError as error:

@@ -90,6 +90,13 @@ def test_the_entry_of_the_cache_names_the_snapshot(linked):
     assert refused(repository).endswith(f"is not a bundle: it has no {MANIFEST}; name {linked}")
 
 
+def test_a_manifest_whose_target_is_missing(linked, tmp_path):
+    shutil.copytree(linked, tmp_path / "copy", symlinks=True)
+    assert re.search(
+        r"bundle\.json is a link to .*, which is missing; copy the bundle whole", refused(tmp_path / "copy")
+    )
+
+
 def test_a_pointer_of_git_lfs(tmp_path):
     root = handmade.write_bundle(tmp_path / "bundle", FILES)
     (root / "net.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
