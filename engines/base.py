@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
-from zimgkit.engines.errors import BackendError, OutOfMemoryError, UsageError
+from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError, ZimgError
 from zimgkit.engines.shapes import Shape, dimension_sizes
 
 if TYPE_CHECKING:
@@ -111,12 +111,22 @@ def open_engine(bundle: Bundle, component: str, backend: str = "onnxruntime", de
     Raises:
         UsageError: no such backend or device.
         BackendError: the backend is not installed or cannot run this component.
-        BundleError: no such component, or its graph or weights are broken.
+        BundleError: no such component, its graph or weights are broken, or the bundle was changed since it was opened.
     """
     if backend not in BACKENDS:
         raise UsageError(f"no backend is called {backend!r}", f"choose one of {', '.join(BACKENDS)}")
     opener = cast("Callable[[Bundle, str, str | None], Engine]", import_module(BACKENDS[backend]).open_engine)
-    return opener(bundle, component, device)
+    try:
+        engine = opener(bundle, component, device)
+    except ZimgError:
+        bundle.check_unchanged(component)
+        raise
+    try:
+        bundle.check_unchanged(component)
+    except BundleError:
+        engine.close()
+        raise
+    return engine
 
 
 class BaseEngine(ABC):

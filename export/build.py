@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx_ir as ir
@@ -27,6 +26,7 @@ from zimgkit.engines.bundle import (
 )
 from zimgkit.engines.bundle.locks import only_writer_of
 from zimgkit.engines.errors import OutputError, UsageError
+from zimgkit.engines.files import temporary_folder
 from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.checkpoints import catalog
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -178,8 +178,8 @@ def _settings(
         statistics_path(out), checkpoint.source, merged.loras, given.calibration.filled(checkpoint.name)
     )
     if known_statistics is None:
-        with TemporaryDirectory(prefix=f".{out.name}.", suffix=".float", dir=out.parent) as folder:
-            export(checkpoint, Path(folder), "bfloat16", report, merged=merged)
+        with temporary_folder(out, "float") as folder:
+            export(checkpoint, folder, "bfloat16", report, merged=merged)
             float_bundle = Bundle.open(folder, verify=False)
             known_statistics = calibrate(
                 float_bundle, given.calibration, statistics_path(out), device=given.device, report=report

@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import secrets
+import stat
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -107,12 +108,39 @@ def _allocate(part: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.me
         array = open_memmap(part, "w+", dtype, shape)
         # Writing to a mapped file on a full disk kills the process, so the disk must be full now or never.
         with part.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, part.stat().st_size + CHECKSUM_SIZE)
+            _reserve(file, array.offset, part.stat().st_size + CHECKSUM_SIZE)
     except OSError:
         with contextlib.suppress(OSError):
             part.unlink()
         return None
     return array
+
+
+def _reserve(file: BinaryIO, start: int, end: int) -> None:
+    """Take the space of a file on the disk; what lies before ``start`` is written already."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, end)
+        return
+    file.seek(start)  # macOS and Windows have no such call: what is written has its space.
+    for position in range(start, end, CHUNK):
+        file.write(bytes(min(CHUNK, end - position)))
+
+
+def sealed(data: bytes) -> bytes:
+    """Bytes with the checksum behind them that the entries have."""
+    return data + zlib.crc32(data).to_bytes(CHECKSUM_SIZE, "little")
+
+
+def unsealed(data: bytes) -> bytes:
+    """Bytes without their checksum.
+
+    Raises:
+        ValueError: it is not theirs.
+    """
+    content = data[:-CHECKSUM_SIZE]
+    if sealed(content) != data:
+        raise ValueError("damaged")
+    return content
 
 
 def _seal(part: Path) -> None:
@@ -138,9 +166,12 @@ def make_room(folder: Path, limit: int) -> None:
         folder: of the entries of one kind.
         limit: how many bytes they may take.
     """
-    states = sorted(((path.stat(), path) for path in folder.iterdir()), key=lambda item: -item[0].st_mtime_ns)
+    entries = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # Another process makes room as well.
+            entries.append((path.lstat(), path))
     total = 0
-    for stat, path in states:
-        total += stat.st_size
-        if total > limit:
+    for state, path in sorted(entries, key=lambda entry: -entry[0].st_mtime_ns):
+        total += state.st_size
+        if total > limit and not stat.S_ISDIR(state.st_mode):
             path.unlink(missing_ok=True)

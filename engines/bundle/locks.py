@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from zimgkit.engines.errors import OutputError
+from zimgkit.engines.files import acquire
 
 LEFT_BEHIND = r"\.{name}\.[0-9a-z_]{{8}}\.(part|float|references)"
 """Folders that a killed build leaves beside a bundle: itself, and float bundles to calibrate on or compare with."""
@@ -25,7 +25,7 @@ def only_writer_of(out: Path) -> Iterator[None]:
     """Hold the lock of a bundle's folder, and clear what a killed build of it left behind.
 
     The lock is a file beside the bundle, so that all users and containers that share the folder share it. Where none
-    can be written there, it is one in the user's cache.
+    can be written there, it is one in the user's cache; where none can be there either, there is none.
 
     Raises:
         OutputError: another process holds it.
@@ -54,22 +54,22 @@ def _clear(out: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    path = out.with_name(f".{out.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = _acquire(path)
-    except OSError:
-        key = hashlib.sha256(os.fsencode(out)).hexdigest()[:32]
-        path = user_cache_path("zimgkit") / "locks" / f"{key}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = _acquire(path)
-    if file is None:
-        raise OutputError(f"another process is writing {out}", "wait for it, or name another folder")
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(file)
+    key = hashlib.sha256(os.fsencode(out)).hexdigest()[:32]
+    for path in (out.with_name(f".{out.name}.lock"), user_cache_path("zimgkit") / "locks" / f"{key}.lock"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = _acquire(path)
+        except OSError:
+            continue
+        if file is None:
+            raise OutputError(f"another process is writing {out}", "wait for it, or name another folder")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(file)
+        return
+    yield  # Where not even a lock can be written: what follows is a reading, or says itself what it cannot write.
 
 
 def _acquire(path: Path) -> int | None:
@@ -79,18 +79,11 @@ def _acquire(path: Path) -> int | None:
         OSError: it cannot be made, or its file system knows no locks.
     """
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who held it may have removed it meanwhile: then this is the lock of a file that nobody sees.
-            if os.path.samestat(os.fstat(file), path.stat()):
-                return file
-        except BlockingIOError:
-            os.close(file)
-            return None
+            file = acquire(path)
         except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(file)
-            raise
-        os.close(file)
+            path.touch()
+            continue
+        # Who held it may just have removed it: then there is a new one to lock.
+        if file is not None or path.exists():
+            return file

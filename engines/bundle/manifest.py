@@ -286,6 +286,12 @@ def _build_command(root: Path) -> str:
     return shlex.join(["zimg-export", "build", "--model", str(model), "--out", str(out)])
 
 
+def _instead(root: Path) -> str:
+    """What to do about a folder that is no bundle: name the one that a hub's cache has in it, or build one."""
+    found = sorted(path.parent for path in root.glob(f"snapshots/*/{MANIFEST}"))
+    return f"name {found[-1]}" if found else f"make one with: {_build_command(root)}"
+
+
 def read_manifest(root: Path) -> Manifest:
     """Read ``bundle.json``.
 
@@ -299,7 +305,11 @@ def read_manifest(root: Path) -> Manifest:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        hint = f"make one with: {_build_command(root)}"
+        if path.is_symlink():
+            raise BundleError(
+                f"{path} is a link to {path.readlink()}, which is missing", "copy the bundle whole"
+            ) from None
+        hint = _instead(root)
         raise BundleError(f"{root} is not a bundle: it has no {MANIFEST}", hint) from None
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror})") from None

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from zimgkit.engines.base import BaseEngine, Feeds, Handle
 from zimgkit.engines.errors import BackendError, UsageError
 from zimgkit.engines.onnxruntime.bound import BoundSession, explain
+from zimgkit.engines.onnxruntime.graph import given
 from zimgkit.engines.onnxruntime.values import Place, converted, download, element_types, on_host, upload
 from zimgkit.engines.tensors.dtypes import BY_ONNX
 
@@ -115,9 +116,9 @@ class OnnxRuntimeEngine(BaseEngine):
             raise BackendError(f"{component} is a table of tensors and has no graph to run")
         super().__init__(component, entry, place.device)
         self._place = place
-        paths = [bundle.file(graph) for graph in _graphs(entry, place.kind)]
         quantization = bundle.manifest.quantization
-        self._session = _open_session(paths, place, quantization.precision if quantization else "")
+        precision = quantization.precision if quantization else ""
+        self._session = _open_session(bundle, _graphs(entry, place.kind), place, precision)
         # The graph's own: one that computes in float32 also takes and gives float32 where the manifest has bfloat16.
         self._types = element_types(self._session.get_inputs())
         self._bound = None if place.kind == "cpu" else BoundSession(self._session, place, self.outputs)
@@ -161,11 +162,12 @@ class OnnxRuntimeEngine(BaseEngine):
         self._session = self._bound = None
 
 
-def _open_session(paths: list[Path], place: Place, quantized: str) -> Any:
+def _open_session(bundle: Bundle, graphs: list[str], place: Place, quantized: str) -> Any:
     """Load the first graph that the device has all kernels for.
 
     Args:
-        paths: the graphs.
+        bundle: an open bundle.
+        graphs: files of it.
         place: the device.
         quantized: the precision of what is quantized, or nothing.
     """
@@ -184,15 +186,16 @@ def _open_session(paths: list[Path], place: Place, quantized: str) -> Any:
         # Weights in memory of their own: they stay, and would leave holes in what is shared between runs.
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         providers.insert(0, (CUDA, {"device_id": str(place.number), **CUDA_OPTIONS}))
-    for path in paths:
+    for graph in graphs:
+        source = given(bundle, graph, options)
         try:
             session = ort.InferenceSession(
-                str(path), options, providers=providers, enable_fallback=0, disabled_optimizers=disabled
+                source, options, providers=providers, enable_fallback=0, disabled_optimizers=disabled
             )
             break
         except Exception as error:
-            if path == paths[-1] or not any(sign in str(error).lower() for sign in NO_KERNEL):
-                raise explain(error, f"ONNX Runtime cannot load {path}") from None
+            if graph == graphs[-1] or not any(sign in str(error).lower() for sign in NO_KERNEL):
+                raise explain(error, f"ONNX Runtime cannot load {bundle.file(graph)}") from None
     if place.kind == "cuda" and CUDA not in session.get_providers():
         raise _no_cuda("its provider does not load")
     return session

@@ -25,6 +25,7 @@ from platformdirs import user_cache_path
 from zimgkit.engines.base import BaseEngine, Feeds, Handle
 from zimgkit.engines.errors import BackendError, OutOfMemoryError, UsageError, install
 from zimgkit.engines.onnxruntime.bound import BoundSession, explain
+from zimgkit.engines.onnxruntime.graph import given
 from zimgkit.engines.onnxruntime.values import Place, download, upload
 from zimgkit.engines.shapes import Profile, choose_profile
 
@@ -274,7 +275,7 @@ class TensorRTRTXEngine(BaseEngine):
             if entry.data:
                 bundle.file(entry.data)  # Which the plugin opens by itself.
             several = {"nv_multi_profile_enable": str(int(len(entry.profiles) > 1))}
-            self._bound = self._load(bundle.file(entry.file), (), several)
+            self._bound = self._load(entry.file, (), several)
 
     def _upload(self, name: str, array: NDArray[Any], dtype: str) -> Any:
         try:
@@ -310,14 +311,15 @@ class TensorRTRTXEngine(BaseEngine):
         if self._bound is None or not served:
             self._bound = None  # The old one first: both at once may not fit.
             profile = {name: (min(known[name][0], n), n, max(known[name][2], n)) for name, n in sizes.items()}
-            graph = self._bundle.file(next(iter(self._bundle.component(self.name).graphs.values())))
+            graph = next(iter(self._bundle.component(self.name).graphs.values()))
             self._bound = build(lambda options: self._load(graph, (profile,), options))
             self._profiles = (profile,)
         return self._bound
 
-    def _load(self, path: Path, profiles: Sequence[Profile], provider_options: Mapping[str, str]) -> BoundSession:
+    def _load(self, file: str, profiles: Sequence[Profile], provider_options: Mapping[str, str]) -> BoundSession:
         import onnxruntime as ort
 
+        path = self._bundle.file(file)
         cache = user_cache_path("zimgkit") / BACKEND
         with contextlib.suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
@@ -325,7 +327,9 @@ class TensorRTRTXEngine(BaseEngine):
             provider_options = {"nv_runtime_cache_path": str(cache), **provider_options}
         try:
             options = session_options(ort, self._accepted, self.inputs, profiles, provider_options)
-            session = ort.InferenceSession(str(path), options, enable_fallback=0)
+            # What was compiled ahead finds its second file beside its path.
+            source = str(path) if self._entry else given(self._bundle, file, options)
+            session = ort.InferenceSession(source, options, enable_fallback=0)
         except Exception as error:
             hint = f"compile it again: {compile_command(self._bundle)}" if self._entry else OTHERS
             raise explain(error, f"TensorRT for RTX cannot load {path}", hint) from None

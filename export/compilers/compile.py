@@ -121,6 +121,7 @@ def compile_bundle(
     # Opened under the lock: an engine that another process has just registered is then not removed as unlisted.
     with only_writer_of(path):
         bundle = Bundle.open(path)
+        bundle.check_changeable()
         profiles = shape_profiles(bundle.manifest, shapes)
         if unknown := [name for name in components if name not in profiles]:
             raise UsageError(f"the bundle has no graph called {unknown[0]!r}", f"it has {', '.join(profiles)}")

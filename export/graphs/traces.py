@@ -1,7 +1,7 @@
 """What was traced, kept in the user's cache: another precision, LoRA or size of a network needs no second trace.
 
 A trace follows from code and shapes alone, never from weights. An entry is named by a hash of all of that; it is an
-ONNX model of nothing but functions.
+ONNX model of nothing but functions, with a checksum behind it: cut between two of them, it would still be a model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 
 from zimgkit.engines.files import replacing
 from zimgkit.export.graphs.trace import DOMAIN, IR_VERSION, OPSET, Kind, trace
-from zimgkit.runtime.disk_cache import cache_limit, make_room
+from zimgkit.runtime.disk_cache import cache_limit, make_room, sealed, unsealed
 
 CODE = ("zimgkit.export.networks.", "torch.nn.", "transformers.")
 """Where the code of a module has to be: a hash of our sources and the packages' versions tell when it changes."""
@@ -52,22 +52,22 @@ def traced(kinds: Sequence[Kind]) -> list[ir.Function]:
         return trace(kinds)
     folder = user_cache_path("zimgkit") / "traces"
     path = folder / f"{key}.onnx"
-    if found := _load(path):
+    if found := _load(path, len(kinds)):
         return found
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             # Another process may be tracing the same: its result comes sooner.
             stack.enter_context(FileLock(folder / f"{key}.lock"))
-        if found := _load(path):
+        if found := _load(path, len(kinds)):
             return found
-        functions = trace(kinds)
+        data = _as_bytes(trace(kinds))
         with contextlib.suppress(OSError):
             with replacing(path) as part:
-                part.write_bytes(_as_bytes(functions))
+                part.write_bytes(sealed(data))
             make_room(folder, limit)
-    # Read back where it could be written, so that the first graph has the same bytes as later ones.
-    return _load(path) or functions
+    # Not what was traced, so that the first graph has the same bytes as later ones.
+    return _functions(data)
 
 
 def fingerprint(kinds: Sequence[Kind]) -> str | None:
@@ -120,14 +120,18 @@ def _as_bytes(functions: Sequence[ir.Function]) -> bytes:
     return found
 
 
-def _load(path: Path) -> list[ir.Function]:
-    """The functions of an entry; none where it is not there, or damaged."""
+def _load(path: Path, count: int) -> list[ir.Function]:
+    """The functions of an entry; none where it is not there, or damaged, or has not so many."""
     try:
-        model = ir.from_proto(onnx.ModelProto.FromString(path.read_bytes()))
+        functions = _functions(unsealed(path.read_bytes()))
         os.utime(path)  # used now, in the eyes of make_room
     except (OSError, ValueError, DecodeError):
         return []
-    return list(model.functions.values())
+    return functions if len(functions) == count else []
+
+
+def _functions(data: bytes) -> list[ir.Function]:
+    return list(ir.from_proto(onnx.ModelProto.FromString(data)).functions.values())
 
 
 _code()  # Now: sources edited during a build shall not name what older code traces.

@@ -98,6 +98,8 @@ def swap(
         raise UsageError(f"{out} is the bundle itself", "leave --out out to change it")
     with only_writer_of(path), only_writer_of(target) if out is not None else contextlib.nullcontext():
         bundle = Bundle.open(path)
+        if out is None:
+            bundle.check_changeable()
         changeable = Changeable(bundle, Origin(bundle, model, revision, source))
         read = read_loras(loras, source)
         family = bundle.manifest.family

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 
 from zimgkit.engines.bundle import Bundle, MergedLora
 from zimgkit.engines.errors import OutputError, UsageError
+from zimgkit.engines.files import temporary_folder
 from zimgkit.export.build import export
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from zimgkit.export.lora.merge import NOTHING, Merge
@@ -46,11 +48,11 @@ def references(
         info for component in FAMILIES[checkpoint.family].components for info in checkpoint.tensors(component).values()
     ]
     same = not merged.loras and all(info.dtype == "bfloat16" for info in weights)
-    with TemporaryDirectory(prefix=f".{beside.name}.", suffix=".references", dir=beside.parent) as folder:
+    with temporary_folder(beside, "references") as folder:
         for precision in ("bfloat16", "float32"):
             if precision not in found:
                 built = same and found.get("bfloat16")
-                found[precision] = built or _build(checkpoint, merged, Path(folder) / precision, report)
+                found[precision] = built or _build(checkpoint, merged, folder / precision, report)
         yield References(found["float32"], found["bfloat16"])
 
 
@@ -58,15 +60,16 @@ def references(
 def temporary_bundle(
     model: str, revision: str | None = None, source: str = "huggingface", report: Report = silent
 ) -> Iterator[Bundle]:
-    """Build a bundle of a checkpoint in bfloat16, in the working folder, for the time of the context.
+    """Build a bundle of a checkpoint in bfloat16, in the working folder if it can be written, while the context lasts.
 
     Raises:
         CheckpointError: the checkpoint is missing, broken, or none zimgkit serves.
         OutputError: the disk is full.
     """
     checkpoint = open_checkpoint(model, revision=revision, source=source)
-    with TemporaryDirectory(prefix=".zimgkit.", suffix=".references", dir=Path.cwd()) as folder:
-        yield _build(checkpoint, NOTHING, Path(folder) / "bfloat16", report)
+    place = Path.cwd() if os.access(Path.cwd(), os.W_OK) else Path(gettempdir())
+    with temporary_folder(place / "zimgkit", "references") as folder:
+        yield _build(checkpoint, NOTHING, folder / "bfloat16", report)
 
 
 def _build(checkpoint: Checkpoint, merged: Merge, folder: Path, report: Report) -> Bundle:

@@ -116,9 +116,12 @@ def verify(
     Raises:
         BundleError: the bundle is broken, or of another family than the checkpoint.
         CheckpointError: the checkpoint is broken, or a LoRA's file is missing.
+        OutputError: the cost is to be written into a bundle of links, or a read-only one.
     """
-    bundle = Bundle.open(path, verify=False)
-    bundle.verify(afresh=True)
+    bundle = Bundle.read(path)
+    if measuring is not None:
+        bundle.check_changeable()
+    bundle.verify(afresh=True, report=report)
     checkpoint = open_checkpoint(model, revision=revision, source=source)
     precision = bundle.manifest.precision
     if checkpoint.family != bundle.manifest.family:

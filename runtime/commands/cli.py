@@ -146,10 +146,20 @@ def sheet(
 
 @cli.command()
 @click.argument("bundle", type=BUNDLE)
+@click.option("--verify", is_flag=True, help="Read every byte again, and name each file that is not as it was built.")
+@QUIET
 @AS_JSON
-def inspect(bundle: Path, as_json: bool) -> None:
+@click.pass_context
+def inspect(context: click.Context, bundle: Path, verify: bool, quiet: bool, as_json: bool) -> None:
     """Show what a bundle is and what is in it, after checking its files."""
-    from zimgkit.runtime.commands.inspect import bundle_summary, bundle_text
+    from zimgkit.runtime.commands.inspect import bundle_summary, bundle_text, verified_text, verify_bundle
+    from zimgkit.runtime.progress import bar
+
+    if verify:
+        with bar(enabled=not quiet) as report:
+            result = verify_bundle(bundle, report)
+        console.print_json(result) if as_json else console.say(verified_text(result))
+        context.exit(1 if result["errors"] else 0)
 
     summary = bundle_summary(bundle)
     if as_json:

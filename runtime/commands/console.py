@@ -25,8 +25,9 @@ def run(command: click.Command) -> NoReturn:
     """
     name = command.name or "zimgkit"
     # A polite kill cleans up as Ctrl-C does.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, _interrupt)
+    for number in ("SIGINT", "SIGTERM", "SIGALRM"):
+        if hasattr(signal, number):  # Windows has no alarm.
+            signal.signal(getattr(signal, number), _interrupt)
     try:
         result = command.main(prog_name=name, standalone_mode=False)
     except click.NoSuchOption as error:
@@ -41,7 +42,7 @@ def run(command: click.Command) -> NoReturn:
     except ZimgError as error:
         _end(name, str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _remind(0)
         _end(name, "interrupted; nothing half-written is left", 1)
     except MemoryError:
         _end(name, "out of memory; ask for a smaller picture, or use a machine with more", 1)
@@ -74,9 +75,15 @@ def _interrupt(number: int, frame: object) -> None:
 
     Not while one is on its way already, which would break off the cleaning up.
     """
-    signal.setitimer(signal.ITIMER_REAL, AGAIN)
+    _remind(AGAIN)
     if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
         raise KeyboardInterrupt
+
+
+def _remind(seconds: float) -> None:
+    """Raise the alarm after so many seconds, or never where they are 0."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _end(name: str, message: str, code: int) -> NoReturn:

@@ -10,6 +10,34 @@ import msgspec
 
 from zimgkit.engines.bundle import Bundle, Quantization
 from zimgkit.runtime import demo_models
+from zimgkit.runtime.progress import Report, silent
+
+
+def verify_bundle(path: Path, report: Report = silent) -> dict[str, Any]:
+    """Hash all of a bundle afresh, and look at where its graphs point.
+
+    Args:
+        path: its folder, or the name of one that zimgkit carries.
+        report: called with (stage, done, total).
+
+    Returns:
+        ``path``, how many ``files`` and ``bytes`` its manifest lists, and ``errors``: a line for each file that is not
+        what the manifest says.
+
+    Raises:
+        BundleError: it is no bundle.
+    """
+    bundle = Bundle.read(demo_models.locate(path))
+    records = bundle.manifest.files
+    errors = [str(error) for error in bundle.mismatches(afresh=True, report=report)]
+    size = sum(record.size for record in records.values())
+    return {"path": str(bundle.root), "files": len(records), "bytes": size, "errors": errors}
+
+
+def verified_text(result: dict[str, Any]) -> str:
+    """The result of :func:`verify_bundle` for people."""
+    whole = f"{result['path']}: all {result['files']} files ({size_text(result['bytes'])}) are what the manifest says"
+    return "\n".join(result["errors"]) or whole
 
 
 def bundle_summary(path: Path) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def modulation_table(
             row += rows
             if progress:
                 progress(done, len(linears))
+        bundle.check_unchanged(COMPONENT)  # Another bundle's table is not kept under this one's name.
 
     identity = f"{bundle.content_hash(COMPONENT)} {precision} {LAYOUT_VERSION} ".encode() + sigmas.tobytes()
     shape = (len(sigmas), 12 * layers + 2, dim)

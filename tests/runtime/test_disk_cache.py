@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,6 +78,64 @@ def test_computes_damaged_entries_again(folder, damage):
     for _ in range(2):
         np.testing.assert_array_equal(get(fill=fill), np.full(SHAPE, 2, np.float32))
     assert fill.calls == 1
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to(path), lambda path: path.symlink_to("/dev")])
+def test_what_is_no_file_in_the_place_of_an_entry(folder, make):
+    folder.mkdir(parents=True)
+    make(folder / "a.npy")
+    for value in (1, 1):
+        np.testing.assert_array_equal(get(fill=Fill(value)), np.full(SHAPE, value, np.float32))
+    assert get("b").shape == SHAPE and (folder / "b.npy").is_file()
+
+
+def test_no_right_to_read_an_entry(monkeypatch):
+    get(fill=Fill(1))
+    monkeypatch.setattr(Path, "open", lambda *_: full_disk())
+    np.testing.assert_array_equal(get(fill=Fill(2)), np.full(SHAPE, 2, np.float32))
+
+
+def test_a_folder_among_the_entries_is_passed_over(folder, monkeypatch):
+    """It can neither be removed nor keep others from being."""
+    monkeypatch.setenv("ZIMG_CACHE_LIMIT", str(2 * SIZE))
+    (folder / "old").mkdir(parents=True)
+    os.utime(folder / "old", (0, 0))
+    for key in "abc":
+        get(key)
+    assert (folder / "old").is_dir() and (folder / "c.npy").is_file() and not (folder / "a.npy").exists()
+
+
+def test_without_a_call_that_takes_space(folder, monkeypatch):
+    """Of macOS and Windows."""
+    expected = get("a", Fill(3))
+    monkeypatch.delattr(os, "posix_fallocate")
+    np.testing.assert_array_equal(get("b", Fill(3)), expected)
+    assert (folder / "b.npy").read_bytes() == (folder / "a.npy").read_bytes()
+
+
+def share(start, wrong):
+    """What each of several processes does: the same few entries, over and over, where not all have room."""
+    start.wait(60)
+    for turn in range(40):
+        value = float(turn % 4)
+        array = get(f"k{turn % 4}", Fill(value))
+        if not np.array_equal(array, np.full(SHAPE, value, np.float32)):
+            wrong.set()
+
+
+def test_several_processes_share_a_cache(folder, monkeypatch):
+    monkeypatch.setenv("ZIMG_CACHE_LIMIT", str(2 * SIZE))
+    context = multiprocessing.get_context("fork")
+    start, wrong = context.Event(), context.Event()
+    processes = [context.Process(target=share, args=(start, wrong)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    start.set()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert not wrong.is_set()
+    assert not list(folder.glob("*.part"))
 
 
 def test_computes_again_for_another_shape_or_type():

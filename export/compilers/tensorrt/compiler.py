@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def compile_plan(
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = module.OnnxParser(network, log)
     _parse(parser, graph, log)
-    config = _config(module, builder, network, component, profiles, options)
+    config = _config(module, log, builder, network, component, profiles, options)
     progress = _progress(module, f"compile {graph.component}", report)
     config.progress_monitor = progress
     plan = builder.build_serialized_network(network, config)
@@ -98,7 +99,10 @@ def compile_plan(
     file.write_bytes(memoryview(plan))
     report(f"compile {graph.component}", THOUSANDTHS, THOUSANDTHS)
     if options.timing_cache:
-        _save_timings(config, options.timing_cache)
+        try:
+            _save_timings(config, options.timing_cache)
+        except OSError as error:
+            log.warnings.append(f"the timing cache {options.timing_cache} cannot be written ({error.strerror})")
     found, memory = _inspect(module, log, plan) or (layers.from_log(log.layers), 0)
     times = 1 if memory else len(profiles)
     unfused = layers.unfused(found, graph.attentions, times)
@@ -159,6 +163,7 @@ def _advice(options: CompilerOptions) -> str:
 
 def _config(
     module: ModuleType,
+    log: Any,
     builder: Any,
     network: Any,
     component: Component,
@@ -186,8 +191,12 @@ def _config(
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     if options.timing_cache:
-        stored = options.timing_cache.read_bytes() if options.timing_cache.exists() else b""
+        stored = b""
+        with contextlib.suppress(OSError):
+            stored = options.timing_cache.read_bytes()
+        # Of what is damaged, or of another GPU, it makes an empty one.
         config.set_timing_cache(config.create_timing_cache(stored), False)
+        log.errors.clear()  # What it has against the timings is no reason for what fails later.
     for ranges in profiles:
         profile = builder.create_optimization_profile()
         for index in range(network.num_inputs):

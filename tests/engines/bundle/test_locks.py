@@ -129,6 +129,20 @@ def test_a_folder_where_no_lock_can_be_written(tmp_path, monkeypatch):
     assert not asked[1].exists()
 
 
+def test_where_no_lock_can_be_written_at_all(tmp_path, monkeypatch):
+    """Reading goes on, and what is to be written says itself that it cannot be."""
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("zimgkit.engines.bundle.locks._acquire", read_only)
+    with only_writer_of(tmp_path / "bundle"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def read_only(path):
+    raise OSError(30, "Read-only file system")
+
+
 def race(out: Path, log: Path, start: Any) -> None:
     start.wait(60)
     done = 0

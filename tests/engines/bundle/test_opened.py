@@ -245,27 +245,6 @@ class TestPaths:
         with pytest.raises(BundleError, match="leads out of the bundle"):
             Bundle(root.resolve(), handmade.manifest()).file(name)
 
-    @pytest.mark.parametrize("target", ["../secret", "{absolute}", "tokenizer/../../secret"])
-    def test_links_that_lead_out(self, root: Path, tmp_path: Path, target: str) -> None:
-        (tmp_path / "secret").write_bytes(b"")
-        (root / "link").symlink_to(target.format(absolute=tmp_path / "secret"))
-        edit(root, files=listed("link"))
-        assert "names 'link', which leads out of the bundle; do not trust it" in refused(root)
-
-    def test_a_folder_that_is_a_link_out(self, root: Path, tmp_path: Path) -> None:
-        (tmp_path / "elsewhere").mkdir()
-        (tmp_path / "elsewhere" / "file").touch()
-        (root / "folder").symlink_to("../elsewhere")
-        edit(root, files=listed("folder/file"))
-        assert "names 'folder/file', which leads out of the bundle" in refused(root)
-
-    def test_a_folder_whose_name_begins_like_the_bundle(self, root: Path, tmp_path: Path) -> None:
-        (tmp_path / "bundle-2").mkdir()
-        (tmp_path / "bundle-2" / "file").touch()
-        (root / "link").symlink_to("../bundle-2/file")
-        edit(root, files=listed("link"))
-        assert "leads out of the bundle" in refused(root)
-
     def test_links_in_a_circle(self, root: Path) -> None:
         (root / "a").symlink_to("b")
         (root / "b").symlink_to("a")
@@ -319,11 +298,11 @@ class TestVerify:
     def test_bytes_are_hashed_once(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         hashed: list[str] = []
 
-        def count(path: Path) -> str:
+        def count(path: Path, *_: object) -> str:
             hashed.append(path.name)
             return sha256(path)
 
-        monkeypatch.setattr("zimgkit.engines.bundle.opened.sha256", count)
+        monkeypatch.setattr("zimgkit.engines.bundle.verified.sha256", count)
         bundle = Bundle.open(root)
         assert sorted(hashed) == ["net.onnx", "net.safetensors", "tokenizer.json"]
         Bundle.open(root)
@@ -346,7 +325,7 @@ class TestVerify:
     def test_a_file_that_changes_while_it_is_hashed_is_not_known(
         self, root: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def slow(path: Path) -> str:
+        def slow(path: Path, *_: object) -> str:
             digest = sha256(path)
             if path.name == "net.onnx":
                 wait_for_the_clock(root)
@@ -354,7 +333,7 @@ class TestVerify:
             return digest
 
         with monkeypatch.context() as patch:
-            patch.setattr("zimgkit.engines.bundle.opened.sha256", slow)
+            patch.setattr("zimgkit.engines.bundle.verified.sha256", slow)
             Bundle.open(root)
         assert "was changed" in refused(root)
 

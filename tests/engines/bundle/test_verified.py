@@ -36,6 +36,27 @@ def test_a_file_is_known_by_its_hash(file):
     assert not is_known(file, "cd" * 32)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(path.read_bytes() + b"0"),
+        lambda path: path.write_bytes(b"\xff" * 100),
+        lambda path: (path.unlink(), path.mkdir()),
+        lambda path: (path.unlink(), path.symlink_to(path)),
+    ],
+    ids=["empty", "cut", "longer", "nonsense", "folder", "circle"],
+)
+def test_a_damaged_note_counts_for_nothing(file, cache, damage):
+    note(file)
+    (entry,) = cache.iterdir()
+    damage(entry)
+    assert not is_known(file, DIGEST)
+    note(file)  # It is made again where that can be.
+    assert is_known(file, DIGEST) == entry.is_file()
+
+
 def test_a_later_note_replaces_an_earlier(file):
     remember(file, "cd" * 32, state(file))
     note(file)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -11,6 +14,7 @@ from torch import nn
 from zimgkit.engines.errors import UsageError
 from zimgkit.export.graphs import traces
 from zimgkit.export.graphs.trace import Example, Kind
+from zimgkit.runtime.disk_cache import sealed
 
 FREE = Example(torch.empty(3, 8, device="meta"), (0,))
 
@@ -31,12 +35,22 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "zimgkit" / "traces"
 
 
+_TRACED: dict[str | None, Any] = {}
+
+
+def traced_once(kinds, trace=traces.trace):
+    """What is traced, once for all tests: it takes seconds."""
+    key = traces.fingerprint(kinds)
+    if key not in _TRACED:
+        _TRACED[key] = trace(kinds)
+    return _TRACED[key]
+
+
 @pytest.fixture
 def count(monkeypatch):
     """How often something was traced."""
     calls = []
-    original = traces.trace
-    monkeypatch.setattr(traces, "trace", lambda kinds: calls.append(kinds) or original(kinds))
+    monkeypatch.setattr(traces, "trace", lambda kinds: calls.append(kinds) or traced_once(kinds))
     return calls
 
 
@@ -53,13 +67,59 @@ def test_the_same_is_traced_once(folder, count):
     assert len(list(folder.glob("*.onnx"))) == 1
 
 
-@pytest.mark.parametrize("damage", [b"", b"x", b"\x08\x0b"], ids=["empty", "nonsense", "no functions"])
+def cut_between_functions(data: bytes) -> bytes:
+    """Still a model, which lacks the last function."""
+    model = onnx.ModelProto.FromString(data[:-4])
+    del model.functions[-1]
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: b"x",
+        lambda data: b"\x08\x0b",
+        lambda data: data[:-1],
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-4],
+        lambda data: data[:100] + bytes([data[100] ^ 1]) + data[101:],
+        cut_between_functions,
+        lambda data: sealed(cut_between_functions(data)),
+        lambda data: data + data,
+    ],
+    ids=["empty", "byte", "no functions", "end", "half", "unsealed", "flipped", "cut", "fewer", "twice"],
+)
 def test_a_damaged_entry_is_made_again(folder, count, damage):
+    first = traces.traced([norm(), linear()])
+    (entry,) = folder.glob("*.onnx")
+    whole = entry.read_bytes()
+    entry.write_bytes(damage(whole))
+    assert as_text(traces.traced([norm(), linear()])) == as_text(first)
+    assert len(count) == 2 and entry.read_bytes() == whole
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to(path), lambda path: path.symlink_to("/dev")])
+def test_what_is_no_file_in_the_place_of_an_entry(folder, count, make):
     first = traces.traced([norm()])
     (entry,) = folder.glob("*.onnx")
-    entry.write_bytes(damage)
+    entry.unlink()
+    make(entry)
     assert as_text(traces.traced([norm()])) == as_text(first)
-    assert len(count) == 2 and len(entry.read_bytes()) > 100
+
+
+def test_no_right_to_read_an_entry(folder, count, monkeypatch):
+    first = traces.traced([norm()])
+    read = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.suffix == ".onnx":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert as_text(traces.traced([norm()])) == as_text(first)
+    assert len(count) == 2
 
 
 def test_switched_off(folder, count, monkeypatch):

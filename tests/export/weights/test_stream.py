@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -72,12 +73,13 @@ def test_widening_to_float32_writes_everything(shards, tmp_path):
         assert torch.equal(result[name], value.float()), name
 
 
-def test_where_links_cannot_be_made_only_the_wanted_tensors_are_copied(shards, tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP])
+def test_where_links_cannot_be_made_only_the_wanted_tensors_are_copied(shards, tmp_path, monkeypatch, code):
     out = tmp_path / "out"
     out.mkdir()
 
     def refuse(*args, **kwargs):
-        raise OSError(18, "Invalid cross-device link")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(weights.os, "link", refuse)
     export_weights({"net": wanted(shards, "a")}, "bfloat16", out)

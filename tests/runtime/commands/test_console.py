@@ -256,3 +256,19 @@ class TestProcess:
         with Path("/dev/full").open("w") as out:
             done = subprocess.run([*tool, "talk"], stdout=out, stderr=subprocess.PIPE, check=False, timeout=20)
         assert (done.returncode, done.stderr) == (1, b"tool: error: input or output: No space left on device\n")
+
+
+def test_a_picture_where_the_system_lacks_what_linux_has(tmp_path: Path) -> None:
+    """What macOS and Windows lack is done without, as far as a test on Linux can tell."""
+    code = """
+        import os, signal, sys
+        sys.modules["fcntl"] = None
+        del os.posix_fallocate, signal.SIGALRM, signal.setitimer
+        from zimgkit.runtime.commands.cli import main
+        sys.argv = ["zimg-run", "generate", *"circle --bundle zimg-tiny-qwen --num-inference-steps 1 --quiet".split()]
+        main()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]

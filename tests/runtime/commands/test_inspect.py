@@ -11,9 +11,14 @@ import msgspec
 import pytest
 
 from tests import handmade
-from zimgkit.engines.bundle import Bundle, CompiledEngine, Component, Refit, Source, TensorSpec
+from tests.commands import invoke
+from zimgkit.engines.bundle import Bundle, CompiledEngine, Component, Refit, Source, TensorSpec, verified
 from zimgkit.engines.errors import BundleError
+from zimgkit.runtime.commands.cli import main
 from zimgkit.runtime.commands.inspect import bundle_summary, bundle_text
+
+GRAPH = b"\x08\x0a"
+"""The smallest graph: its version alone."""
 
 
 def write(root: Path, **changes: Any) -> Path:
@@ -29,8 +34,8 @@ def write(root: Path, **changes: Any) -> Path:
         "modulation": Component(("linked.safetensors",), tensors=("a", "b"), parameters=12, weight_bytes=24),
     }
     files = {
-        "linked.safetensors": bytes(1000), "denoiser.safetensors": bytes(500), "denoiser.onnx": b"graph",
-        "denoiser.float32.onnx": b"graph", "tokenizer/tokenizer.json": b"{}",
+        "linked.safetensors": bytes(1000), "denoiser.safetensors": bytes(500), "denoiser.onnx": GRAPH,
+        "denoiser.float32.onnx": GRAPH, "tokenizer/tokenizer.json": b"{}",
     }  # fmt: skip
     changes = {
         "components": components,
@@ -51,7 +56,7 @@ def test_as_data(tmp_path):
     assert found["defaults"] == {
         "num_inference_steps": 20, "guidance_scale": 4.0, "height": 1328, "width": 1664, "negative_prompt": " ",
     }  # fmt: skip
-    assert found["bytes"] == 1000 + 500 + 5 + 5 + 2
+    assert found["bytes"] == 1000 + 500 + 2 + 2 + 2
     assert list(found["components"]) == ["denoiser", "modulation"]
     denoiser = found["components"]["denoiser"]
     assert denoiser["inputs"] == {"hidden_states": "float32[1, tokens, 64]", "timestep": "float32[1]"}
@@ -106,7 +111,7 @@ def test_sizes(tmp_path, size, text):
 
 def test_files_are_checked(tmp_path):
     root = write(tmp_path / "bundle")
-    (root / "denoiser.onnx").write_bytes(b"Graph")
+    (root / "denoiser.onnx").write_bytes(b"\x08\x0b")
     with pytest.raises(BundleError, match=r"denoiser\.onnx was changed"):
         bundle_summary(root)
     shutil.rmtree(root)
@@ -127,7 +132,7 @@ def test_engines(tmp_path):
         (profile, profile),
         attention=(59, 1),
     )
-    files = {"engines/x.plan": b"x" * 2000, "denoiser.onnx": b"graph"}
+    files = {"engines/x.plan": b"x" * 2000, "denoiser.onnx": GRAPH}
     components = {"denoiser": Component((), {"float32": "denoiser.onnx"})}
     root = handmade.write_bundle(tmp_path / "bundle", files, components=components, engines=(engine,))
     found = bundle_summary(root)
@@ -153,3 +158,39 @@ def test_engines(tmp_path):
         assert found["engines"][0]["stale"] is False
         takes = "    takes    1 other weights whenever it is loaded" in bundle_text(found).splitlines()
         assert takes == (fresh.refit is not None)
+
+
+class TestVerify:
+    def test_every_byte_is_read_again(self, tmp_path):
+        root = write(tmp_path / "bundle")
+        result = invoke(main, "inspect", "--verify", root)
+        assert (result.code, result.err) == (0, "")
+        assert result.out == f"{root}: all 5 files (1.51 kB) are what the manifest says\n"
+
+    def test_each_file_that_differs_is_named(self, tmp_path):
+        root = write(tmp_path / "bundle")
+        (root / "linked.safetensors").write_bytes(bytes(999) + b"x")
+        (root / "tokenizer" / "tokenizer.json").unlink()
+        (root / "denoiser.onnx").write_bytes(b"")
+        result = invoke(main, "inspect", "--verify", "--json", root)
+        errors = json.loads(result.out)["errors"]
+        assert result.code == 1 and len(errors) == 3
+        for name, why in {
+            "linked.safetensors": "was changed: its hash is not the manifest's",
+            "tokenizer.json": "is missing",
+            "denoiser.onnx": "has 0 of 2 bytes",
+        }.items():
+            assert any(f"{name} {why}" in error for error in errors), name
+        assert invoke(main, "inspect", "--verify", root).out == "\n".join(errors) + "\n"
+
+    def test_what_was_noted_counts_for_nothing(self, tmp_path):
+        root = write(tmp_path / "bundle")
+        path = root / "linked.safetensors"
+        digest = verified.sha256(path)
+        path.write_bytes(bytes(999) + b"x")
+        verified.remember(path, digest, verified.state(path))  # As if the change had left no trace.
+        assert invoke(main, "inspect", root).code == 0
+        assert "linked.safetensors was changed" in invoke(main, "inspect", "--verify", root).out
+
+    def test_no_bundle(self, tmp_path):
+        invoke(main, "inspect", "--verify", tmp_path).assert_refused("is not a bundle", 1)

@@ -220,6 +220,24 @@ def test_the_timing_cache(tmp_path):
         assert path.stat().st_size
 
 
+@pytest.mark.parametrize("content", [b"", b"garbage" * 10, b"ptrtd\0\0\0"])
+def test_a_damaged_timing_cache_is_made_again(tmp_path, content):
+    path = tmp_path / "gpu.cache"
+    path.write_bytes(content)
+    plan = compile_plan(*ADD, RANGES, tmp_path / "x.plan", CompilerOptions(timing_cache=path))
+    assert path.stat().st_size > 100
+    assert not any("cannot be written" in warning for warning in plan.warnings)
+
+
+def test_a_timing_cache_that_cannot_be_written(tmp_path):
+    """It costs the timings, and a warning, but not the plan."""
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "gpu.cache"):
+        plan = compile_plan(*ADD, RANGES, tmp_path / "x.plan", CompilerOptions(timing_cache=path))
+        assert plan.file.stat().st_size
+        assert sum(f"the timing cache {path} cannot be written" in warning for warning in plan.warnings) == 1
+
+
 @pytest.mark.parametrize("after", [0, 50])
 def test_interrupted(after, bundle_of, tmp_path):
     """Ctrl-C falls into the compiler's call of ``report``."""
