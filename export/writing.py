@@ -11,12 +11,14 @@ import msgspec
 import onnx_ir as ir
 import torch
 
-from zimgkit.engines.bundle import Component
+from zimgkit.engines.bundle import CPU_GRAPH, Component
 from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.attachments.cut import cut
 from zimgkit.export.graphs.assemble import assemble_all
+from zimgkit.export.graphs.flash_attention import FlashAttention
 from zimgkit.export.graphs.plan import Plan, record
 from zimgkit.export.networks.parts import Part
+from zimgkit.export.quantization.integer_products import IntegerProducts
 from zimgkit.export.weights.layout import base_name, graph_name, lora_name
 
 Rewrite = Callable[[ir.Model, str, Collection[str]], object]
@@ -33,7 +35,7 @@ def write_component(
     *,
     is_cut: bool = False,
 ) -> dict[str, Component]:
-    """Write a component's graphs: one that computes in the weights' own type, and one in float32 for CPUs.
+    """Write a component's graphs: in the weights' own type, in float32, and that one again for ONNX Runtime on CPUs.
 
     Args:
         name: of the component.
@@ -67,6 +69,10 @@ def write_component(
                 rewrite(model, compute, parameters_of)
             file = graph_name(key, compute, precision)
             ir.save(model, folder / file)
+            graphs = {compute: file}
+            if compute == "float32":
+                graphs[CPU_GRAPH] = graph_name(key, CPU_GRAPH, precision)
+                ir.save(_for_cpu(model), folder / graphs[CPU_GRAPH])
             # What goes in and comes out is described once: of the graph that computes in the bundle's own precision.
             entry = found.get(key) or msgspec.structs.replace(
                 whole,
@@ -76,8 +82,15 @@ def write_component(
                 weight_bytes=sum(sizes[tensor] for tensor in model.graph.initializers),
                 variant_of=None if key == name else name,
             )
-            found[key] = msgspec.structs.replace(entry, graphs=entry.graphs | {compute: file})
+            found[key] = msgspec.structs.replace(entry, graphs=entry.graphs | graphs)
     return found
+
+
+def _for_cpu(model: ir.Model) -> ir.Model:
+    """A graph that computes in float32, with what ONNX Runtime's CPU kernels do best; the model is changed."""
+    FlashAttention()(model)
+    IntegerProducts()(model)
+    return model
 
 
 def _plans(name: str, part: Part, compute: str, *, is_cut: bool) -> dict[str, Plan]:

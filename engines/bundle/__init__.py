@@ -2,6 +2,7 @@
 
 from zimgkit.engines.bundle.manifest import (
     CHECKPOINT,
+    CPU_GRAPH,
     MANIFEST,
     SCHEMA_VERSION,
     CompiledEngine,
@@ -25,6 +26,7 @@ from zimgkit.engines.bundle.writing import atomic_folder, record_files, write_ma
 
 __all__ = [
     "CHECKPOINT",
+    "CPU_GRAPH",
     "MANIFEST",
     "SCHEMA_VERSION",
     "Bundle",

@@ -25,13 +25,20 @@ class TensorSpec(msgspec.Struct, frozen=True):
     shape: tuple[int | str, ...]
 
 
+CPU_GRAPH = "onnxruntime"
+"""The key of the graph that computes in float32 with the operators that ONNX Runtime has for CPUs alone."""
+
+
 class Component(msgspec.Struct, frozen=True, omit_defaults=True):
     """One part of the model: its graphs, its weights, what goes in and what comes out."""
 
     weights: tuple[str, ...]
     """Safetensors files of the bundle that hold its tensors; where several have a name, the last one counts."""
     graphs: dict[str, str] = {}
-    """Element type the graph computes in -> ONNX file. All of them point into the same weights."""
+    """Element type the graph computes in, or :data:`CPU_GRAPH` -> ONNX file. All of them point into the same weights.
+
+    The first one computes in the bundle's own precision.
+    """
     inputs: dict[str, TensorSpec] = {}
     outputs: dict[str, TensorSpec] = {}
     tensors: tuple[str, ...] = ()

@@ -23,7 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.engines.base import BaseEngine, Feeds, Handle
+from zimgkit.engines.bundle import CPU_GRAPH
 from zimgkit.engines.errors import BackendError, UsageError
+from zimgkit.engines.host import adds_integers_exactly, give_back_freed
 from zimgkit.engines.onnxruntime.bound import BoundSession, explain
 from zimgkit.engines.onnxruntime.graph import given
 from zimgkit.engines.onnxruntime.values import Place, converted, download, element_types, on_host, upload
@@ -44,13 +46,17 @@ CUDA_OPTIONS = {
 }
 """https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html"""
 
+FOLDING = "ConstantFolding"
+"""What ONNX Runtime calls the pass that computes what does not depend on the inputs."""
+FOLDED = 1 << 29
+"""As many bytes of float32 weights a component may have for that."""
 FUSIONS = "QDQSelectorActionTransformer"
 """What ONNX Runtime calls the pass that turns quantized neighbours into one operator. For float8 it makes one that has
 no kernel."""
 
+EXACT = {"session.x64quantprecision": "1"}
+"""Without it, processors that lack VNNI add products of 8 bits in 16, which overflow; those that have it it slows."""
 SESSION = {
-    # Without it, processors that lack VNNI add products of 8 bits in 16, which overflow.
-    "int8": {"session.x64quantprecision": "1"},
     # By default it rounds inputs to 8 bits where weights alone are said to be rounded.
     "int8-weights": {"session.qdq_matmulnbits_accuracy_level": "1"},
     "int4-weights": {"session.qdq_matmulnbits_accuracy_level": "1"},
@@ -94,15 +100,29 @@ def _parse_device(device: str) -> Place:
     raise UsageError(f"ONNX Runtime has no device {device!r}", "choose cpu, cuda or cuda:N")
 
 
-def _graphs(component: Component, kind: str) -> list[str]:
+def _graphs(component: Component, place: Place, quantized: str) -> list[str]:
     """The graphs to try in turn.
 
-    The CPU has no bfloat16 kernels: there the graph that computes in float32 runs, on the same weights. A GPU runs the
-    bundle's own, and the one in float32 where kernels are missing for that.
+    The CPU has no bfloat16 kernels: there a graph that computes in float32 runs, on the same weights; the one for CPUs
+    if they add integers exactly. A GPU runs the bundle's own, and the one in float32 where it lacks kernels for that.
     """
     own = next(iter(component.graphs.values()))
     in_float32 = component.graphs.get("float32", own)
-    return [in_float32] if kind == "cpu" else list(dict.fromkeys((own, in_float32)))
+    if place.kind != "cpu":
+        return list(dict.fromkeys((own, in_float32)))
+    if quantized.startswith("int8") and not adds_integers_exactly():
+        return [in_float32]
+    return [component.graphs.get(CPU_GRAPH, in_float32)]
+
+
+def _folds(component: Component, graph: str, quantized: str) -> bool:
+    """Whether ONNX Runtime may compute beforehand what does not depend on the inputs.
+
+    That would make a float32 copy of every weight, turned over, while the files stay mapped. It is worth it for small
+    networks, for convolutions above all, and for graphs that dequantize 8-bit weights, which is slow in every step.
+    """
+    is_old = quantized not in ("", "int4-weights") and graph != component.graphs.get(CPU_GRAPH)
+    return is_old or 4 * component.parameters <= FOLDED
 
 
 class OnnxRuntimeEngine(BaseEngine):
@@ -116,9 +136,10 @@ class OnnxRuntimeEngine(BaseEngine):
             raise BackendError(f"{component} is a table of tensors and has no graph to run")
         super().__init__(component, entry, place.device)
         self._place = place
-        quantization = bundle.manifest.quantization
-        precision = quantization.precision if quantization else ""
-        self._session = _open_session(bundle, _graphs(entry, place.kind), place, precision)
+        quantized = bundle.manifest.quantization.precision if bundle.manifest.quantization else ""
+        graphs = _graphs(entry, place, quantized)
+        folds = place.kind != "cpu" or _folds(entry, graphs[0], quantized)
+        self._session = _open_session(bundle, graphs, place, quantized, folds=folds)
         # The graph's own: one that computes in float32 also takes and gives float32 where the manifest has bfloat16.
         self._types = element_types(self._session.get_inputs())
         self._bound = None if place.kind == "cpu" else BoundSession(self._session, place, self.outputs)
@@ -162,7 +183,7 @@ class OnnxRuntimeEngine(BaseEngine):
         self._session = self._bound = None
 
 
-def _open_session(bundle: Bundle, graphs: list[str], place: Place, quantized: str) -> Any:
+def _open_session(bundle: Bundle, graphs: list[str], place: Place, quantized: str, *, folds: bool) -> Any:
     """Load the first graph that the device has all kernels for.
 
     Args:
@@ -170,6 +191,7 @@ def _open_session(bundle: Bundle, graphs: list[str], place: Place, quantized: st
         graphs: files of it.
         place: the device.
         quantized: the precision of what is quantized, or nothing.
+        folds: whether what does not depend on the inputs is computed beforehand.
     """
     import onnxruntime as ort
 
@@ -177,9 +199,10 @@ def _open_session(bundle: Bundle, graphs: list[str], place: Place, quantized: st
     options.log_severity_level = 4  # What fails is raised; its log would be a second message.
     # Its plan of a first run nearly doubles the memory of a second one.
     options.enable_mem_pattern = False
-    for key, value in SESSION.get(quantized, {}).items():
+    exact = {} if adds_integers_exactly() else EXACT
+    for key, value in (SESSION.get(quantized, {}) | exact).items():
         options.add_session_config_entry(key, value)
-    disabled = [FUSIONS] if quantized == "fp8" else []
+    disabled = [FUSIONS] * (quantized == "fp8") + [FOLDING] * (not folds)
     providers: list[Any] = ["CPUExecutionProvider"]
     if place.kind == "cuda":
         _load_cuda(ort)
@@ -198,6 +221,7 @@ def _open_session(bundle: Bundle, graphs: list[str], place: Place, quantized: st
                 raise explain(error, f"ONNX Runtime cannot load {bundle.file(graph)}") from None
     if place.kind == "cuda" and CUDA not in session.get_providers():
         raise _no_cuda("its provider does not load")
+    give_back_freed()
     return session
 
 

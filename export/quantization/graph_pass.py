@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from zimgkit.engines.tensors.dtypes import BY_NAME
 from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.graphs.external import external
+from zimgkit.export.graphs.nodes import constant, insert
 from zimgkit.export.quantization.formats import Format, Scheme, block_size
 from zimgkit.export.quantization.linears import Linear, calls, linears, present
 from zimgkit.export.quantization.quantized_weights import INPUT_SCALE, SMOOTH, WEIGHT_SCALE
@@ -141,7 +141,7 @@ class Quantize(ir.passes.InPlacePass):
             scales.append((parameters.index(value), suffix))
             if self._compute == ir.DataType.BFLOAT16:
                 return parameter
-            return _add(function, before, "Cast", [parameter], {"to": self._compute})
+            return insert(function, before, "Cast", [parameter], {"to": self._compute})
 
         inputs: dict[ir.Value, ir.Value] = {}
         for linear in linears(function):
@@ -161,15 +161,15 @@ class Quantize(ir.passes.InPlacePass):
         """Smooth, quantize and dequantize an input."""
         value, node, number_format = linear.input, linear.node, self._scheme.activations
         if smooth:
-            value = _add(function, node, "Mul", [value, scale(linear.first_reader, SMOOTH, node)])
+            value = insert(function, node, "Mul", [value, scale(linear.first_reader, SMOOTH, node)])
         step = scale(linear.first_reader, INPUT_SCALE, node)
         dtype, zero = ir.DataType(number_format.onnx if number_format else 0), 0
         if self._compute == ir.DataType.FLOAT and dtype == ir.DataType.INT8:
             # The same numbers, unsigned: ONNX Runtime does not fuse a signed input that several linears read.
             dtype, zero = ir.DataType.UINT8, 128
-        point = _constant(function, node, np.full((), zero, dtype.numpy()))
-        quantized = _add(function, node, "QuantizeLinear", [value, step, point])
-        return _add(function, node, "DequantizeLinear", [quantized, step, point])
+        point = constant(function, node, np.full((), zero, dtype.numpy()))
+        quantized = insert(function, node, "QuantizeLinear", [value, step, point])
+        return insert(function, node, "DequantizeLinear", [quantized, step, point])
 
     def _weight(self, function: ir.Function, linear: Linear, scale: Any, shape: tuple[int, int]) -> None:
         """Replace a weight, or its cast, by the dequantized weight."""
@@ -182,9 +182,9 @@ class Quantize(ir.passes.InPlacePass):
         if self._compute == ir.DataType.FLOAT and number_format.onnx == ir.DataType.INT8:
             # ONNX Runtime's conversion from signed to unsigned integers adds a single zero point to per-channel scales,
             # unless there is one for each channel already.
-            inputs.append(_constant(function, first, np.zeros(shape[:1], np.int8)))
+            inputs.append(constant(function, first, np.zeros(shape[:1], np.int8)))
         users = [(use.node, use.idx) for use in (linear.cast.outputs[0] if linear.cast else weight).uses()]
-        dequantized = _add(function, first, "DequantizeLinear", inputs, attributes)
+        dequantized = insert(function, first, "DequantizeLinear", inputs, attributes)
         for user, index in users:
             user.replace_input_with(index, dequantized)
         if linear.cast is not None:
@@ -192,23 +192,9 @@ class Quantize(ir.passes.InPlacePass):
         weight.type = ir.TensorType(ir.DataType(number_format.onnx))
 
 
-def _add(
-    function: ir.Function, before: ir.Node, operator: str, inputs: list[ir.Value], attributes: Mapping[str, Any] = {}
-) -> ir.Value:
-    """Insert a node, and return its one output."""
-    node = ir.node(operator, inputs, dict(attributes))
-    function.insert_before(before, node)
-    return node.outputs[0]
-
-
 def _first_user(function: ir.Function, value: ir.Value) -> ir.Node:
     users = {use.node for use in value.uses()}
     return next(node for node in function if node in users)
-
-
-def _constant(function: ir.Function, before: ir.Node, values: NDArray[Any]) -> ir.Value:
-    """Insert a constant, and return its value."""
-    return _add(function, before, "Constant", [], {"value": ir.tensor(values)})
 
 
 def _shape(weight: ir.Value) -> tuple[int, int]:

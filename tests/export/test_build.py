@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.commands import heed_interrupts, invoke
-from zimgkit.engines.bundle import MANIFEST, Bundle
+from zimgkit.engines.bundle import CPU_GRAPH, MANIFEST, Bundle
 from zimgkit.export import build as builds
 from zimgkit.export.cli.main import main
 
@@ -78,7 +78,7 @@ def test_bfloat16_is_half_the_size_and_has_a_graph_for_cpus(family, bundle_of):
     wide, narrow = (Bundle.open(bundle_of(family, precision)).manifest for precision in ("fp32", "bf16"))
     for name, component in narrow.components.items():
         assert 2 * component.weight_bytes == wide.components[name].weight_bytes
-        assert list(component.graphs) == ([] if name == "modulation" else ["bfloat16", "float32"])
+        assert list(component.graphs) == ([] if name == "modulation" else ["bfloat16", "float32", CPU_GRAPH])
 
 
 def test_verify(family, bundle_of, checkpoint_of):

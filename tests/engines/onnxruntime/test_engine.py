@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from tests import handmade
 from tests.fake_onnxruntime import OFFLINE, FakeCuda, resident
 from zimgkit.engines.base import Handle, open_engine
-from zimgkit.engines.bundle import Bundle, Component, TensorSpec
+from zimgkit.engines.bundle import CPU_GRAPH, Bundle, Component, TensorSpec
 from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError
 from zimgkit.engines.onnxruntime import engine as zimg_onnxruntime
 from zimgkit.engines.onnxruntime.bound import BoundSession
@@ -560,3 +561,82 @@ class TestOutOfMemory:
         monkeypatch.setattr(engine, "_session", Session())
         with pytest.raises(KeyboardInterrupt):
             engine.run(feeds(2))
+
+
+class TestOnCpus:
+    """Which graph a CPU runs, and what it holds of the weights."""
+
+    def test_the_graph_for_cpus_comes_first(self, bundle, tmp_path):
+        whole = bundle.file("net.float32.onnx").read_bytes()
+        made = write(tmp_path / "more", {"bfloat16": b"broken", "float32": b"broken", CPU_GRAPH: whole})
+        assert_right(open_engine(made, "net", device="cpu").run(feeds(2)), feeds(2))
+
+    @pytest.mark.parametrize(
+        ("quantized", "exact", "chosen"),
+        [
+            ("", False, CPU_GRAPH),
+            ("int4-weights", False, CPU_GRAPH),
+            ("fp8", False, CPU_GRAPH),
+            ("int8", True, CPU_GRAPH),
+            ("int8", False, "float32"),
+            ("int8-weights", False, "float32"),
+        ],
+    )
+    def test_integers_are_for_processors_that_add_them_exactly(self, quantized, exact, chosen, monkeypatch):
+        monkeypatch.setattr(zimg_onnxruntime, "adds_integers_exactly", lambda: exact)
+        component = Component((), {key: f"{key}.onnx" for key in ("bfloat16", "float32", CPU_GRAPH)})
+        assert zimg_onnxruntime._graphs(component, Place("cpu", 0), quantized) == [f"{chosen}.onnx"]
+
+    @pytest.mark.parametrize(
+        ("parameters", "quantized", "key", "folds"),
+        [
+            (10**6, "", CPU_GRAPH, True),
+            (10**9, "", CPU_GRAPH, False),
+            (10**9, "", "float32", False),
+            (10**9, "int8", CPU_GRAPH, False),
+            (10**9, "int8", "float32", True),
+            (10**9, "int4-weights", "float32", False),
+        ],
+    )
+    def test_only_small_networks_are_folded(self, parameters, quantized, key, folds):
+        graphs = {compute: f"{compute}.onnx" for compute in ("float32", CPU_GRAPH)}
+        component = Component((), graphs, parameters=parameters)
+        assert zimg_onnxruntime._folds(component, graphs[key], quantized) is folds
+
+    def test_large_weights_stay_in_their_file(self, tmp_path):
+        """A gigabyte of them, which takes no disk: opened, it must not be held."""
+        root, rows = tmp_path / "large", 1 << 14
+        root.mkdir()
+        header, infos = safetensors.layout(root / "net.safetensors", {"w": ("bfloat16", (2 * rows, rows))}, {})
+        with (root / "net.safetensors").open("wb") as out:
+            out.write(header)
+            out.truncate(len(header) + infos["w"].nbytes)
+        tensor = external(infos["w"])
+        tensor.data_type = TensorProto.BFLOAT16
+        nodes = [
+            helper.make_node("Cast", ["w"], ["wide"], to=TensorProto.FLOAT),
+            helper.make_node("Transpose", ["wide"], ["turned"], perm=[1, 0]),
+            helper.make_node("MatMul", ["x", "turned"], ["y"]),
+        ]
+        ins, outs = {"x": TensorSpec("float32", ("tokens", rows))}, {"y": TensorSpec("float32", ("tokens", 2 * rows))}
+        (root / "net.onnx").write_bytes(model([tensor], nodes, ins, outs))
+        component = Component(("net.safetensors",), {CPU_GRAPH: "net.onnx"}, ins, outs, parameters=2 * rows * rows)
+        handmade.write_bundle(root, {}, components={"net": component})
+        opened = subprocess.run(
+            [sys.executable, "-c", OPEN, str(root)], capture_output=True, text=True, check=True, timeout=120
+        )
+        assert int(opened.stdout) < 200 << 20
+
+
+OPEN = """
+import sys
+from zimgkit.engines.base import open_engine
+from zimgkit.engines.bundle import Bundle
+
+def held(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+
+engine = open_engine(Bundle.open(sys.argv[1], verify=False), "net", "onnxruntime", "cpu")
+print(held("VmHWM"))
+"""

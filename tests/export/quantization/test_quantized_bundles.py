@@ -12,7 +12,7 @@ import pytest
 
 from tests import quantized
 from tests.commands import invoke
-from zimgkit.engines.bundle import Bundle
+from zimgkit.engines.bundle import CPU_GRAPH, Bundle
 from zimgkit.export.cli.main import main
 from zimgkit.runtime.commands.cli import main as run
 from zimgkit.runtime.families import family_of
@@ -47,6 +47,10 @@ def test_results_against_float32(family, component, precision, quantized_of, rec
     for index, (_, expected) in enumerate(runs):
         found, other = results["onnxruntime"][index], results["torch"][index]
         assert quantized.cosine(found, expected) >= COSINE[precision]
+        if precision == "int8":
+            # ONNX Runtime rounds each token by a scale of its own on CPUs, which is closer than one scale for all.
+            assert quantized.relative(found, expected) <= 1.05 * quantized.relative(other, expected)
+            continue
         # What lies just between two steps may be rounded to either; where inputs are not rounded, nothing does.
         same = 1e-4 if precision.endswith("weights") else 0.05
         assert quantized.relative(found, other) <= same
@@ -93,9 +97,13 @@ def test_the_graphs(family, precision, quantized_of, tmp_path):
             assert types.keys() <= used
             nodes = [node for function in model.functions for node in function.node]
             kinds = [node.op_type for node in nodes]
-            assert kinds.count("DequantizeLinear") > 0
-            assert ("QuantizeLinear" in kinds) == (precision in ("fp8", "int8"))
             assert path.stat().st_size < 200_000, compute
+            if compute == CPU_GRAPH and precision.startswith("int8"):
+                assert kinds.count("MatMulInteger") > 0 and "DequantizeLinear" not in kinds
+                continue
+            # In float8 ONNX Runtime's graph dequantizes inputs alone.
+            assert compute == CPU_GRAPH or kinds.count("DequantizeLinear") > 0
+            assert ("QuantizeLinear" in kinds) == (precision in ("fp8", "int8"))
 
 
 @pytest.mark.parametrize("precision", quantized.PRECISIONS)
@@ -111,21 +119,24 @@ def test_the_modulation_table(family, precision, quantized_of, bundle_of):
         assert quantized.relative(found(step)["modulation"], expected(step)["modulation"]) < 0.02
 
 
-def test_int8_is_multiplied_as_integers_on_the_cpu(family, quantized_of, tmp_path):
+@pytest.mark.parametrize(("precision", "products"), [("int8", 1), ("int8-weights", 2)])
+def test_8_bits_are_multiplied_as_integers_on_the_cpu(family, precision, products, quantized_of, tmp_path):
+    """A product for each weight, or two where inputs keep 16 bits; no weight is widened."""
     import onnxruntime as ort
 
-    bundle = Bundle.open(quantized_of(family, "int8"))
+    bundle = Bundle.open(quantized_of(family, precision))
     for component in COMPONENTS:
         options = ort.SessionOptions()
         options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
         options.log_severity_level = 4
+        path = bundle.file(bundle.component(component).graphs[CPU_GRAPH])
         ort.InferenceSession(
-            str(bundle.file(bundle.component(component).graphs["float32"])), options, providers=["CPUExecutionProvider"]
+            str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
         )
         model = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)
         kinds = [node.op_type for node in model.graph.node]
         scales = {name for name in bundle.tensors(component) if name.endswith(".weight.scale")}
-        assert kinds.count("MatMulIntegerToFloat") == len(scales)
+        assert kinds.count("MatMulInteger") == products * len(scales)
         assert "DequantizeLinear" not in kinds
 
 

@@ -1,0 +1,139 @@
+"""Quantized linears as ONNX Runtime's CPU kernels take them: weights in 8 bits stay where the file is mapped.
+
+In a graph with ``DequantizeLinear`` a CPU would hold each weight in float32, whole and turned over, before it computes.
+Here a linear of int8 weights is a product of integers: each token of the input is rounded to 8 bits with a scale of its
+own when it comes (LLM.int8(), https://arxiv.org/abs/2208.07339, without its outliers in float). That needs no
+calibration, and is closer than the one scale that compilers want. Where weights alone are quantized, what was rounded
+off is a second product: an input then keeps 16 bits, and no outlier costs the others anything. Weights in float8, for
+which CPUs have no product, are widened when they are needed, and their scales applied to what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from zimgkit.export.graphs.nodes import constant, insert, take_over
+from zimgkit.export.quantization.linears import calls, present
+
+LARGEST = 127
+"""Of the integers that a token is rounded to."""
+FINE = 2 * LARGEST
+"""Into how many parts one of these is divided, where what was rounded off is rounded too."""
+ZERO_POINT = 128
+"""They are stored unsigned: the kernels multiply unsigned inputs and signed weights."""
+
+
+class IntegerProducts(ir.passes.InPlacePass):
+    """Rewrite the products of a graph that computes in float32 with weights of int8 or float8."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite the model's functions in place."""
+        changed = False
+        # All calls of a function give it weights of the same element types.
+        given = {function: values for _, function, values in calls(model)}
+        for function, values in given.items():
+            changed |= _rewrite(function, values)
+        if changed:
+            passes.RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, modified=changed)
+
+
+def _rewrite(function: ir.Function, given: Mapping[ir.Value, ir.Value]) -> bool:
+    products = [(node, dequantize) for node in function if (dequantize := _dequantized_weight(node)) is not None]
+    tokens: dict[tuple[ir.Value, bool], _Tokens] = {}
+    for node, dequantize in products:
+        weight, scale = present(dequantize.inputs[0]), present(dequantize.inputs[1])
+        left = present(node.inputs[0])
+        if given[weight].dtype == ir.DataType.INT8:
+            source = _unrounded(left)
+            key = (source, source is left)
+            if key not in tokens:
+                tokens[key] = _round_tokens(function, node, source, twice=source is left)
+            out = _integer_product(function, node, tokens[key], weight)
+        else:
+            wide = insert(function, node, "Cast", [weight], {"to": ir.DataType.FLOAT})
+            turned = insert(function, node, "Transpose", [wide], {"perm": [1, 0]})
+            out = insert(function, node, "MatMul", [left, turned])
+        out = insert(function, node, "Mul", [out, scale])
+        if node.op_type == "Gemm" and len(node.inputs) > 2:
+            out = insert(function, node, "Add", [out, present(node.inputs[2])])
+        old = node.outputs[0]
+        take_over(old, out)
+    return bool(products)
+
+
+def _dequantized_weight(node: ir.Node) -> ir.Node | None:
+    """Of a product with a weight of 8 bits: the node that dequantizes it by its rows."""
+    if node.domain or node.op_type not in ("MatMul", "Gemm"):
+        return None
+    producer = present(node.inputs[1]).producer()
+    if node.op_type == "MatMul":
+        if producer is None or producer.op_type != "Transpose":
+            return None
+        producer = present(producer.inputs[0]).producer()
+    if producer is None or producer.op_type != "DequantizeLinear" or "block_size" in producer.attributes:
+        return None
+    return producer if present(producer.inputs[0]).producer() is None else None
+
+
+def _unrounded(value: ir.Value) -> ir.Value:
+    """An input as it is before it is rounded with one scale."""
+    dequantize = value.producer()
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return value
+    quantize = present(dequantize.inputs[0]).producer()
+    return value if quantize is None else present(quantize.inputs[0])
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """An input as ``step * (high + low / FINE)``, integers about :data:`ZERO_POINT`."""
+
+    step: ir.Value
+    """(..., 1) float32."""
+    high: ir.Value
+    """(..., in) uint8."""
+    low: ir.Value | None
+    """Likewise, where the input is to stay as exact as 16 bits are."""
+
+
+def _round_tokens(function: ir.Function, node: ir.Node, value: ir.Value, *, twice: bool) -> _Tokens:
+    """Round (..., in) float32 by the largest number of each token, and what is left once more."""
+
+    def add(operator: str, *inputs: Any, **attributes: Any) -> ir.Value:
+        values = [each if isinstance(each, ir.Value) else constant(function, node, each) for each in inputs]
+        return insert(function, node, operator, values, attributes)
+
+    one, zero = np.float32(1), np.uint8(ZERO_POINT)
+    size = add("ReduceMax", add("Abs", value), np.array([-1]), keepdims=1)
+    # A token of zeros stays one.
+    step = add("Max", add("Mul", size, np.float32(1 / LARGEST)), np.float32(1e-30))
+    scaled = add("Div", value, step)
+    high = add("QuantizeLinear", scaled, one, zero)
+    if not twice:
+        return _Tokens(step, high, None)
+    # By hand: ONNX Runtime would take DequantizeLinear for the beginning of a quantized product.
+    rounded = add("Sub", add("Cast", high, to=ir.DataType.FLOAT), np.float32(ZERO_POINT))
+    left = add("Mul", add("Sub", scaled, rounded), np.float32(FINE))
+    return _Tokens(step, high, add("QuantizeLinear", left, one, zero))
+
+
+def _integer_product(function: ir.Function, node: ir.Node, tokens: _Tokens, weight: ir.Value) -> ir.Value:
+    """The product with a weight (out, in) of int8, float32, without the weight's scales."""
+    turned = insert(function, node, "Transpose", [weight], {"perm": [1, 0]})
+
+    def product(left: ir.Value) -> ir.Value:
+        sums = insert(function, node, "MatMulInteger", [left, turned, constant(function, node, np.uint8(ZERO_POINT))])
+        return insert(function, node, "Cast", [sums], {"to": ir.DataType.FLOAT})
+
+    out = product(tokens.high)
+    if tokens.low is not None:
+        fine = constant(function, node, np.float32(1 / FINE))
+        out = insert(function, node, "Add", [out, insert(function, node, "Mul", [product(tokens.low), fine])])
+    return insert(function, node, "Mul", [out, tokens.step])

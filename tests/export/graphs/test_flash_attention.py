@@ -1,0 +1,102 @@
+"""Attention that keeps no scores, against torch's."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zimgkit.export.graphs.assemble import assemble
+from zimgkit.export.graphs.flash_attention import FlashAttention
+from zimgkit.export.graphs.plan import record
+from zimgkit.export.networks.layers import attention, rotate, split_heads
+from zimgkit.export.networks.parts import Input
+
+WIDTH, HEADS = 48, 3
+TOKENS = ("batch", "tokens", WIDTH)
+HALF = ("batch", "tokens", WIDTH // HEADS // 2)
+SIZES = ({"batch": 2, "tokens": 6}, {"batch": 3, "tokens": 10})
+
+
+class Turned(nn.Module):
+    """As the transformers' blocks have it: heads before tokens, and back."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        heads = [split_heads(x, WIDTH // HEADS).transpose(1, 2) for x in (query, key, value)]
+        return attention(*heads)
+
+
+class Rotated(nn.Module):
+    """With RoPE on queries and keys."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        query, key, value = (split_heads(x, WIDTH // HEADS).transpose(1, 2) for x in (query, key, value))
+        return attention(rotate(query, cos, sin), rotate(key, cos, sin), value)
+
+
+class OneHead(nn.Module):
+    """As VAEs have it: nothing is turned, one head over all."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], scale=0.3)[:, 0]
+
+
+class Causal(nn.Module):
+    """As text encoders have it."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        heads = [split_heads(x, WIDTH // HEADS).transpose(1, 2) for x in (query, key, value)]
+        return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2)
+
+
+class Net(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        out: Tensor = self.block(*inputs)
+        return out
+
+
+class NetWithTables(Net):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+        out: Tensor = self.block(query, key, value, cos, sin)
+        return out
+
+
+class NetOfThree(Net):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        out: Tensor = self.block(query, key, value)
+        return out
+
+
+@pytest.mark.parametrize("block", [Turned, Rotated, OneHead, Causal])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (2, 17), (1, 130)])
+def test_what_it_gives(block, batch, tokens, tmp_path):
+    names = ("query", "key", "value")
+    inputs = tuple(Input(name, torch.float32, TOKENS) for name in names)
+    net: type[Net] = NetOfThree
+    if block is Rotated:
+        inputs += tuple(Input(name, torch.float32, HALF) for name in ("cos", "sin"))
+        net = NetWithTables
+    with torch.device("meta"):
+        plan = record(net(block()), inputs, ("out",), SIZES)
+    model = assemble(plan, {}).model
+    changed = FlashAttention()(model).modified
+    assert changed == (block is not Causal)
+    kinds = [node.op_type for function in model.functions.values() for node in function]
+    assert ("Attention" in kinds) != changed and ("MultiHeadAttention" in kinds) == changed
+    if block is Rotated:
+        assert "Transpose" not in kinds
+    ir.save(model, tmp_path / "net.onnx")
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = [[{"batch": batch, "tokens": tokens}.get(d, d) for d in each.shape] for each in inputs]
+    given = [torch.randn(*shape, generator=generator) for shape in shapes]
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {each.name: value.numpy() for each, value in zip(inputs, given, strict=True)})
+    np.testing.assert_allclose(found, net(block())(*given).numpy(), rtol=1e-4, atol=1e-5)
