@@ -46,6 +46,8 @@ def decoded(data: Any, kind: type[T], where: str, error: type[ZimgError], hint: 
     """
     try:
         return msgspec.convert(data, kind)
+    except UnicodeEncodeError:
+        raise error(f"{where}: a text in it has halves of surrogate pairs, which are no characters", hint) from None
     except msgspec.ValidationError as problem:
         raise error(f"{where}: {_told(str(problem), data)}", hint) from None
 

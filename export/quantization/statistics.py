@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.engines.errors import UsageError
 from zimgkit.engines.files import replacing
-from zimgkit.engines.tensors.safetensors import read_header, view, write
+from zimgkit.engines.tensors.safetensors import TensorInfo, read_header, read_metadata, view, write
 from zimgkit.export.quantization.formats import Array, Format, round_up
 
 BINS = 2048
@@ -138,28 +139,37 @@ class Statistics:
         """
         header = read_header(path)
         try:
-            metadata = _metadata(path)
+            metadata = read_metadata(path)
             if (metadata["kind"], metadata["version"]) != (KIND, str(VERSION)):
                 raise ValueError("of another kind or version")
-            readers, made = json.loads(metadata["readers"]), json.loads(metadata["made"])
+            readers = msgspec.json.decode(metadata["readers"], type=dict[str, dict[str, str]])
+            made = msgspec.json.decode(metadata["made"], type=dict[str, Any])
             inputs: dict[str, dict[str, InputStatistics]] = {}
             for key in header:
                 component, name, what = key.split("/")
                 if what == "channels":
-                    parts = [np.array(view(header[f"{component}/{name}/{part}"])) for part in ("channels", "histogram")]
-                    top = float(view(header[f"{component}/{name}/top"])[0])
-                    inputs.setdefault(component, {})[name] = InputStatistics(parts[0], parts[1], top)
-        except (KeyError, ValueError, TypeError) as error:
+                    parts = [header[f"{component}/{name}/{part}"] for part in ("channels", "histogram", "top")]
+                    inputs.setdefault(component, {})[name] = _input(*parts)
+        except (KeyError, ValueError, RecursionError) as error:
             message = f"{path} holds no calibration statistics that this zimgkit reads ({error})"
             raise UsageError(message, "make one with: zimg-export calibrate") from None
         return cls(inputs, readers, made)
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        found: dict[str, str] = json.loads(file.read(length)).get("__metadata__", {})
-    return found
+def _input(channels: TensorInfo, histogram: TensorInfo, top: TensorInfo) -> InputStatistics:
+    """What three tensors of a file hold.
+
+    Raises:
+        ValueError: they are not of the shapes and types that :meth:`Statistics.save` writes, or no magnitudes.
+    """
+    kinds = [(info.dtype, len(info.shape)) for info in (channels, histogram, top)]
+    sizes = (channels.nbytes > 0, histogram.shape == (BINS,), top.shape == (1,))
+    if kinds != [("float32", 1), ("float64", 1), ("float64", 1)] or not all(sizes):
+        raise ValueError(f"{channels.name} and what belongs to it have other shapes or types")
+    arrays = [np.array(view(info)) for info in (channels, histogram, top)]
+    if not all(np.isfinite(array).all() and (array >= 0).all() for array in arrays) or not arrays[2][0]:
+        raise ValueError(f"{channels.name} and what belongs to it are no magnitudes")
+    return InputStatistics(arrays[0], arrays[1], float(arrays[2][0]))
 
 
 def smoothing(channels: Array, columns: Array, alpha: float) -> Array:
