@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
+from zimgkit.engines.decoding import Count, Number
 from zimgkit.engines.errors import BundleError
 
 SCHEMA_VERSION = 2
@@ -48,7 +49,8 @@ class Component(msgspec.Struct, frozen=True, omit_defaults=True):
     """The component whose weights these are: a variant is more graphs over the same files."""
 
 
-Range = tuple[int, int, int]
+Length = Annotated[int, msgspec.Meta(ge=1, le=(1 << 31) - 1)]
+Range = tuple[Length, Length, Length]
 """Of a dynamic dimension: min, opt and max."""
 
 
@@ -128,21 +130,21 @@ class TextConfig(msgspec.Struct, frozen=True):
 
     prefix: str
     suffix: str
-    drop: int
+    drop: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
     """Leading rows of the encoder's output that belong to the template and are dropped."""
-    max_tokens: int
+    max_tokens: Count
     """Token ids past this many are cut, template included."""
-    max_sequence_length: int
+    max_sequence_length: Count
     """Rows kept after the drop, unless the caller asks for another number."""
 
 
 class Defaults(msgspec.Struct, frozen=True):
     """What a call uses where the caller says nothing: the checkpoint's own recommendation."""
 
-    num_inference_steps: int
-    guidance_scale: float
-    height: int
-    width: int
+    num_inference_steps: Count
+    guidance_scale: Number
+    height: Count
+    width: Count
     negative_prompt: str | None = None
 
 
@@ -165,17 +167,21 @@ class Quantization(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the recipe asks of the cosine of every velocity and the float32 network's: at least this."""
 
 
+Steps = Annotated[tuple[float, ...], msgspec.Meta(min_length=1)]
+"""A number for each step."""
+
+
 class Difference(msgspec.Struct, frozen=True):
     """How far pictures and what leads to them are from those of the same checkpoint in float32."""
 
-    velocity_relative: tuple[float, ...]
+    velocity_relative: Steps
     """By step: the norm of what the denoiser gives too much or too little over that of what it should give, from the
     float32 run's latents; the mean over pictures and branches of guidance."""
-    velocity_cosine: tuple[float, ...]
+    velocity_cosine: Steps
     """Likewise the cosine; the least."""
-    latents_relative: tuple[float, ...]
+    latents_relative: Steps
     """By step: of the latents after it, each run on its own latents; the mean over pictures."""
-    latents_cosine: tuple[float, ...]
+    latents_cosine: Steps
     """Likewise the cosine; the least."""
     psnr: float | None
     """Of the pictures, in dB, from their mean squared error; None where there is none."""
@@ -205,6 +211,10 @@ class Cost(msgspec.Struct, frozen=True, omit_defaults=True):
     """How many things a caption tells of -> the share of pictures that show them."""
     float32_accuracy: dict[str, float] = {}
     """Likewise of the float32 bundle."""
+
+    def __post_init__(self) -> None:
+        if self.accuracy.keys() != self.float32_accuracy.keys():
+            raise ValueError("accuracy and float32_accuracy are of other captions")
 
     @property
     def cosine(self) -> float:
@@ -266,6 +276,9 @@ class Manifest(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if CHECKPOINT not in self.sources:
             raise ValueError(f"sources has no {CHECKPOINT!r}")
+        for engine in self.engines:
+            if engine.component not in self.components or not self.files.keys() >= set(engine.files):
+                raise ValueError(f"the engine {engine.file!r} is of no component, or not in the list of files")
 
     @property
     def checkpoint(self) -> Source:

@@ -10,7 +10,7 @@ A network's ``forward`` only calls its children; each kind of child is traced on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -48,7 +48,7 @@ class Language(msgspec.Struct, frozen=True):
     num_key_value_heads: Small
     rms_norm_eps: Positive = 1e-6
     head_dim: Small | None = None
-    hidden_act: str = "silu"
+    hidden_act: Literal["silu"] = "silu"
     attention_bias: bool = False
     use_sliding_window: bool | None = False
 
