@@ -276,9 +276,6 @@ class Manifest(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if CHECKPOINT not in self.sources:
             raise ValueError(f"sources has no {CHECKPOINT!r}")
-        for engine in self.engines:
-            if engine.component not in self.components or not self.files.keys() >= set(engine.files):
-                raise ValueError(f"the engine {engine.file!r} is of no component, or not in the list of files")
 
     @property
     def checkpoint(self) -> Source:
@@ -324,9 +321,15 @@ def read_manifest(root: Path) -> Manifest:
                 f"{root} has schema version {version}, and this zimgkit reads up to {SCHEMA_VERSION}",
                 "upgrade zimgkit, or build the bundle again with this one",
             )
-        return msgspec.convert(_upgraded(found) if type(version) is int and version == 1 else found, Manifest)
+        manifest = msgspec.convert(_upgraded(found) if type(version) is int and version == 1 else found, Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is not a manifest zimgkit can read ({error})", "build the bundle again") from None
+    for engine in manifest.engines:
+        component = manifest.components.get(engine.component)
+        if component is None or not component.graphs or not manifest.files.keys() >= set(engine.files):
+            message = f"{path}: the engine {engine.file[:80]!r} is of no component with a graph, or in no list of files"
+            raise BundleError(message, "build the bundle again")
+    return manifest
 
 
 def _upgraded(found: dict[str, Any]) -> dict[str, Any]:
