@@ -48,7 +48,7 @@ from zimgkit.export.weights.stream import Wanted, export_weights, linkable, link
 from zimgkit.export.writing import write_component
 from zimgkit.runtime import families
 from zimgkit.runtime.diffusion.latents import vae_normalization
-from zimgkit.runtime.diffusion.schedule import check_scheduler
+from zimgkit.runtime.diffusion.schedule import read_scheduler
 from zimgkit.runtime.progress import Report, silent
 
 
@@ -222,7 +222,7 @@ def export(
     row = FAMILIES[checkpoint.family]
     config = {name: checkpoint.config(name) for name in row.components}
     scheduler = checkpoint.config("scheduler")
-    check_scheduler(scheduler)
+    read_scheduler(scheduler)
     vae_normalization(config["vae"])
     base = known.Recommendation(catalog.defaults_for(checkpoint.root, checkpoint.family, scheduler), scheduler)
     settings = known.recommendation_for(merged.loras, checkpoint.family, base, **(chosen or {}))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import reprlib
 import secrets
 import stat
 import zlib
@@ -26,6 +27,7 @@ LIMIT_VARIABLE = "ZIMG_CACHE_LIMIT"
 """The environment variable that bounds the entries of each kind, in bytes; 0 switches the cache off."""
 
 DEFAULT_LIMIT = 2 << 30
+MAX_DIGITS = 20
 CHECKSUM_SIZE = 4
 CHUNK = 1 << 20
 
@@ -84,8 +86,8 @@ def cache_limit() -> int:
         UsageError: ``ZIMG_CACHE_LIMIT`` is not a number of bytes.
     """
     text = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT))
-    if not (text.isascii() and text.isdecimal()):
-        raise UsageError(f"{LIMIT_VARIABLE} is {text!r}", "give a number of bytes, such as 2147483648")
+    if not (text.isascii() and text.isdecimal() and len(text) < MAX_DIGITS):
+        raise UsageError(f"{LIMIT_VARIABLE} is {reprlib.repr(text)}", "give a number of bytes, such as 2147483648")
     return int(text)
 
 

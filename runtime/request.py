@@ -190,7 +190,7 @@ def _guidance_scale(family: Family, default: float, given: Mapping[str, Any]) ->
         message = "guidance_scale, true_cfg_scale and cfg_scale are names for one thing"
         raise UsageError(message, "give only one of them")
     if not names:
-        return default
+        return float(checked(BY_NAME["guidance_scale"], default))
     scale: float = checked(BY_NAME[names[0]], given[names[0]])
     return family.guidance_scale(scale) if names[0] == "cfg_scale" else scale
 

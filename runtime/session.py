@@ -15,11 +15,11 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from zimgkit.engines.bundle import Bundle
+from zimgkit.engines.bundle import MANIFEST, Bundle
 from zimgkit.engines.errors import BackendError, UsageError
 from zimgkit.engines.tensors.dtypes import round_to
 from zimgkit.runtime.diffusion.noise import randn_sample, randn_tensor
-from zimgkit.runtime.diffusion.schedule import calculate_mu, euler_step, flow_match_sigmas
+from zimgkit.runtime.diffusion.schedule import calculate_mu, euler_step, flow_match_sigmas, read_scheduler
 from zimgkit.runtime.engine_pool import EnginePool, Opener
 from zimgkit.runtime.families import family_of
 from zimgkit.runtime.job import Array, Conditions, Job, Schedule
@@ -64,7 +64,9 @@ class Session:
         self._device = self._known(device)
         self.report = report
         self.warn = warn
-        self.family = family_of(bundle.manifest)
+        where = str(bundle.root / MANIFEST)
+        self.family = family_of(bundle.manifest, where)
+        self.scheduler = read_scheduler(bundle.manifest.scheduler, f"{where}: scheduler")
         self.engines = EnginePool(bundle, backend, memory_budget, opener)
         self._tokenizer = PromptTokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text)
 
@@ -217,10 +219,9 @@ class Session:
         self.engines.close()
 
     def _schedule(self, request: Request) -> Schedule:
-        scheduler = self.bundle.manifest.scheduler
-        mu = calculate_mu((request.height // 16) * (request.width // 16), scheduler)
+        mu = calculate_mu((request.height // 16) * (request.width // 16), self.scheduler)
         base = request.sigmas or self.family.base_sigmas(request.num_inference_steps)
-        sigmas = flow_match_sigmas(request.num_inference_steps, scheduler, mu=mu, sigmas=base)
+        sigmas = flow_match_sigmas(request.num_inference_steps, self.scheduler, mu=mu, sigmas=base)
         progress = partial(self.report, "modulation")
         return Schedule(sigmas, self.family.schedule_inputs(self.bundle, sigmas[:-1], progress))
 

@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from zimgkit.engines.bundle import Bundle, CompiledEngine, Range, record_files, write_manifest
+from zimgkit.engines.bundle import CPU_GRAPH, Bundle, CompiledEngine, Range, record_files, write_manifest
 
 VERSION = "11.4.0.106"
 POISON = 0xA5
@@ -807,7 +807,7 @@ def compile_bundle(
         dynamic = {side for spec in component.inputs.values() for side in spec.shape if isinstance(side, str)}
         own = [{side: ends for side, ends in ranges.items() if side in dynamic} for ranges in profiles]
         file = f"engines/{name}.plan"
-        graph = component.graphs.get("float32") or next(iter(component.graphs.values()))
+        graph = component.graphs.get(CPU_GRAPH) or next(iter(component.graphs.values()))
         ends, stripped = (component.inputs, component.outputs), entry.get("stripped", False)
         write_plan(root / file, bundle.file(graph), *ends, own, stripped, plan or {})
         made = CompiledEngine(name, file, "tensorrt", "tensorrt", VERSION, "sm90", bundle.source_hash(name), tuple(own))

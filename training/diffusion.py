@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zimgkit.export.checkpoints.checkpoint import Checkpoint
-from zimgkit.runtime.diffusion.schedule import calculate_mu
+from zimgkit.runtime.diffusion.schedule import Scheduler, calculate_mu, read_scheduler
 from zimgkit.training import families, prompts
 from zimgkit.training.checkpoint import load_component, load_tokenizer
 from zimgkit.training.dataset import Dataset, Size, draw_batch
@@ -32,22 +32,19 @@ LENGTHS = 32
 """Texts of a batch lie between two multiples of so many tokens: there are networks that pad them to the next one."""
 
 
-def draw_sigmas(count: int, image_tokens: int, scheduler: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+def draw_sigmas(count: int, image_tokens: int, scheduler: Scheduler, generator: torch.Generator) -> Tensor:
     """Noise levels to train on: even ones, shifted towards noise as the scheduler shifts them when it draws.
 
     Args:
         count: how many.
         image_tokens: of a picture; the dynamic shift depends on it.
-        scheduler: ``scheduler_config.json``.
+        scheduler: the checkpoint's.
         generator: what they come from.
 
     Returns:
         (count,) float32, 0 to 1.
     """
-    if scheduler.get("use_dynamic_shifting"):
-        shift = math.exp(calculate_mu(image_tokens, scheduler))
-    else:
-        shift = float(scheduler.get("shift", 1.0))
+    shift = math.exp(calculate_mu(image_tokens, scheduler)) if scheduler.use_dynamic_shifting else scheduler.shift
     even = torch.rand(count, generator=generator)
     return shift * even / (1 + (shift - 1) * even)
 
@@ -103,7 +100,7 @@ class DenoiserTask:
             scheduler: ``scheduler_config.json``.
         """
         self.name, self.module, self.latents = name, module, latents
-        self.texts, self.no_prompts, self.scheduler = texts, no_prompts, scheduler
+        self.texts, self.no_prompts, self.scheduler = texts, no_prompts, read_scheduler(scheduler)
         self.groups = _groups(latents.buckets, texts)
         self.hidden: frozenset[str] = frozenset()
         self.draw: Callable[[Path], None] = lambda path: None

@@ -34,8 +34,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, family: TrainingFamily, config: Mapping[str, Any]) -> None:
         super().__init__()
-        encoder, decoder = family.autoencoder
-        self.encoder, self.decoder = encoder(config), decoder(config)
+        self.encoder, self.decoder = family.autoencoder(config)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, 3, height, width) -> mean and logarithm of the variance, each (batch, channels, h, w)."""

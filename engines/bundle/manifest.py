@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
+from zimgkit.engines.decoding import Count, Number
 from zimgkit.engines.errors import BundleError
 
 SCHEMA_VERSION = 2
@@ -55,7 +56,8 @@ class Component(msgspec.Struct, frozen=True, omit_defaults=True):
     """The component whose weights these are: a variant is more graphs over the same files."""
 
 
-Range = tuple[int, int, int]
+Length = Annotated[int, msgspec.Meta(ge=1, le=(1 << 31) - 1)]
+Range = tuple[Length, Length, Length]
 """Of a dynamic dimension: min, opt and max."""
 
 
@@ -135,21 +137,21 @@ class TextConfig(msgspec.Struct, frozen=True):
 
     prefix: str
     suffix: str
-    drop: int
+    drop: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
     """Leading rows of the encoder's output that belong to the template and are dropped."""
-    max_tokens: int
+    max_tokens: Count
     """Token ids past this many are cut, template included."""
-    max_sequence_length: int
+    max_sequence_length: Count
     """Rows kept after the drop, unless the caller asks for another number."""
 
 
 class Defaults(msgspec.Struct, frozen=True):
     """What a call uses where the caller says nothing: the checkpoint's own recommendation."""
 
-    num_inference_steps: int
-    guidance_scale: float
-    height: int
-    width: int
+    num_inference_steps: Count
+    guidance_scale: Number
+    height: Count
+    width: Count
     negative_prompt: str | None = None
 
 
@@ -172,17 +174,21 @@ class Quantization(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the recipe asks of the cosine of every velocity and the float32 network's: at least this."""
 
 
+Steps = Annotated[tuple[float, ...], msgspec.Meta(min_length=1)]
+"""A number for each step."""
+
+
 class Difference(msgspec.Struct, frozen=True):
     """How far pictures and what leads to them are from those of the same checkpoint in float32."""
 
-    velocity_relative: tuple[float, ...]
+    velocity_relative: Steps
     """By step: the norm of what the denoiser gives too much or too little over that of what it should give, from the
     float32 run's latents; the mean over pictures and branches of guidance."""
-    velocity_cosine: tuple[float, ...]
+    velocity_cosine: Steps
     """Likewise the cosine; the least."""
-    latents_relative: tuple[float, ...]
+    latents_relative: Steps
     """By step: of the latents after it, each run on its own latents; the mean over pictures."""
-    latents_cosine: tuple[float, ...]
+    latents_cosine: Steps
     """Likewise the cosine; the least."""
     psnr: float | None
     """Of the pictures, in dB, from their mean squared error; None where there is none."""
@@ -212,6 +218,10 @@ class Cost(msgspec.Struct, frozen=True, omit_defaults=True):
     """How many things a caption tells of -> the share of pictures that show them."""
     float32_accuracy: dict[str, float] = {}
     """Likewise of the float32 bundle."""
+
+    def __post_init__(self) -> None:
+        if self.accuracy.keys() != self.float32_accuracy.keys():
+            raise ValueError("accuracy and float32_accuracy are of other captions")
 
     @property
     def cosine(self) -> float:
@@ -328,9 +338,15 @@ def read_manifest(root: Path) -> Manifest:
                 f"{root} has schema version {version}, and this zimgkit reads up to {SCHEMA_VERSION}",
                 "upgrade zimgkit, or build the bundle again with this one",
             )
-        return msgspec.convert(_upgraded(found) if type(version) is int and version == 1 else found, Manifest)
+        manifest = msgspec.convert(_upgraded(found) if type(version) is int and version == 1 else found, Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is not a manifest zimgkit can read ({error})", "build the bundle again") from None
+    for engine in manifest.engines:
+        component = manifest.components.get(engine.component)
+        if component is None or not component.graphs or not manifest.files.keys() >= set(engine.files):
+            message = f"{path}: the engine {engine.file[:80]!r} is of no component with a graph, or in no list of files"
+            raise BundleError(message, "build the bundle again")
+    return manifest
 
 
 def _upgraded(found: dict[str, Any]) -> dict[str, Any]:

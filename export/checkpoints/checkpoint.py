@@ -7,7 +7,6 @@ file or in shards with an index (https://huggingface.co/docs/diffusers/using-dif
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from zimgkit.engines.bundle import Source
+from zimgkit.engines.decoding import read_json
 from zimgkit.engines.errors import CheckpointError, UsageError
 from zimgkit.engines.tensors.safetensors import SafetensorsError, TensorInfo, read_header
 from zimgkit.export.checkpoints import catalog, hub
@@ -68,7 +68,7 @@ class Checkpoint:
         """
         if component not in self._configs:
             name = "scheduler_config.json" if component == "scheduler" else "config.json"
-            self._configs[component] = _read_json(_folder(self.root, component) / name)
+            self._configs[component] = read_json(_folder(self.root, component) / name, CheckpointError)
         return self._configs[component]
 
     def tensors(self, component: str) -> Mapping[str, TensorInfo]:
@@ -205,7 +205,7 @@ def _family(root: Path) -> str:
     """The family that a checkpoint's ``model_index.json`` names, or where there is none, its transformer's config."""
     for file in (root / "model_index.json", root / "transformer" / "config.json"):
         if file.is_file():
-            name = _read_json(file).get("_class_name")
+            name = read_json(file, CheckpointError).get("_class_name")
             family = family_of_class(name) if isinstance(name, str) else None
             if family is None:
                 raise CheckpointError(
@@ -221,18 +221,6 @@ def _folder(root: Path, component: str) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{root} has no folder {component}", "fetch the checkpoint again")
     return folder
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing", "fetch the checkpoint again") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})", "fetch the file again") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object", "fetch the file again")
-    return data
 
 
 def _weight_files(root: Path, component: str) -> dict[Path, tuple[str, ...] | None]:
@@ -253,7 +241,7 @@ def _weight_files(root: Path, component: str) -> dict[Path, tuple[str, ...] | No
 
 
 def _read_index(index: Path) -> dict[Path, tuple[str, ...] | None]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index} has no readable weight_map", "fetch the file again")
     files: dict[Path, tuple[str, ...] | None] = {}

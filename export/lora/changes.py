@@ -95,7 +95,7 @@ class Changeable:
         return Names(
             shapes,
             row(family).lora_aliases,
-            lambda component, name: is_unused(family, component, config[component], name),
+            lambda component, name: is_unused(family, component, config.get(component, {}), name),
         )
 
     def change(self, name: str, merged: Merge, *, keep_base: bool) -> Change | None:

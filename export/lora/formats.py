@@ -8,14 +8,11 @@ called it. Sources: peft's and diffusers' ``lora_A``/``lora_B``, kohya's ``lora_
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,6 +21,7 @@ from zimgkit.engines.tensors.dtypes import to_float32
 from zimgkit.engines.tensors.safetensors import SafetensorsError, TensorInfo, read_header, read_metadata, view
 from zimgkit.export.lora.deltas import Change, Factor, Hadamard, Kronecker, LowRank
 from zimgkit.export.lora.names import squash
+from zimgkit.export.lora.peft_config import PeftConfig, read_peft_config
 from zimgkit.export.lora.source import LoraFile
 from zimgkit.export.weights.finite import count_in_words, count_non_finite
 
@@ -51,10 +49,6 @@ NAMES = (
     ("bare names", r""),
 )
 """What a format is called, by the first pattern that one of its keys begins with."""
-
-CONFIG = "adapter_config.json"
-DIFFUSERS_CONFIG = "lora_adapter_metadata"
-"""Where peft keeps rank and alpha: a file beside the weights, or a string in their header."""
 
 
 @dataclass(frozen=True)
@@ -99,19 +93,14 @@ class Lora:
     modules: tuple[Module, ...]
     unknown: tuple[str, ...]
     """Keys that are no part of any format."""
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: PeftConfig | None = None
     """Peft's own account of rank and alpha, where there is one."""
 
     def alpha(self, module: Module) -> float | None:
         """What a module's change is multiplied by, before the division by the rank; None where nothing says."""
         if "alpha" in module.parts:
             return _scalar(module.parts["alpha"])
-        patterns = self.config.get("alpha_pattern") or {}
-        for pattern, alpha in patterns.items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module.name):
-                return float(alpha)
-        alpha = self.config.get("lora_alpha", self.config.get("alpha"))
-        return None if alpha is None else float(alpha)
+        return self.config.alpha_of(module.name) if self.config else None
 
     def factor(self, module: Module) -> float:
         """What a module's product of matrices is multiplied by: alpha / rank, or 1 where the file has no alpha.
@@ -119,12 +108,12 @@ class Lora:
         With peft's ``use_rslora`` alpha / sqrt(rank). LyCORIS leaves alpha out where a LoKr's factors are both full.
         """
         alpha, rank = self.alpha(module), module.rank
-        if rank is None and not self.config:
+        if rank is None and self.config is None:
             return 1.0
-        rank = rank or self.config.get("r")
+        rank = rank or (self.config.r if self.config else None)
         if alpha is None or not rank:
             return 1.0
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return alpha / (math.sqrt(rank) if self.config and self.config.use_rslora else rank)
 
     def change(self, module: Module) -> Change:
         """A module's change, without its scale.
@@ -198,7 +187,7 @@ def read_lora(file: LoraFile) -> Lora:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     modules = [Module(names[squashed], found) for squashed, found in parts.items()]
     modules.sort(key=lambda module: module.name)
-    return Lora(file, digest, _format(infos), tuple(modules), tuple(unknown), _config(file.path, metadata))
+    return Lora(file, digest, _format(infos), tuple(modules), tuple(unknown), read_peft_config(file.path, metadata))
 
 
 def _format(infos: Mapping[str, TensorInfo]) -> str:
@@ -210,20 +199,6 @@ def _scalar(info: TensorInfo) -> float:
         raise LoraError(f"{info.file}: {info.name} has shape {info.shape} and should be one number", "check the file")
     stored = view(info).reshape(())
     return float(to_float32(stored, info.dtype) if info.dtype == "bfloat16" else stored)
-
-
-def _config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Peft's config: beside the weights, or as diffusers writes it into their header, with a prefix."""
-    beside = path.parent / CONFIG
-    try:
-        if DIFFUSERS_CONFIG in metadata:
-            found = json.loads(metadata[DIFFUSERS_CONFIG])
-            return {key.removeprefix("transformer."): value for key, value in found.items()}
-        if path.name == "adapter_model.safetensors" and beside.is_file():
-            return dict(json.loads(beside.read_bytes()))
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise LoraError(f"{path}: its peft config cannot be read ({error})", "fetch the file again") from None
-    return {}
 
 
 def check_values(lora: Lora, module: Module) -> None:

@@ -11,62 +11,62 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zimgkit.engines.decoding import Small, Width, decoded
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.export.networks.layers import Border
 from zimgkit.export.networks.parts import Part, Shapes
 from zimgkit.export.networks.vae_blocks import (
+    FILE,
     LEVELS,
     Chain,
     DownsampleConv,
     EntryConv,
     MidBlock,
     UpsampleConv,
-    check_config,
     conv3x3,
     decoder_part,
     named,
+    refuse_others,
     residual_blocks,
 )
 
-DEFAULTS = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
-}
-"""What diffusers takes for keys that older config files lack."""
+
+class Config(msgspec.Struct, frozen=True):
+    """What of ``vae/config.json`` makes the networks; the defaults are those of diffusers, for older files."""
+
+    block_out_channels: tuple[Width, ...]
+    in_channels: Small = 3
+    out_channels: Small = 3
+    layers_per_block: Small = 1
+    latent_channels: Small = 4
+    norm_num_groups: Small = 32
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+    act_fn: str = "silu"
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * LEVELS
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",) * LEVELS
 
 
-def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Check ``vae/config.json`` and fill in its defaults.
+def read_config(config: Mapping[str, Any]) -> Config:
+    """Read ``vae/config.json``.
 
     Raises:
         CheckpointError: naming the key that is not implemented or makes no network.
     """
-    full = {"block_out_channels": ()} | DEFAULTS | dict(config)
-    fixed = {
-        "act_fn": "silu",
-        "down_block_types": ["DownEncoderBlock2D"] * LEVELS,
-        "up_block_types": ["UpDecoderBlock2D"] * LEVELS,
-    }
-    counts = ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
-    check_config(full, fixed, (*counts, "block_out_channels"))
-    widths, groups = list(full["block_out_channels"]), full["norm_num_groups"]
+    found = decoded(config, Config, FILE, CheckpointError)
+    refuse_others(found, config, ("act_fn", "down_block_types", "up_block_types"))
+    widths, groups = found.block_out_channels, found.norm_num_groups
     if len(widths) != LEVELS:
-        raise CheckpointError(
-            f"vae/config.json has block_out_channels = {widths}; zimgkit supports {LEVELS} levels only"
-        )
+        raise CheckpointError(f"{FILE} has block_out_channels = {widths}; zimgkit supports {LEVELS} levels only")
     if any(width % groups for width in widths):
-        raise CheckpointError(f"vae/config.json has norm_num_groups = {groups}, which does not divide {widths}")
-    return full
+        raise CheckpointError(f"{FILE} has norm_num_groups = {groups}, which does not divide {widths}")
+    return found
 
 
 class GroupNorm(nn.GroupNorm):
@@ -110,13 +110,12 @@ class PixelAttention(nn.Module):
 class AutoencoderKLDecoder(Chain):
     """Latents to pictures."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        config = read_config(config)
-        widths, channels = list(config["block_out_channels"])[::-1], config["latent_channels"]
-        norm = partial(GroupNorm, config["norm_num_groups"])
+    def __init__(self, config: Config) -> None:
+        widths, channels = list(config.block_out_channels)[::-1], config.latent_channels
+        norm = partial(GroupNorm, config.norm_num_groups)
         up_blocks = [
             named(
-                resnets=residual_blocks(config["layers_per_block"] + 1, before, width, norm),
+                resnets=residual_blocks(config.layers_per_block + 1, before, width, norm),
                 upsamplers=nn.Sequential(UpsampleConv(width, width, "conv")) if level < LEVELS - 1 else None,
             )
             for level, (before, width) in enumerate(pairwise([widths[0], *widths]))
@@ -127,9 +126,9 @@ class AutoencoderKLDecoder(Chain):
             up_blocks=nn.Sequential(*up_blocks),
             conv_norm_out=norm(widths[-1]),
             conv_act=nn.SiLU(),
-            conv_out=conv3x3(widths[-1], config["out_channels"]),
+            conv_out=conv3x3(widths[-1], config.out_channels),
         )
-        post_quant_conv = EntryConv(channels, channels, 1) if config["use_post_quant_conv"] else None
+        post_quant_conv = EntryConv(channels, channels, 1) if config.use_post_quant_conv else None
         super().__init__(post_quant_conv=post_quant_conv, decoder=decoder, border=Border())
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -147,26 +146,25 @@ class AutoencoderKLDecoder(Chain):
 class AutoencoderKLEncoder(Chain):
     """Pictures to the moments of their latents."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        config = read_config(config)
-        widths, moments = list(config["block_out_channels"]), 2 * config["latent_channels"]
-        norm = partial(GroupNorm, config["norm_num_groups"])
+    def __init__(self, config: Config) -> None:
+        widths, moments = list(config.block_out_channels), 2 * config.latent_channels
+        norm = partial(GroupNorm, config.norm_num_groups)
         down_blocks = [
             named(
-                resnets=residual_blocks(config["layers_per_block"], before, width, norm),
+                resnets=residual_blocks(config.layers_per_block, before, width, norm),
                 downsamplers=nn.Sequential(DownsampleConv(width, "conv")) if level < LEVELS - 1 else None,
             )
             for level, (before, width) in enumerate(pairwise([widths[0], *widths]))
         ]
         encoder = named(
-            conv_in=EntryConv(config["in_channels"], widths[0], 3, padding=1),
+            conv_in=EntryConv(config.in_channels, widths[0], 3, padding=1),
             down_blocks=nn.Sequential(*down_blocks),
             mid_block=_mid_block(config),
             conv_norm_out=norm(widths[-1]),
             conv_act=nn.SiLU(),
             conv_out=conv3x3(widths[-1], moments),
         )
-        quant_conv = nn.Conv2d(moments, moments, 1) if config["use_quant_conv"] else None
+        quant_conv = nn.Conv2d(moments, moments, 1) if config.use_quant_conv else None
         super().__init__(encoder=encoder, quant_conv=quant_conv, border=Border())
 
     def forward(self, image: Tensor) -> Tensor:
@@ -181,9 +179,9 @@ class AutoencoderKLEncoder(Chain):
         return super().forward(image)
 
 
-def _mid_block(config: Mapping[str, Any]) -> MidBlock:
-    width, groups = config["block_out_channels"][-1], config["norm_num_groups"]
-    attention = PixelAttention(width, groups) if config["mid_block_add_attention"] else None
+def _mid_block(config: Config) -> MidBlock:
+    width, groups = config.block_out_channels[-1], config.norm_num_groups
+    attention = PixelAttention(width, groups) if config.mid_block_add_attention else None
     return MidBlock(width, partial(GroupNorm, groups), attention)
 
 
@@ -193,11 +191,22 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
     Raises:
         CheckpointError: the config is of no network that zimgkit implements.
     """
-    return {"vae_decoder": decoder_part(lambda: AutoencoderKLDecoder(config), read_config(config)["latent_channels"])}
+    found = read_config(config)
+    return {"vae_decoder": decoder_part(lambda: AutoencoderKLDecoder(found), found.latent_channels)}
+
+
+def halves(config: Mapping[str, Any]) -> tuple[AutoencoderKLEncoder, AutoencoderKLDecoder]:
+    """Encoder and decoder.
+
+    Raises:
+        CheckpointError: the config is of no network that zimgkit implements.
+    """
+    found = read_config(config)
+    return AutoencoderKLEncoder(found), AutoencoderKLDecoder(found)
 
 
 def checkpoint_shapes(config: Mapping[str, Any]) -> Shapes:
     """The tensors of a whole autoencoder, by their names in a checkpoint, and their shapes."""
     with torch.device("meta"):
-        halves = AutoencoderKLDecoder(config), AutoencoderKLEncoder(config)
-    return {name: tuple(value.shape) for half in halves for name, value in half.state_dict().items()}
+        both = halves(config)
+    return {name: tuple(value.shape) for half in both for name, value in half.state_dict().items()}

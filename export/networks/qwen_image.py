@@ -12,24 +12,50 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zimgkit.engines.decoding import Even, Small, Width, decoded
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.export.networks.layers import Tables, attention, rotate, split_heads
 from zimgkit.export.networks.parts import Cut, Input, Part, Shapes, stored_shapes
 
+FILE = "transformer/config.json"
 MODULATIONS = 6
 """Rows of the modulation table per block and stream: shift, scale, gate, twice."""
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse a transformer config that this network does not implement.
+class Config(msgspec.Struct, frozen=True):
+    """What of ``transformer/config.json`` makes the networks."""
+
+    num_layers: Small
+    num_attention_heads: Small
+    attention_head_dim: Small
+    in_channels: Width
+    out_channels: Small
+    joint_attention_dim: Width
+    axes_dims_rope: tuple[Even, ...]
+    patch_size: int = 2
+    guidance_embeds: bool = False
+    zero_cond_t: bool = False
+    use_additional_t_cond: bool = False
+    use_layer3d_rope: bool = False
+
+    @property
+    def width(self) -> int:
+        """Of both streams."""
+        return self.num_attention_heads * self.attention_head_dim
+
+
+def read_config(config: Mapping[str, Any]) -> Config:
+    """Read a transformer's config.
 
     Raises:
-        CheckpointError: naming the key and what is supported.
+        CheckpointError: it is of no network that is implemented here; naming the key and what is supported.
     """
+    found = decoded(config, Config, FILE, CheckpointError)
     wanted = {
         "patch_size": 2,
         "guidance_embeds": False,
@@ -38,17 +64,11 @@ def check_config(config: Mapping[str, Any]) -> None:
         "use_layer3d_rope": False,
     }
     for key, value in wanted.items():
-        if config.get(key, value) != value:
-            raise CheckpointError(
-                f"transformer/config.json has {key} = {config[key]!r}; zimgkit supports {value!r} only"
-            )
-    if sum(config["axes_dims_rope"]) != config["attention_head_dim"]:
-        raise CheckpointError("transformer/config.json: axes_dims_rope do not add up to attention_head_dim")
-
-
-def width(config: Mapping[str, Any]) -> int:
-    """The width of both streams."""
-    return int(config["num_attention_heads"] * config["attention_head_dim"])
+        if getattr(found, key) != value:
+            raise CheckpointError(f"{FILE} has {key} = {config[key]!r}; zimgkit supports {value!r} only")
+    if sum(found.axes_dims_rope) != found.attention_head_dim:
+        raise CheckpointError(f"{FILE}: axes_dims_rope do not add up to attention_head_dim")
+    return found
 
 
 class JointAttention(nn.Module):
@@ -119,10 +139,10 @@ def modulate(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
 class QwenImageBlock(nn.Module):
     """A dual-stream block. Its modulation rows come in; ``img_mod`` and ``txt_mod`` are not part of it."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        dim = width(config)
-        self.attn = JointAttention(dim, config["attention_head_dim"])
+        dim = config.width
+        self.attn = JointAttention(dim, config.attention_head_dim)
         self.img_mlp, self.txt_mlp = FeedForward(dim), FeedForward(dim)
 
     def forward(
@@ -198,13 +218,12 @@ class OutputProjection(nn.Linear):
 class QwenImageDenoiser(nn.Module):
     """Every step: packed latents, the prompt's tokens and the step's modulation -> velocity."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        check_config(config)
-        dim, layers = width(config), config["num_layers"]
-        self.img_in = ImageEmbedding(config["in_channels"], dim)
+        dim, layers = config.width, config.num_layers
+        self.img_in = ImageEmbedding(config.in_channels, dim)
         self.transformer_blocks = nn.ModuleList(QwenImageBlock(config) for _ in range(layers))
-        self.proj_out = OutputProjection(dim, 4 * config["out_channels"])
+        self.proj_out = OutputProjection(dim, 4 * config.out_channels)
         self.modulation_rows, self.split_modulation = ModulationRows(), SplitModulation(layers)
         self.norm_out = Modulate()
         self.widen, self.tables = Widen(), Tables()
@@ -251,11 +270,10 @@ class PromptEmbedding(nn.Linear):
 class QwenImageConditioner(nn.Module):
     """Once per prompt: ``txt_norm`` and ``txt_in``."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        check_config(config)
-        self.txt_norm = PromptNorm(config["joint_attention_dim"], eps=1e-6)
-        self.txt_in = PromptEmbedding(config["joint_attention_dim"], width(config))
+        self.txt_norm = PromptNorm(config.joint_attention_dim, eps=1e-6)
+        self.txt_in = PromptEmbedding(config.joint_attention_dim, config.width)
 
     def forward(self, prompt_embeds: Tensor) -> Tensor:
         """(1, text tokens, joint_attention_dim) float32 -> (1, text tokens, dim) float32."""
@@ -263,15 +281,15 @@ class QwenImageConditioner(nn.Module):
         return out
 
 
-def modulation_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def modulation_tensors(config: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors the modulation table is computed from, in the checkpoint's names."""
-    dim = width(config)
+    dim = config.width
     linears = {
         "time_text_embed.timestep_embedder.linear_1": (dim, 256),
         "time_text_embed.timestep_embedder.linear_2": (dim, dim),
         "norm_out.linear": (2 * dim, dim),
     }
-    for index in range(config["num_layers"]):
+    for index in range(config.num_layers):
         for stream in ("img", "txt"):
             linears[f"transformer_blocks.{index}.{stream}_mod.1"] = (MODULATIONS * dim, dim)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -286,23 +304,23 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
     Raises:
         CheckpointError: the config is of no network that zimgkit implements.
     """
-    check_config(config)
-    dim, half = width(config), config["attention_head_dim"] // 2
+    found = read_config(config)
+    dim, half = found.width, found.attention_head_dim // 2
     float32 = torch.float32
     conditioner = Part(
         "transformer",
-        lambda: QwenImageConditioner(config),
-        inputs=(Input("prompt_embeds", float32, (1, "text_tokens", config["joint_attention_dim"])),),
+        lambda: QwenImageConditioner(found),
+        inputs=(Input("prompt_embeds", float32, (1, "text_tokens", found.joint_attention_dim)),),
         outputs=("text",),
         sizes=({"text_tokens": 34}, {"text_tokens": 55}),
     )
     denoiser = Part(
         "transformer",
-        lambda: QwenImageDenoiser(config),
+        lambda: QwenImageDenoiser(found),
         inputs=(
-            Input("hidden_states", float32, ("batch", "image_tokens", config["in_channels"])),
+            Input("hidden_states", float32, ("batch", "image_tokens", found.in_channels)),
             Input("text", float32, (1, "text_tokens", dim)),
-            Input("modulation", float32, (2 * MODULATIONS * config["num_layers"] + 2, dim)),
+            Input("modulation", float32, (2 * MODULATIONS * found.num_layers + 2, dim)),
             Input("cos", float32, ("all_tokens", half)),
             Input("sin", float32, ("all_tokens", half)),
         ),
@@ -321,7 +339,7 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
             repeated=("split_modulation",),
         ),
     )
-    modulation = Part("transformer", shapes=modulation_tensors(config))
+    modulation = Part("transformer", shapes=modulation_tensors(found))
     return {"conditioner": conditioner, "modulation": modulation, "denoiser": denoiser}
 
 

@@ -11,54 +11,62 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zimgkit.engines.decoding import Small, decoded
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.export.networks.layers import Border
 from zimgkit.export.networks.parts import Part, Shapes
 from zimgkit.export.networks.vae_blocks import (
+    FILE,
     LEVELS,
     Chain,
     DownsampleConv,
     EntryConv,
     MidBlock,
     UpsampleConv,
-    check_config,
     conv3x3,
     decoder_part,
     named,
+    refuse_others,
     residual_blocks,
 )
 
-DEFAULTS = {
-    "base_dim": 96,
-    "z_dim": 16,
-    "dim_mult": (1, 2, 4, 4),
-    "num_res_blocks": 2,
-    "temperal_downsample": (False, True, True),
-    "input_channels": 3,
-}
-"""What diffusers takes for keys that are missing; "temperal" is the key's real name."""
+
+class Config(msgspec.Struct, frozen=True):
+    """What of ``vae/config.json`` makes the networks; the defaults are those of diffusers."""
+
+    base_dim: Small = 96
+    z_dim: Small = 16
+    dim_mult: tuple[Small, ...] = (1, 2, 4, 4)
+    num_res_blocks: Small = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    """The key's real name."""
+    input_channels: Small = 3
+    attn_scales: tuple[float, ...] = ()
+    # These are of later video autoencoders of this family.
+    is_residual: bool = False
+    patch_size: int | None = None
+    decoder_base_dim: int | None = None
 
 
-def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Check ``vae/config.json`` and fill in its defaults.
+def read_config(config: Mapping[str, Any]) -> Config:
+    """Read ``vae/config.json``.
 
     Raises:
         CheckpointError: naming the key that is not implemented or makes no network.
     """
-    full: dict[str, Any] = DEFAULTS | dict(config)
-    # The last three are of later video autoencoders of this family.
-    fixed = {"attn_scales": [], "is_residual": False, "patch_size": None, "decoder_base_dim": None}
-    check_config(full, fixed, ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "input_channels"))
+    found = decoded(config, Config, FILE, CheckpointError)
+    refuse_others(found, config, ("attn_scales", "is_residual", "patch_size", "decoder_base_dim"))
     for key, length in (("dim_mult", LEVELS), ("temperal_downsample", LEVELS - 1)):
-        if not isinstance(full[key], (list, tuple)) or len(full[key]) != length:
-            raise CheckpointError(f"vae/config.json has {key} = {full[key]!r}; zimgkit supports {length} entries only")
-    return full
+        if len(getattr(found, key)) != length:
+            raise CheckpointError(f"{FILE} has {key} = {config[key]!r}; zimgkit supports {length} entries only")
+    return found
 
 
 class ChannelNorm(nn.Module):
@@ -100,10 +108,9 @@ class PixelAttention(nn.Module):
 class QwenImageVAEDecoder(Chain):
     """Latents to pictures."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        config = read_config(config)
-        channels, blocks = config["z_dim"], config["num_res_blocks"] + 1
-        widths = [config["base_dim"] * factor for factor in config["dim_mult"]][::-1]
+    def __init__(self, config: Config) -> None:
+        channels, blocks = config.z_dim, config.num_res_blocks + 1
+        widths = [config.base_dim * factor for factor in config.dim_mult][::-1]
         up_blocks = []
         # Each upsampler hands on half of its channels.
         for level, (before, width) in enumerate(zip([2 * widths[0], *widths], widths, strict=False)):
@@ -120,7 +127,7 @@ class QwenImageVAEDecoder(Chain):
             up_blocks=nn.Sequential(*up_blocks),
             norm_out=ChannelNorm(widths[-1]),
             nonlinearity=nn.SiLU(),
-            conv_out=conv3x3(widths[-1], config["input_channels"]),
+            conv_out=conv3x3(widths[-1], config.input_channels),
         )
         super().__init__(post_quant_conv=EntryConv(channels, channels, 1), decoder=decoder, border=Border())
 
@@ -139,18 +146,17 @@ class QwenImageVAEDecoder(Chain):
 class QwenImageVAEEncoder(Chain):
     """Pictures to the moments of their latents."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        config = read_config(config)
-        moments = 2 * config["z_dim"]
-        widths = [config["base_dim"] * factor for factor in config["dim_mult"]]
+    def __init__(self, config: Config) -> None:
+        moments = 2 * config.z_dim
+        widths = [config.base_dim * factor for factor in config.dim_mult]
         # Residual blocks and downsamplers stand in one flat list.
         down_blocks: list[nn.Module] = []
-        for before, width in pairwise([config["base_dim"], *widths]):
+        for before, width in pairwise([config.base_dim, *widths]):
             if down_blocks:
                 down_blocks.append(named(resample=DownsampleConv(before, "1")))
-            down_blocks.extend(residual_blocks(config["num_res_blocks"], before, width, ChannelNorm))
+            down_blocks.extend(residual_blocks(config.num_res_blocks, before, width, ChannelNorm))
         encoder = named(
-            conv_in=EntryConv(config["input_channels"], config["base_dim"], 3, padding=1),
+            conv_in=EntryConv(config.input_channels, config.base_dim, 3, padding=1),
             down_blocks=nn.Sequential(*down_blocks),
             mid_block=MidBlock(widths[-1], ChannelNorm, PixelAttention(widths[-1])),
             norm_out=ChannelNorm(widths[-1]),
@@ -195,16 +201,27 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
     Raises:
         CheckpointError: the config is of no network that zimgkit implements.
     """
+    found = read_config(config)
     with torch.device("meta"):
-        shapes = video_shapes(QwenImageVAEDecoder(config))
-    channels = read_config(config)["z_dim"]
-    return {"vae_decoder": decoder_part(lambda: QwenImageVAEDecoder(config), channels, last_slice, shapes)}
+        shapes = video_shapes(QwenImageVAEDecoder(found))
+    channels = found.z_dim
+    return {"vae_decoder": decoder_part(lambda: QwenImageVAEDecoder(found), channels, last_slice, shapes)}
+
+
+def halves(config: Mapping[str, Any]) -> tuple[QwenImageVAEEncoder, QwenImageVAEDecoder]:
+    """Encoder and decoder.
+
+    Raises:
+        CheckpointError: the config is of no network that zimgkit implements.
+    """
+    found = read_config(config)
+    return QwenImageVAEEncoder(found), QwenImageVAEDecoder(found)
 
 
 def checkpoint_shapes(config: Mapping[str, Any]) -> Shapes:
     """The tensors of a whole autoencoder with its temporal axes and convolutions, by their names in a checkpoint."""
     with torch.device("meta"):
-        decoder, encoder = QwenImageVAEDecoder(config), QwenImageVAEEncoder(config)
+        encoder, decoder = halves(config)
     shapes: Shapes = {}
     # Upsamplers stand in the reverse order of downsamplers, and make two frames of one.
     for half, temporal, frames in ((encoder, 1, 1), (decoder, -1, 2)):
@@ -212,7 +229,7 @@ def checkpoint_shapes(config: Mapping[str, Any]) -> Shapes:
         shapes |= video_shapes(half)
         resamplers = [name.removesuffix("resample.1.weight") for name in shapes if name.endswith("resample.1.weight")]
         own = [name for name in resamplers if name.startswith("encoder" if half is encoder else "decoder")]
-        for name, is_temporal in zip(own, read_config(config)["temperal_downsample"][::temporal], strict=True):
+        for name, is_temporal in zip(own, read_config(config).temperal_downsample[::temporal], strict=True):
             if is_temporal:
                 channels = shapes[f"{name}resample.1.weight"][1]
                 shapes[f"{name}time_conv.weight"] = (frames * channels, channels, 3, 1, 1)

@@ -17,7 +17,10 @@ from fnmatch import fnmatchcase
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from zimgkit.engines.bundle import Defaults
+from zimgkit.engines.decoding import decoded
 from zimgkit.engines.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -267,6 +270,10 @@ def parts(family: str, component: str, config: Config) -> dict[str, Part]:
     return found
 
 
+class _Depth(msgspec.Struct, frozen=True):
+    num_hidden_layers: int = 0
+
+
 def is_unused(family: str, component: str, config: Config, name: str) -> bool:
     """Whether a tensor is one that no picture needs.
 
@@ -276,7 +283,8 @@ def is_unused(family: str, component: str, config: Config, name: str) -> bool:
         config: the component's own, or the part of it that describes the language model.
         name: the tensor's canonical name, or a part of it that ends with a dot.
     """
-    last = (config.get("text_config") or config).get("num_hidden_layers", 0) - 1
+    described = config.get("text_config") or config
+    last = decoded(described, _Depth, f"{component}/config.json", CheckpointError).num_hidden_layers - 1
     return any(fnmatchcase(name, pattern.format(last=last)) for pattern in row(family).components[component].unused)
 
 

@@ -10,8 +10,9 @@ A network's ``forward`` only calls its children; each kind of child is traced on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen3Config
@@ -22,44 +23,76 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Model
 
+from zimgkit.engines.decoding import Count, Positive, Small, Width, decoded
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.export.networks.layers import Border
 from zimgkit.export.networks.parts import Input, Part, Shapes
+
+FILE = "text_encoder/config.json"
+
+
+class _Kind(msgspec.Struct, frozen=True):
+    model_type: str | None = None
+    text_config: dict[str, Any] | None = None
+
+
+class Language(msgspec.Struct, frozen=True):
+    """What of the language model's config has to be right for transformers to make the network."""
+
+    model_type: str
+    vocab_size: Count
+    hidden_size: Width
+    intermediate_size: Count
+    num_hidden_layers: Small
+    num_attention_heads: Small
+    num_key_value_heads: Small
+    rms_norm_eps: Positive = 1e-6
+    head_dim: Small | None = None
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: bool = False
+    use_sliding_window: bool | None = False
 
 
 def text_config(config: Mapping[str, Any]) -> Any:
     """Build transformers' config of the text model from ``text_encoder/config.json``, or from its text part alone.
 
     Raises:
-        CheckpointError: another model type, or a RoPE scaling or window that zimgkit does not implement.
+        CheckpointError: another model type, a RoPE scaling or window that zimgkit does not implement, or a config of
+            which transformers makes none.
     """
-    kind = config.get("model_type")
-    if kind == "qwen3":
-        parsed = Qwen3Config.from_dict(dict(config))
-    elif kind == "qwen2_5_vl":
-        parsed = Qwen2_5_VLConfig.from_dict(dict(config)).get_text_config()
-    elif kind == "qwen2_5_vl_text":
-        parsed = Qwen2_5_VLTextConfig.from_dict(dict(config))
-    else:
-        raise CheckpointError(
-            f"text_encoder/config.json has model_type {kind!r}; zimgkit supports qwen3 and qwen2_5_vl"
-        )
+    parsed = _parsed(config).get_text_config()
     scaling = parsed.rope_parameters.get("rope_type", "default")
     if scaling != "default":
-        raise CheckpointError(
-            f"text_encoder/config.json asks for {scaling!r} RoPE scaling, which zimgkit does not support"
-        )
-    if getattr(parsed, "use_sliding_window", False):
-        raise CheckpointError(
-            "text_encoder/config.json asks for sliding-window attention, which zimgkit does not support"
-        )
+        raise CheckpointError(f"{FILE} asks for {scaling!r} RoPE scaling, which zimgkit does not support")
     parsed._attn_implementation = "sdpa"
+    return parsed
+
+
+def _parsed(config: Mapping[str, Any]) -> Any:
+    """Transformers' config of the whole model, after a look at what it takes unseen."""
+    kind = decoded(config, _Kind, FILE, CheckpointError).model_type
+    kinds = {"qwen3": Qwen3Config, "qwen2_5_vl": Qwen2_5_VLConfig, "qwen2_5_vl_text": Qwen2_5_VLTextConfig}
+    if kind not in kinds:
+        raise CheckpointError(f"{FILE} has model_type {kind!r}; zimgkit supports qwen3 and qwen2_5_vl")
+    try:
+        parsed = kinds[kind].from_dict(dict(config))
+        language = decoded(parsed.get_text_config().to_dict(), Language, FILE, CheckpointError)
+    except CheckpointError:
+        raise
+    except Exception as error:  # The library raises whatever its checks of types raise.
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{FILE}: transformers makes no config of it ({reason})", "fetch it again") from None
+    heads, groups = language.num_attention_heads, language.num_key_value_heads
+    if heads % groups or (not language.head_dim and language.hidden_size % heads):
+        raise CheckpointError(f"{FILE}: hidden_size and numbers of heads do not divide each other", "fetch it again")
+    if language.use_sliding_window:
+        raise CheckpointError(f"{FILE} asks for sliding-window attention, which zimgkit does not support")
     return parsed
 
 
 def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of ``text_encoder/config.json`` that describes the language model; older files are flat."""
-    return dict(config.get("text_config") or config)
+    return decoded(config, _Kind, FILE, CheckpointError).text_config or dict(config)
 
 
 def _both_halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,10 +162,8 @@ class TextEncoder(nn.Module):
 def checkpoint_shapes(config: Mapping[str, Any]) -> Shapes:
     """The tensors of the whole model by the names that hub files give them, the unused ones among them."""
     with torch.device("meta"):
-        if config["model_type"] == "qwen3":
-            model: Any = Qwen3Model(Qwen3Config.from_dict(dict(config)))
-        else:
-            model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(dict(config)))
+        parsed = _parsed(config)
+        model: Any = (Qwen3Model if parsed.model_type == "qwen3" else Qwen2_5_VLForConditionalGeneration)(parsed)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for modern, stored in {"model.language_model.": "model.", "model.visual.": "visual."}.items():
         shapes = {stored + n.removeprefix(modern) if n.startswith(modern) else n: s for n, s in shapes.items()}

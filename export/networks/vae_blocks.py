@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,30 +24,26 @@ from zimgkit.export.networks.parts import Input, Part, Transform
 LEVELS = 4
 """Each level after the first halves the sides: latents are an eighth of the picture's size."""
 
+FILE = "vae/config.json"
 Norm = Callable[[int], nn.Module]
 """Makes a normalization layer for a number of channels."""
 
 
-def check_config(config: Mapping[str, Any], fixed: Mapping[str, Any], counts: Sequence[str]) -> None:
-    """Refuse a config that is not implemented or makes no network.
+def refuse_others(found: msgspec.Struct, config: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Refuse another value of some keys than their defaults, which are all that is implemented.
 
     Args:
-        config: ``vae/config.json``, with its defaults filled in.
-        fixed: the only value that is implemented, by key.
-        counts: the keys that must hold a positive integer, or a list of them.
+        found: the config, decoded.
+        config: as it was read.
+        keys: whose values are not implemented but for one.
 
     Raises:
         CheckpointError: naming the key.
     """
-    for key, value in fixed.items():
-        found = config.get(key, value)
-        if (list(found) if isinstance(found, (list, tuple)) else found) != value:
-            raise CheckpointError(f"vae/config.json has {key} = {found!r}; zimgkit supports {value!r} only")
-    for key in counts:
-        found = config[key]
-        values = found if isinstance(found, (list, tuple)) else [found]
-        if not all(type(value) is int and value > 0 for value in values):
-            raise CheckpointError(f"vae/config.json has {key} = {found!r}; positive integers belong there")
+    defaults = {field.name: field.default for field in msgspec.structs.fields(found)}
+    for key in keys:
+        if getattr(found, key) != defaults[key]:
+            raise CheckpointError(f"{FILE} has {key} = {config[key]!r}; zimgkit supports {defaults[key]!r} only")
 
 
 def named(**modules: nn.Module | None) -> nn.Sequential:

@@ -9,37 +9,57 @@ A network's ``forward`` only calls its children; each kind of child is traced on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zimgkit.engines.decoding import Even, Positive, Small, Width, decoded
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.export.networks.layers import Border, Tables, attention, rotate, split_heads, weight_dtype
 from zimgkit.export.networks.parts import Cut, Input, Part, Shapes, stored_shapes
 
+FILE = "transformer/config.json"
 MODULATION_WIDTH = 256
 """Width of the time embedding that modulates the blocks; fixed in the reference code."""
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse a transformer config that this network does not implement.
+class Config(msgspec.Struct, frozen=True):
+    """What of ``transformer/config.json`` makes the networks."""
+
+    dim: Width
+    n_heads: Small
+    n_kv_heads: Small
+    n_layers: Small
+    n_refiner_layers: Annotated[int, msgspec.Meta(ge=0, le=1024)]
+    in_channels: Small
+    cap_feat_dim: Width
+    norm_eps: Positive
+    axes_dims: tuple[Even, ...]
+    all_patch_size: tuple[int, ...] = (2,)
+    all_f_patch_size: tuple[int, ...] = (1,)
+    qk_norm: bool = True
+    siglip_feat_dim: int | None = None
+
+
+def read_config(config: Mapping[str, Any]) -> Config:
+    """Read a transformer's config.
 
     Raises:
-        CheckpointError: naming the key and what is supported.
+        CheckpointError: it is of no network that is implemented here; naming the key and what is supported.
     """
-    wanted = {"all_patch_size": [2], "all_f_patch_size": [1], "qk_norm": True, "siglip_feat_dim": None}
+    found = decoded(config, Config, FILE, CheckpointError)
+    wanted = {"all_patch_size": (2,), "all_f_patch_size": (1,), "qk_norm": True, "siglip_feat_dim": None}
     for key, value in wanted.items():
-        found = config.get(key, value)
-        if (list(found) if isinstance(found, (list, tuple)) else found) != value:
-            raise CheckpointError(f"transformer/config.json has {key} = {found!r}; zimgkit supports {value!r} only")
-    if config["n_kv_heads"] != config["n_heads"]:
-        raise CheckpointError(
-            "transformer/config.json has n_kv_heads unlike n_heads; zimgkit supports equal numbers only"
-        )
-    if sum(config["axes_dims"]) * config["n_heads"] != config["dim"]:
-        raise CheckpointError("transformer/config.json: axes_dims do not add up to dim / n_heads")
+        if getattr(found, key) != value:
+            raise CheckpointError(f"{FILE} has {key} = {config[key]!r}; zimgkit supports {value!r} only")
+    if found.n_kv_heads != found.n_heads:
+        raise CheckpointError(f"{FILE} has n_kv_heads unlike n_heads; zimgkit supports equal numbers only")
+    if sum(found.axes_dims) * found.n_heads != found.dim:
+        raise CheckpointError(f"{FILE}: axes_dims do not add up to dim / n_heads")
+    return found
 
 
 class Attention(nn.Module):
@@ -83,10 +103,10 @@ class FeedForward(nn.Module):
 class _Block(nn.Module):
     """What both kinds of block hold: attention and feed-forward, each between two norms."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        dim, eps = config["dim"], config["norm_eps"]
-        self.attention = Attention(dim, dim // config["n_heads"])
+        dim, eps = config.dim, config.norm_eps
+        self.attention = Attention(dim, dim // config.n_heads)
         self.feed_forward = FeedForward(dim)
         self.attention_norm1 = nn.RMSNorm(dim, eps=eps)
         self.attention_norm2 = nn.RMSNorm(dim, eps=eps)
@@ -97,10 +117,10 @@ class _Block(nn.Module):
 class ZImageBlock(_Block):
     """A block whose norms and residuals are modulated by the time embedding."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__(config)
-        width = min(config["dim"], MODULATION_WIDTH)
-        self.adaLN_modulation = nn.Sequential(nn.Linear(width, 4 * config["dim"]))
+        width = min(config.dim, MODULATION_WIDTH)
+        self.adaLN_modulation = nn.Sequential(nn.Linear(width, 4 * config.dim))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, time_embedding: Tensor) -> Tensor:
         """(batch, tokens, dim), tables (batch, tokens, head_dim / 2), (1, width) -> (batch, tokens, dim)."""
@@ -191,15 +211,14 @@ class FinalLayer(nn.Module):
 class ZImageDenoiser(nn.Module):
     """Every step: latent patches, time, the prompt's refined caption -> the network's output, the negated velocity."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        check_config(config)
-        dim, patch = config["dim"], 4 * config["in_channels"]
+        dim, patch = config.dim, 4 * config.in_channels
         self.x_pad_token = nn.Parameter(torch.empty(1, dim))
         self.all_x_embedder = nn.ModuleDict({"2-1": PatchEmbedding(patch, dim)})
         self.t_embedder = TimeEmbedding(min(dim, MODULATION_WIDTH))
-        self.noise_refiner = nn.ModuleList(ZImageBlock(config) for _ in range(config["n_refiner_layers"]))
-        self.layers = nn.ModuleList(ZImageBlock(config) for _ in range(config["n_layers"]))
+        self.noise_refiner = nn.ModuleList(ZImageBlock(config) for _ in range(config.n_refiner_layers))
+        self.layers = nn.ModuleList(ZImageBlock(config) for _ in range(config.n_layers))
         self.all_final_layer = nn.ModuleDict({"2-1": FinalLayer(dim, patch)})
         self.pad_rows, self.tables, self.leading, self.join = PadRows(), Tables(), Leading(), Join()
 
@@ -235,9 +254,9 @@ class ZImageDenoiser(nn.Module):
 class CaptionEmbedding(nn.Sequential):
     """Text-encoder rows to caption tokens."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        width = config["cap_feat_dim"]
-        super().__init__(nn.RMSNorm(width, eps=config["norm_eps"]), nn.Linear(width, config["dim"]))
+    def __init__(self, config: Config) -> None:
+        width = config.cap_feat_dim
+        super().__init__(nn.RMSNorm(width, eps=config.norm_eps), nn.Linear(width, config.dim))
 
     def forward(self, prompt_embeds: Tensor) -> Tensor:
         """(1, caption tokens, cap_feat_dim) float32 -> (1, caption tokens, dim)."""
@@ -247,12 +266,11 @@ class CaptionEmbedding(nn.Sequential):
 class ZImageConditioner(nn.Module):
     """Once per prompt: the caption embedder and the context refiner, which do not depend on time."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        check_config(config)
-        self.cap_pad_token = nn.Parameter(torch.empty(1, config["dim"]))
+        self.cap_pad_token = nn.Parameter(torch.empty(1, config.dim))
         self.cap_embedder = CaptionEmbedding(config)
-        self.context_refiner = nn.ModuleList(ZImageContextBlock(config) for _ in range(config["n_refiner_layers"]))
+        self.context_refiner = nn.ModuleList(ZImageContextBlock(config) for _ in range(config.n_refiner_layers))
         self.pad_rows, self.tables, self.border = PadRows(), Tables(), Border()
 
     def forward(self, prompt_embeds: Tensor, cos: Tensor, sin: Tensor, pad: Tensor) -> Tensor:
@@ -281,14 +299,14 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
     Raises:
         CheckpointError: the config is of no network that zimgkit implements.
     """
-    check_config(config)
-    dim, half = config["dim"], config["dim"] // config["n_heads"] // 2
+    found = read_config(config)
+    dim, half = found.dim, found.dim // found.n_heads // 2
     float32 = torch.float32
     conditioner = Part(
         "transformer",
-        lambda: ZImageConditioner(config),
+        lambda: ZImageConditioner(found),
         inputs=(
-            Input("prompt_embeds", float32, (1, "caption_tokens", config["cap_feat_dim"])),
+            Input("prompt_embeds", float32, (1, "caption_tokens", found.cap_feat_dim)),
             Input("cos", float32, ("caption_tokens", half)),
             Input("sin", float32, ("caption_tokens", half)),
             Input("pad", torch.bool, ("caption_tokens",)),
@@ -298,9 +316,9 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
     )
     denoiser = Part(
         "transformer",
-        lambda: ZImageDenoiser(config),
+        lambda: ZImageDenoiser(found),
         inputs=(
-            Input("hidden_states", float32, ("batch", "image_tokens", 4 * config["in_channels"])),
+            Input("hidden_states", float32, ("batch", "image_tokens", 4 * found.in_channels)),
             Input("sinusoids", float32, (1, 256)),
             Input("caption", float32, (1, "caption_tokens", dim)),
             Input("cos", float32, ("all_tokens", half)),

@@ -205,7 +205,7 @@ def _groups(bundle: Bundle, settings: QuantizationSettings, by: str) -> list[Gro
     manifest = bundle.manifest
     groups: list[Group] = []
     for source in FAMILIES[manifest.family].components:
-        for component, part in parts(manifest.family, source, manifest.config[source]).items():
+        for component, part in parts(manifest.family, source, manifest.config.get(source, {})).items():
             if component not in QUANTIZED_GRAPHS:
                 continue
             parameters = linear_weights(part)

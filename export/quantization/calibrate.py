@@ -148,7 +148,8 @@ def _load(store: Path, source: tuple[Any, Sequence[MergedLora]], calibration_set
     wanted = _made(source, calibration_set, 0)
     # Compared as JSON, which the file holds: tuples have become lists in it.
     same = msgspec.json.encode(found.made | {"done": 0}, order="sorted") == msgspec.json.encode(wanted, order="sorted")
-    return found if same else None
+    done = found.made.get("done")
+    return found if same and isinstance(done, int) and 0 <= done <= len(calibration_set.prompts) else None
 
 
 def _open_observed(statistics: Statistics, bundle: Bundle, component: str, _: str, device: str | None) -> TorchEngine:

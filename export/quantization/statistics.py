@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.engines.errors import UsageError
 from zimgkit.engines.files import replacing
-from zimgkit.engines.tensors.safetensors import TensorInfo, read_header, view, write
+from zimgkit.engines.tensors.safetensors import TensorInfo, read_header, read_metadata, view, write
 from zimgkit.export.quantization.formats import Array, Format, round_up
 
 BINS = 2048
@@ -141,17 +142,18 @@ class Statistics:
         """
         header = read_header(path)
         try:
-            metadata = _metadata(path)
+            metadata = read_metadata(path)
             if (metadata["kind"], metadata["version"]) != (KIND, str(VERSION)):
                 raise ValueError("of another kind or version")
-            readers, made = json.loads(metadata["readers"]), json.loads(metadata["made"])
+            readers = msgspec.json.decode(metadata["readers"], type=dict[str, dict[str, str]])
+            made = msgspec.json.decode(metadata["made"], type=dict[str, Any])
             inputs: dict[str, dict[str, InputStatistics]] = {}
             for key in header:
                 component, name, what = key.split("/")
                 if what == "channels":
                     places = [header[f"{component}/{name}/{part}"] for part in ("channels", "histogram", "top")]
                     inputs.setdefault(component, {})[name] = _input_statistics(name, *places)
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
             message = f"{path} holds no calibration statistics that this zimgkit reads ({error})"
             raise UsageError(message, "make one with: zimg-export calibrate") from None
         return cls(inputs, readers, made)
@@ -172,13 +174,6 @@ def _input_statistics(name: str, channels: TensorInfo, histogram: TensorInfo, to
     if not (are_counts and (entry.channels >= 0).all() and entry.absmax <= entry.top <= LARGEST and entry.top > 0):
         raise ValueError(f"{name} has NaN, Inf, or magnitudes out of their range")
     return entry
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        found: dict[str, str] = json.loads(file.read(length)).get("__metadata__", {})
-    return found
 
 
 def smoothing(channels: Array, columns: Array, alpha: float) -> Array:

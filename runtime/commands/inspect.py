@@ -152,8 +152,10 @@ def _quantization_lines(quantization: dict[str, Any], precision: str) -> list[st
     how = [f"ranges by {quantization['range']}"] if quantization.get("range") else []
     if quantization.get("smooth"):
         how.append(f"SmoothQuant {quantization['smooth']:g}")
-    if plan := quantization.get("calibration", {}).get("plan"):
-        how.append(f"calibrated on {len(plan['prompts'])} prompts")
+    plan = quantization.get("calibration", {}).get("plan")
+    prompts = plan.get("prompts") if isinstance(plan, dict) else None
+    if isinstance(prompts, list):
+        how.append(f"calibrated on {len(prompts)} prompts")
     lines = [f"  quantized {', '.join((quantization['precision'], *how))}"]
     for component, unquantized in quantization.get("unquantized", {}).items():
         lines.append(f"    kept     {len(unquantized)} linears of {component} in {precision}")
@@ -176,8 +178,8 @@ def cost_lines(cost: dict[str, Any]) -> list[str]:
         lines.append(f"  {name:<8}{worst}; {latents}; {picture}")
     if captions := cost.get("captions"):
         told = {"one": "one thing", "two": "two things"}
-        float32 = cost["float32_accuracy"]
-        shares = [f"{share:.1%} of {told[key]} ({float32[key]:.1%})" for key, share in cost["accuracy"].items()]
+        float32, right = cost.get("float32_accuracy", {}), cost.get("accuracy", {})
+        shares = [f"{share:.1%} of {told.get(key, key)} ({float32[key]:.1%})" for key, share in right.items()]
         lines.append(f"  right   {', '.join(shares)}: of {captions} captions, by the judge (and in float32)")
     return lines
 

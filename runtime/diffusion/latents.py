@@ -5,12 +5,14 @@ A token is a patch of 2 x 2 latent pixels in all channels. The families order th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from zimgkit.engines.decoding import Number, Positive, decoded
 from zimgkit.engines.errors import CheckpointError
 
 PATCH = 2
@@ -66,33 +68,39 @@ class Normalization(NamedTuple):
     """float32 (channels or 1, 1, 1)."""
 
 
-def vae_normalization(config: Mapping[str, Any]) -> Normalization:
+class _Vae(msgspec.Struct, frozen=True):
+    latents_mean: tuple[Number, ...] | None = None
+    latents_std: tuple[Positive, ...] | None = None
+    scaling_factor: Positive | None = None
+    shift_factor: Number | None = None
+
+
+def vae_normalization(config: Mapping[str, Any], where: str = "vae") -> Normalization:
     """Read a VAE's normalization from its ``config.json``.
 
     ``AutoencoderKL`` has one ``scaling_factor`` and ``shift_factor``; ``AutoencoderKLQwenImage`` has
     ``latents_mean`` and ``latents_std``, a number per channel.
 
+    Args:
+        config: the VAE's.
+        where: how messages call it.
+
     Raises:
         CheckpointError: the config has neither pair, or what it has are no usable numbers.
     """
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    try:
-        if mean is not None and std is not None:
-            scale, shift = np.float32(1) / _channels(std), _channels(mean)
-        else:
-            scale, shift = _channels([config["scaling_factor"]]), _channels([config.get("shift_factor") or 0.0])
-        # Of different lengths, they do not go together.
-        usable = scale.shape == shift.shape and np.all(np.isfinite(scale * shift) & (scale > 0))
-    except (KeyError, TypeError, ValueError):
-        usable = np.False_
-    if not usable:
-        raise CheckpointError(
-            "vae: the config has no usable latents_mean and latents_std, nor scaling_factor and shift_factor"
-        )
-    return Normalization(scale, shift)
+    found = decoded(config, _Vae, where, CheckpointError)
+    mean, std = found.latents_mean, found.latents_std
+    if mean is not None and std is not None:
+        if mean and len(mean) == len(std):
+            return Normalization(np.float32(1) / _channels(std), _channels(mean))
+    elif found.scaling_factor is not None:
+        return Normalization(_channels([found.scaling_factor]), _channels([found.shift_factor or 0.0]))
+    raise CheckpointError(
+        f"{where}: the config has no usable latents_mean and latents_std, nor scaling_factor and shift_factor"
+    )
 
 
-def _channels(values: Any) -> NDArray[np.float32]:
+def _channels(values: Sequence[float]) -> NDArray[np.float32]:
     return np.asarray(values, np.float32).reshape(-1, 1, 1)
 
 

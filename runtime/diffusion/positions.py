@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from zimgkit.engines.decoding import Positive, Small, Width, decoded
 from zimgkit.engines.errors import CheckpointError
 
 
@@ -47,27 +49,59 @@ def axis_tables(
     return Tables(np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))
 
 
-def text_encoder_tables(length: int, config: Mapping[str, Any]) -> Tables:
+class Rope(NamedTuple):
+    """A text encoder's rotary embedding on its one axis."""
+
+    dim: int
+    """Numbers in a head."""
+    theta: float
+
+
+class _Scaling(msgspec.Struct, frozen=True):
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Positive | None = None
+
+
+class _TextEncoder(msgspec.Struct, frozen=True):
+    rope_parameters: _Scaling | None = None
+    rope_scaling: _Scaling | None = None
+    rope_theta: Positive | None = None
+    head_dim: Small | None = None
+    hidden_size: Width | None = None
+    num_attention_heads: Small | None = None
+
+
+def text_encoder_rope(config: Mapping[str, Any], where: str = "text_encoder") -> Rope:
+    """Read a text encoder's rotary embedding from its config.
+
+    Args:
+        config: the text part of the encoder's ``config.json``, of any transformers version.
+        where: how messages call it.
+
+    Raises:
+        CheckpointError: the config has no theta or head size, or scales positions in a way zimgkit does not know.
+    """
+    found = decoded(config, _TextEncoder, where, CheckpointError)
+    scaling = found.rope_parameters or found.rope_scaling or _Scaling()
+    kind = scaling.rope_type or scaling.type or "default"
+    if kind not in {"default", "mrope"}:
+        raise CheckpointError(f"{where}: rope type {kind!r} is not known", "zimgkit knows 'default' and 'mrope'")
+    theta = scaling.rope_theta or found.rope_theta
+    if theta is None:
+        raise CheckpointError(f"{where}: the config has no rope_theta")
+    dim = found.head_dim or (found.hidden_size or 0) // (found.num_attention_heads or 1)
+    if not dim or dim % 2:
+        raise CheckpointError(f"{where}: the config has no even head_dim, nor hidden_size and num_attention_heads")
+    return Rope(dim, theta)
+
+
+def text_encoder_tables(length: int, rope: Rope) -> Tables:
     """Tables for positions 0 ... length - 1 of a text encoder, as transformers has them for Qwen3 and Qwen2.5-VL.
 
     The three position axes of Qwen2.5-VL hold the same numbers for text, so that it is one axis here too.
-
-    Args:
-        length: tokens.
-        config: the text part of the encoder's ``config.json``, of any transformers version.
-
-    Raises:
-        CheckpointError: the config has no theta, or scales its positions in a way zimgkit does not know.
     """
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in {"default", "mrope"}:
-        raise CheckpointError(f"text_encoder: rope type {kind!r} is not known", "zimgkit knows 'default' and 'mrope'")
-    theta = scaling.get("rope_theta", config.get("rope_theta"))
-    if theta is None:
-        raise CheckpointError("text_encoder: the config has no rope_theta")
-    dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return axis_tables(np.arange(length)[:, None], [dim], theta)
+    return axis_tables(np.arange(length)[:, None], [rope.dim], rope.theta)
 
 
 def grid(*axes: NDArray[np.int64] | int) -> NDArray[np.int64]:

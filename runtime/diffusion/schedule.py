@@ -10,9 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from zimgkit.engines.decoding import Number, Positive, decoded
 from zimgkit.engines.errors import CheckpointError, UsageError
 
 CLASS_NAME = "FlowMatchEulerDiscreteScheduler"
@@ -29,23 +31,64 @@ NUM_TRAIN_TIMESTEPS = 1000
 Sigmas = TypeVar("Sigmas", np.float32, NDArray[np.float32])
 
 
-def calculate_mu(image_seq_len: int, scheduler: Mapping[str, Any]) -> float:
+class Scheduler(msgspec.Struct, frozen=True, rename={"class_name": "_class_name"}):
+    """What the formulas read of ``scheduler_config.json``; the defaults are those of diffusers and its pipelines."""
+
+    class_name: str = CLASS_NAME
+    num_train_timesteps: float = NUM_TRAIN_TIMESTEPS
+    shift: Positive = 1.0
+    use_dynamic_shifting: bool | None = False
+    time_shift_type: str = "exponential"
+    base_image_seq_len: Number = 256
+    max_image_seq_len: Number = 4096
+    base_shift: Number = 0.5
+    max_shift: Number = 1.15
+    shift_terminal: Number | bool | None = None
+    invert_sigmas: bool | None = False
+    stochastic_sampling: bool | None = False
+    use_beta_sigmas: bool | None = False
+    use_exponential_sigmas: bool | None = False
+    use_karras_sigmas: bool | None = False
+
+
+def read_scheduler(config: Mapping[str, Any], where: str = "scheduler") -> Scheduler:
+    """Check a scheduler's config.
+
+    Args:
+        config: ``scheduler_config.json``.
+        where: how messages call it.
+
+    Raises:
+        CheckpointError: it asks for something else than the formulas of this file; naming the key.
+    """
+    scheduler = decoded(config, Scheduler, where, CheckpointError)
+    if scheduler.class_name != CLASS_NAME:
+        raise CheckpointError(f"{where}: _class_name is {scheduler.class_name!r}", f"zimgkit runs {CLASS_NAME} only")
+    for key in REFUSED_FLAGS:
+        if getattr(scheduler, key):
+            raise CheckpointError(f"{where}: {key} is set", "zimgkit runs plain flow-match Euler steps only")
+    kind, train, terminal = scheduler.time_shift_type, scheduler.num_train_timesteps, scheduler.shift_terminal
+    if kind not in {"exponential", "linear"}:
+        raise CheckpointError(f"{where}: time_shift_type is {kind!r}", "zimgkit knows 'exponential' and 'linear'")
+    if train != NUM_TRAIN_TIMESTEPS:
+        raise CheckpointError(f"{where}: num_train_timesteps is {train:g}", f"zimgkit knows {NUM_TRAIN_TIMESTEPS}")
+    if terminal is True or not 0 <= (terminal or 0) < 1:
+        raise CheckpointError(f"{where}: shift_terminal is {terminal}, not between 0 and 1")
+    if scheduler.base_image_seq_len == scheduler.max_image_seq_len:
+        both = "base_image_seq_len and max_image_seq_len"
+        raise CheckpointError(f"{where}: {both} are both {scheduler.max_image_seq_len:g}")
+    return scheduler
+
+
+def calculate_mu(image_seq_len: int, scheduler: Scheduler) -> float:
     """The shift ``mu`` for a size: a straight line through two points, as the pipelines of diffusers draw it.
 
     Args:
         image_seq_len: image tokens of the picture, without those of condition images.
-        scheduler: ``scheduler_config.json``; missing keys take the pipelines' defaults 256, 4096, 0.5 and 1.15.
-
-    Raises:
-        CheckpointError: a key holds no number, or both points lie at the same length.
+        scheduler: the checkpoint's.
     """
-    base_len = _number(scheduler, "base_image_seq_len", 256)
-    max_len = _number(scheduler, "max_image_seq_len", 4096)
-    base_shift = _number(scheduler, "base_shift", 0.5)
-    max_shift = _number(scheduler, "max_shift", 1.15)
-    if base_len == max_len:
-        raise CheckpointError(f"scheduler: base_image_seq_len and max_image_seq_len are both {max_len}")
-    slope = (max_shift - base_shift) / (max_len - base_len)
+    base_len, base_shift = scheduler.base_image_seq_len, scheduler.base_shift
+    slope = (scheduler.max_shift - base_shift) / (scheduler.max_image_seq_len - base_len)
     return image_seq_len * slope + (base_shift - slope * base_len)
 
 
@@ -70,7 +113,7 @@ def linspace_float32(num_inference_steps: int) -> list[float]:
 
 def flow_match_sigmas(
     num_inference_steps: int,
-    scheduler: Mapping[str, Any],
+    scheduler: Scheduler,
     *,
     mu: float | None,
     sigmas: Sequence[float] | None = None,
@@ -82,7 +125,7 @@ def flow_match_sigmas(
 
     Args:
         num_inference_steps: how many steps N; 1 or more.
-        scheduler: ``scheduler_config.json``.
+        scheduler: the checkpoint's.
         mu: the shift where ``use_dynamic_shifting`` is set (see :func:`calculate_mu`), otherwise unused.
         sigmas: the noise levels before the shift, each in 0 ... 1; their number is then the number of steps.
             By default N equal steps from 1 down to 1 / N, as ``QwenImagePipeline`` has them.
@@ -92,18 +135,15 @@ def flow_match_sigmas(
 
     Raises:
         UsageError: fewer than one step, a sigma out of range, or no mu where one is needed.
-        CheckpointError: the config asks for something else than these formulas; the message names the key.
     """
-    check_scheduler(scheduler)
     steps = _steps(num_inference_steps)
     values = _given(sigmas) if sigmas is not None else np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
-    if scheduler.get("use_dynamic_shifting"):
-        values = _dynamic_shift(values, scheduler.get("time_shift_type", "exponential"), mu)
+    if scheduler.use_dynamic_shifting:
+        values = _dynamic_shift(values, scheduler.time_shift_type, mu)
     else:
-        shift = _number(scheduler, "shift", 1.0)
-        values = np.float32(shift) * values / (1 + np.float32(shift - 1) * values)
-    if scheduler.get("shift_terminal"):
-        values = _stretch(values, _number(scheduler, "shift_terminal", 0.0))
+        values = np.float32(scheduler.shift) * values / (1 + np.float32(scheduler.shift - 1) * values)
+    if scheduler.shift_terminal:
+        values = _stretch(values, scheduler.shift_terminal)
     return np.append(values, np.float32(0))
 
 
@@ -132,40 +172,11 @@ def _dynamic_shift(values: NDArray[np.float32], kind: str, mu: float | None) -> 
 
 def _stretch(values: NDArray[np.float32], terminal: float) -> NDArray[np.float32]:
     """Stretch 1 - sigma so that the last sigma becomes ``terminal``; the first stays if it is 1."""
-    if not 0 <= terminal < 1:
-        raise CheckpointError(f"scheduler: shift_terminal is {terminal}, not between 0 and 1")
     signal = np.float32(1) - values
     if signal[-1] == 0:
         return values
     stretched: NDArray[np.float32] = np.float32(1) - signal / (signal[-1] / np.float32(1 - terminal))
     return stretched
-
-
-def check_scheduler(scheduler: Mapping[str, Any]) -> None:
-    """Refuse a scheduler config that asks for something else than the formulas of this file.
-
-    Raises:
-        CheckpointError: naming the key.
-    """
-    name = scheduler.get("_class_name", CLASS_NAME)
-    if name != CLASS_NAME:
-        raise CheckpointError(f"scheduler: _class_name is {name!r}", f"zimgkit runs {CLASS_NAME} only")
-    for key in REFUSED_FLAGS:
-        if scheduler.get(key):
-            raise CheckpointError(f"scheduler: {key} is set", "zimgkit runs plain flow-match Euler steps only")
-    kind = scheduler.get("time_shift_type", "exponential")
-    if kind not in {"exponential", "linear"}:
-        raise CheckpointError(f"scheduler: time_shift_type is {kind!r}", "zimgkit knows 'exponential' and 'linear'")
-    train = scheduler.get("num_train_timesteps", NUM_TRAIN_TIMESTEPS)
-    if train != NUM_TRAIN_TIMESTEPS:
-        raise CheckpointError(f"scheduler: num_train_timesteps is {train!r}", f"zimgkit knows {NUM_TRAIN_TIMESTEPS}")
-
-
-def _number(scheduler: Mapping[str, Any], key: str, default: float) -> float:
-    value = scheduler.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise CheckpointError(f"scheduler: {key} is {value!r}, not a number")
-    return value
 
 
 def _steps(num_inference_steps: int) -> int:

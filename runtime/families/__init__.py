@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zimgkit.engines.bundle import Manifest
+from zimgkit.engines.bundle import MANIFEST, Manifest
 from zimgkit.engines.errors import BundleError
 from zimgkit.runtime.families.base import Family
 from zimgkit.runtime.families.qwen_image import QwenImage
@@ -25,10 +25,15 @@ def family(name: str) -> type[Family]:
     return FAMILIES[name]
 
 
-def family_of(manifest: Manifest) -> Family:
+def family_of(manifest: Manifest, where: str = MANIFEST) -> Family:
     """The host side of a bundle's checkpoint.
+
+    Args:
+        manifest: the bundle's.
+        where: its file, for messages.
 
     Raises:
         BundleError: this zimgkit does not know its family.
+        CheckpointError: its configs are not those of such a checkpoint.
     """
-    return family(manifest.family)(manifest.config)
+    return family(manifest.family)(manifest.config, where)

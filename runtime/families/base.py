@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from zimgkit.runtime.diffusion.positions import text_encoder_tables
+from zimgkit.engines.bundle import MANIFEST
+from zimgkit.runtime.diffusion.latents import vae_normalization
+from zimgkit.runtime.diffusion.positions import text_encoder_rope, text_encoder_tables
 
 if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle, TextConfig
@@ -29,6 +31,10 @@ class Family(ABC):
 
     Args:
         config: the checkpoint's config per component.
+        where: the file that it stands in, for messages.
+
+    Raises:
+        CheckpointError: a key that is read is missing, of another type, or out of its bounds.
     """
 
     NAME: ClassVar[str]
@@ -42,8 +48,9 @@ class Family(ABC):
     NEGATIVE_PROMPT: ClassVar[str | None]
     """What guidance uses where no negative prompt is given; None if there is no guidance then."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, where: str = MANIFEST) -> None:
+        self.rope = text_encoder_rope(config.get("text_encoder", {}), f"{where}: config.text_encoder")
+        self.normalization = vae_normalization(config.get("vae", {}), f"{where}: config.vae")
 
     @staticmethod
     @abstractmethod
@@ -82,7 +89,7 @@ class Family(ABC):
 
     def text_encoder_inputs(self, input_ids: NDArray[np.int64]) -> Feeds:
         """Inputs of ``text_encoder`` for the token ids (1, tokens) of one prompt."""
-        cos, sin = text_encoder_tables(input_ids.shape[1], self.config["text_encoder"])
+        cos, sin = text_encoder_tables(input_ids.shape[1], self.rope)
         return {"input_ids": input_ids, "cos": cos, "sin": sin}
 
     @abstractmethod

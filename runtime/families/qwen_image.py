@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from zimgkit.engines.bundle import TextConfig
+from zimgkit.engines.bundle import MANIFEST, TextConfig
+from zimgkit.engines.decoding import Even, decoded
+from zimgkit.engines.errors import CheckpointError
 from zimgkit.runtime.diffusion.guidance import norm_preserving_guidance
-from zimgkit.runtime.diffusion.latents import TokenLayout, denormalize, pack, unpack, vae_normalization
+from zimgkit.runtime.diffusion.latents import TokenLayout, denormalize, pack, unpack
 from zimgkit.runtime.diffusion.modulation import ModulationLayout, modulation_table
 from zimgkit.runtime.diffusion.positions import Tables, axis_tables, grid
 from zimgkit.runtime.diffusion.schedule import NUM_TRAIN_TIMESTEPS, Sigmas, timesteps
 from zimgkit.runtime.diffusion.time_embedding import frequencies, sinusoids
-from zimgkit.runtime.families.base import Array, Family, Feeds, Progress, StepInputs
+from zimgkit.runtime.families.base import Array, Config, Family, Feeds, Progress, StepInputs
 
 if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle
@@ -23,6 +25,13 @@ if TYPE_CHECKING:
 LAYOUT: TokenLayout = "c ph pw"
 THETA = 10000.0
 MODULATION = ModulationLayout("time_text_embed.timestep_embedder", ("img_mod.1", "txt_mod.1"), "norm_out.linear")
+
+
+class Transformer(msgspec.Struct, frozen=True):
+    """What the host side reads of ``transformer/config.json``."""
+
+    in_channels: Annotated[int, msgspec.Meta(ge=4, le=4096, multiple_of=4)]
+    axes_dims_rope: tuple[Even, Even, Even]
 
 
 class QwenImage(Family):
@@ -40,6 +49,11 @@ class QwenImage(Family):
     MAX_SIDE = 8192
     USES_CHAT_TEMPLATE = False
     NEGATIVE_PROMPT = None
+
+    def __init__(self, config: Config, where: str = MANIFEST) -> None:
+        super().__init__(config, where)
+        found, where = config.get("transformer", {}), f"{where}: config.transformer"
+        self.transformer = decoded(found, Transformer, where, CheckpointError)
 
     @staticmethod
     def dynamic_dimensions(height: int, width: int, tokens: int) -> dict[str, int]:
@@ -64,7 +78,7 @@ class QwenImage(Family):
 
     def noise_shape(self, height: int, width: int) -> tuple[int, ...]:
         """(1 frame, channels, height / 8, width / 8)."""
-        return (1, self.config["transformer"]["in_channels"] // 4, height // 8, width // 8)
+        return (1, self.transformer.in_channels // 4, height // 8, width // 8)
 
     def from_noise(self, noise: Array) -> Array:
         """Latents are kept packed into tokens, (batch, tokens, 4 * channels)."""
@@ -72,11 +86,11 @@ class QwenImage(Family):
 
     def latents_shape(self, height: int, width: int) -> tuple[int, ...]:
         """(tokens, 4 * channels)."""
-        return ((height // 16) * (width // 16), self.config["transformer"]["in_channels"])
+        return ((height // 16) * (width // 16), self.transformer.in_channels)
 
     def to_vae(self, latents: Array, height: int, width: int) -> Array:
         """Unpack, and undo the VAE's normalization."""
-        return denormalize(unpack(latents, LAYOUT, height // 8, width // 8), vae_normalization(self.config["vae"]))
+        return denormalize(unpack(latents, LAYOUT, height // 8, width // 8), self.normalization)
 
     def conditioner_inputs(self, prompt_embeds: Array) -> Feeds:
         """The rows as they are."""
@@ -86,7 +100,7 @@ class QwenImage(Family):
         """The prompt's tokens, and tables for text tokens followed by image tokens."""
         rows, columns = height // 16, width // 16
         positions = np.concatenate([text_positions(tokens, rows, columns), image_positions(rows, columns)])
-        cos, sin = tables(positions, self.config["transformer"])
+        cos, sin = tables(positions, self.transformer)
         return {"text": conditioning, "cos": cos, "sin": sin}
 
     def schedule_inputs(self, bundle: Bundle, sigmas: Array, progress: Progress | None = None) -> StepInputs:
@@ -166,6 +180,6 @@ def text_positions(length: int, height: int, width: int) -> NDArray[np.int64]:
     return np.repeat(np.arange(start, start + length)[:, None], 3, axis=1)
 
 
-def tables(positions: NDArray[np.int64], config: Mapping[str, Any]) -> Tables:
-    """Tables of positions (tokens, 3) for the transformer; ``config`` is its ``config.json``."""
-    return axis_tables(positions, config["axes_dims_rope"], THETA)
+def tables(positions: NDArray[np.int64], transformer: Transformer) -> Tables:
+    """Tables of positions (tokens, 3) for the transformer."""
+    return axis_tables(positions, transformer.axes_dims_rope, THETA)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from zimgkit.engines.bundle import TextConfig
-from zimgkit.engines.errors import UsageError
+from zimgkit.engines.bundle import MANIFEST, TextConfig
+from zimgkit.engines.decoding import Count, Even, Number, Positive, Small, decoded
+from zimgkit.engines.errors import CheckpointError, UsageError
 from zimgkit.runtime.diffusion.guidance import norm_capped_guidance
-from zimgkit.runtime.diffusion.latents import TokenLayout, denormalize, pack, unpack, vae_normalization
+from zimgkit.runtime.diffusion.latents import TokenLayout, denormalize, pack, unpack
 from zimgkit.runtime.diffusion.positions import Tables, axis_tables, grid
 from zimgkit.runtime.diffusion.schedule import NUM_TRAIN_TIMESTEPS, Sigmas, linspace_float32, timesteps
 from zimgkit.runtime.diffusion.time_embedding import frequencies, sinusoids
-from zimgkit.runtime.families.base import Array, Family, Feeds, Progress, StepInputs
+from zimgkit.runtime.families.base import Array, Config, Family, Feeds, Progress, StepInputs
 
 if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
 LAYOUT: TokenLayout = "ph pw c"
 MULTIPLE = 32
 """Captions and images fill up to a multiple of this many tokens."""
+
+
+class Transformer(msgspec.Struct, frozen=True):
+    """What the host side reads of ``transformer/config.json``."""
+
+    in_channels: Small
+    axes_dims: tuple[Even, Even, Even]
+    axes_lens: tuple[Count, Count, Count]
+    rope_theta: Positive
+    t_scale: Number
 
 
 class ZImage(Family):
@@ -39,6 +50,11 @@ class ZImage(Family):
     MAX_SIDE = 8192
     USES_CHAT_TEMPLATE = True
     NEGATIVE_PROMPT = ""
+
+    def __init__(self, config: Config, where: str = MANIFEST) -> None:
+        super().__init__(config, where)
+        found, where = config.get("transformer", {}), f"{where}: config.transformer"
+        self.transformer = decoded(found, Transformer, where, CheckpointError)
 
     @staticmethod
     def dynamic_dimensions(height: int, width: int, tokens: int) -> dict[str, int]:
@@ -63,7 +79,7 @@ class ZImage(Family):
 
     def noise_shape(self, height: int, width: int) -> tuple[int, ...]:
         """(channels, height / 8, width / 8)."""
-        return (self.config["transformer"]["in_channels"], height // 8, width // 8)
+        return (self.transformer.in_channels, height // 8, width // 8)
 
     def from_noise(self, noise: Array) -> Array:
         """Latents are kept as (batch, channels, height / 8, width / 8)."""
@@ -75,7 +91,7 @@ class ZImage(Family):
 
     def to_vae(self, latents: Array, height: int, width: int) -> Array:
         """Undo the VAE's scaling."""
-        return denormalize(latents, vae_normalization(self.config["vae"]))
+        return denormalize(latents, self.normalization)
 
     def conditioner_inputs(self, prompt_embeds: Array) -> Feeds:
         """Pad the caption to a multiple of 32 tokens; the pads' rows are replaced by a learned token in the network."""
@@ -83,19 +99,19 @@ class ZImage(Family):
         pad = pad_mask(tokens)
         padded = np.zeros((1, len(pad), prompt_embeds.shape[1]), np.float32)
         padded[0, :tokens] = prompt_embeds
-        cos, sin = tables(caption_positions(tokens), self.config["transformer"])
+        cos, sin = tables(caption_positions(tokens), self.transformer)
         return {"prompt_embeds": padded, "cos": cos, "sin": sin, "pad": pad}
 
     def denoiser_constants(self, conditioning: Array, tokens: int, height: int, width: int) -> Feeds:
         """The refined caption, and tables for image tokens followed by caption tokens."""
         rows, columns = height // 16, width // 16
         positions = np.concatenate([image_positions(rows, columns, tokens), caption_positions(tokens)])
-        cos, sin = tables(positions, self.config["transformer"])
+        cos, sin = tables(positions, self.transformer)
         return {"caption": conditioning, "cos": cos, "sin": sin, "pad": pad_mask(rows * columns)}
 
     def schedule_inputs(self, bundle: Bundle, sigmas: Array, progress: Progress | None = None) -> StepInputs:
         """Sinusoids of each step's time, which runs from 0 (noise) to 1."""
-        scale = self.config["transformer"]["t_scale"]
+        scale = self.transformer.t_scale
         return lambda step: {"sinusoids": time_embedding(network_time(sigmas[step : step + 1]), scale)}
 
     def denoiser_inputs(self, latents: Array) -> Feeds:
@@ -194,17 +210,17 @@ def image_positions(height: int, width: int, caption_length: int) -> NDArray[np.
     return positions
 
 
-def tables(positions: NDArray[np.int64], config: Mapping[str, Any]) -> Tables:
-    """Tables of positions (tokens, 3) for the transformer; ``config`` is its ``config.json``.
+def tables(positions: NDArray[np.int64], transformer: Transformer) -> Tables:
+    """Tables of positions (tokens, 3) for the transformer.
 
     Raises:
         UsageError: a position past the model's ``axes_lens``: the caption or the picture is too large.
     """
-    captions, rows, columns = config["axes_lens"]
+    captions, rows, columns = transformer.axes_lens
     # The image's own position comes after the caption's, and a caption is a multiple of 32 long.
     longest = (captions - 2) // MULTIPLE * MULTIPLE
     most = (f"{longest} prompt tokens", f"{16 * rows} pixels of height", f"{16 * columns} pixels of width")
     for highest, length, limit in zip(positions.max(axis=0), (captions, rows, columns), most, strict=True):
         if highest >= length:
             raise UsageError(f"too large for this model, which takes {limit} at most", "ask for less")
-    return axis_tables(positions, config["axes_dims"], config["rope_theta"], precision=np.float64)
+    return axis_tables(positions, transformer.axes_dims, transformer.rope_theta, precision=np.float64)

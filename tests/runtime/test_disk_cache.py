@@ -181,7 +181,7 @@ def test_too_large_for_the_limit(folder, monkeypatch, limit):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("limit", ["", "2GiB", "-1", "1.5", "²"])
+@pytest.mark.parametrize("limit", ["", "2GiB", "-1", "1.5", "²", "9" * 5000])
 def test_refuses_a_bad_limit(monkeypatch, limit):
     monkeypatch.setenv("ZIMG_CACHE_LIMIT", limit)
     with pytest.raises(UsageError, match="ZIMG_CACHE_LIMIT"):

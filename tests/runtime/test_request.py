@@ -10,16 +10,23 @@ import pytest
 
 from tests import handmade
 from zimgkit.engines.bundle import Defaults
+from zimgkit.engines.bundle.manifest import read_manifest
 from zimgkit.engines.errors import BundleError, UsageError
-from zimgkit.runtime import families
+from zimgkit.runtime import demo_models, families
 from zimgkit.runtime.parameters import MAX_CHARACTERS
 from zimgkit.runtime.request import Request, check
 
 BOTH = pytest.mark.parametrize("family", ["z-image", "qwen-image"])
 
 
+CARRIED = [read_manifest(demo_models.locate(name)) for name in demo_models.NAMES]
+CONFIGS = {
+    found.family: found.config | {"transformer": found.config["transformer"] | {"in_channels": 16}} for found in CARRIED
+}
+
+
 def ask(family: str = "z-image", **call: Any) -> Request:
-    manifest = handmade.manifest(family, config={"transformer": {"in_channels": 16}})
+    manifest = handmade.manifest(family, config=CONFIGS[family])
     return check(manifest, families.family_of(manifest), **({"prompt": "a cat", "seed": 0} | call))
 
 
@@ -72,7 +79,7 @@ class TestDefaults:
         assert sizes == (64, 80, 3, 2.0, 7)
 
     def test_defaults_are_checked_like_arguments(self):
-        manifest = handmade.manifest(defaults=Defaults(9, 3.5, 1000, 768))
+        manifest = handmade.manifest(defaults=Defaults(9, 3.5, 1000, 768), config=CONFIGS["z-image"])
         with pytest.raises(UsageError, match="height is 1000, not a multiple of 16"):
             check(manifest, families.family_of(manifest), prompt="a cat")
 

@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, ZImage
 
 from tests.training import toy
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from zimgkit.runtime.diffusion.schedule import read_scheduler
 from zimgkit.training import families, prompts
 from zimgkit.training.checkpoint import load_component, load_tokenizer
 from zimgkit.training.dataset import read_dataset
@@ -149,6 +150,6 @@ def test_noise_levels_are_spread_as_the_schedules_are() -> None:
         # The straight line of mu is that of the model reference: 0.5 at 256 tokens, 0.9 at 8192.
         mu = 0.5 + 0.4 * (tokens - 256) / (8192 - 256)
         scheduler.set_timesteps(sigmas=np.linspace(1, 0.001, 1000), **({"mu": mu} if family == "qwen-image" else {}))
-        drawn = draw_sigmas(20000, tokens, config, generator)
+        drawn = draw_sigmas(20000, tokens, read_scheduler(config), generator)
         levels = torch.linspace(0.05, 0.95, 10)
         torch.testing.assert_close(drawn.quantile(levels), scheduler.sigmas[:-1].quantile(levels), atol=0.02, rtol=0)

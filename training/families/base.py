@@ -24,7 +24,7 @@ class TrainingFamily:
     """Its host side, which has its name and its prompt template."""
     classes: Mapping[str, str]
     """``"pipeline"`` or a component -> the reference's class, with its package: ``"diffusers.AutoencoderKL"``."""
-    autoencoder: tuple[Callable[[Mapping[str, Any]], nn.Module], Callable[[Mapping[str, Any]], nn.Module]]
+    autoencoder: Callable[[Mapping[str, Any]], tuple[nn.Module, nn.Module]]
     """The networks of encoder and decoder of one still image, from the autoencoder's config."""
 
     start: Callable[[Any, Configs], Any]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zimgkit.export.networks.qwen_image_vae import QwenImageVAEDecoder, QwenImageVAEEncoder
+from zimgkit.export.networks.qwen_image_vae import halves
 from zimgkit.runtime.families.qwen_image import QwenImage
 from zimgkit.training.families.base import Configs, TrainingFamily
 from zimgkit.training.loop import Settings
@@ -184,7 +184,7 @@ FAMILY = TrainingFamily(
         "vae": "diffusers.AutoencoderKLQwenImage",
         "text_encoder": "transformers.Qwen2_5_VLForConditionalGeneration",
     },
-    autoencoder=(QwenImageVAEEncoder, QwenImageVAEDecoder),
+    autoencoder=halves,
     start=start,
     encode=encode,
     velocity=velocity,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zimgkit.export.networks.autoencoder_kl import AutoencoderKLDecoder, AutoencoderKLEncoder
+from zimgkit.export.networks.autoencoder_kl import halves
 from zimgkit.runtime.families.z_image import ZImage
 from zimgkit.training.families.base import Configs, TrainingFamily
 from zimgkit.training.loop import Settings
@@ -125,7 +125,7 @@ FAMILY = TrainingFamily(
         "vae": "diffusers.AutoencoderKL",
         "text_encoder": "transformers.Qwen3Model",
     },
-    autoencoder=(AutoencoderKLEncoder, AutoencoderKLDecoder),
+    autoencoder=halves,
     start=start,
     encode=encode,
     velocity=velocity,

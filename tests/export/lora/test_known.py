@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from zimgkit.engines.bundle import Defaults, MergedLora
 from zimgkit.engines.errors import UsageError
 from zimgkit.export.lora.known import Recommendation, recommendation_for
-from zimgkit.runtime.diffusion.schedule import calculate_mu, check_scheduler, flow_match_sigmas
+from zimgkit.runtime.diffusion.schedule import calculate_mu, flow_match_sigmas, read_scheduler
 
 QWEN = Recommendation(
     Defaults(50, 4.0, 1328, 1328, " "),
@@ -53,14 +53,14 @@ def test_lightning(source, steps, tokens):
     found = recommendation_for([lora(source)], "qwen-image", QWEN)
     assert (found.defaults.num_inference_steps, found.defaults.guidance_scale) == (steps, 1.0)
     assert (found.defaults.height, found.defaults.negative_prompt) == (1328, " ")
-    check_scheduler(found.scheduler)
+    scheduler = read_scheduler(found.scheduler)
     # The authors' own scheduler, in diffusers.
     theirs = FlowMatchEulerDiscreteScheduler(
         base_shift=math.log(3), max_shift=math.log(3), shift=1.0, shift_terminal=None, use_dynamic_shifting=True,
         base_image_seq_len=256, max_image_seq_len=8192, time_shift_type="exponential",
     )  # fmt: skip
     theirs.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=math.log(3))
-    ours = flow_match_sigmas(steps, found.scheduler, mu=calculate_mu(tokens, found.scheduler))
+    ours = flow_match_sigmas(steps, scheduler, mu=calculate_mu(tokens, scheduler))
     np.testing.assert_allclose(ours, theirs.sigmas.numpy(), atol=1e-6)
 
 
@@ -79,7 +79,7 @@ def test_three_steps():
         [lora("MusePublic/Qwen-Image-Distill/qwen_image_distill_3step.safetensors")], "qwen-image", QWEN
     )
     assert (found.defaults.num_inference_steps, found.defaults.guidance_scale) == (3, 1.0)
-    assert calculate_mu(1234, found.scheduler) == pytest.approx(math.log(2.5))
+    assert calculate_mu(1234, read_scheduler(found.scheduler)) == pytest.approx(math.log(2.5))
     assert found.scheduler["shift_terminal"] == 0.02
 
 

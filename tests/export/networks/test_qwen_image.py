@@ -9,7 +9,9 @@ from diffusers import QwenImageTransformer2DModel
 
 from tests.reference import randomize
 from zimgkit.engines.errors import CheckpointError
-from zimgkit.export.networks.qwen_image import QwenImageConditioner, QwenImageDenoiser, check_config, modulation_tensors
+from zimgkit.export.networks.qwen_image import QwenImageConditioner, QwenImageDenoiser, modulation_tensors, read_config
+from zimgkit.export.networks.qwen_image_demo import CONFIGS
+from zimgkit.export.networks.text_encoder import text_part
 from zimgkit.runtime.families.qwen_image import QwenImage
 
 TINY = {
@@ -60,10 +62,10 @@ def test_matches_diffusers(config, height, width, tokens, batch, sigma, seed):
     )[0].numpy()
 
     state = reference.state_dict()
-    conditioner, denoiser = QwenImageConditioner(config), QwenImageDenoiser(config)
+    conditioner, denoiser = QwenImageConditioner(read_config(config)), QwenImageDenoiser(read_config(config))
     for network in (conditioner, denoiser):
         network.load_state_dict({name: state[name] for name in network.state_dict()})
-    family = QwenImage({"transformer": config})
+    family = QwenImage(CONFIGS | {"transformer": config, "text_encoder": text_part(CONFIGS["text_encoder"])})
     inputs = family.conditioner_inputs(embeds.numpy())
     text = conditioner(torch.from_numpy(inputs["prompt_embeds"]))
     constants = family.denoiser_constants(text.numpy(), tokens, 16 * height, 16 * width)
@@ -77,8 +79,12 @@ def test_matches_diffusers(config, height, width, tokens, batch, sigma, seed):
 
 def test_every_parameter_is_used_once():
     reference = {name: tuple(p.shape) for name, p in QwenImageTransformer2DModel(**TINY).state_dict().items()}
-    names = [name for net in (QwenImageConditioner(TINY), QwenImageDenoiser(TINY)) for name in net.state_dict()]
-    tables = modulation_tensors(TINY)
+    names = [
+        name
+        for net in (kind(read_config(TINY)) for kind in (QwenImageConditioner, QwenImageDenoiser))
+        for name in net.state_dict()
+    ]
+    tables = modulation_tensors(read_config(TINY))
     assert sorted([*names, *tables]) == sorted(reference)
     assert {name: reference[name] for name in tables} == tables
 
@@ -89,4 +95,4 @@ def test_every_parameter_is_used_once():
 )
 def test_refuses_what_it_does_not_implement(change):
     with pytest.raises(CheckpointError, match=next(iter(change))):
-        check_config(TINY | change)
+        read_config(TINY | change)

@@ -10,7 +10,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from tests.reference import randomize
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.export.networks.text_encoder import TextEncoder, text_config, text_part
-from zimgkit.runtime.diffusion.positions import text_encoder_tables
+from zimgkit.runtime.diffusion.positions import text_encoder_rope, text_encoder_tables
 
 QWEN3 = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -31,7 +31,7 @@ VISION = {
 def encode(config, state, ids):
     encoder = TextEncoder(config).eval()
     encoder.load_state_dict({name: state[name] for name in encoder.state_dict()})
-    cos, sin = text_encoder_tables(ids.shape[1], text_part(config))
+    cos, sin = text_encoder_tables(ids.shape[1], text_encoder_rope(text_part(config)))
     return encoder(ids, torch.from_numpy(cos), torch.from_numpy(sin)).numpy()
 
 

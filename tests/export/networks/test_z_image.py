@@ -9,7 +9,8 @@ from diffusers import ZImageTransformer2DModel
 
 from tests.reference import randomize
 from zimgkit.engines.errors import CheckpointError
-from zimgkit.export.networks.z_image import ZImageConditioner, ZImageDenoiser, check_config
+from zimgkit.export.networks.z_image import ZImageConditioner, ZImageDenoiser, read_config
+from zimgkit.export.networks.z_image_demo import CONFIGS
 from zimgkit.runtime.families.z_image import ZImage, network_time, time_embedding
 
 TINY = {
@@ -30,11 +31,11 @@ WIDE = TINY | {
 def run(config, reference, latents, prompt_embeds, sigma):
     """The velocity by our networks and host functions, from the reference's weights."""
     state = reference.state_dict()
-    networks = ZImageConditioner(config), ZImageDenoiser(config)
+    networks = ZImageConditioner(read_config(config)), ZImageDenoiser(read_config(config))
     for network in networks:
         network.load_state_dict({name: state[name] for name in network.state_dict()})
     conditioner, denoiser = networks
-    family = ZImage({"transformer": config})
+    family = ZImage(CONFIGS | {"transformer": config})
     inputs = family.conditioner_inputs(prompt_embeds)
     caption = conditioner(*(torch.from_numpy(value) for value in inputs.values()))
     height, width = 8 * latents.shape[2], 8 * latents.shape[3]
@@ -75,7 +76,11 @@ def test_matches_diffusers(config, height, width, tokens, batch, sigma, seed):
 
 @torch.inference_mode()
 def test_every_parameter_is_used_once():
-    names = [name for net in (ZImageConditioner(TINY), ZImageDenoiser(TINY)) for name in net.state_dict()]
+    names = [
+        name
+        for net in (kind(read_config(TINY)) for kind in (ZImageConditioner, ZImageDenoiser))
+        for name in net.state_dict()
+    ]
     assert sorted(names) == sorted(ZImageTransformer2DModel(**TINY).state_dict())
 
 
@@ -91,4 +96,4 @@ def test_every_parameter_is_used_once():
 )
 def test_refuses_what_it_does_not_implement(change):
     with pytest.raises(CheckpointError, match=next(iter(change))):
-        check_config(TINY | change)
+        read_config(TINY | change)

@@ -12,7 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, ZImagePipeline
 
 from zimgkit.runtime.diffusion.guidance import norm_capped_guidance, norm_preserving_guidance
-from zimgkit.runtime.diffusion.schedule import euler_step, flow_match_sigmas, linspace_float32
+from zimgkit.runtime.diffusion.schedule import euler_step, flow_match_sigmas, linspace_float32, read_scheduler
 from zimgkit.runtime.families import qwen_image, z_image
 from zimgkit.runtime.families.qwen_image import QwenImage
 from zimgkit.runtime.families.z_image import ZImage
@@ -80,7 +80,7 @@ def test_qwen_image_pipeline(seed, scale, batch):
         num_inference_steps=4,
         output_type="latent",
     ).images
-    sigmas = flow_match_sigmas(4, QWEN_SCHEDULER, mu=scheduler_mu(6))
+    sigmas = flow_match_sigmas(4, read_scheduler(QWEN_SCHEDULER), mu=scheduler_mu(6))
     for sigma, following in itertools.pairwise(sigmas):
         velocity = predict(latents, qwen_image.network_time(sigma), positive)
         if QwenImage.is_guided(scale):
@@ -117,7 +117,7 @@ def test_z_image_pipeline(seed, scale, normalization, truncation):
         num_inference_steps=5,
         output_type="latent",
     ).images
-    sigmas = flow_match_sigmas(5, Z_SCHEDULER, mu=None, sigmas=linspace_float32(5))
+    sigmas = flow_match_sigmas(5, read_scheduler(Z_SCHEDULER), mu=None, sigmas=linspace_float32(5))
     for sigma, following in itertools.pairwise(sigmas):
         output = predict(latents, z_image.network_time(sigma), positive)
         if ZImage.is_guided(scale, sigma, truncation):
@@ -131,7 +131,7 @@ def test_z_image_pipeline(seed, scale, normalization, truncation):
 
 def test_truncation_at_its_edge():
     """With shift 3 and 8 steps the reference's 1 - sigma passes 0.25 exactly; it is not above it."""
-    sigmas = flow_match_sigmas(8, Z_SCHEDULER, mu=None, sigmas=linspace_float32(8))
+    sigmas = flow_match_sigmas(8, read_scheduler(Z_SCHEDULER), mu=None, sigmas=linspace_float32(8))
     assert sigmas[4] == 0.75
     assert ZImage.is_guided(1.0, sigmas[4], 0.25)
     assert not ZImage.is_guided(1.0, sigmas[5], 0.25)

@@ -8,7 +8,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from tests.runtime.rotary import assert_tables
 from zimgkit.engines.errors import CheckpointError
-from zimgkit.runtime.diffusion.positions import text_encoder_tables
+from zimgkit.runtime.diffusion.positions import text_encoder_rope, text_encoder_tables
 
 QWEN3 = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 4096}
 
@@ -24,7 +24,7 @@ def test_qwen3(length, head_dim, theta):
         {"head_dim": head_dim, "rope_theta": theta},
         {"hidden_size": 4 * head_dim, "num_attention_heads": 4, "rope_theta": int(theta), "rope_scaling": None},
     ):
-        assert_tables(text_encoder_tables(length, saved), cos[0, :, :half], sin[0, :, :half], length)
+        assert_tables(text_encoder_tables(length, text_encoder_rope(saved)), cos[0, :, :half], sin[0, :, :half], length)
 
 
 @pytest.mark.parametrize("length", [1, 39, 546, 1058])
@@ -41,11 +41,11 @@ def test_qwen2_5_vl(length):
         config.to_dict(),
         text | {"rope_theta": 1e6, "rope_parameters": None, "rope_scaling": {"type": "mrope"}},
     ):
-        assert_tables(text_encoder_tables(length, saved), cos[0, :, :64], sin[0, :, :64], length)
+        assert_tables(text_encoder_tables(length, text_encoder_rope(saved)), cos[0, :, :64], sin[0, :, :64], length)
 
 
 def test_refuses_other_ropes():
     with pytest.raises(CheckpointError, match="yarn"):
-        text_encoder_tables(4, {"head_dim": 8, "rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn"}})
+        text_encoder_rope({"head_dim": 8, "rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn"}})
     with pytest.raises(CheckpointError, match="rope_theta"):
-        text_encoder_tables(4, {"head_dim": 8})
+        text_encoder_rope({"head_dim": 8})

@@ -7,7 +7,7 @@ import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
 from tests.runtime.rotary import GRIDS, assert_tables
-from zimgkit.runtime.families.qwen_image import image_positions, tables, text_positions
+from zimgkit.runtime.families.qwen_image import Transformer, image_positions, tables, text_positions
 
 
 @pytest.mark.parametrize(("height", "width"), GRIDS)
@@ -16,7 +16,7 @@ def test_tables(height, width, dims):
     reference = QwenEmbedRope(theta=10000, axes_dim=dims, scale_rope=True)
     for length in (1, 5, 37, 512, 1024):
         image, text = reference([[(1, height, width)]], max_txt_seq_len=length, device=torch.device("cpu"))
-        config = {"axes_dims_rope": dims}
+        config = Transformer(in_channels=64, axes_dims_rope=tuple(dims))
         ours = tables(image_positions(height, width), config)
         assert_tables(ours, image.real, image.imag, max(height, width) / 2)
         ours = tables(text_positions(length, height, width), config)

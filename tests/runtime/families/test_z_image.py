@@ -10,7 +10,14 @@ from diffusers.models.transformers.transformer_z_image import RopeEmbedder
 
 from tests.runtime.rotary import GRIDS
 from zimgkit.engines.errors import UsageError
-from zimgkit.runtime.families.z_image import caption_positions, image_positions, pad_mask, padded_length, tables
+from zimgkit.runtime.families.z_image import (
+    Transformer,
+    caption_positions,
+    image_positions,
+    pad_mask,
+    padded_length,
+    tables,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +45,8 @@ def test_positions_and_tables(z_image, height, width, caption):
     np.testing.assert_array_equal(pad_mask(caption), caption_mask.numpy())
     assert padded_length(caption) == len(caption_ids)
 
-    config = {"axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "rope_theta": 256.0}
-    reference = RopeEmbedder(theta=256.0, axes_dims=config["axes_dims"], axes_lens=config["axes_lens"])
+    config = Transformer(16, (32, 48, 48), (1536, 512, 512), rope_theta=256.0, t_scale=1000.0)
+    reference = RopeEmbedder(theta=256.0, axes_dims=config.axes_dims, axes_lens=config.axes_lens)
     for ours, ids in ((positions, image_ids), (of_caption, caption_ids)):
         expected = reference(ids)
         found = tables(ours, config)
@@ -57,7 +64,7 @@ def test_positions_and_tables(z_image, height, width, caption):
     ],
 )
 def test_limits(height, width, caption, message):
-    config = {"axes_dims": [8, 4, 4], "axes_lens": [96, 64, 48], "rope_theta": 256.0}
+    config = Transformer(16, (8, 4, 4), (96, 64, 48), rope_theta=256.0, t_scale=1000.0)
     tables(image_positions(64, 48, 64), config)
     with pytest.raises(UsageError, match=message):
         tables(image_positions(height, width, caption), config)
