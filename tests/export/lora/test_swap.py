@@ -19,7 +19,7 @@ from filelock import FileLock
 from tests.commands import invoke
 from tests.export.lora.swapping import contents, states, swap
 from zimgkit.engines.base import open_engine
-from zimgkit.engines.bundle import MANIFEST, Bundle, CompiledEngine, FileRecord, sha256, write_manifest
+from zimgkit.engines.bundle import CPU_GRAPH, MANIFEST, Bundle, CompiledEngine, FileRecord, sha256, write_manifest
 from zimgkit.engines.tensors.safetensors import view
 from zimgkit.export.build import build
 from zimgkit.export.checkpoints.checkpoint import open_checkpoint
@@ -242,7 +242,7 @@ def refittable(with_engines, bundle_of, tmp_path, monkeypatch):
     # As if q and k were multiplied at once.
     joined = [[f"layers.0.attention.to_{letter}.weight" for letter in "qk"]]
     plan, changes = bundle.manifest.engines[0], {"refit": names, "joined": joined}
-    graph = source.file(component.graphs["float32"])
+    graph = source.file(component.graphs[CPU_GRAPH])
     fake_tensorrt.write_plan(bundle.root / plan.file, graph, component.inputs, component.outputs, (), False, changes)
     entry = msgspec.structs.replace(plan, version=fake_tensorrt.VERSION, refittable=True)
     engines = (entry, *bundle.manifest.engines[1:])
