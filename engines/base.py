@@ -107,8 +107,8 @@ def open_engine(bundle: Bundle, component: str, backend: str = "onnxruntime", de
         bundle: an open bundle.
         component: a name in ``bundle.manifest.components``, such as ``"denoiser"``.
         backend: one of :data:`BACKENDS`.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, of OpenVINO also ``"gpu"`` and ``"npu"``; the best one present when
-            not given.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, of OpenVINO ``"gpu"`` or ``"npu"``; the best one present when not
+            given.
 
     Raises:
         UsageError: no such backend or device.

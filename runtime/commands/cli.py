@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def generate(
             device=device,
             report=report,
             warn=console.warn,
+            note=partial(console.note, quiet=quiet),
         )
     if as_json:
         console.print_json(result)
@@ -125,6 +127,7 @@ def sheet(
             device=device,
             report=report,
             warn=console.warn,
+            note=partial(console.note, quiet=quiet),
         )
     if as_json:
         console.print_json(result)

@@ -8,19 +8,22 @@ from typing import Any
 import click
 
 from zimgkit.engines.base import BACKENDS
+from zimgkit.engines.choice import AUTO
 from zimgkit.runtime.parameters import PARAMETERS, RECOMMENDED
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 BACKEND = click.option(
     "--backend",
-    type=click.Choice(list(BACKENDS)),
-    default="onnxruntime",
+    type=click.Choice([AUTO, *BACKENDS]),
+    default=AUTO,
     show_default=True,
-    help="What runs the networks.",
+    help="What runs the networks; auto: the best one installed for the bundle and this machine.",
 )
-DEVICE = click.option("--device", help="cpu, cuda or cuda:N. [default: the best one present]")
-QUIET = click.option("--quiet", is_flag=True, help="No progress bar.")
+DEVICE = click.option(
+    "--device", help="cpu, cuda or cuda:N; with openvino cpu, gpu, gpu:N or npu. [default: the best one present]"
+)
+QUIET = click.option("--quiet", is_flag=True, help="No progress bar and no notes.")
 SETTINGS = {"max_content_width": 110, "help_option_names": ["-h", "--help"]}
 SHORT = {"prompt": "-p"}
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zimgkit.engines.choice import AUTO
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.pictures.saving import check_target, save
@@ -43,10 +44,11 @@ def draw_sheet(
     *,
     bundles: Sequence[Path],
     columns: int = 4,
-    backend: str = "onnxruntime",
+    backend: str = AUTO,
     device: str | None = None,
     report: Report = silent,
     warn: Callable[[str], None] = lambda message: None,
+    note: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Draw every prompt with every bundle, and save all pictures as one.
 
@@ -60,6 +62,7 @@ def draw_sheet(
         device: as for :meth:`Pipeline.open`.
         report: called with (stage, done, total).
         warn: called with what the user should know.
+        note: called with the backend that was chosen, and why, where none was named.
 
     Returns:
         ``path``, ``width``, ``height``, and for each bundle its name and the seconds its pictures took.
@@ -76,7 +79,9 @@ def draw_sheet(
     for bundle in bundles:
         started = time.perf_counter()
         with Pipeline.open(demo_models.locate(bundle), backend=backend, device=device, warn=warn) as pipeline:
-            manifest = pipeline.bundle.manifest
+            manifest, choice = pipeline.bundle.manifest, pipeline.session.choice
+            if choice.reason:
+                note(f"{manifest.name} by {choice}")
             wanted = {"negative_prompt": manifest.defaults.negative_prompt} | given
             row = []
             for number, prompt in enumerate(prompts):
@@ -84,7 +89,9 @@ def draw_sheet(
                 row += pipeline(prompt, **wanted).images
             report(manifest.name, len(prompts), len(prompts))
         rows.append(row)
-        made.append({"name": manifest.name, "seconds": round(time.perf_counter() - started, 3)})
+        made.append(
+            {"name": manifest.name, "backend": choice.backend, "seconds": round(time.perf_counter() - started, 3)}
+        )
     page = compose(prompts, list(zip(*rows, strict=True)), columns)
     save(page, output)
     return {"path": str(output), "width": page.width, "height": page.height, "bundles": made}
