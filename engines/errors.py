@@ -87,6 +87,7 @@ OUT_OF_MEMORY = (
     "outofmemory",
     "failed to allocate",
     "can't allocate memory",
+    "cannot allocate memory",
     "not enough memory",
     "bad_alloc",
     "alloc_failed",

@@ -6,6 +6,7 @@ Tested on CPUs alone: Intel GPUs and NPUs are untested.
 from __future__ import annotations
 
 import io
+import mmap
 import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -34,6 +35,8 @@ AS_WRITTEN = {"EXECUTION_MODE_HINT": "ACCURACY"}
 
 https://docs.openvino.ai/2026/openvino-workflow/running-inference/optimize-inference/precision-control.html
 """
+COMPILING = 256 << 20
+"""Bytes that compiling takes beside weights."""
 IN_8_BITS = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"}
 """Float32, but for products with quantized weights: every 32 numbers of their other input are rounded to 8 bits with a
 scale of their own, where the CPU has such products."""
@@ -56,10 +59,9 @@ def open_engine(bundle: Bundle, component: str, device: str | None = None) -> Op
         OutOfMemoryError: the device has too little memory.
         BundleError: the graph or its weights are broken.
     """
-    entry = bundle.component(component)
+    entry, wanted = bundle.component(component), _parse_device(device or "cpu")
     if not entry.graphs:
         raise BackendError(f"{component} is a table of tensors and has no graph to run")
-    wanted = _parse_device(device or "cpu")
     if lacks_avx2(cpu_flags()):
         raise BackendError("OpenVINO needs a CPU with AVX2, and this one has none", OTHERS)
     core = load().Core()
@@ -115,6 +117,18 @@ def _choose_graph(bundle: Bundle, entry: Component, has_bfloat16: bool) -> tuple
     return graph, IN_8_BITS if graph.quantized == "weights" else AS_WRITTEN
 
 
+def _check_room(weights: int) -> None:
+    """See whether there are addresses for weights: where it finds none while it compiles, 2026.4 crashes.
+
+    Args:
+        weights: their bytes as it keeps them, and once more as its kernels read them.
+
+    Raises:
+        OSError: there are none.
+    """
+    mmap.mmap(-1, COMPILING + weights, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+
+
 def _compile(core: Any, graph: Graph, place: str, config: Mapping[str, str]) -> Any:
     # No cache of compiled models: read back, one of 2026.4 gives NaN; it is a second copy of the weights for a second.
     return core.compile_model(core.read_model(io.BytesIO(graph.model)), place, config)
@@ -134,6 +148,8 @@ class OpenVinoEngine(BaseEngine):
         graph, config = _choose_graph(bundle, component, multiplies_bfloat16(core, place))
         if set(graph.inputs) != set(component.inputs) or set(graph.outputs) != set(component.outputs):
             raise BundleError(f"the graph of {name} is not what the manifest describes", "build the bundle again")
+        if device == "cpu":
+            _check_room(8 * component.parameters if config == AS_WRITTEN else 2 * component.weight_bytes)
         self._graph = graph  # The model reads its weights there.
         self._compile: Callable[[], Any] = partial(_compile, core, graph, place, config)
         self._model: Any = self._compile()

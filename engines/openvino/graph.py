@@ -77,8 +77,8 @@ def read_graph(bundle: Bundle, file: str) -> Graph:
             [value.name for value in model.graph.output],
             _quantized({node.op_type for node in model.graph.node}),
         )
-    except BundleError:
-        raise
+    except (BundleError, MemoryError, OSError):
+        raise  # Mapping a file may take more addresses than there are.
     except Exception:  # Protobuf and the inliner raise many kinds.
         raise broken from None
 

@@ -197,6 +197,11 @@ class TestDevices:
         with pytest.raises(BackendError, match="is a table of tensors"):
             open_engine(Bundle.open(handmade.write_bundle(tmp_path, {})), "net", "openvino")
 
+    def test_memory_that_there_is_not(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(engine, "COMPILING", 1 << 60)
+        with pytest.raises(OutOfMemoryError, match="OpenVINO cannot load net: out of memory; ask for"):
+            open_engine(single(tmp_path / "bundle"), "net", "openvino")
+
     def test_memory_that_runs_out_while_it_opens(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(*given: Any) -> Any:
             raise RuntimeError("Exception from a.cpp:1:\nstd::bad_alloc\n")
