@@ -92,6 +92,7 @@ class Engine(Protocol):
 
 BACKENDS = {
     "onnxruntime": "zimgkit.engines.onnxruntime.engine",
+    "openvino": "zimgkit.engines.openvino.engine",
     "tensorrt": "zimgkit.engines.tensorrt.engine",
     "tensorrt-rtx": "zimgkit.engines.onnxruntime.tensorrt_rtx",
     "torch": "zimgkit.engines.torch.engine",
@@ -106,7 +107,8 @@ def open_engine(bundle: Bundle, component: str, backend: str = "onnxruntime", de
         bundle: an open bundle.
         component: a name in ``bundle.manifest.components``, such as ``"denoiser"``.
         backend: one of :data:`BACKENDS`.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; the best one present when not given.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, of OpenVINO ``"gpu"`` or ``"npu"``; the best one present when not
+            given.
 
     Raises:
         UsageError: no such backend or device.

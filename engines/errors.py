@@ -85,14 +85,15 @@ class CancelledError(ZimgError):
 OUT_OF_MEMORY = (
     "out of memory",
     "outofmemory",
-    "failed to allocate memory",
+    "failed to allocate",
     "can't allocate memory",
+    "cannot allocate memory",
     "not enough memory",
     "bad_alloc",
     "alloc_failed",
     "memoryallocation",
 )
-"""What the C++ library, ONNX Runtime, torch, TensorRT and CUDA's libraries say, in lower case."""
+"""What the C++ library, ONNX Runtime, OpenVINO, torch, TensorRT and CUDA's libraries say, in lower case."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.engines.bundle import Bundle
+from zimgkit.engines.choice import AUTO
 from zimgkit.engines.errors import BackendError, UsageError
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.engine_pool import Opener
@@ -62,7 +63,7 @@ class Pipeline:
         self,
         bundle: Bundle,
         *,
-        backend: str = "onnxruntime",
+        backend: str = AUTO,
         device: Device = None,
         memory_budget: int | None = None,
         report: Report = silent,
@@ -84,7 +85,7 @@ class Pipeline:
         cls,
         bundle: str | os.PathLike[str] = demo_models.DEFAULT,
         *,
-        backend: str = "onnxruntime",
+        backend: str = AUTO,
         device: Device = None,
         memory_budget: int | None = None,
         verify: bool = True,
@@ -95,9 +96,10 @@ class Pipeline:
 
         Args:
             bundle: its folder, or the name of one that zimgkit carries: ``"zimg-tiny-z"`` or ``"zimg-tiny-qwen"``.
-            backend: ``"onnxruntime"``, ``"torch"``, ``"tensorrt"`` or ``"tensorrt-rtx"``.
-            device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or such a device for each component by its name; by default the
-                best one the backend finds.
+            backend: ``"onnxruntime"``, ``"openvino"``, ``"torch"``, ``"tensorrt"`` or ``"tensorrt-rtx"``; ``"auto"``
+                takes the best one installed for the bundle and this machine, and ``session.choice`` says why.
+            device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, of OpenVINO ``"gpu"`` or ``"npu"``, or such a device for each
+                component by its name; by default the best one the backend finds, of OpenVINO the CPU.
             memory_budget: bytes of engines that may stay open between their parts of a call and between calls. With 0
                 memory holds one component at a time, and every call loads them anew; by default all stay that fit.
             verify: check the files against the manifest's hashes (once per file; see :meth:`Bundle.verify`).

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.engines.bundle import MANIFEST, Bundle
+from zimgkit.engines.choice import AUTO, Choice, choose_backend
 from zimgkit.engines.errors import BackendError, UsageError
 from zimgkit.engines.tensors.dtypes import round_to
 from zimgkit.runtime.diffusion.noise import randn_sample, randn_tensor
@@ -40,7 +41,8 @@ class Session:
 
     Args:
         bundle: an open bundle.
-        backend: as for :func:`zimgkit.engines.base.open_engine`.
+        backend: as for :func:`zimgkit.engines.base.open_engine`, or ``"auto"``: see
+            :func:`zimgkit.engines.choice.choose_backend`.
         device: likewise, of all components or of each by its name.
         memory_budget: see :class:`zimgkit.runtime.engine_pool.EnginePool`.
         report: called with (stage, done, total) while something long runs.
@@ -52,7 +54,7 @@ class Session:
         self,
         bundle: Bundle,
         *,
-        backend: str = "onnxruntime",
+        backend: str = AUTO,
         device: Device = None,
         memory_budget: int | None = None,
         report: Report = silent,
@@ -60,14 +62,16 @@ class Session:
         opener: Opener | None = None,
     ) -> None:
         self.bundle = bundle
-        self.backend = backend
+        self._named = backend
         self._device = self._known(device)
+        self.choice = self._choose()
+        """The backend, and why it was chosen where it was not named."""
         self.report = report
         self.warn = warn
         where = str(bundle.root / MANIFEST)
         self.family = family_of(bundle.manifest, where)
         self.scheduler = read_scheduler(bundle.manifest.scheduler, f"{where}: scheduler")
-        self.engines = EnginePool(bundle, backend, memory_budget, opener)
+        self.engines = EnginePool(bundle, self.backend, memory_budget, opener)
         self._tokenizer = PromptTokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text)
 
     def begin(self, request: Request) -> list[Job]:
@@ -201,6 +205,16 @@ class Session:
         """
         self._device = self._known(device)
         self.close()
+        self.choice = self._choose()
+        self.engines.backend = self.backend
+
+    @property
+    def backend(self) -> str:
+        """What runs the networks."""
+        return self.choice.backend
+
+    def _choose(self) -> Choice:
+        return choose_backend(self.bundle.manifest, self._device) if self._named == AUTO else Choice(self._named)
 
     def _known(self, device: Device) -> Device:
         """Check that devices are given to components that there are."""

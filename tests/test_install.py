@@ -6,6 +6,7 @@ pip installs from the index it is set up for, under the constraints of the devel
 from __future__ import annotations
 
 import configparser
+import json
 import os
 import re
 import shlex
@@ -49,6 +50,7 @@ NOT_RUN = {
     "make demo": "sets up an environment as the lines above it do",
     "make test": "runs this test",
     'zimg-run generate --bundle z-image-turbo --prompt "…" --backend torch': "test_torch_and_train draws less",
+    "pip install '.[openvino]'": "test_openvino does",
     "pip install '.[tensorrt]'": "gigabytes of CUDA; test_tensorrt_and_tensorrt_rtx installs the rest",
     "zimg-export compile z-image-turbo --size 1024x1024 --size 832x1216": "likewise; it compiles a smaller size",
     "zimg-run generate --bundle z-image-turbo --backend tensorrt"
@@ -173,7 +175,7 @@ def test_whoever_is_told_to_install_something_can() -> None:
         assert not re.search(r"pip install '?zimg", text), file
         named.update(re.findall(r"""pip install [^`\n]*'\.\[([a-z-]+)\]'|install\("([a-z-]+)"\)""", text))
     named = {name for pair in named for name in pair if name}
-    assert {"export", "tensorrt", "tensorrt-rtx", "torch", "modelscope", "train"} <= named <= set(EXTRAS)
+    assert {"export", "openvino", "tensorrt", "tensorrt-rtx", "torch", "modelscope", "train"} <= named <= set(EXTRAS)
 
 
 def commands() -> Iterator[tuple[str, ...]]:
@@ -196,6 +198,7 @@ def test_base(environment: Environment, wheel: Path, tmp_path: Path) -> None:
     assert environment.attempt("python", "-c", "import torch").returncode == 1
 
     lacking = {
+        "openvino": "zimg-run generate --backend openvino --prompt a",
         "torch": "zimg-run generate --backend torch --prompt a",
         "tensorrt": "zimg-run generate --backend tensorrt --bundle bundle --prompt a",
         "tensorrt-rtx": "zimg-export compile bundle --backend tensorrt-rtx",
@@ -221,6 +224,16 @@ def test_torch_and_train(environment: Environment, wheel: Path, tmp_path: Path) 
     lora = ("lora", "zimg-tiny-z", "data", "style.safetensors", "--steps", "1")
     environment.run("python", "-m", "zimgkit.training", *lora, cwd=tmp_path)
     assert (tmp_path / "style.safetensors").exists()
+
+
+def test_openvino(environment: Environment, wheel: Path, tmp_path: Path) -> None:
+    """Installed alone it draws, and is not taken unasked where it would not help: for a model so small."""
+    environment.install(f"{wheel}[openvino]")
+    draw = ("generate", "--prompt", "a red circle", "--num-inference-steps", "2", "--json")
+    for options, name in (((), "onnxruntime"), (("--backend", "openvino"), "openvino")):
+        drawn = json.loads(environment.run("zimg-run", *draw, *options, cwd=tmp_path, HOME=str(tmp_path)).stdout)
+        assert drawn["backend"]["name"] == name
+    assert not (tmp_path / "intel").exists()
 
 
 def test_tensorrt_and_tensorrt_rtx(environment: Environment, wheel: Path, tmp_path: Path) -> None:

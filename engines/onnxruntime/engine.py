@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from zimgkit.engines.base import BaseEngine, Feeds, Handle
 from zimgkit.engines.bundle import CPU_GRAPH
+from zimgkit.engines.cpu import adds_integers_exactly
 from zimgkit.engines.errors import BackendError, UsageError
-from zimgkit.engines.host import adds_integers_exactly, give_back_freed
 from zimgkit.engines.onnxruntime.bound import BoundSession, explain
 from zimgkit.engines.onnxruntime.graph import given
 from zimgkit.engines.onnxruntime.values import Place, converted, download, element_types, on_host, upload
@@ -221,8 +221,14 @@ def _open_session(bundle: Bundle, graphs: list[str], place: Place, quantized: st
                 raise explain(error, f"ONNX Runtime cannot load {bundle.file(graph)}") from None
     if place.kind == "cuda" and CUDA not in session.get_providers():
         raise _no_cuda("its provider does not load")
-    give_back_freed()
+    _give_back_freed()
     return session
+
+
+def _give_back_freed() -> None:
+    """Give memory that was freed back to the system, which glibc keeps otherwise; elsewhere nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _load_cuda(ort: ModuleType) -> None:

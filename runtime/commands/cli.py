@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def generate(
             device=device,
             report=report,
             warn=console.warn,
+            note=partial(console.note, quiet=quiet),
         )
     if as_json:
         console.print_json(result)
@@ -137,6 +139,7 @@ def sheet(
             device=device,
             report=report,
             warn=console.warn,
+            note=partial(console.note, quiet=quiet),
         )
     if as_json:
         console.print_json(result)

@@ -100,6 +100,12 @@ def warn(message: str) -> None:
     say(f"warning: {message}", err=True)
 
 
+def note(message: str, *, quiet: bool = False) -> None:
+    """Say something on stderr that the user may want to know, unless nothing is to be said."""
+    if not quiet:
+        say(message, err=True)
+
+
 def say(text: str, *, err: bool = False) -> None:
     """Print a text, what is no text made visible: of a foreign file, it could command the terminal."""
     click.echo("".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text), err=err)

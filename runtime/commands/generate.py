@@ -11,6 +11,7 @@ import msgspec
 
 import zimgkit
 from zimgkit.engines.bundle import Manifest
+from zimgkit.engines.choice import AUTO
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.parameters import BY_NAME, PARAMETERS, checked
 from zimgkit.runtime.pictures import saving as images
@@ -29,10 +30,11 @@ def generate(
     call: Mapping[str, Any],
     *,
     from_image: Path | None = None,
-    backend: str = "onnxruntime",
+    backend: str = AUTO,
     device: str | None = None,
     report: Report = silent,
     warn: Callable[[str], None] = lambda message: None,
+    note: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Generate pictures and save them.
 
@@ -45,9 +47,10 @@ def generate(
         device: as for :meth:`Pipeline.open`.
         report: called with (stage, done, total).
         warn: called with what the user should know.
+        note: called with the backend that was chosen, and why, where none was named.
 
     Returns:
-        ``images``: path, seed and index of each; ``parameters`` of the first; ``seconds``.
+        ``images``: path, seed and index of each; ``parameters`` of the first; the ``backend`` and why; ``seconds``.
 
     Raises:
         ZimgError: whatever went wrong, in one line; no picture is half-written.
@@ -64,6 +67,9 @@ def generate(
         images.check_target(path)
     started = time.perf_counter()
     with Pipeline.open(bundle, backend=backend, device=device, memory_budget=0, report=report, warn=warn) as pipeline:
+        choice = pipeline.session.choice
+        if choice.reason:
+            note(str(choice))
         given |= completed(pipeline, given, template, count)
         if template:
             warn_of_others(template, f"{from_image}", pipeline.bundle.manifest, warn)
@@ -79,6 +85,7 @@ def generate(
             for path, entry in zip(paths, made, strict=True)
         ],
         "parameters": made[0].call() | msgspec.to_builtins(made[0]),
+        "backend": {"name": choice.backend, "reason": choice.reason or "it was asked for"},
         "seconds": round(seconds, 3),
     }
 

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from zimgkit.engines.bundle import Bundle, Quantization
+from zimgkit.engines.choice import choose_backend
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.progress import Report, silent
 
@@ -72,6 +73,7 @@ def bundle_summary(path: Path) -> dict[str, Any]:
         "schema_version": manifest.schema_version,
         "zimgkit_version": manifest.zimgkit_version,
         "source": msgspec.to_builtins(manifest.checkpoint),
+        "backend": choose_backend(manifest)._asdict(),
         "defaults": msgspec.to_builtins(manifest.defaults),
         "scheduler": manifest.scheduler,
         "loras": [msgspec.to_builtins(lora) for lora in manifest.loras],
@@ -108,6 +110,7 @@ def bundle_text(summary: dict[str, Any]) -> str:
         f"  defaults  {defaults['width']}x{defaults['height']}, {defaults['num_inference_steps']} steps, "
         f"guidance scale {defaults['guidance_scale']:g}, negative prompt {defaults['negative_prompt']!r}",
     ]
+    lines.append(f"  runs on   {summary['backend']['backend']}: {summary['backend']['reason']}")
     lines.extend(f"  LoRA      {lora['source']} at {lora['scale']:g}" for lora in summary["loras"])
     lines.extend(_quantization_lines(quantization, summary["precision"]) if quantization else ())
     lines.extend(f"  {line}" for line in (cost_lines(summary["cost"]) if summary["cost"] else ()))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zimgkit.engines.base import BACKENDS
+from zimgkit.engines.choice import AUTO
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.parameters import PARAMETERS, RECOMMENDED
 
@@ -41,16 +42,19 @@ class BundleFolder(click.Path):
 BUNDLE = BundleFolder()
 BACKEND = click.option(
     "--backend",
-    type=click.Choice(list(BACKENDS)),
-    default="onnxruntime",
+    type=click.Choice([AUTO, *BACKENDS]),
+    default=AUTO,
     show_default=True,
-    help="What runs the networks.",
+    help="What runs the networks; auto: the best one installed for the bundle and this machine.",
 )
-DEVICE = click.option("--device", help="The device to run on: cpu, cuda or cuda:N. [default: the best one present]")
+DEVICE = click.option(
+    "--device",
+    help="The device to run on: cpu, cuda or cuda:N; with openvino cpu, gpu or npu. [default: the best one present]",
+)
 FROM_IMAGE = click.option(
     "--from-image", type=click.Path(path_type=Path), help="Take all parameters that are not given from this picture."
 )
-QUIET = click.option("--quiet", is_flag=True, help="Show no progress bar.")
+QUIET = click.option("--quiet", is_flag=True, help="Show no progress bar and no notes.")
 SETTINGS = {"max_content_width": 110, "help_option_names": ["-h", "--help"]}
 SHORT = {"prompt": "-p"}
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

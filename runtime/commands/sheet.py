@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zimgkit.engines.choice import AUTO
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.commands.generate import completed, filled, warn_of_others
@@ -50,10 +51,11 @@ def draw_sheet(
     bundles: Sequence[Path],
     from_image: Path | None = None,
     columns: int = 4,
-    backend: str = "onnxruntime",
+    backend: str = AUTO,
     device: str | None = None,
     report: Report = silent,
     warn: Callable[[str], None] = lambda message: None,
+    note: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Draw every prompt with every bundle, and save all pictures as one.
 
@@ -68,6 +70,7 @@ def draw_sheet(
         device: as for :meth:`Pipeline.open`.
         report: called with (stage, done, total).
         warn: called with what the user should know.
+        note: called with the backend that was chosen, and why, where none was named.
 
     Returns:
         ``path``, ``width``, ``height``, for each of ``bundles`` its name and the seconds its pictures took, and as
@@ -96,7 +99,9 @@ def draw_sheet(
     for bundle in bundles:
         started = time.perf_counter()
         with Pipeline.open(demo_models.locate(bundle), backend=backend, device=device, warn=warn) as pipeline:
-            manifest = pipeline.bundle.manifest
+            manifest, choice = pipeline.bundle.manifest, pipeline.session.choice
+            if choice.reason:
+                note(f"{manifest.name} by {choice}")
             wanted = given | completed(pipeline, {"prompt": prompts[0], **given}, template, count)
             if template:
                 warn_of_others(template, f"{from_image}", manifest, warn)
@@ -106,7 +111,9 @@ def draw_sheet(
                 row.append(pipeline(prompt, **wanted, num_images_per_prompt=count).images)
             report(manifest.name, len(prompts), len(prompts))
         rows.append(row)
-        made.append({"name": manifest.name, "seconds": round(time.perf_counter() - started, 3)})
+        made.append(
+            {"name": manifest.name, "backend": choice.backend, "seconds": round(time.perf_counter() - started, 3)}
+        )
     cells = [[picture for pictures in cell for picture in pictures] for cell in zip(*rows, strict=True)]
     page = compose(prompts, cells, columns)
     save(page, output)

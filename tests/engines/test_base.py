@@ -45,7 +45,7 @@ def bundle(tmp_path) -> Bundle:
     return Bundle.open(handmade.write_bundle(tmp_path, {"net.safetensors": b""}))
 
 
-@pytest.mark.parametrize("backend", ["openvino", "", "ONNXRuntime", "zimgkit.engines.torch.engine"])
+@pytest.mark.parametrize("backend", ["coreml", "", "auto", "ONNXRuntime", "zimgkit.engines.torch.engine"])
 def test_unknown_backend(bundle, backend):
     with pytest.raises(UsageError) as caught:
         open_engine(bundle, "net", backend)

@@ -310,3 +310,12 @@ def test_the_documentation() -> None:
     exec(code, there)
     with Pipeline.open("zimg-tiny-z") as pipeline:
         assert np.array_equal(there["picture"], pipeline("a red circle", seed=1, output_type="np").images[0])
+
+
+def test_another_device_is_another_choice() -> None:
+    with Pipeline.open("zimg-tiny-z") as pipeline:
+        assert (pipeline.to("cpu").backend, pipeline.session.choice.reason != "") == ("onnxruntime", True)
+        assert (pipeline.to("npu").backend, pipeline.session.engines.backend) == ("openvino", "openvino")
+        assert (pipeline.to("cuda").backend, pipeline.session.engines.backend) == ("onnxruntime", "onnxruntime")
+    with Pipeline.open("zimg-tiny-z", backend="torch") as pipeline:
+        assert (pipeline.to("npu").backend, pipeline.session.choice.reason) == ("torch", "")

@@ -260,3 +260,14 @@ def test_a_picture_that_says_odd_things(bundle, tmp_path):
     refused = invoke(main, "generate", *arguments, "--quiet")
     assert (refused.code, refused.out) == (2, "")
     assert refused.err.splitlines()[-1] == "zimg-run: error: height is -16; give a number from 16 to 8192"
+
+
+def test_the_backend_that_was_chosen_is_told(tmp_path):
+    small = ("--height", 16, "--width", 16, "--num-inference-steps", 1, "--json", "--output", tmp_path / "a.png")
+    shown = invoke(main, "generate", "a", *small)
+    chosen = json.loads(shown.out)["backend"]
+    assert chosen["name"] == "onnxruntime"
+    assert shown.err == f"onnxruntime: {chosen['reason']}\n"
+    assert invoke(main, "generate", "a", *small, "--quiet").err == ""
+    named = invoke(main, "generate", "a", *small, "--backend", "onnxruntime")
+    assert (named.err, json.loads(named.out)["backend"]["reason"]) == ("", "it was asked for")

@@ -13,7 +13,9 @@ import pytest
 from tests import handmade
 from tests.commands import invoke
 from zimgkit.engines.bundle import Bundle, CompiledEngine, Component, Refit, Source, TensorSpec, verified
+from zimgkit.engines.choice import Choice
 from zimgkit.engines.errors import BundleError
+from zimgkit.runtime.commands import inspect
 from zimgkit.runtime.commands.cli import main
 from zimgkit.runtime.commands.inspect import bundle_summary, bundle_text
 
@@ -65,7 +67,8 @@ def test_as_data(tmp_path):
     assert (denoiser["parameters"], denoiser["weight_bytes"]) == (20_430_401_088, 40_860_802_176)
 
 
-def test_as_text(tmp_path):
+def test_as_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspect, "choose_backend", lambda manifest: Choice("onnxruntime", "of the weather"))
     root = write(tmp_path / "bundle")
     assert (
         bundle_text(bundle_summary(root))
@@ -75,6 +78,7 @@ Handmade  (z-image, bfloat16, 1.51 kB)
   source    somewhere/handmade
   built by  zimgkit 0.0.0, torch 2.13, onnx-ir 1.1
   defaults  768x1024, 9 steps, guidance scale 3.5, negative prompt None
+  runs on   onnxruntime: of the weather
   denoiser
     weights  20,430,401,088 parameters, 40.9 GB
     in       linked.safetensors

@@ -6,7 +6,7 @@ import platform
 
 import pytest
 
-from zimgkit.engines import host
+from zimgkit.engines import cpu
 
 
 @pytest.mark.parametrize(
@@ -21,8 +21,8 @@ from zimgkit.engines import host
 )
 def test_whether_integers_are_added_exactly(machine, flags, exact, monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    monkeypatch.setattr(host, "processor_flags", lambda: frozenset(flags))
-    assert host.adds_integers_exactly() is exact
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset(flags))
+    assert cpu.adds_integers_exactly() is exact
 
 
 @pytest.mark.parametrize(
@@ -41,13 +41,9 @@ def test_the_flags_of_a_processor(text, flags, tmp_path, monkeypatch):
     file = tmp_path / "cpuinfo"
     if text is not None:
         file.write_text(text)
-    monkeypatch.setattr(host, "CPUINFO", file)
-    host.processor_flags.cache_clear()
+    monkeypatch.setattr(cpu, "CPUINFO", file)
+    cpu.cpu_flags.cache_clear()
     try:
-        assert host.processor_flags() == flags
+        assert cpu.cpu_flags() == flags
     finally:
-        host.processor_flags.cache_clear()
-
-
-def test_memory_is_given_back():
-    host.give_back_freed()
+        cpu.cpu_flags.cache_clear()
