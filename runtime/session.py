@@ -10,23 +10,39 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.engines.bundle import Bundle
-from zimgkit.engines.errors import BackendError, UsageError
+from zimgkit.engines.errors import BackendError, OutOfMemoryError, UsageError
 from zimgkit.engines.tensors.dtypes import round_to
 from zimgkit.runtime.diffusion.noise import randn_sample, randn_tensor
 from zimgkit.runtime.diffusion.schedule import calculate_mu, euler_step, flow_match_sigmas
 from zimgkit.runtime.engine_pool import EnginePool, Opener
 from zimgkit.runtime.families import family_of
+from zimgkit.runtime.families.base import Progress
 from zimgkit.runtime.job import Array, Conditions, Job, Schedule
+from zimgkit.runtime.memory.amounts import parse_budget
+from zimgkit.runtime.memory.fitting import (
+    Picture,
+    Setting,
+    budget_of,
+    choices_that_take_less,
+    fit,
+    needs_in,
+    setting,
+)
+from zimgkit.runtime.memory.machine import UNLIMITED
+from zimgkit.runtime.memory.plan import Plan
+from zimgkit.runtime.parameters import VAE_TILING
 from zimgkit.runtime.pictures.saving import from_vae
+from zimgkit.runtime.pictures.tiles import SCALE, decode_tiled, ignored
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.runtime.request import Request
-from zimgkit.runtime.served import check_served, largest_batch
+from zimgkit.runtime.served import check_served, largest_batch, serves
 from zimgkit.runtime.text.tokenizer import PromptTokenizer, keep_rows
 
 LORA_TAG = re.compile(r"<(lora|lyco|hypernet):[^>]*>")
@@ -42,7 +58,10 @@ class Session:
         bundle: an open bundle.
         backend: as for :func:`zimgkit.engines.base.open_engine`.
         device: likewise, of all components or of each by its name.
+        memory: how much it may take: bytes, a text such as ``"8GB"`` or ``"50%"`` of what is free, or ``"auto"`` for
+            what is free. What cannot fit is refused before anything is opened.
         memory_budget: see :class:`zimgkit.runtime.engine_pool.EnginePool`.
+        vae_tiling: ``"auto"`` decodes in tiles where memory is short, ``"on"`` always, ``"off"`` never.
         report: called with (stage, done, total) while something long runs.
         warn: called with what the caller should know, such as a prompt that was cut.
         opener: opens an engine.
@@ -54,18 +73,24 @@ class Session:
         *,
         backend: str = "onnxruntime",
         device: Device = None,
+        memory: str | int | None = "auto",
         memory_budget: int | None = None,
+        vae_tiling: str = "auto",
         report: Report = silent,
         warn: Callable[[str], None] = warnings.warn,
         opener: Opener | None = None,
     ) -> None:
+        parse_budget(memory, UNLIMITED)  # Better missed now than at the first picture.
         self.bundle = bundle
         self.backend = backend
+        self.memory = memory
         self._device = self._known(device)
         self.report = report
         self.warn = warn
         self.family = family_of(bundle.manifest)
         self.engines = EnginePool(bundle, backend, memory_budget, opener)
+        self._told_of_tiles = False
+        self.tile(vae_tiling)
         self._tokenizer = PromptTokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text)
 
     def begin(self, request: Request) -> list[Job]:
@@ -76,9 +101,14 @@ class Session:
 
         Raises:
             UsageError: a prompt is no text, or what was compiled does not serve the size.
+            OutOfMemoryError: it does not fit the memory; naming what would.
             BackendError: an engine failed.
             BundleError: a component is missing or broken.
         """
+        plan = self.plan(request)
+        if self.engines.memory_budget is None:
+            self.engines.in_turn = plan.in_turn
+        self._tiled[request.height, request.width] = plan.tiled
         if not request.is_guided and self.family.is_guided(request.guidance_scale):
             self.warn(
                 "guidance is off, for there is no negative prompt; "
@@ -93,7 +123,8 @@ class Session:
             latents = self.draw_noise(request.batch, request.seed, request.height, request.width)
         else:
             latents = request.latents
-        positive, negative = self._encode(request)
+        with self._advising(request):
+            positive, negative = self._encode(request)
         schedule = self._schedule(request)
         jobs = []
         for index in range(request.batch):
@@ -124,7 +155,8 @@ class Session:
             if job.is_denoised:
                 raise ValueError(f"{job} has no step left")
         for group in self.groups(jobs):
-            self._step(group)
+            with self._advising(group[0].request):
+                self._step(group)
 
     def groups(self, jobs: Iterable[Job]) -> Iterator[list[Job]]:
         """Jobs that can take a step together, in the order given, no more at once than the denoiser takes."""
@@ -137,8 +169,12 @@ class Session:
             for start in range(0, len(group), most):
                 yield group[start : start + most]
 
-    def finish(self, job: Job) -> Array:
+    def finish(self, job: Job, progress: Progress = ignored) -> Array:
         """Decode a job's latents; all steps must be done.
+
+        Args:
+            job: a picture.
+            progress: called with how many of its tiles are done, and how many there are.
 
         Returns:
             The picture, float32 (H, W, 3) from 0 to 1.
@@ -151,21 +187,127 @@ class Session:
         job.check()
         if not job.is_denoised:
             raise ValueError(f"{job} has steps left")
-        picture: Array = self.decode(job.latents, job.request.height, job.request.width)[0]
+        with self._advising(job.request):
+            picture: Array = self.decode(job.latents, job.request.height, job.request.width, progress)[0]
         return picture
 
-    def decode(self, latents: Array, height: int, width: int) -> Array:
+    def decode(self, latents: Array, height: int, width: int, progress: Progress = ignored) -> Array:
         """Latents of pictures of this size in pixels as pixels, float32 (N, H, W, 3) from 0 to 1.
+
+        Where memory does not suffice for the whole, they are decoded in tiles.
+
+        Args:
+            latents: in the form of the family.
+            height: of the pictures.
+            width: of the pictures.
+            progress: called for each with how many of its tiles are done, and how many there are.
 
         Raises:
             BackendError: the engine failed.
         """
         raw = self.family.to_vae(latents, height, width)
         with self.engines.engine("vae_decoder", self.device_of("vae_decoder")) as engine:
-            decoded = np.concatenate([engine.run({"latents": raw[i : i + 1]})["image"] for i in range(len(raw))])
+
+            def run(part: Array) -> Array:
+                image: Array = engine.run({"latents": part})["image"]
+                return image
+
+            decoded = np.concatenate([self._decode_one(run, raw[i : i + 1], progress) for i in range(len(raw))])
         if not np.isfinite(decoded).all():
             raise BackendError("the VAE decoder gave NaN or Inf", "zimg-export verify checks the bundle")
         return from_vae(decoded)
+
+    def _decode_one(self, run: Callable[[Array], Array], latents: Array, progress: Progress) -> Array:
+        """The VAE decoder's output for one picture, whole or in tiles."""
+        height, width = (SCALE * side for side in latents.shape[2:])
+        tiling = self.family.TILING
+        if not self.is_tiled(height, width):
+            try:
+                return run(latents)
+            except OutOfMemoryError:
+                if self.vae_tiling == "off" or not (
+                    tiling.cuts(height, width) and self._tiles_are_served(height, width)
+                ):
+                    raise
+                self._tiled[height, width] = True
+        if not tiling.is_close and not self._told_of_tiles:
+            self._told_of_tiles = True
+            self.warn(
+                f"the picture is decoded in tiles ({tiling}), which changes it a little: this VAE's norms see a tile "
+                "only; vae_tiling=off decodes the whole"
+            )
+        return decode_tiled(run, latents, tiling, progress)
+
+    def is_tiled(self, height: int, width: int) -> bool:
+        """Whether pictures of this size are decoded in tiles."""
+        tiled = self._tiled.get((height, width), self.vae_tiling == "on")
+        return tiled and self.family.TILING.cuts(height, width)
+
+    def tiles(self, height: int, width: int) -> str | None:
+        """The tiles that pictures of this size are decoded in, such as ``"512/384"``; None where they are not."""
+        return str(self.family.TILING) if self.is_tiled(height, width) else None
+
+    def tile(self, vae_tiling: str) -> None:
+        """Decode in tiles where memory is short (``"auto"``), always (``"on"``) or never (``"off"``) from now on.
+
+        Raises:
+            UsageError: it is none of these.
+        """
+        if vae_tiling not in VAE_TILING:
+            raise UsageError(f"vae_tiling is {vae_tiling!r}", f"choose of {', '.join(VAE_TILING)}")
+        self.vae_tiling = vae_tiling
+        self._tiled: dict[tuple[int, int], bool] = {}
+        """Height and width of a picture -> whether it is decoded in tiles."""
+
+    def plan(self, request: Request) -> Plan:
+        """How a request would be drawn within the memory there is now; nothing is opened for that.
+
+        Raises:
+            OutOfMemoryError: it does not fit; naming what would.
+            UsageError: it has to be decoded in tiles, and the VAE decoder was compiled for other sizes.
+        """
+        where = self._setting(request.height, request.width)
+        needs = needs_in(where, picture := self._picture(request))
+        opened = [needs[name] for name in self.engines.opened if name in needs]
+        held = sum(need.held for need in opened)
+        files = sum(need.mapped for need in opened)
+        return fit(where, picture, budget_of(self.memory, host=where.host, opened=held + files, held=held))
+
+    def _setting(self, height: int, width: int) -> Setting:
+        return setting(
+            self.bundle,
+            self.family,
+            self.backend,
+            self.device_of("denoiser"),
+            vae_tiling=self.vae_tiling,
+            tiles_are_served=self._tiles_are_served(height, width),
+            in_turn=self.engines.memory_budget is not None,
+        )
+
+    def _picture(self, request: Request) -> Picture:
+        text = self.bundle.manifest.text
+        most = min(text.drop + request.max_sequence_length, text.max_tokens)
+        embeds = (*(request.prompt_embeds or ()), *(request.negative_prompt_embeds or ()))
+        prompts = (*request.prompts, *(request.negative_prompts or ()))
+        lengths = [text.drop + len(rows) for rows in embeds]
+        lengths += [min(most, self._tokenizer.encode(prompt).shape[1]) for prompt in dict.fromkeys(prompts)]
+        batch = min(request.batch, largest_batch(self.bundle, "denoiser", self.backend))
+        return Picture(request.height, request.width, max(lengths), batch)
+
+    def _tiles_are_served(self, height: int, width: int) -> bool:
+        """Whether the VAE decoder takes the tiles of such a picture."""
+        sizes = self.family.dynamic_dimensions(*self.family.TILING.tile(height, width), 1)
+        return serves(self.bundle, "vae_decoder", self.backend, sizes)
+
+    @contextmanager
+    def _advising(self, request: Request) -> Iterator[None]:
+        """Where memory runs out, name what takes less."""
+        try:
+            yield
+        except OutOfMemoryError as error:
+            where = self._setting(request.height, request.width)
+            choices = choices_that_take_less(where, self._picture(request))
+            raise OutOfMemoryError(error.message, f"less is taken by {choices}" if choices else error.hint) from None
 
     def draw_noise(
         self, pictures: int, seed: int | Sequence[int], height: int, width: int, index: int | None = None

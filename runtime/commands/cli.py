@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import zimgkit
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.commands import console
-from zimgkit.runtime.commands.options import AS_JSON, BACKEND, DEVICE, QUIET, SETTINGS, call_options
+from zimgkit.runtime.commands.options import AS_JSON, BACKEND, DEVICE, MEMORY, QUIET, SETTINGS, VAE_TILES, call_options
 
 
 @click.group("zimg-run", context_settings=SETTINGS)
@@ -33,6 +34,8 @@ def cli() -> None:
 @click.option("--from-image", type=click.Path(path_type=Path), help="Take all parameters not given from this picture.")
 @BACKEND
 @DEVICE
+@MEMORY
+@VAE_TILES
 @click.option(
     "-o",
     "--output",
@@ -50,6 +53,8 @@ def generate(
     from_image: Path | None,
     backend: str,
     device: str | None,
+    memory: str,
+    vae_tiling: str,
     quiet: bool,
     as_json: bool,
     **call: Any,
@@ -69,8 +74,11 @@ def generate(
             from_image=from_image,
             backend=backend,
             device=device,
+            memory=memory,
+            vae_tiling=vae_tiling,
             report=report,
             warn=console.warn,
+            say=partial(console.say, err=True) if not quiet else lambda message: None,
         )
     if as_json:
         console.print_json(result)
@@ -94,6 +102,8 @@ def generate(
 @call_options(leave_out=("prompt", "num_images_per_prompt"), defaults={"seed": 0})
 @BACKEND
 @DEVICE
+@MEMORY
+@VAE_TILES
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default=Path("sheet.png"), show_default=True, help="The page."
 )
@@ -106,6 +116,8 @@ def sheet(
     output: Path,
     backend: str,
     device: str | None,
+    memory: str,
+    vae_tiling: str,
     quiet: bool,
     as_json: bool,
     **call: Any,
@@ -123,8 +135,11 @@ def sheet(
             columns=columns,
             backend=backend,
             device=device,
+            memory=memory,
+            vae_tiling=vae_tiling,
             report=report,
             warn=console.warn,
+            say=partial(console.say, err=True) if not quiet else lambda message: None,
         )
     if as_json:
         console.print_json(result)

@@ -12,6 +12,7 @@ import msgspec
 import zimgkit
 from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.errors import UsageError
+from zimgkit.runtime.commands.memory import told
 from zimgkit.runtime.parameters import BY_NAME, PARAMETERS, checked
 from zimgkit.runtime.pictures import saving as images
 from zimgkit.runtime.pictures.metadata import Parameters, Record, read
@@ -31,8 +32,11 @@ def generate(
     from_image: Path | None = None,
     backend: str = "onnxruntime",
     device: str | None = None,
+    memory: str = "auto",
+    vae_tiling: str = "auto",
     report: Report = silent,
     warn: Callable[[str], None] = lambda message: None,
+    say: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Generate pictures and save them.
 
@@ -43,11 +47,15 @@ def generate(
         from_image: a picture whose parameters fill in what is not given.
         backend: as for :meth:`Pipeline.open`.
         device: as for :meth:`Pipeline.open`.
+        memory: as for :meth:`Pipeline.open`.
+        vae_tiling: as for :meth:`Pipeline.open`; ``"auto"`` also decodes in tiles where the picture of ``from_image``
+            was.
         report: called with (stage, done, total).
         warn: called with what the user should know.
+        say: called with how the picture fits the memory, where that is worth a line.
 
     Returns:
-        ``images``: path, seed and index of each; ``parameters`` of the first; ``seconds``.
+        ``images``: path, seed and index of each; ``parameters`` of the first; ``memory``: how it fitted; ``seconds``.
 
     Raises:
         ZimgError: whatever went wrong, in one line; no picture is half-written.
@@ -63,7 +71,19 @@ def generate(
     for path in paths:
         images.check_target(path)
     started = time.perf_counter()
-    with Pipeline.open(bundle, backend=backend, device=device, memory_budget=0, report=report, warn=warn) as pipeline:
+    if vae_tiling == "auto" and template and template.vae_tiling:
+        vae_tiling = "on"
+    with Pipeline.open(
+        bundle,
+        backend=backend,
+        device=device,
+        memory=memory,
+        memory_budget=0,
+        vae_tiling=vae_tiling,
+        verify=False,
+        report=report,
+        warn=warn,
+    ) as pipeline:
         manifest = pipeline.bundle.manifest
         if template is None:
             given.setdefault("negative_prompt", manifest.defaults.negative_prompt)
@@ -72,6 +92,9 @@ def generate(
         elif template.model and template.loras != _loras(manifest):
             had, has = template.loras or "no LoRA", _loras(manifest) or "no LoRA"
             warn(f"{from_image} was made with {had}, and this bundle has {has}")
+        # Before the weights are read to check them, or for anything else.
+        plan = told(pipeline, pipeline.plan(**given, num_images_per_prompt=count), say)
+        pipeline.bundle.verify()
         index, drawn = (template.image_index, template.num_images) if template and count == 1 else (0, count)
         if index and "seed" in given:
             # Its noise was drawn together with that of the pictures before it, which need not be made again.
@@ -89,6 +112,7 @@ def generate(
             for path, entry in zip(paths, made, strict=True)
         ],
         "parameters": made[0].call() | msgspec.to_builtins(made[0]),
+        "memory": plan,
         "seconds": round(seconds, 3),
     }
 
@@ -130,6 +154,7 @@ def _record(result: Output, pipeline: Pipeline, index: int, drawn: int) -> Recor
         precision=manifest.precision,
         loras=_loras(manifest),
         backend=pipeline.backend,
+        vae_tiling=pipeline.session.tiles(request.height, request.width),
         version=f"zimgkit {zimgkit.__version__}",
     )
     return record

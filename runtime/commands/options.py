@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from zimgkit.engines.base import BACKENDS
-from zimgkit.runtime.parameters import PARAMETERS, RECOMMENDED
+from zimgkit.runtime.parameters import PARAMETERS, RECOMMENDED, VAE_TILING
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -20,6 +20,20 @@ BACKEND = click.option(
     help="What runs the networks.",
 )
 DEVICE = click.option("--device", help="cpu, cuda or cuda:N. [default: the best one present]")
+MEMORY = click.option(
+    "--memory",
+    default="auto",
+    metavar="SIZE",
+    show_default=True,
+    help="How much memory to take: 8GB, 8GiB, 8192M, 50% of what is free, or auto for all of that.",
+)
+VAE_TILES = click.option(
+    "--vae-tiling",
+    type=click.Choice(VAE_TILING),
+    default="auto",
+    show_default=True,
+    help="Decode in tiles: where memory is short for the whole, always, or never.",
+)
 QUIET = click.option("--quiet", is_flag=True, help="No progress bar.")
 SETTINGS = {"max_content_width": 110, "help_option_names": ["-h", "--help"]}
 SHORT = {"prompt": "-p"}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime import demo_models
+from zimgkit.runtime.commands.memory import told
 from zimgkit.runtime.pictures.saving import check_target, save
 from zimgkit.runtime.pictures.sheet import compose
 from zimgkit.runtime.pipeline import Pipeline
@@ -45,8 +46,11 @@ def draw_sheet(
     columns: int = 4,
     backend: str = "onnxruntime",
     device: str | None = None,
+    memory: str = "auto",
+    vae_tiling: str = "auto",
     report: Report = silent,
     warn: Callable[[str], None] = lambda message: None,
+    say: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Draw every prompt with every bundle, and save all pictures as one.
 
@@ -58,11 +62,14 @@ def draw_sheet(
         columns: cells side by side.
         backend: as for :meth:`Pipeline.open`.
         device: as for :meth:`Pipeline.open`.
+        memory: as for :meth:`Pipeline.open`.
+        vae_tiling: as for :meth:`Pipeline.open`.
         report: called with (stage, done, total).
         warn: called with what the user should know.
+        say: called with how the pictures fit the memory, where that is worth a line.
 
     Returns:
-        ``path``, ``width``, ``height``, and for each bundle its name and the seconds its pictures took.
+        ``path``, ``width``, ``height``, and for each bundle its name, how it fits memory, and the seconds it took.
 
     Raises:
         ZimgError: whatever went wrong, in one line; no sheet is half-written.
@@ -75,16 +82,19 @@ def draw_sheet(
     made = []
     for bundle in bundles:
         started = time.perf_counter()
-        with Pipeline.open(demo_models.locate(bundle), backend=backend, device=device, warn=warn) as pipeline:
+        with Pipeline.open(
+            demo_models.locate(bundle), backend=backend, device=device, memory=memory, vae_tiling=vae_tiling, warn=warn
+        ) as pipeline:
             manifest = pipeline.bundle.manifest
             wanted = {"negative_prompt": manifest.defaults.negative_prompt} | given
+            plan = told(pipeline, pipeline.plan(max(prompts, key=len), **wanted), say)
             row = []
             for number, prompt in enumerate(prompts):
                 report(manifest.name, number, len(prompts))
                 row += pipeline(prompt, **wanted).images
             report(manifest.name, len(prompts), len(prompts))
         rows.append(row)
-        made.append({"name": manifest.name, "seconds": round(time.perf_counter() - started, 3)})
+        made.append({"name": manifest.name, "memory": plan, "seconds": round(time.perf_counter() - started, 3)})
     page = compose(prompts, list(zip(*rows, strict=True)), columns)
     save(page, output)
     return {"path": str(output), "width": page.width, "height": page.height, "bundles": made}

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.runtime.diffusion.positions import text_encoder_tables
+from zimgkit.runtime.pictures.tiles import Tiling
 
 if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle, TextConfig
@@ -41,6 +42,8 @@ class Family(ABC):
     """The longest side the position tables allow, in pixels."""
     NEGATIVE_PROMPT: ClassVar[str | None]
     """What guidance uses where no negative prompt is given; None if there is no guidance then."""
+    TILING: ClassVar[Tiling]
+    """How a picture is decoded in tiles."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -79,6 +82,19 @@ class Family(ABC):
     @abstractmethod
     def to_vae(self, latents: Array, height: int, width: int) -> Array:
         """Latents to the VAE decoder's input, (batch, channels, height / 8, width / 8)."""
+
+    def text_encoder_widths(self) -> tuple[int, int]:
+        """How wide the text encoder is, and its feed-forward."""
+        config = self.config["text_encoder"]
+        return config["hidden_size"], config["intermediate_size"]
+
+    @abstractmethod
+    def denoiser_widths(self) -> tuple[int, int]:
+        """How wide the denoiser is, and its feed-forward."""
+
+    @abstractmethod
+    def vae_channels(self) -> int:
+        """The most channels that the VAE decoder has in a feature map of the picture's size."""
 
     def text_encoder_inputs(self, input_ids: NDArray[np.int64]) -> Feeds:
         """Inputs of ``text_encoder`` for the token ids (1, tokens) of one prompt."""

@@ -16,6 +16,7 @@ from zimgkit.runtime.diffusion.positions import Tables, axis_tables, grid
 from zimgkit.runtime.diffusion.schedule import NUM_TRAIN_TIMESTEPS, Sigmas, timesteps
 from zimgkit.runtime.diffusion.time_embedding import frequencies, sinusoids
 from zimgkit.runtime.families.base import Array, Family, Feeds, Progress, StepInputs
+from zimgkit.runtime.pictures.tiles import Tiling
 
 if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle
@@ -40,6 +41,7 @@ class QwenImage(Family):
     MAX_SIDE = 8192
     USES_CHAT_TEMPLATE = False
     NEGATIVE_PROMPT = None
+    TILING = Tiling(512, 128, is_close=True)  # Its norms are of each pixel; only the one attention sees the whole.
 
     @staticmethod
     def dynamic_dimensions(height: int, width: int, tokens: int) -> dict[str, int]:
@@ -77,6 +79,18 @@ class QwenImage(Family):
     def to_vae(self, latents: Array, height: int, width: int) -> Array:
         """Unpack, and undo the VAE's normalization."""
         return denormalize(unpack(latents, LAYOUT, height // 8, width // 8), vae_normalization(self.config["vae"]))
+
+    def denoiser_widths(self) -> tuple[int, int]:
+        """A feed-forward is 4 times as wide."""
+        config = self.config["transformer"]
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return width, 4 * width
+
+    def vae_channels(self) -> int:
+        """The last upsampler takes the channels of the level before, and halves them."""
+        config = self.config["vae"]
+        channels: int = config.get("base_dim", 96) * config.get("dim_mult", (1, 2))[1]
+        return channels
 
     def conditioner_inputs(self, prompt_embeds: Array) -> Feeds:
         """The rows as they are."""

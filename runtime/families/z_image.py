@@ -16,6 +16,7 @@ from zimgkit.runtime.diffusion.positions import Tables, axis_tables, grid
 from zimgkit.runtime.diffusion.schedule import NUM_TRAIN_TIMESTEPS, Sigmas, linspace_float32, timesteps
 from zimgkit.runtime.diffusion.time_embedding import frequencies, sinusoids
 from zimgkit.runtime.families.base import Array, Family, Feeds, Progress, StepInputs
+from zimgkit.runtime.pictures.tiles import Tiling
 
 if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle
@@ -39,6 +40,7 @@ class ZImage(Family):
     MAX_SIDE = 8192
     USES_CHAT_TEMPLATE = True
     NEGATIVE_PROMPT = ""
+    TILING = Tiling(1024, 256, is_close=False)  # Group norms see a tile's own pixels only.
 
     @staticmethod
     def dynamic_dimensions(height: int, width: int, tokens: int) -> dict[str, int]:
@@ -76,6 +78,16 @@ class ZImage(Family):
     def to_vae(self, latents: Array, height: int, width: int) -> Array:
         """Undo the VAE's scaling."""
         return denormalize(latents, vae_normalization(self.config["vae"]))
+
+    def denoiser_widths(self) -> tuple[int, int]:
+        """A feed-forward is 8/3 as wide."""
+        dim = self.config["transformer"]["dim"]
+        return dim, int(dim / 3 * 8)
+
+    def vae_channels(self) -> int:
+        """The last upsampler keeps the channels of its level."""
+        channels: int = self.config["vae"]["block_out_channels"][1]
+        return channels
 
     def conditioner_inputs(self, prompt_embeds: Array) -> Feeds:
         """Pad the caption to a multiple of 32 tokens; the pads' rows are replaced by a learned token in the network."""
