@@ -11,7 +11,7 @@ from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import OutOfMemoryError, UsageError
 from zimgkit.runtime.families import Family
 from zimgkit.runtime.memory.amounts import gigabytes, parse_budget
-from zimgkit.runtime.memory.machine import free_memory
+from zimgkit.runtime.memory.machine import UNLIMITED, free_memory
 from zimgkit.runtime.memory.needs import (
     BYTES,
     Need,
@@ -66,7 +66,7 @@ def setting(bundle: Bundle, family: Family, backend: str, device: str | None, **
     return Setting(bundle, family, backend, on_host(backend, device), **more)
 
 
-def budget_of(memory: str | int | None, *, host: bool, opened: int = 0, held: int = 0) -> Budget | None:
+def budget_of(memory: str | int | None, *, host: bool, opened: int = 0, held: int = 0) -> Budget:
     """How much memory a picture may take now.
 
     Args:
@@ -76,20 +76,19 @@ def budget_of(memory: str | int | None, *, host: bool, opened: int = 0, held: in
         held: likewise without those files.
 
     Returns:
-        None where nothing is known: on a device, unless the user says how much.
+        What bounds it. On a device only the user does: a full one says so when it is.
 
     Raises:
         UsageError: ``memory`` is no amount.
     """
     free = free_memory()
-    asked = parse_budget(memory, free.memory + held)
+    total = parse_budget(memory, free.memory + held) or UNLIMITED
     if not host:
-        return None if asked is None else Budget(total=asked)
-    budget = Budget(own=free.memory + held, limit=free.limit, address_space=free.address_space + opened)
-    return budget if asked is None else replace(budget, total=asked)
+        return Budget(total)
+    return Budget(total, free.memory + held, free.limit, free.address_space + opened)
 
 
-def fit(where: Setting, picture: Picture, budget: Budget | None) -> Plan:
+def fit(where: Setting, picture: Picture, budget: Budget) -> Plan:
     """How a picture is made within its budget.
 
     Raises:
@@ -105,13 +104,13 @@ def fit(where: Setting, picture: Picture, budget: Budget | None) -> Plan:
         bound = f"{gigabytes(found.available)} are {found.source}"
     size = f"{picture.width}x{picture.height}"
     message = f"{size} takes {gigabytes(found.needed)} for the {found.component} alone, and {bound}"
-    choices = list(choices_that_fit(where, picture, budget)) if budget else []
-    raise OutOfMemoryError(message, f"what fits: {', or '.join(choices)}" if choices else _least(where, picture))
+    choices = list(choices_that_fit(where, picture, budget))
+    raise OutOfMemoryError(
+        message, f"what fits: {', or '.join(choices)}" if choices else _least(where, picture, budget)
+    )
 
 
-def try_to_fit(
-    where: Setting, picture: Picture, budget: Budget | None, precision: str | None = None
-) -> Plan | Shortage:
+def try_to_fit(where: Setting, picture: Picture, budget: Budget, precision: str | None = None) -> Plan | Shortage:
     """As :func:`fit`, of this precision or another; a :class:`Shortage` where it does not."""
     tiling = where.family.TILING
     cuts = tiling.cuts(picture.height, picture.width) and where.vae_tiling != "off"
@@ -168,7 +167,7 @@ def choices_that_fit(where: Setting, picture: Picture, budget: Budget) -> Iterat
 
 def choices_that_take_less(where: Setting, picture: Picture) -> str:
     """Likewise where a picture should have fitted and did not: what takes three quarters of it at the most."""
-    found = try_to_fit(replace(where, in_turn=True), picture, None)
+    found = try_to_fit(replace(where, in_turn=True), picture, Budget())
     if not isinstance(found, Plan):
         return ""
     choices = choices_that_fit(where, picture, Budget(total=int(0.75 * found.peak)))
@@ -184,17 +183,17 @@ def smaller(picture: Picture) -> Iterator[Picture]:
         yield replace(picture, height=height, width=width)
 
 
-def _least(where: Setting, picture: Picture) -> str:
+def _least(where: Setting, picture: Picture, budget: Budget) -> str:
     """How much memory is needed at the least."""
-    small = list(smaller(picture))[-1:] or [picture]
-    found = try_to_fit(replace(where, in_turn=True), small[0], None)
-    least = found.peak if isinstance(found, Plan) else found.needed
-    return f"it takes {gigabytes(least)} at the least, for {small[0].width}x{small[0].height}"
+    small = next(reversed(list(smaller(picture))), picture)
+    found = try_to_fit(where, small, budget)
+    least = found.needed if isinstance(found, Shortage) else found.peak
+    return f"it takes {gigabytes(least)} at the least, for {small.width}x{small.height}"
 
 
 def line(found: Plan, tiling: object) -> str:
     """A plan in one line."""
-    bound = f" of {gigabytes(found.budget.bound)}" if found.budget else ""
+    bound = f" of {gigabytes(found.budget.bound)}" if found.budget.bound < UNLIMITED else ""
     parts = [f"memory: at most {gigabytes(found.peak)}{bound}"]
     if found.stay:
         parts.append(f"{', '.join(found.stay)} stay open")
@@ -210,7 +209,7 @@ def line(found: Plan, tiling: object) -> str:
 def summary(found: Plan, tiling: object) -> dict[str, Any]:
     """A plan for machines; amounts are in bytes, None where nothing bounds them."""
     return {
-        "budget": found.budget.bound if found.budget else None,
+        "budget": found.budget.bound if found.budget.bound < UNLIMITED else None,
         "peak": found.peak,
         "stay": list(found.stay),
         "in_turn": list(found.in_turn),

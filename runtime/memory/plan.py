@@ -37,8 +37,7 @@ class Budget:
 class Plan:
     """How a picture is made within its budget."""
 
-    budget: Budget | None
-    """None where nothing is known of the memory: a GPU's, for one."""
+    budget: Budget
     stay: tuple[str, ...]
     """Components whose engines stay open for the next picture."""
     in_turn: tuple[str, ...]
@@ -91,7 +90,7 @@ def peak_of(needs: Mapping[str, Need], stay: Collection[str], size: Callable[[Ne
 def plan(
     whole: Mapping[str, Need],
     tiled: Mapping[str, Need] | None,
-    budget: Budget | None,
+    budget: Budget,
     *,
     in_turn: bool = False,
 ) -> Plan | Shortage:
@@ -103,20 +102,19 @@ def plan(
     Args:
         whole: what each component takes, in the order they run; empty where the picture has to be decoded in tiles.
         tiled: likewise with tiles; None where it cannot be.
-        budget: None keeps all open.
+        budget: what there is.
         in_turn: let nothing stay open, whatever fits.
     """
     ways = [(needs, is_tiled) for needs, is_tiled in ((whole, False), (tiled or {}, True)) if needs]
     names = tuple(ways[0][0])
-    bound = budget.bound if budget else UNLIMITED
     short = Shortage("", 0, 0, "")
     for needs, is_tiled in ways:
         for first in range(len(names) if in_turn else 0, len(names) + 1):
             stay = names[first:]
-            found = shortage(needs, stay, budget) if budget else None
+            found = shortage(needs, stay, budget)
             if found is None:
                 peak = peak_of(needs, stay, opened_bytes)[0]
-                rereads = tuple(name for name, need in needs.items() if need.opened + need.working > bound)
+                rereads = tuple(name for name, need in needs.items() if need.opened + need.working > budget.bound)
                 return Plan(budget, stay, names[:first], is_tiled, peak, rereads)
             short = found
     return short

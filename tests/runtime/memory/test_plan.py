@@ -29,7 +29,7 @@ def free(amount: int) -> Budget:
 @pytest.mark.parametrize(
     ("budget", "stay", "tiled", "peak"),
     [
-        (None, ALL, False, 170),
+        (Budget(), ALL, False, 170),
         (allowed(170), ALL, False, 170),
         (allowed(169), ALL[1:], False, 126),
         (allowed(125), ALL[2:], False, 120),
@@ -47,7 +47,7 @@ def free(amount: int) -> Budget:
         (Budget(address_space=BASE + BASE_ADDRESSES + 126), ALL[1:], False, 126),
     ],
 )
-def test_as_much_stays_open_as_fits(budget: Budget | None, stay: tuple[str, ...], tiled: bool, peak: int) -> None:
+def test_as_much_stays_open_as_fits(budget: Budget, stay: tuple[str, ...], tiled: bool, peak: int) -> None:
     found = plan(WHOLE, TILED, budget)
     assert isinstance(found, Plan)
     assert (found.stay, found.in_turn) == (stay, ALL[: len(ALL) - len(stay)])
@@ -74,7 +74,7 @@ def test_without_tiles_the_decoder_is_what_does_not_fit() -> None:
 
 
 def test_tiles_that_are_asked_for() -> None:
-    found = plan({}, TILED, None)
+    found = plan({}, TILED, Budget())
     assert isinstance(found, Plan)
     assert (found.tiled, found.stay) == (True, ALL)
 
