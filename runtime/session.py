@@ -37,6 +37,7 @@ from zimgkit.runtime.memory.fitting import (
 )
 from zimgkit.runtime.memory.machine import UNLIMITED
 from zimgkit.runtime.memory.plan import Plan
+from zimgkit.runtime.memory.streaming import within
 from zimgkit.runtime.parameters import VAE_TILING
 from zimgkit.runtime.pictures.saving import from_vae
 from zimgkit.runtime.pictures.tiles import SCALE, decode_tiled, ignored
@@ -80,7 +81,9 @@ class Session:
         warn: Callable[[str], None] = warnings.warn,
         opener: Opener | None = None,
     ) -> None:
-        parse_budget(memory, UNLIMITED)  # Better missed now than at the first picture.
+        total = parse_budget(memory, UNLIMITED)  # Better missed now than at the first picture.
+        if total is not None and backend == "tensorrt":
+            bundle = within(bundle, backend, total)
         self.bundle = bundle
         self.backend = backend
         self.memory = memory

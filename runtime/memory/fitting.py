@@ -82,6 +82,8 @@ def budget_of(memory: str | int | None, *, host: bool, opened: int = 0, held: in
         UsageError: ``memory`` is no amount.
     """
     free = free_memory()
+    if not host and str(memory).strip().endswith("%"):
+        raise UsageError(f"memory is {memory!r}", "of a device nobody knows how much is free: give an amount, as 8GB")
     total = parse_budget(memory, free.memory + held) or UNLIMITED
     if not host:
         return Budget(total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from zimgkit.runtime.memory.fitting import (
     summary,
 )
 from zimgkit.runtime.memory.machine import UNLIMITED, Free
-from zimgkit.runtime.memory.needs import on_host
+from zimgkit.runtime.memory.needs import BASE, on_host
 from zimgkit.runtime.memory.plan import Budget
+from zimgkit.runtime.memory.streaming import within
 
 GB = 10**9
 CONFIG: dict[str, dict[str, Any]] = {
@@ -205,6 +207,17 @@ class TestDevices:
     def test_what_stays_open(self, allowed: int, stay: int) -> None:
         assert len(fit(self.setting(), picture(), Budget(total=allowed * GB)).stay) == stay
 
+    @pytest.mark.parametrize(("allowed", "kept"), [(8, 7), (13, 12), (1, 0)])
+    def test_plans_keep_as_many_weights_as_are_allowed(self, allowed: int, kept: int) -> None:
+        """And then they fit."""
+        setting = self.setting()
+        found = within(setting.bundle, "tensorrt", allowed * GB)
+        assert found.manifest.engines[2].weight_streaming_budget == kept * GB - (BASE if kept else 0)
+        if kept:
+            assert fit(replace(setting, bundle=found), picture(), Budget(total=allowed * GB)).peak <= allowed * GB
+        others = within(setting.bundle, "tensorrt-rtx", allowed * GB)
+        assert others.manifest.engines == self.ENGINES
+
     @pytest.mark.parametrize(
         ("backend", "device", "host"),
         [("onnxruntime", "cpu", True), ("torch", "cuda:1", False), ("tensorrt", None, False), ("openvino", "CPU", True),
@@ -231,5 +244,7 @@ class TestBudget:
     def test_of_a_device_only_the_user_knows(self) -> None:
         assert budget_of("auto", host=False) == Budget()
         assert budget_of(5, host=False) == Budget(total=5)
+        with pytest.raises(UsageError, match="memory is '50%'; of a device nobody knows how much is free"):
+            budget_of("50%", host=False)
         assert summary(fit(where(host=False), picture(), Budget()), "-")["budget"] is None
         assert Budget().bound == UNLIMITED
