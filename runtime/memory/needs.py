@@ -33,7 +33,7 @@ ORDER = ("text_encoder", "conditioner", "denoiser", "vae_decoder")
 """The components with a graph, in the order a picture uses them."""
 QUANTIZED = ("text_encoder", "denoiser")
 """Those that a quantized bundle quantizes."""
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.03, "int8-weights": 1.03, "int4-weights": 0.6}
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.03, "int8": 1.03, "int8-weights": 1.03, "int4-weights": 0.6}
 """Precision -> bytes of a weight, scales included."""
 FLOAT = 4
 """Bytes of a number that a CPU computes in: float32."""

@@ -18,7 +18,7 @@ import zimgkit.runtime.session as sessions
 from tests.commands import invoke
 from zimgkit.engines.base import Engine, open_engine
 from zimgkit.engines.bundle import Bundle
-from zimgkit.engines.errors import OutOfMemoryError, UsageError
+from zimgkit.engines.errors import BundleError, OutOfMemoryError, UsageError
 from zimgkit.runtime import Pipeline, demo_models
 from zimgkit.runtime.commands.cli import main
 from zimgkit.runtime.memory.fitting import needs_in
@@ -188,6 +188,17 @@ class TestCommand:
         done = invoke(main, "generate", "a", "--memory", "0GB", "-o", tmp_path / "a.png")
         done.assert_refused("memory is '0GB'; give an amount such as 8GB", 2)
         assert list(tmp_path.iterdir()) == []
+
+    def test_it_is_refused_before_a_byte_of_the_weights_is_read(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def changed(bundle: Bundle) -> None:
+            raise BundleError("it was changed", "build it again")
+
+        monkeypatch.setattr(Bundle, "verify", changed)
+        call = ("generate", "a", "-o", tmp_path / "a.png")
+        invoke(main, *call, "--memory", "150MB").assert_refused("memory=150 MB is allowed", 1)
+        invoke(main, *call).assert_refused("it was changed", 1)
 
     def test_a_sheet_fits_as_well(self, tmp_path: Path) -> None:
         prompts = tmp_path / "prompts.txt"
