@@ -172,11 +172,11 @@ class Pipeline:
 
     def enable_vae_tiling(self) -> None:
         """Decode in tiles from now on, as diffusers' pipelines do."""
-        self.session.tile("on")
+        self.session.decoder.set_tiling("on")
 
     def disable_vae_tiling(self) -> None:
         """Decode the whole from now on."""
-        self.session.tile("off")
+        self.session.decoder.set_tiling("off")
 
     def __call__(
         self,

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import BackendError, OutOfMemoryError, UsageError
 from zimgkit.engines.tensors.dtypes import round_to
+from zimgkit.runtime.decoding import Decoder
 from zimgkit.runtime.diffusion.noise import randn_sample, randn_tensor
 from zimgkit.runtime.diffusion.schedule import calculate_mu, euler_step, flow_match_sigmas
 from zimgkit.runtime.engine_pool import EnginePool, Opener
@@ -38,12 +39,10 @@ from zimgkit.runtime.memory.fitting import (
 from zimgkit.runtime.memory.machine import UNLIMITED
 from zimgkit.runtime.memory.plan import Plan
 from zimgkit.runtime.memory.streaming import within
-from zimgkit.runtime.parameters import VAE_TILING
-from zimgkit.runtime.pictures.saving import from_vae
-from zimgkit.runtime.pictures.tiles import SCALE, decode_tiled, ignored
+from zimgkit.runtime.pictures.tiles import ignored
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.runtime.request import Request
-from zimgkit.runtime.served import check_served, largest_batch, serves
+from zimgkit.runtime.served import check_served, largest_batch
 from zimgkit.runtime.text.tokenizer import PromptTokenizer, keep_rows
 
 LORA_TAG = re.compile(r"<(lora|lyco|hypernet):[^>]*>")
@@ -92,8 +91,7 @@ class Session:
         self.warn = warn
         self.family = family_of(bundle.manifest)
         self.engines = EnginePool(bundle, backend, memory_budget, opener)
-        self._told_of_tiles = False
-        self.tile(vae_tiling)
+        self.decoder = Decoder(self.engines, self.family, vae_tiling, warn)
         self._tokenizer = PromptTokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text)
 
     def begin(self, request: Request) -> list[Job]:
@@ -111,7 +109,7 @@ class Session:
         plan = self.plan(request)
         if self.engines.memory_budget is None:
             self.engines.in_turn = plan.in_turn
-        self._tiled[request.height, request.width] = plan.tiled
+        self.decoder.tiled[request.height, request.width] = plan.tiled
         if not request.is_guided and self.family.is_guided(request.guidance_scale):
             self.warn(
                 "guidance is off, for there is no negative prompt; "
@@ -197,70 +195,9 @@ class Session:
     def decode(self, latents: Array, height: int, width: int, progress: Progress = ignored) -> Array:
         """Latents of pictures of this size in pixels as pixels, float32 (N, H, W, 3) from 0 to 1.
 
-        Where memory does not suffice for the whole, they are decoded in tiles.
-
-        Args:
-            latents: in the form of the family.
-            height: of the pictures.
-            width: of the pictures.
-            progress: called for each with how many of its tiles are done, and how many there are.
-
-        Raises:
-            BackendError: the engine failed.
+        See :meth:`.decoding.Decoder.decode`, where memory does not suffice for the whole.
         """
-        raw = self.family.to_vae(latents, height, width)
-        with self.engines.engine("vae_decoder", self.device_of("vae_decoder")) as engine:
-
-            def run(part: Array) -> Array:
-                image: Array = engine.run({"latents": part})["image"]
-                return image
-
-            decoded = np.concatenate([self._decode_one(run, raw[i : i + 1], progress) for i in range(len(raw))])
-        if not np.isfinite(decoded).all():
-            raise BackendError("the VAE decoder gave NaN or Inf", "zimg-export verify checks the bundle")
-        return from_vae(decoded)
-
-    def _decode_one(self, run: Callable[[Array], Array], latents: Array, progress: Progress) -> Array:
-        """The VAE decoder's output for one picture, whole or in tiles."""
-        height, width = (SCALE * side for side in latents.shape[2:])
-        tiling = self.family.TILING
-        if not self.is_tiled(height, width):
-            try:
-                return run(latents)
-            except OutOfMemoryError:
-                if self.vae_tiling == "off" or not (
-                    tiling.cuts(height, width) and self._tiles_are_served(height, width)
-                ):
-                    raise
-                self._tiled[height, width] = True
-        if not tiling.is_close and not self._told_of_tiles:
-            self._told_of_tiles = True
-            self.warn(
-                f"the picture is decoded in tiles ({tiling}), which changes it a little: this VAE's norms see a tile "
-                "only; vae_tiling=off decodes the whole"
-            )
-        return decode_tiled(run, latents, tiling, progress)
-
-    def is_tiled(self, height: int, width: int) -> bool:
-        """Whether pictures of this size are decoded in tiles."""
-        tiled = self._tiled.get((height, width), self.vae_tiling == "on")
-        return tiled and self.family.TILING.cuts(height, width)
-
-    def tiles(self, height: int, width: int) -> str | None:
-        """The tiles that pictures of this size are decoded in, such as ``"512/384"``; None where they are not."""
-        return str(self.family.TILING) if self.is_tiled(height, width) else None
-
-    def tile(self, vae_tiling: str) -> None:
-        """Decode in tiles where memory is short (``"auto"``), always (``"on"``) or never (``"off"``) from now on.
-
-        Raises:
-            UsageError: it is none of these.
-        """
-        if vae_tiling not in VAE_TILING:
-            raise UsageError(f"vae_tiling is {vae_tiling!r}", f"choose of {', '.join(VAE_TILING)}")
-        self.vae_tiling = vae_tiling
-        self._tiled: dict[tuple[int, int], bool] = {}
-        """Height and width of a picture -> whether it is decoded in tiles."""
+        return self.decoder.decode(latents, height, width, self.device_of("vae_decoder"), progress)
 
     def plan(self, request: Request) -> Plan:
         """How a request would be drawn within the memory there is now; nothing is opened for that.
@@ -282,8 +219,8 @@ class Session:
             self.family,
             self.backend,
             self.device_of("denoiser"),
-            vae_tiling=self.vae_tiling,
-            tiles_are_served=self._tiles_are_served(height, width),
+            vae_tiling=self.decoder.vae_tiling,
+            tiles_are_served=self.decoder.tiles_are_served(height, width),
             in_turn=self.engines.memory_budget is not None,
         )
 
@@ -296,11 +233,6 @@ class Session:
         lengths += [min(most, self._tokenizer.encode(prompt).shape[1]) for prompt in dict.fromkeys(prompts)]
         batch = min(request.batch, largest_batch(self.bundle, "denoiser", self.backend))
         return Picture(request.height, request.width, max(lengths), batch)
-
-    def _tiles_are_served(self, height: int, width: int) -> bool:
-        """Whether the VAE decoder takes the tiles of such a picture."""
-        sizes = self.family.dynamic_dimensions(*self.family.TILING.tile(height, width), 1)
-        return serves(self.bundle, "vae_decoder", self.backend, sizes)
 
     @contextmanager
     def _advising(self, request: Request) -> Iterator[None]:

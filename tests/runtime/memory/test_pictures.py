@@ -145,7 +145,7 @@ class TestTiles:
         with Pipeline(bundle, opener=opened, warn=lambda message: None, vae_tiling=vae_tiling) as pipeline:
             if vae_tiling == "auto":
                 found = pipeline(**CALL).images
-                assert pipeline.session.tiles(128, 128) == "64/32"
+                assert pipeline.session.decoder.tiles(128, 128) == "64/32"
                 with Pipeline(bundle, vae_tiling="on", warn=lambda message: None) as asked:
                     assert np.array_equal(asked(**CALL).images, found)
             else:
