@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
+from zimgkit.engines.base import BACKENDS
 from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import OutOfMemoryError, UsageError
 from zimgkit.runtime.families import Family
@@ -25,7 +26,7 @@ from zimgkit.runtime.memory.plan import ALLOWED, Budget, Plan, Shortage, plan
 
 MULTIPLE = 16
 """Sides of pictures are multiples of it."""
-BACKENDS = {"torch": "torch", "openvino": "openvino", "onnxruntime": "onnxruntime"}
+ON_HOST = {"torch": "torch", "openvino": "openvino", "onnxruntime": "onnxruntime"}
 """Backends that compute in the host's memory -> the package that each needs."""
 SMALLER = ("bfloat16", "int8-weights", "int4-weights")
 """Precisions that a bundle could have instead, the best first."""
@@ -151,8 +152,9 @@ def choices_that_fit(where: Setting, picture: Picture, budget: Budget) -> Iterat
     if where.vae_tiling == "off" and fits(replace(where, vae_tiling="auto")):
         yield "vae_tiling=auto"
     if where.host:
-        for backend, package in BACKENDS.items():
-            if backend != where.backend and find_spec(package) and fits(replace(where, backend=backend)):
+        for backend, package in ON_HOST.items():
+            other = replace(where, backend=backend)
+            if backend != where.backend and backend in BACKENDS and find_spec(package) and fits(other):
                 yield f"--backend {backend}"
                 break
     for size in smaller(picture):

@@ -124,9 +124,13 @@ def host_needs(
     copies = COPIES.get((backend, precision), 0.0)
     working = _working(family, sizes, batch, cast=precision != "float32")
     held = {name: copies * size for name, size in stored.items()}
-    if backend == "onnxruntime" and "vae_decoder" in held:
-        # Kernels of convolutions are packed in float32, whatever they are stored in.
-        held["vae_decoder"] = stored["vae_decoder"] * (1 if precision == "float32" else 2)
+    if "vae_decoder" in held:
+        # Whatever convolutions are stored in, their kernels are computed with in float32.
+        in_float32 = stored["vae_decoder"] * (1 if precision == "float32" else 2)
+        if backend == "onnxruntime":
+            held["vae_decoder"] = in_float32  # It packs them once.
+        elif precision != "float32":
+            working["vae_decoder"] += in_float32
     return {
         name: Need(size, math.ceil(MARGIN * held[name]), math.ceil(MARGIN * working[name]))
         for name, size in stored.items()
