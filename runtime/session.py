@@ -210,8 +210,8 @@ class Session:
         needs = needs_in(where, picture := self._picture(request))
         opened = [needs[name] for name in self.engines.opened if name in needs]
         held = sum(need.held for need in opened)
-        files = sum(need.mapped for need in opened)
-        return fit(where, picture, budget_of(self.memory, host=where.host, opened=held + files, held=held))
+        addresses = sum(need.addresses for need in opened)
+        return fit(where, picture, budget_of(self.memory, host=where.host, addresses=addresses, held=held))
 
     def _setting(self, height: int, width: int) -> Setting:
         return setting(

@@ -67,14 +67,14 @@ def setting(bundle: Bundle, family: Family, backend: str, device: str | None, **
     return Setting(bundle, family, backend, on_host(backend, device), **more)
 
 
-def budget_of(memory: str | int | None, *, host: bool, opened: int = 0, held: int = 0) -> Budget:
+def budget_of(memory: str | int | None, *, host: bool, addresses: int = 0, held: int = 0) -> Budget:
     """How much memory a picture may take now.
 
     Args:
         memory: what the user allows; see :func:`~zimgkit.runtime.memory.amounts.parse_budget`.
         host: whether it computes in the host's memory.
-        opened: bytes that engines which are open now hold, mapped files included.
-        held: likewise without those files.
+        addresses: bytes of the address space that engines which are open now take.
+        held: bytes that they hold, mapped files left out.
 
     Returns:
         What bounds it. On a device only the user does: a full one says so when it is.
@@ -88,7 +88,7 @@ def budget_of(memory: str | int | None, *, host: bool, opened: int = 0, held: in
     total = parse_budget(memory, free.memory + held) or UNLIMITED
     if not host:
         return Budget(total)
-    return Budget(total, free.memory + held, free.limit, free.address_space + opened)
+    return Budget(total, free.memory + held, free.limit, free.address_space + addresses)
 
 
 def fit(where: Setting, picture: Picture, budget: Budget) -> Plan:

@@ -61,11 +61,18 @@ class Need:
     """What an open engine holds beside that."""
     working: int = 0
     """What it takes besides while it runs."""
+    releases: bool = False
+    """Whether an engine lets go of its files once it has a copy of its own."""
 
     @property
     def opened(self) -> int:
-        """Of an open engine, its files included."""
-        return self.mapped + self.held
+        """Of an open engine, the files that it reads from included."""
+        return self.held + (0 if self.releases else self.mapped)
+
+    @property
+    def addresses(self) -> int:
+        """Of the address space, at the most: files may be let go of late."""
+        return self.held + self.mapped
 
 
 def precision_of(manifest: Manifest) -> str:
@@ -131,8 +138,9 @@ def host_needs(
             held["vae_decoder"] = in_float32  # It packs them once.
         elif precision != "float32":
             working["vae_decoder"] += in_float32
+    releases = backend == "onnxruntime" and copies > 0
     return {
-        name: Need(size, math.ceil(MARGIN * held[name]), math.ceil(MARGIN * working[name]))
+        name: Need(size, math.ceil(MARGIN * held[name]), math.ceil(MARGIN * working[name]), releases)
         for name, size in stored.items()
     }
 

@@ -73,6 +73,11 @@ def held_bytes(need: Need) -> int:
     return need.held
 
 
+def addressed_bytes(need: Need) -> int:
+    """What it takes of the address space."""
+    return need.addresses
+
+
 def peak_of(needs: Mapping[str, Need], stay: Collection[str], size: Callable[[Need], int]) -> tuple[int, str]:
     """The most memory that is taken at one time, and by which component.
 
@@ -125,7 +130,7 @@ def shortage(needs: Mapping[str, Need], stay: Collection[str], budget: Budget) -
     bounds = (
         (budget.total, ALLOWED, opened_bytes, 0),
         (budget.own, f"free ({budget.limit})", held_bytes, 0),
-        (budget.address_space, "left of RLIMIT_AS", opened_bytes, BASE_ADDRESSES),
+        (budget.address_space, "left of RLIMIT_AS", addressed_bytes, BASE_ADDRESSES),
     )
     for available, source, size, base in bounds:
         needed, component = peak_of(needs, stay, size)

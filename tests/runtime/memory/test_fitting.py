@@ -233,7 +233,7 @@ class TestBudget:
         monkeypatch.setattr(fitting, "free_memory", lambda: Free(10 * GB, "the machine", 50 * GB))
 
     def test_what_is_open_counts_as_free(self) -> None:
-        found = budget_of("auto", host=True, opened=5 * GB, held=GB)
+        found = budget_of("auto", host=True, addresses=5 * GB, held=GB)
         assert found == Budget(own=11 * GB, limit="the machine", address_space=55 * GB)
         assert budget_of("50%", host=True, held=2 * GB).total == 6 * GB
 

@@ -93,3 +93,11 @@ def test_weights_that_are_read_again_in_every_run() -> None:
     found = plan(large, None, free(63))
     assert isinstance(found, Plan)
     assert found.rereads == ("denoiser",)
+
+
+def test_files_that_an_engine_lets_go_of_count_as_addresses_alone() -> None:
+    needs = {"denoiser": Need(mapped=60, held=66, working=10, releases=True)}
+    assert isinstance(plan(needs, None, allowed(76)), Plan)
+    assert isinstance(plan(needs, None, allowed(75)), Shortage)
+    assert isinstance(plan(needs, None, Budget(address_space=BASE + BASE_ADDRESSES + 136)), Plan)
+    assert isinstance(plan(needs, None, Budget(address_space=BASE + BASE_ADDRESSES + 135)), Shortage)
