@@ -872,7 +872,8 @@ def test_the_calls_exist_in_the_real_tensorrt():
         trt.TensorLocation: "DEVICE",
         trt.DataType: " ".join([*tensorrt_plan.DTYPES.values(), *tensorrt_plan.WEIGHTS.values()]),
         trt.ICudaEngine: "create_runtime_config create_execution_context weight_streaming_budget_v2 get_tensor_mode "
-        "streamable_weights_size get_tensor_dtype get_tensor_name num_io_tensors get_tensor_location num_optimization_profiles",
+        "streamable_weights_size get_tensor_dtype get_tensor_name num_io_tensors get_tensor_location "
+        "num_optimization_profiles",
         trt.IRuntimeConfig: "set_execution_context_allocation_strategy",
         trt.IExecutionContext: "set_optimization_profile_async set_input_shape update_device_memory_size_for_shapes "
         "get_tensor_shape set_tensor_address set_device_memory execute_async_v3",
