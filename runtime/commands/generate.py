@@ -87,7 +87,7 @@ def generate(
         warn=warn,
     ) as pipeline:
         choice = pipeline.session.choice
-        if choice.reason:
+        if choice.reason and not choice.is_plain:
             note(str(choice))
         given |= completed(pipeline, given, template, count)
         if template:

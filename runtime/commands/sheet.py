@@ -107,7 +107,7 @@ def draw_sheet(
             demo_models.locate(bundle), backend=backend, device=device, memory=memory, vae_tiling=vae_tiling, warn=warn
         ) as pipeline:
             manifest, choice = pipeline.bundle.manifest, pipeline.session.choice
-            if choice.reason:
+            if choice.reason and not choice.is_plain:
                 note(f"{manifest.name} by {choice}")
             wanted = given | completed(pipeline, {"prompt": prompts[0], **given}, template, count)
             if template:

@@ -11,7 +11,9 @@ import pytest
 
 from tests import handmade
 from zimgkit.engines.bundle import Bundle, CompiledEngine, Component, FileRecord, Quantization
+from zimgkit.engines.bundle.manifest import read_manifest
 from zimgkit.engines.errors import OutOfMemoryError, UsageError
+from zimgkit.runtime import demo_models
 from zimgkit.runtime.families import family_of
 from zimgkit.runtime.memory import fitting
 from zimgkit.runtime.memory.fitting import (
@@ -31,7 +33,7 @@ from zimgkit.runtime.memory.plan import Budget
 from zimgkit.runtime.memory.streaming import within
 
 GB = 10**9
-CONFIG: dict[str, dict[str, Any]] = {
+WIDTHS: dict[str, dict[str, Any]] = {
     "z-image": {
         "text_encoder": {"hidden_size": 2560, "intermediate_size": 9728},
         "transformer": {"dim": 3840},
@@ -42,6 +44,10 @@ CONFIG: dict[str, dict[str, Any]] = {
         "transformer": {"num_attention_heads": 24, "attention_head_dim": 128},
         "vae": {"base_dim": 96, "dim_mult": [1, 2, 4, 4]},
     },
+}
+CONFIG = {
+    carried.family: {name: config | WIDTHS[carried.family].get(name, {}) for name, config in carried.config.items()}
+    for carried in (read_manifest(demo_models.locate(name)) for name in demo_models.NAMES)
 }
 PARAMETERS = {
     "z-image": {"text_encoder": 4.0e9, "conditioner": 0.4e9, "denoiser": 5.8e9, "vae_decoder": 0.05e9},
