@@ -21,6 +21,7 @@ from zimgkit.runtime.memory.needs import (
     on_host,
     precision_of,
     stored_bytes,
+    widened_bytes,
 )
 from zimgkit.runtime.memory.plan import ALLOWED, Budget, Plan, Shortage, plan
 
@@ -140,7 +141,8 @@ def needs_in(where: Setting, picture: Picture, precision: str | None = None) -> 
     manifest = where.bundle.manifest
     stored = stored_bytes(manifest, precision)
     own = precision or precision_of(manifest)
-    return host_needs(stored, own, where.family, where.backend, sizes, picture.batch)
+    widened = {} if precision else widened_bytes(manifest, where.backend)
+    return host_needs(stored, own, where.family, where.backend, sizes, picture.batch, widened)
 
 
 def choices_that_fit(where: Setting, picture: Picture, budget: Budget) -> Iterator[str]:

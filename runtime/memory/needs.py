@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zimgkit.engines.bundle import Bundle, Manifest
+from zimgkit.engines.bundle import CPU_GRAPH, Bundle, Manifest
+from zimgkit.engines.cpu import adds_integers_exactly
 
 if TYPE_CHECKING:
     from zimgkit.runtime.families import Family
@@ -29,6 +30,8 @@ COPIES = {
 }
 """(backend, precision) -> memory of its own that an open engine holds on a CPU, per byte of its weights as they are
 stored. The others compute on the mapped file."""
+WIDENED = 2.4
+"""How often ONNX Runtime holds 8-bit weights in float32 while it opens a graph that dequantizes them."""
 ORDER = ("text_encoder", "conditioner", "denoiser", "vae_decoder")
 """The components with a graph, in the order a picture uses them."""
 QUANTIZED = ("text_encoder", "denoiser")
@@ -114,8 +117,31 @@ def stored_bytes(manifest: Manifest, precision: str | None = None) -> dict[str, 
     return {name: math.ceil(of_weight[name] * entry.parameters) for name, entry in components.items() if entry.graphs}
 
 
+def widened_bytes(manifest: Manifest, backend: str) -> dict[str, float]:
+    """What opening takes of the components whose weights ONNX Runtime widens on this CPU.
+
+    Those are quantized in 8 bits, of bundles from before there were graphs for CPUs, or on a CPU that cannot run these.
+    """
+    precision = manifest.quantization.precision if manifest.quantization else ""
+    if backend != "onnxruntime" or precision not in ("fp8", "int8", "int8-weights"):
+        return {}
+    is_served = precision == "fp8" or adds_integers_exactly()
+    components = {name: manifest.components[name] for name in QUANTIZED if name in manifest.components}
+    return {
+        name: WIDENED * FLOAT * component.parameters
+        for name, component in components.items()
+        if not is_served or CPU_GRAPH not in component.graphs
+    }
+
+
 def host_needs(
-    stored: Mapping[str, int], precision: str, family: Family, backend: str, sizes: Mapping[str, int], batch: int = 1
+    stored: Mapping[str, int],
+    precision: str,
+    family: Family,
+    backend: str,
+    sizes: Mapping[str, int],
+    batch: int = 1,
+    widened: Mapping[str, float] = {},
 ) -> dict[str, Need]:
     """What each component takes where it computes in the host's memory.
 
@@ -127,10 +153,11 @@ def host_needs(
         sizes: dynamic dimension -> length, as :meth:`.families.base.Family.dynamic_dimensions` gives them. Those of the
             VAE decoder may be a tile's.
         batch: pictures that are denoised together.
+        widened: as :func:`widened_bytes` gives it.
     """
     copies = COPIES.get((backend, precision), 0.0)
     working = _working(family, sizes, batch, cast=precision != "float32")
-    held = {name: copies * size for name, size in stored.items()}
+    held = {name: widened.get(name, copies * size) for name, size in stored.items()}
     if "vae_decoder" in held:
         # Whatever convolutions are stored in, their kernels are computed with in float32.
         in_float32 = stored["vae_decoder"] * (1 if precision == "float32" else 2)

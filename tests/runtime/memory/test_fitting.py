@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from tests import handmade
-from zimgkit.engines.bundle import Bundle, CompiledEngine, Component, FileRecord, Quantization
+from zimgkit.engines.bundle import CPU_GRAPH, Bundle, CompiledEngine, Component, FileRecord, Quantization
 from zimgkit.engines.bundle.manifest import read_manifest
 from zimgkit.engines.errors import OutOfMemoryError, UsageError
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.families import family_of
-from zimgkit.runtime.memory import fitting
+from zimgkit.runtime.memory import fitting, needs
 from zimgkit.runtime.memory.fitting import (
     Picture,
     Setting,
@@ -59,13 +59,14 @@ STORED = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int8-weights": 1.0, "in
 @pytest.fixture(autouse=True)
 def _all_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "find_spec", lambda package: None if package == "openvino" else object())
+    monkeypatch.setattr(needs, "adds_integers_exactly", lambda: True)
 
 
 def where(family: str = "z-image", precision: str = "bfloat16", **more: Any) -> Setting:
     components = {
         name: Component(
             (),
-            graphs={"float32": "x.onnx"},
+            graphs={"float32": "x.onnx", CPU_GRAPH: "y.onnx"},
             parameters=int(count),
             weight_bytes=int(count * (STORED[precision] if name in ("text_encoder", "denoiser") else 2)),
         )
@@ -99,6 +100,14 @@ def test_what_stays_open(setting: Setting, size: int, allowed: float, stay: int,
     found = fit(setting, picture(size), Budget(total=int(allowed * GB)))
     assert (len(found.stay), found.tiled) == (stay, tiled)
     assert found.peak <= allowed * GB
+
+
+def test_what_widens_its_weights_when_it_is_opened_takes_that_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting, budget = where(precision="int8-weights"), Budget(own=24 * GB, limit="the machine")
+    assert fit(setting, picture(512), budget).peak < 24 * GB
+    monkeypatch.setattr(needs, "adds_integers_exactly", lambda: False)
+    with pytest.raises(OutOfMemoryError, match="for the denoiser"):
+        fit(setting, picture(512), budget)
 
 
 def test_weights_that_are_mapped_are_no_reason_to_refuse_what_the_user_did_not_bound() -> None:
