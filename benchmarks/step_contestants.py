@@ -84,7 +84,7 @@ def prepare(folder: Path) -> None:
 
     settings = Settings.load(folder)
     config = settings.config()
-    family = family_named(settings.family)({"transformer": config})
+    family = family_named(settings.family)({**families.family(settings.family).configs, "transformer": config})
     card = _card(settings.device)
     random_checkpoint.write(settings.family, folder / "checkpoint", config, device=settings.device, seed=settings.seed)
     build(str(folder / "checkpoint"), folder / "bundle", precision="bf16")

@@ -47,6 +47,9 @@ COMMANDS = {
     ("python", "-m", "zimgkit.training.world"): world_cli,
 }
 NOT_RUN = {
+    'eval "$(_ZIMG_RUN_COMPLETE=bash_source zimg-run)"': "for a shell; tests/runtime/commands/test_completion.py does",
+    'eval "$(_ZIMG_RUN_COMPLETE=zsh_source zimg-run)"': "for a shell that is not here",
+    "_ZIMG_RUN_COMPLETE=fish_source zimg-run | source": "likewise",
     "make demo": "sets up an environment as the lines above it do",
     "make test": "runs this test",
     'zimg-run generate --bundle z-image-turbo --prompt "…" --backend torch': "test_torch_and_train draws less",

@@ -7,11 +7,11 @@ some take a time that is exponential in the length of the name.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
-import regex
 
 from zimgkit.engines.decoding import Number, Width, decoded, read_json
 from zimgkit.engines.errors import LoraError
@@ -19,7 +19,7 @@ from zimgkit.engines.errors import LoraError
 CONFIG = "adapter_config.json"
 DIFFUSERS_CONFIG = "lora_adapter_metadata"
 """The key in the header under which diffusers keeps it, with a prefix before its keys."""
-PLAIN = regex.compile(r"[\w.]+")
+PLAIN = re.compile(r"[\w.]+")
 """A name as it is; diffusers writes hundreds of them, one a module."""
 SECONDS = 0.1
 """For one pattern and one name, of which each common one takes a thousandth."""
@@ -77,6 +77,8 @@ def _fits(pattern: str, name: str) -> bool:
     """Whether a name, or its end after a dot, is what the pattern says, as ``get_pattern_key`` of peft decides it."""
     if PLAIN.fullmatch(pattern):
         return name == pattern or name.endswith(f".{pattern}")
+    import regex  # Few LoRAs need it, and what describes one does without the rest of the extra.
+
     try:
         return regex.fullmatch(rf"(.*\.)?({pattern})", name, timeout=SECONDS) is not None
     except TimeoutError:

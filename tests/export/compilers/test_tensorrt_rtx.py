@@ -76,7 +76,9 @@ def bundle(tmp_path: Path) -> Bundle:
         "plain": Component((), {"float32": "net.float32.onnx"}, INPUTS, OUTPUTS),
         "table": Component(()),
     }
-    files = {name: name.encode() for name in ("net.onnx", "net.float32.onnx", "other.onnx")}
+    # The smallest graphs: a version, and the name as the producer's, so that no two are equal.
+    names = ("net.onnx", "net.float32.onnx", "other.onnx")
+    files = {name: b"\x08\x0a\x1a" + bytes([len(name)]) + name.encode() for name in names}
     return Bundle.open(handmade.write_bundle(tmp_path / "bundle", files, components=components))
 
 

@@ -183,7 +183,7 @@ def test_verify(family, precision, quantized_of, checkpoint_of):
 @pytest.mark.parametrize(
     ("options", "said", "code"),
     [
-        (("--precision", "fp8", "--calibration", "no.txt"), "the prompts no.txt cannot be read", 2),
+        (("--precision", "fp8", "--calibration", "no.txt"), "no.txt cannot be read", 2),
         (("--precision", "fp8", "--calibration", "few.txt"), "few.txt has 2 different prompts", 2),
         (("--precision", "fp8", "--calibration", "no.safetensors"), "no.safetensors does not exist", 1),
         (("--precision", "fp8", "--calibration", "broken.safetensors"), "is no safetensors file", 1),
