@@ -47,6 +47,8 @@ class Choice(NamedTuple):
 
     backend: str
     reason: str = ""
+    is_plain: bool = False
+    """Whether it is what anybody expects, and not worth a line to whoever draws a picture."""
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.reason}"
@@ -94,9 +96,9 @@ def choose_backend(
 def _choose_for_cpu(precision: str, weight_bytes: int, machine: Machine) -> Choice:
     wanted = GAINS.get(precision)
     if not wanted:
-        return Choice("onnxruntime", f"nothing else is faster in {precision}")
+        return Choice("onnxruntime", f"nothing else is faster in {precision}", is_plain=True)
     if weight_bytes < SMALL:
-        return Choice("onnxruntime", "so small a model is opened fastest")
+        return Choice("onnxruntime", "so small a model is opened fastest", is_plain=True)
     products = next((flag for flag in wanted if flag in machine.flags), None)
     if products is None or lacks_avx2(machine.flags):
         return Choice("onnxruntime", f"this CPU has no {' or '.join(wanted)} for {precision}")

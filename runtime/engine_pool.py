@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from zimgkit.engines.base import Engine, Feeds, Handle, open_engine
 from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import OutOfMemoryError
+from zimgkit.runtime.memory.needs import engine_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,6 +59,8 @@ class EnginePool:
         self.bundle = bundle
         self.backend = backend
         self.memory_budget = memory_budget
+        self.in_turn: Collection[str] = ()
+        """Components whose engines are closed as soon as nobody needs them, whatever the budget."""
         self._opener = opener
         self._entries: dict[Key, _Entry] = {}
         """Those that are open or being opened; the one borrowed last is last."""
@@ -99,6 +102,12 @@ class EnginePool:
         with self._returned:
             self._wanted[component, device] -= 1
             self._close_beyond(reserved=0)
+
+    @property
+    def opened(self) -> list[str]:
+        """The components that are open, once for each device."""
+        with self._returned:
+            return [component for (component, _), entry in self._entries.items() if entry.engine]
 
     def retrying(self, work: Callable[[], Result]) -> Result:
         """Do something; where a device is full, close all engines that nobody has borrowed, and do it again.
@@ -201,19 +210,28 @@ class EnginePool:
             engine.close()
 
     def _close_beyond(self, reserved: int) -> None:
-        """Close the engines used longest ago until the others and what is reserved fit the budget."""
-        if self.memory_budget is None:
+        """Close engines to be opened in turn, then those used longest ago until the others and what is reserved fit."""
+        if self.memory_budget is None and not self.in_turn:
             return
         with self._returned:
+            for key in [key for key in self._entries if key[0] in self.in_turn and self._is_idle(key)]:
+                self._close(key)
+            if self.memory_budget is None:
+                return
             opened = [key for key, entry in self._entries.items() if entry.engine]
             sizes = {key: engine_bytes(self.bundle, key[0], self.backend) for key in opened}
             held = reserved + sum(sizes.values())
             for key, size in sizes.items():
                 if held <= self.memory_budget:
                     return
-                if not self._entries[key].borrows and self._wanted[key] <= 0:
+                if self._is_idle(key):
                     self._close(key)
                     held -= size
+
+    def _is_idle(self, key: Key) -> bool:
+        """Whether an engine is open, and nobody has borrowed it or wants it kept."""
+        entry = self._entries[key]
+        return entry.engine is not None and not entry.borrows and self._wanted[key] <= 0
 
 
 def _mark(entries: Iterable[_Entry], change: int) -> None:
@@ -247,12 +265,3 @@ class Borrowed:
     def run(self, feeds: Feeds, keep: Collection[str] = ()) -> dict[str, Any]:
         """See :meth:`zimgkit.engines.base.Engine.run`."""
         return self._pool.retrying(lambda: self._engine.run(feeds, keep))
-
-
-def engine_bytes(bundle: Bundle, component: str, backend: str) -> int:
-    """What an engine of a component takes: its plan and working memory where it is compiled, else its weights."""
-    sizes = [
-        sum(bundle.manifest.files[name].size for name in engine.files) + engine.memory_bytes
-        for engine in bundle.engines(component, backend)
-    ]
-    return max(sizes, default=bundle.component(component).weight_bytes)

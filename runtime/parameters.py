@@ -167,6 +167,8 @@ TENSORS = {
 }
 """What only a call in Python can take."""
 
+VAE_TILING = ("auto", "on", "off")
+"""Decode in tiles where memory is short for the whole, always, or never."""
 INSTEAD = {
     "batch_size": "num_images_per_prompt",
     "cfg": "cfg_scale",
@@ -185,6 +187,10 @@ INSTEAD = {
     "prompt_embeds_mask": "prompt_embeds without the rows that the mask leaves out",
     "negative_prompt_embeds_mask": "negative_prompt_embeds without the rows that the mask leaves out",
     "rand_device": "seed, whose noise is always that of a generator on the CPU",
+    "tiled": "vae_tiling of Pipeline.open, or --vae-tiling",
+    "tile_size": "vae_tiling of Pipeline.open, or --vae-tiling; tiles have the family's own size",
+    "tile_stride": "vae_tiling of Pipeline.open, or --vae-tiling; tiles have the family's own size",
+    "vram_limit": "memory of Pipeline.open, or --memory",
     "torch_dtype": "a bundle of another precision: zimg-export build --precision",
     "exponential_shift_mu": "sigmas, or a bundle with another scheduler",
 }

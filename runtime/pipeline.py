@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +19,7 @@ from zimgkit.engines.errors import BackendError, UsageError
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.engine_pool import Opener
 from zimgkit.runtime.job import Job
+from zimgkit.runtime.memory.plan import Plan
 from zimgkit.runtime.parameters import document, refuse_unknown
 from zimgkit.runtime.pictures.saving import to_pil
 from zimgkit.runtime.progress import Report, silent
@@ -31,6 +33,8 @@ Array = NDArray[np.float32]
 Callback = Callable[["Pipeline", int, float, dict[str, Array]], "Mapping[str, Array] | None"]
 CALLBACK_TENSORS = ("latents", "denoised", "velocity")
 """What a callback may ask for: the latents after the step, the clean ones it aims at, what it moves along."""
+OPTIONS = ("backend", "device", "memory", "memory_budget", "vae_tiling", "verify", "report", "warn")
+"""Of :meth:`Pipeline.open`."""
 CALLBACK_ARGUMENTS = ("callback_on_step_end", "callback_on_step_end_tensor_inputs", "return_dict")
 
 
@@ -55,7 +59,7 @@ class Output:
 class Pipeline:
     """Text to picture from one bundle. Open it with :meth:`open`, then call it; threads may call it at once.
 
-    Engines are opened when they are first needed, and stay open for the next call as far as ``memory_budget`` allows.
+    Engines are opened when they are first needed, and stay open for the next call as far as memory allows.
     A pipeline is also a context manager, which closes them.
     """
 
@@ -65,7 +69,9 @@ class Pipeline:
         *,
         backend: str = AUTO,
         device: Device = None,
+        memory: str | int | None = "auto",
         memory_budget: int | None = None,
+        vae_tiling: str = "auto",
         report: Report = silent,
         warn: Callable[[str], None] = warnings.warn,
         opener: Opener | None = None,
@@ -74,7 +80,9 @@ class Pipeline:
             bundle,
             backend=backend,
             device=device,
+            memory=memory,
             memory_budget=memory_budget,
+            vae_tiling=vae_tiling,
             report=report,
             warn=warn,
             opener=opener,
@@ -87,7 +95,9 @@ class Pipeline:
         *,
         backend: str = AUTO,
         device: Device = None,
+        memory: str | int | None = "auto",
         memory_budget: int | None = None,
+        vae_tiling: str = "auto",
         verify: bool = True,
         report: Report = silent,
         warn: Callable[[str], None] = warnings.warn,
@@ -100,8 +110,14 @@ class Pipeline:
                 takes the best one installed for the bundle and this machine, and ``session.choice`` says why.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, of OpenVINO ``"gpu"`` or ``"npu"``, or such a device for each
                 component by its name; by default the best one the backend finds, of OpenVINO the CPU.
+            memory: how much a call may take: bytes, a text such as ``"8GB"`` or ``"50%"`` of what is free, or
+                ``"auto"`` for what is free of the machine, the control group and the process's limits. Where not all
+                fits, engines are opened in turn, and then large pictures are decoded in tiles; what cannot fit is
+                refused before anything is opened.
             memory_budget: bytes of engines that may stay open between their parts of a call and between calls. With 0
                 memory holds one component at a time, and every call loads them anew; by default all stay that fit.
+            vae_tiling: ``"auto"`` decodes in tiles where memory is short for the whole, ``"on"`` always, and ``"off"``
+                never.
             verify: check the files against the manifest's hashes (once per file; see :meth:`Bundle.verify`).
             report: called with (stage, done, total) while a call runs.
             warn: called with what the caller should know, such as a prompt that was cut.
@@ -114,7 +130,9 @@ class Pipeline:
             Bundle.open(demo_models.locate(bundle), verify=verify),
             backend=backend,
             device=device,
+            memory=memory,
             memory_budget=memory_budget,
+            vae_tiling=vae_tiling,
             report=report,
             warn=warn,
         )
@@ -127,7 +145,7 @@ class Pipeline:
             UsageError: there is no such option, for one because it was settled when the bundle was built.
             BundleError: see :meth:`open`.
         """
-        refuse_unknown(options, ("backend", "device", "memory_budget", "verify", "report", "warn"))
+        refuse_unknown(options, OPTIONS)
         return cls.open(bundle, **options)
 
     @property
@@ -144,6 +162,23 @@ class Pipeline:
         """Run on another device from now on, as diffusers' pipelines do; engines are opened there when needed."""
         self.session.move_to(device)
         return self
+
+    def plan(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Plan:
+        """How a call with these arguments would be drawn within the memory there is now; nothing is opened for it.
+
+        Raises:
+            OutOfMemoryError: it does not fit; naming what would.
+            UsageError: an argument is not known or out of its range.
+        """
+        return self.session.plan(check(self.bundle.manifest, self.session.family, prompt=prompt, **call))
+
+    def enable_vae_tiling(self) -> None:
+        """Decode in tiles from now on, as diffusers' pipelines do."""
+        self.session.decoder.set_tiling("on")
+
+    def disable_vae_tiling(self) -> None:
+        """Decode the whole from now on."""
+        self.session.decoder.set_tiling("off")
 
     def __call__(
         self,
@@ -270,7 +305,7 @@ class Pipeline:
         pictures = []
         for index, job in enumerate(jobs):
             self.session.report("decode", index, len(jobs))
-            pictures.append(self.session.finish(job))
+            pictures.append(self.session.finish(job, partial(self._tile_done, index, len(jobs))))
         self.session.report("decode", len(jobs), len(jobs))
         pixels = np.stack(pictures)
         if request.output_type == "pil":
@@ -278,6 +313,11 @@ class Pipeline:
         if request.output_type == "pt":
             return _torch().from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
         return pixels
+
+    def _tile_done(self, picture: int, pictures: int, done: int, tiles: int) -> None:
+        """Report how far decoding is, by tile."""
+        if tiles > 1:
+            self.session.report("decode", picture * tiles + done, pictures * tiles)
 
 
 Pipeline.__call__.__doc__ = f"""Generate pictures, as diffusers' pipelines would from the same weights.

@@ -37,6 +37,12 @@ def check_served(bundle: Bundle, backend: str, sizes: Mapping[str, int], width: 
             )
 
 
+def serves(bundle: Bundle, component: str, backend: str, sizes: Mapping[str, int]) -> bool:
+    """Whether the engines of a component have a shape profile that holds these sizes, or need none."""
+    profiles = [profile for engine in bundle.engines(component, backend) for profile in engine.profiles]
+    return not profiles or any(_holds(profile, sizes) for profile in profiles)
+
+
 def largest_batch(bundle: Bundle, component: str, backend: str) -> int:
     """How many pictures the engines of a component take at once; 1 where none is compiled."""
     profiles = [profile for engine in bundle.engines(component, backend) for profile in engine.profiles]

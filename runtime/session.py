@@ -10,6 +10,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -17,14 +18,29 @@ from numpy.typing import NDArray
 
 from zimgkit.engines.bundle import MANIFEST, Bundle
 from zimgkit.engines.choice import AUTO, Choice, choose_backend
-from zimgkit.engines.errors import BackendError, UsageError
+from zimgkit.engines.errors import BackendError, OutOfMemoryError, UsageError
 from zimgkit.engines.tensors.dtypes import round_to
+from zimgkit.runtime.decoding import Decoder
 from zimgkit.runtime.diffusion.noise import randn_sample, randn_tensor
 from zimgkit.runtime.diffusion.schedule import calculate_mu, euler_step, flow_match_sigmas, read_scheduler
 from zimgkit.runtime.engine_pool import EnginePool, Opener
 from zimgkit.runtime.families import family_of
+from zimgkit.runtime.families.base import Progress
 from zimgkit.runtime.job import Array, Conditions, Job, Schedule
-from zimgkit.runtime.pictures.saving import from_vae
+from zimgkit.runtime.memory.amounts import parse_budget
+from zimgkit.runtime.memory.fitting import (
+    Picture,
+    Setting,
+    budget_of,
+    choices_that_take_less,
+    fit,
+    needs_in,
+    setting,
+)
+from zimgkit.runtime.memory.machine import UNLIMITED
+from zimgkit.runtime.memory.plan import Plan
+from zimgkit.runtime.memory.streaming import within
+from zimgkit.runtime.pictures.tiles import ignored
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.runtime.request import Request
 from zimgkit.runtime.served import check_served, largest_batch
@@ -44,7 +60,10 @@ class Session:
         backend: as for :func:`zimgkit.engines.base.open_engine`, or ``"auto"``: see
             :func:`zimgkit.engines.choice.choose_backend`.
         device: likewise, of all components or of each by its name.
+        memory: how much it may take: bytes, a text such as ``"8GB"`` or ``"50%"`` of what is free, or ``"auto"`` for
+            what is free. What cannot fit is refused before anything is opened.
         memory_budget: see :class:`zimgkit.runtime.engine_pool.EnginePool`.
+        vae_tiling: ``"auto"`` decodes in tiles where memory is short, ``"on"`` always, ``"off"`` never.
         report: called with (stage, done, total) while something long runs.
         warn: called with what the caller should know, such as a prompt that was cut.
         opener: opens an engine.
@@ -56,22 +75,29 @@ class Session:
         *,
         backend: str = AUTO,
         device: Device = None,
+        memory: str | int | None = "auto",
         memory_budget: int | None = None,
+        vae_tiling: str = "auto",
         report: Report = silent,
         warn: Callable[[str], None] = warnings.warn,
         opener: Opener | None = None,
     ) -> None:
+        total = parse_budget(memory, UNLIMITED)  # Better missed now than at the first picture.
         self.bundle = bundle
         self._named = backend
+        self.memory = memory
         self._device = self._known(device)
         self.choice = self._choose()
         """The backend, and why it was chosen where it was not named."""
+        if total is not None and self.backend == "tensorrt":
+            self.bundle = bundle = within(bundle, self.backend, total)
         self.report = report
         self.warn = warn
         where = str(bundle.root / MANIFEST)
         self.family = family_of(bundle.manifest, where)
         self.scheduler = read_scheduler(bundle.manifest.scheduler, f"{where}: scheduler")
         self.engines = EnginePool(bundle, self.backend, memory_budget, opener)
+        self.decoder = Decoder(self.engines, self.family, vae_tiling, warn)
         self._tokenizer = PromptTokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text)
 
     def begin(self, request: Request) -> list[Job]:
@@ -82,9 +108,14 @@ class Session:
 
         Raises:
             UsageError: a prompt is no text, or what was compiled does not serve the size.
+            OutOfMemoryError: it does not fit the memory; naming what would.
             BackendError: an engine failed.
             BundleError: a component is missing or broken.
         """
+        plan = self.plan(request)
+        if self.engines.memory_budget is None:
+            self.engines.in_turn = plan.in_turn
+        self.decoder.tiled[request.height, request.width] = plan.tiled
         if not request.is_guided and self.family.is_guided(request.guidance_scale):
             self.warn(
                 "guidance is off, for there is no negative prompt; "
@@ -99,7 +130,8 @@ class Session:
             latents = self.draw_noise(request.batch, request.seed, request.height, request.width)
         else:
             latents = request.latents
-        positive, negative = self._encode(request)
+        with self._advising(request):
+            positive, negative = self._encode(request)
         schedule = self._schedule(request)
         jobs = []
         for index in range(request.batch):
@@ -130,7 +162,8 @@ class Session:
             if job.is_denoised:
                 raise ValueError(f"{job} has no step left")
         for group in self.groups(jobs):
-            self._step(group)
+            with self._advising(group[0].request):
+                self._step(group)
 
     def groups(self, jobs: Iterable[Job]) -> Iterator[list[Job]]:
         """Jobs that can take a step together, in the order given, no more at once than the denoiser takes."""
@@ -143,8 +176,12 @@ class Session:
             for start in range(0, len(group), most):
                 yield group[start : start + most]
 
-    def finish(self, job: Job) -> Array:
+    def finish(self, job: Job, progress: Progress = ignored) -> Array:
         """Decode a job's latents; all steps must be done.
+
+        Args:
+            job: a picture.
+            progress: called with how many of its tiles are done, and how many there are.
 
         Returns:
             The picture, float32 (H, W, 3) from 0 to 1.
@@ -157,21 +194,61 @@ class Session:
         job.check()
         if not job.is_denoised:
             raise ValueError(f"{job} has steps left")
-        picture: Array = self.decode(job.latents, job.request.height, job.request.width)[0]
+        with self._advising(job.request):
+            picture: Array = self.decode(job.latents, job.request.height, job.request.width, progress)[0]
         return picture
 
-    def decode(self, latents: Array, height: int, width: int) -> Array:
+    def decode(self, latents: Array, height: int, width: int, progress: Progress = ignored) -> Array:
         """Latents of pictures of this size in pixels as pixels, float32 (N, H, W, 3) from 0 to 1.
 
-        Raises:
-            BackendError: the engine failed.
+        See :meth:`.decoding.Decoder.decode`, where memory does not suffice for the whole.
         """
-        raw = self.family.to_vae(latents, height, width)
-        with self.engines.engine("vae_decoder", self.device_of("vae_decoder")) as engine:
-            decoded = np.concatenate([engine.run({"latents": raw[i : i + 1]})["image"] for i in range(len(raw))])
-        if not np.isfinite(decoded).all():
-            raise BackendError("the VAE decoder gave NaN or Inf", "zimg-export verify checks the bundle")
-        return from_vae(decoded)
+        return self.decoder.decode(latents, height, width, self.device_of("vae_decoder"), progress)
+
+    def plan(self, request: Request) -> Plan:
+        """How a request would be drawn within the memory there is now; nothing is opened for that.
+
+        Raises:
+            OutOfMemoryError: it does not fit; naming what would.
+            UsageError: it has to be decoded in tiles, and the VAE decoder was compiled for other sizes.
+        """
+        where = self._setting(request.height, request.width)
+        needs = needs_in(where, picture := self._picture(request))
+        opened = [needs[name] for name in self.engines.opened if name in needs]
+        held = sum(need.held for need in opened)
+        addresses = sum(need.addresses for need in opened)
+        return fit(where, picture, budget_of(self.memory, host=where.host, addresses=addresses, held=held))
+
+    def _setting(self, height: int, width: int) -> Setting:
+        return setting(
+            self.bundle,
+            self.family,
+            self.backend,
+            self.device_of("denoiser"),
+            vae_tiling=self.decoder.vae_tiling,
+            tiles_are_served=self.decoder.tiles_are_served(height, width),
+            in_turn=self.engines.memory_budget is not None,
+        )
+
+    def _picture(self, request: Request) -> Picture:
+        text = self.bundle.manifest.text
+        most = min(text.drop + request.max_sequence_length, text.max_tokens)
+        embeds = (*(request.prompt_embeds or ()), *(request.negative_prompt_embeds or ()))
+        prompts = (*request.prompts, *(request.negative_prompts or ()))
+        lengths = [text.drop + len(rows) for rows in embeds]
+        lengths += [min(most, self._tokenizer.encode(prompt).shape[1]) for prompt in dict.fromkeys(prompts)]
+        batch = min(request.batch, largest_batch(self.bundle, "denoiser", self.backend))
+        return Picture(request.height, request.width, max(lengths), batch)
+
+    @contextmanager
+    def _advising(self, request: Request) -> Iterator[None]:
+        """Where memory runs out, name what takes less."""
+        try:
+            yield
+        except OutOfMemoryError as error:
+            where = self._setting(request.height, request.width)
+            choices = choices_that_take_less(where, self._picture(request))
+            raise OutOfMemoryError(error.message, f"less is taken by {choices}" if choices else error.hint) from None
 
     def draw_noise(
         self, pictures: int, seed: int | Sequence[int], height: int, width: int, index: int | None = None

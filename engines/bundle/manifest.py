@@ -91,7 +91,9 @@ class CompiledEngine(msgspec.Struct, frozen=True, omit_defaults=True):
     memory_bytes: int = 0
     """Device memory it needs beside the plan's own bytes, for the largest shapes, as the compiler says."""
     weight_streaming_budget: int | None = None
-    """Bytes of weights kept on the device, the rest being streamed to it; all are kept when None."""
+    """Bytes of weights kept on the device at the most, the rest being streamed to it; as many as fit when None."""
+    streamable: bool = False
+    """Whether weights can be streamed: how many stay is settled when it is loaded."""
     refittable: bool = False
     """Whether it can take other weights than it was compiled from."""
     refit: Refit | None = None

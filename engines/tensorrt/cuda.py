@@ -20,8 +20,8 @@ from zimgkit.engines.errors import BackendError, OutOfMemoryError, install
 
 ELSEWHERE = "use --backend onnxruntime --device cpu"
 SMALLER = (
-    "ask for a smaller picture, free the device's memory, compile with a --weight-streaming-budget, "
-    "or use a bundle of lower precision"
+    "ask for a smaller picture, free the device's memory, compile with a --weight-streaming-budget and run with "
+    "--memory, or use a bundle of lower precision"
 )
 
 

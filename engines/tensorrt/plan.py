@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from zimgkit.engines.bundle import Bundle, CompiledEngine
 from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, says_out_of_memory
 from zimgkit.engines.tensorrt import api as tensorrt_api
+from zimgkit.engines.tensorrt import cuda
 from zimgkit.engines.tensorrt.cuda import SMALLER
 from zimgkit.engines.tensors import safetensors
 
@@ -20,6 +21,9 @@ DTYPES = {"float32": "FLOAT", "bfloat16": "BF16", "int64": "INT64", "bool": "BOO
 """Element types of the inputs and outputs of a bundle's graphs, and TensorRT's names of them."""
 WEIGHTS = {"float32": "FLOAT", "bfloat16": "BF16"}
 """Likewise of weights that can be exchanged."""
+
+RESERVED = 256 << 20
+"""Bytes of a GPU that streamed weights leave for inputs, outputs and what else a run takes."""
 
 
 def compile_command(bundle: Bundle) -> str:
@@ -55,6 +59,21 @@ def choose_plan(bundle: Bundle, component: str, compiler: str, version: str, arc
         message = f"the TensorRT engine of {component} was compiled from another graph or other weights than it has now"
         raise BackendError(message, hint)
     return min(fresh, key=lambda plan: plan.device == "any")
+
+
+def streaming_budget(entry: CompiledEngine, weights: int, free: int) -> int:
+    """How many bytes of a plan's weights stay on the GPU; the others are copied there in every run.
+
+    https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/weight-streaming.html
+
+    Args:
+        entry: the plan's.
+        weights: bytes that can be streamed.
+        free: bytes of the GPU that are free, before its weights are there.
+    """
+    room = max(0, free - entry.memory_bytes - RESERVED)
+    wanted = weights if entry.weight_streaming_budget is None else entry.weight_streaming_budget
+    return min(weights, wanted, room)
 
 
 class LoadedPlan:
@@ -93,10 +112,12 @@ class LoadedPlan:
         elif entry.refit:
             self._refit(bundle, entry.refit.tensors)
         self._check_ends(bundle, path.name)
-        if entry.weight_streaming_budget is not None:
-            self._engine.weight_streaming_budget_v2 = entry.weight_streaming_budget
+        budget = None
+        if entry.streamable or entry.weight_streaming_budget is not None:
+            # Its weights are not on the GPU yet; contexts, which there are none of, would forbid to set it.
+            budget = streaming_budget(entry, self._engine.streamable_weights_size, cuda.memory()[0])
+            self._engine.weight_streaming_budget_v2 = budget
         stored = bundle.component(entry.component).weight_bytes if entry.stripped else path.stat().st_size
-        budget = entry.weight_streaming_budget
         self.memory_bytes = stored if budget is None else min(stored, budget)
         """Device memory of its weights, for which the size of the plan is taken."""
 

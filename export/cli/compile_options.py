@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
 import click
 
 from zimgkit.engines.errors import UsageError
 from zimgkit.export.cli.options import Command, add_options
-
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-LIMIT = 1 << 63
-"""Amounts of memory are below this: TensorRT takes signed 64-bit numbers."""
+from zimgkit.runtime.memory.amounts import parse_bytes
 
 OPTIONS = (
     click.option(
@@ -80,24 +75,6 @@ def first_given(context: click.Context) -> str | None:
     return None
 
 
-def parse_bytes(text: str | None) -> int | None:
-    """Parse an amount of memory such as ``"8GB"`` or ``"512MiB"``.
-
-    Returns:
-        Bytes; None of None.
-
-    Raises:
-        UsageError: the text is not a number with a unit from B to GiB, or is 2^63 bytes or more.
-    """
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*([KMG]?I?B|)", text.strip().upper())
-    amount = int(Fraction(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else LIMIT
-    if amount >= LIMIT:
-        raise UsageError(f"{text!r} is no amount of memory", "give bytes, such as 8GB or 512MiB")
-    return amount
-
-
 def compile_arguments(
     *,
     sizes: Sequence[str],
@@ -130,11 +107,13 @@ def compile_arguments(
         "shapes": ServedShapes(tuple(map(parse_size, sizes)), size_range, max_prompt_tokens, batch),
         "components": tuple(components),
         "options": CompilerOptions(
-            workspace_bytes=parse_bytes(workspace),
+            workspace_bytes=parse_bytes(workspace) if workspace is not None else None,
             refittable=refittable,
             stripped=stripped,
             optimization_level=optimization_level,
         ),
-        "weight_streaming_budget": parse_bytes(weight_streaming_budget),
+        "weight_streaming_budget": parse_bytes(weight_streaming_budget)
+        if weight_streaming_budget is not None
+        else None,
         "force": force,
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 from platformdirs import user_cache_path
 
-from zimgkit.engines.bundle import Bundle, CompiledEngine, FileRecord, Range, sha256, write_manifest
+from zimgkit.engines.bundle import Bundle, CompiledEngine, Component, FileRecord, Range, sha256, write_manifest
 from zimgkit.engines.bundle.locks import only_writer_of
 from zimgkit.engines.errors import OutputError, UsageError
 from zimgkit.engines.tensorrt import api as tensorrt_api
@@ -23,6 +23,8 @@ from zimgkit.export.compilers.tensorrt.graph import read_graph
 from zimgkit.runtime.progress import Report, silent
 
 FOLDER = "engines"
+STREAMED_FROM = 4 << 30
+"""Bytes of weights from which a component's plan can stream them, so that one plan serves cards of every size."""
 RESULT_FIELDS = {"file": "", "memory_bytes": 0, "attention": (0, 0), "products": (0, 0)}
 """The fields of an engine's entry that only its compilation tells, with their defaults."""
 
@@ -107,8 +109,8 @@ def compile_bundle(
         shapes: the picture sizes, prompt lengths and batch sizes to serve.
         components: which ones; all that have a graph when empty.
         options: of the compiler. The timing cache is that of this compiler and GPU unless the options name another.
-        weight_streaming_budget: how many bytes of weights stay on the device, while the rest is streamed to it in each
-            run; None keeps all there.
+        weight_streaming_budget: how many bytes of weights stay on the device at the most, while the rest is streamed to
+            it in each run; None keeps as many as fit when a plan is loaded, of components that are large.
         force: compile engines that are up to date as well.
         report: called with (stage, done, total).
 
@@ -137,7 +139,6 @@ def compile_bundle(
         if options.timing_cache is None and target.compiler == "tensorrt":
             # TensorRT for RTX would compile for the one GPU that was measured.
             options = replace(options, timing_cache=timing_cache(target))
-        options = replace(options, weight_streaming=weight_streaming_budget is not None)
         _remove_unlisted_files(path)
         return [
             _compile(
@@ -152,10 +153,11 @@ def compile_bundle(
                     source=bundle.source_hash(name),
                     profiles=profiles[name],
                     weight_streaming_budget=weight_streaming_budget,
+                    streamable=_is_streamable(bundle.component(name), weight_streaming_budget),
                     refittable=options.refittable,
                     stripped=options.stripped,
                 ),
-                options,
+                replace(options, weight_streaming=_is_streamable(bundle.component(name), weight_streaming_budget)),
                 force=force,
                 report=report,
             )
@@ -227,6 +229,11 @@ def _compile(
     finally:
         _remove_unlisted_files(bundle.root)
     return CompiledComponent(engine, is_new=True, plan=plan)
+
+
+def _is_streamable(component: Component, budget: int | None) -> bool:
+    """Whether a plan is compiled so that its weights can be streamed."""
+    return budget is not None or component.weight_bytes >= STREAMED_FROM
 
 
 def register_engines(bundle: Bundle, engines: Sequence[CompiledEngine]) -> None:

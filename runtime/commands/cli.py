@@ -13,7 +13,18 @@ from zimgkit.engines.errors import UsageError
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.commands import console
 from zimgkit.runtime.commands.headings import RunCommand
-from zimgkit.runtime.commands.options import AS_JSON, BACKEND, BUNDLE, DEVICE, FROM_IMAGE, QUIET, SETTINGS, call_options
+from zimgkit.runtime.commands.options import (
+    AS_JSON,
+    BACKEND,
+    BUNDLE,
+    DEVICE,
+    FROM_IMAGE,
+    MEMORY,
+    QUIET,
+    SETTINGS,
+    VAE_TILES,
+    call_options,
+)
 
 
 @click.group("zimg-run", context_settings=SETTINGS)
@@ -38,6 +49,8 @@ cli.command_class = RunCommand
 @FROM_IMAGE
 @BACKEND
 @DEVICE
+@MEMORY
+@VAE_TILES
 @click.option(
     "-o",
     "--output",
@@ -55,6 +68,8 @@ def generate(
     from_image: Path | None,
     backend: str,
     device: str | None,
+    memory: str,
+    vae_tiling: str,
     quiet: bool,
     as_json: bool,
     **call: Any,
@@ -74,6 +89,8 @@ def generate(
             from_image=from_image,
             backend=backend,
             device=device,
+            memory=memory,
+            vae_tiling=vae_tiling,
             report=report,
             warn=console.warn,
             note=partial(console.note, quiet=quiet),
@@ -101,6 +118,8 @@ def generate(
 @FROM_IMAGE
 @BACKEND
 @DEVICE
+@MEMORY
+@VAE_TILES
 @click.option(
     "-o",
     "--output",
@@ -119,6 +138,8 @@ def sheet(
     from_image: Path | None,
     backend: str,
     device: str | None,
+    memory: str,
+    vae_tiling: str,
     quiet: bool,
     as_json: bool,
     **call: Any,
@@ -137,6 +158,8 @@ def sheet(
             columns=columns,
             backend=backend,
             device=device,
+            memory=memory,
+            vae_tiling=vae_tiling,
             report=report,
             warn=console.warn,
             note=partial(console.note, quiet=quiet),

@@ -13,6 +13,7 @@ import zimgkit
 from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.choice import AUTO
 from zimgkit.engines.errors import UsageError
+from zimgkit.runtime.commands.memory import told
 from zimgkit.runtime.parameters import BY_NAME, PARAMETERS, checked
 from zimgkit.runtime.pictures import saving as images
 from zimgkit.runtime.pictures.metadata import Parameters, Record, read
@@ -32,6 +33,8 @@ def generate(
     from_image: Path | None = None,
     backend: str = AUTO,
     device: str | None = None,
+    memory: str = "auto",
+    vae_tiling: str = "auto",
     report: Report = silent,
     warn: Callable[[str], None] = lambda message: None,
     note: Callable[[str], None] = lambda message: None,
@@ -45,12 +48,16 @@ def generate(
         from_image: a picture whose parameters fill in what is not given.
         backend: as for :meth:`Pipeline.open`.
         device: as for :meth:`Pipeline.open`.
+        memory: as for :meth:`Pipeline.open`.
+        vae_tiling: as for :meth:`Pipeline.open`; ``"auto"`` also decodes in tiles where the picture of ``from_image``
+            was.
         report: called with (stage, done, total).
         warn: called with what the user should know.
-        note: called with the backend that was chosen, and why, where none was named.
+        note: called with what is worth a line: the backend that was chosen, and how the picture fits the memory.
 
     Returns:
-        ``images``: path, seed and index of each; ``parameters`` of the first; the ``backend`` and why; ``seconds``.
+        ``images``: path, seed and index of each; ``parameters`` of the first; the ``backend`` and why; ``memory``: how
+        it fitted; ``seconds``.
 
     Raises:
         ZimgError: whatever went wrong, in one line; no picture is half-written.
@@ -66,13 +73,28 @@ def generate(
     for path in paths:
         images.check_target(path)
     started = time.perf_counter()
-    with Pipeline.open(bundle, backend=backend, device=device, memory_budget=0, report=report, warn=warn) as pipeline:
+    if vae_tiling == "auto" and template and template.vae_tiling:
+        vae_tiling = "on"
+    with Pipeline.open(
+        bundle,
+        backend=backend,
+        device=device,
+        memory=memory,
+        memory_budget=0,
+        vae_tiling=vae_tiling,
+        verify=False,
+        report=report,
+        warn=warn,
+    ) as pipeline:
         choice = pipeline.session.choice
-        if choice.reason:
+        if choice.reason and not choice.is_plain:
             note(str(choice))
         given |= completed(pipeline, given, template, count)
         if template:
             warn_of_others(template, f"{from_image}", pipeline.bundle.manifest, warn)
+        # Before the weights are read to check them, or for anything else.
+        plan = told(pipeline, pipeline.plan(**given, num_images_per_prompt=count), note)
+        pipeline.bundle.verify()
         index, drawn = (template.image_index, template.num_images) if template and count == 1 else (0, count)
         result = pipeline(**given, num_images_per_prompt=count)
     seconds = time.perf_counter() - started
@@ -86,6 +108,7 @@ def generate(
         ],
         "parameters": made[0].call() | msgspec.to_builtins(made[0]),
         "backend": {"name": choice.backend, "reason": choice.reason or "it was asked for"},
+        "memory": plan,
         "seconds": round(seconds, 3),
     }
 
@@ -150,6 +173,7 @@ def _record(result: Output, pipeline: Pipeline, index: int, drawn: int) -> Recor
         precision=manifest.precision,
         loras=_loras(manifest),
         backend=pipeline.backend,
+        vae_tiling=pipeline.session.decoder.tiles(request.height, request.width),
         version=f"zimgkit {zimgkit.__version__}",
     )
     return record

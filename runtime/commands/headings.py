@@ -37,6 +37,6 @@ class RunCommand(GroupedCommand):
             *("num_inference_steps", "guidance_scale", "cfg_scale", "cfg_normalization", "cfg_truncation"),
             "max_sequence_length",
         ),
-        "Bundle and device": ("bundle", "bundles", "backend", "device", "verify"),
+        "Bundle and device": ("bundle", "bundles", "backend", "device", "memory", "vae_tiling", "verify"),
         "Output": ("output", "columns", "quiet", "as_json"),
     }

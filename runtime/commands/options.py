@@ -12,7 +12,7 @@ import click
 from zimgkit.engines.base import BACKENDS
 from zimgkit.engines.choice import AUTO
 from zimgkit.runtime import demo_models
-from zimgkit.runtime.parameters import PARAMETERS, RECOMMENDED
+from zimgkit.runtime.parameters import PARAMETERS, RECOMMENDED, VAE_TILING
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -50,6 +50,20 @@ BACKEND = click.option(
 DEVICE = click.option(
     "--device",
     help="The device to run on: cpu, cuda or cuda:N; with openvino cpu, gpu or npu. [default: the best one present]",
+)
+MEMORY = click.option(
+    "--memory",
+    default="auto",
+    metavar="SIZE",
+    show_default=True,
+    help="How much memory to take: 8GB, 8GiB, 8192M, 50% of what is free, or auto for all of that.",
+)
+VAE_TILES = click.option(
+    "--vae-tiling",
+    type=click.Choice(VAE_TILING),
+    default="auto",
+    show_default=True,
+    help="Decode in tiles: where memory is short for the whole, always, or never.",
 )
 FROM_IMAGE = click.option(
     "--from-image", type=click.Path(path_type=Path), help="Take all parameters that are not given from this picture."

@@ -14,6 +14,7 @@ from zimgkit.engines.choice import AUTO
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.commands.generate import completed, filled, warn_of_others
+from zimgkit.runtime.commands.memory import told
 from zimgkit.runtime.parameters import BY_NAME, checked
 from zimgkit.runtime.pictures.metadata import read
 from zimgkit.runtime.pictures.saving import check_target, save
@@ -53,6 +54,8 @@ def draw_sheet(
     columns: int = 4,
     backend: str = AUTO,
     device: str | None = None,
+    memory: str = "auto",
+    vae_tiling: str = "auto",
     report: Report = silent,
     warn: Callable[[str], None] = lambda message: None,
     note: Callable[[str], None] = lambda message: None,
@@ -68,13 +71,15 @@ def draw_sheet(
         columns: cells side by side.
         backend: as for :meth:`Pipeline.open`.
         device: as for :meth:`Pipeline.open`.
+        memory: as for :meth:`Pipeline.open`.
+        vae_tiling: as for :meth:`Pipeline.open`.
         report: called with (stage, done, total).
         warn: called with what the user should know.
-        note: called with the backend that was chosen, and why, where none was named.
+        note: called with what is worth a line: the backend that was chosen, and how the pictures fit the memory.
 
     Returns:
-        ``path``, ``width``, ``height``, for each of ``bundles`` its name and the seconds its pictures took, and as
-        ``numbered`` the prompts that no font here can show, by what stands in their place.
+        ``path``, ``width``, ``height``, for each of ``bundles`` its name, backend, how it fits the memory and the
+        seconds its pictures took, and as ``numbered`` the prompts that no font here can show, by what stands there.
 
     Raises:
         ZimgError: whatever went wrong, in one line; no sheet is half-written.
@@ -98,22 +103,25 @@ def draw_sheet(
     made = []
     for bundle in bundles:
         started = time.perf_counter()
-        with Pipeline.open(demo_models.locate(bundle), backend=backend, device=device, warn=warn) as pipeline:
+        with Pipeline.open(
+            demo_models.locate(bundle), backend=backend, device=device, memory=memory, vae_tiling=vae_tiling, warn=warn
+        ) as pipeline:
             manifest, choice = pipeline.bundle.manifest, pipeline.session.choice
-            if choice.reason:
+            if choice.reason and not choice.is_plain:
                 note(f"{manifest.name} by {choice}")
             wanted = given | completed(pipeline, {"prompt": prompts[0], **given}, template, count)
             if template:
                 warn_of_others(template, f"{from_image}", manifest, warn)
+            longest = {"prompt": max(prompts, key=len), **wanted, "num_images_per_prompt": count}
+            plan = told(pipeline, pipeline.plan(**longest), note)
             row = []
             for number, prompt in enumerate(prompts):
                 report(manifest.name, number, len(prompts))
                 row.append(pipeline(prompt, **wanted, num_images_per_prompt=count).images)
             report(manifest.name, len(prompts), len(prompts))
         rows.append(row)
-        made.append(
-            {"name": manifest.name, "backend": choice.backend, "seconds": round(time.perf_counter() - started, 3)}
-        )
+        seconds = round(time.perf_counter() - started, 3)
+        made.append({"name": manifest.name, "backend": choice.backend, "memory": plan, "seconds": seconds})
     cells = [[picture for pictures in cell for picture in pictures] for cell in zip(*rows, strict=True)]
     page = compose(prompts, cells, columns)
     save(page, output)

@@ -6,12 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.engines.bundle import MANIFEST
+from zimgkit.engines.decoding import Width, decoded
+from zimgkit.engines.errors import CheckpointError
 from zimgkit.runtime.diffusion.latents import vae_normalization
 from zimgkit.runtime.diffusion.positions import text_encoder_rope, text_encoder_tables
+from zimgkit.runtime.pictures.tiles import Tiling
 
 if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle, TextConfig
@@ -24,6 +28,13 @@ StepInputs = Callable[[int], Feeds]
 """Step -> some of the denoiser's inputs."""
 Progress = Callable[[int, int], None]
 """Called with how much is done, and how much there is."""
+
+
+class TextEncoder(msgspec.Struct, frozen=True):
+    """How wide a text encoder is: with what its ``config.json`` has, or as wide as none is."""
+
+    hidden_size: Width = 1
+    intermediate_size: Width = 1
 
 
 class Family(ABC):
@@ -47,9 +58,14 @@ class Family(ABC):
     """The longest side the position tables allow, in pixels."""
     NEGATIVE_PROMPT: ClassVar[str | None]
     """What guidance uses where no negative prompt is given; None if there is no guidance then."""
+    TILING: ClassVar[Tiling]
+    """How a picture is decoded in tiles."""
 
     def __init__(self, config: Config, where: str = MANIFEST) -> None:
         self.rope = text_encoder_rope(config.get("text_encoder", {}), f"{where}: config.text_encoder")
+        self.text_encoder = decoded(
+            config.get("text_encoder", {}), TextEncoder, f"{where}: config.text_encoder", CheckpointError
+        )
         self.normalization = vae_normalization(config.get("vae", {}), f"{where}: config.vae")
 
     @staticmethod
@@ -86,6 +102,18 @@ class Family(ABC):
     @abstractmethod
     def to_vae(self, latents: Array, height: int, width: int) -> Array:
         """Latents to the VAE decoder's input, (batch, channels, height / 8, width / 8)."""
+
+    def text_encoder_widths(self) -> tuple[int, int]:
+        """How wide the text encoder is, and its feed-forward."""
+        return self.text_encoder.hidden_size, self.text_encoder.intermediate_size
+
+    @abstractmethod
+    def denoiser_widths(self) -> tuple[int, int]:
+        """How wide the denoiser is, and its feed-forward."""
+
+    @abstractmethod
+    def vae_channels(self) -> int:
+        """The most channels that the VAE decoder has in a feature map of the picture's size."""
 
     def text_encoder_inputs(self, input_ids: NDArray[np.int64]) -> Feeds:
         """Inputs of ``text_encoder`` for the token ids (1, tokens) of one prompt."""

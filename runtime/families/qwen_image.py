@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.engines.bundle import MANIFEST, TextConfig
-from zimgkit.engines.decoding import Even, decoded
+from zimgkit.engines.decoding import Even, Small, decoded
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.runtime.diffusion.guidance import norm_preserving_guidance
 from zimgkit.runtime.diffusion.latents import TokenLayout, denormalize, pack, unpack
@@ -18,6 +18,7 @@ from zimgkit.runtime.diffusion.positions import Tables, axis_tables, grid
 from zimgkit.runtime.diffusion.schedule import NUM_TRAIN_TIMESTEPS, Sigmas, timesteps
 from zimgkit.runtime.diffusion.time_embedding import frequencies, sinusoids
 from zimgkit.runtime.families.base import Array, Config, Family, Feeds, Progress, StepInputs
+from zimgkit.runtime.pictures.tiles import Tiling
 
 if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle
@@ -32,6 +33,15 @@ class Transformer(msgspec.Struct, frozen=True):
 
     in_channels: Annotated[int, msgspec.Meta(ge=4, le=4096, multiple_of=4)]
     axes_dims_rope: tuple[Even, Even, Even]
+    num_attention_heads: Small = 1
+    attention_head_dim: Small = 1
+
+
+class Vae(msgspec.Struct, frozen=True):
+    """What the host side reads of ``vae/config.json``, beside the normalization; the defaults are diffusers'."""
+
+    base_dim: Small = 96
+    dim_mult: Annotated[tuple[Small, ...], msgspec.Meta(min_length=2)] = (1, 2, 4, 4)
 
 
 class QwenImage(Family):
@@ -49,11 +59,13 @@ class QwenImage(Family):
     MAX_SIDE = 8192
     USES_CHAT_TEMPLATE = False
     NEGATIVE_PROMPT = None
+    TILING = Tiling(512, 128, is_close=True)  # Its norms are of each pixel; only the one attention sees the whole.
 
     def __init__(self, config: Config, where: str = MANIFEST) -> None:
         super().__init__(config, where)
-        found, where = config.get("transformer", {}), f"{where}: config.transformer"
-        self.transformer = decoded(found, Transformer, where, CheckpointError)
+        transformer, vae = config.get("transformer", {}), config.get("vae", {})
+        self.transformer = decoded(transformer, Transformer, f"{where}: config.transformer", CheckpointError)
+        self.vae = decoded(vae, Vae, f"{where}: config.vae", CheckpointError)
 
     @staticmethod
     def dynamic_dimensions(height: int, width: int, tokens: int) -> dict[str, int]:
@@ -91,6 +103,15 @@ class QwenImage(Family):
     def to_vae(self, latents: Array, height: int, width: int) -> Array:
         """Unpack, and undo the VAE's normalization."""
         return denormalize(unpack(latents, LAYOUT, height // 8, width // 8), self.normalization)
+
+    def denoiser_widths(self) -> tuple[int, int]:
+        """A feed-forward is 4 times as wide."""
+        width = self.transformer.num_attention_heads * self.transformer.attention_head_dim
+        return width, 4 * width
+
+    def vae_channels(self) -> int:
+        """The last upsampler takes the channels of the level before, and halves them."""
+        return self.vae.base_dim * self.vae.dim_mult[1]
 
     def conditioner_inputs(self, prompt_embeds: Array) -> Feeds:
         """The rows as they are."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.engines.bundle import MANIFEST, TextConfig
-from zimgkit.engines.decoding import Count, Even, Number, Positive, Small, decoded
+from zimgkit.engines.decoding import Count, Even, Number, Positive, Small, Width, decoded
 from zimgkit.engines.errors import CheckpointError, UsageError
 from zimgkit.runtime.diffusion.guidance import norm_capped_guidance
 from zimgkit.runtime.diffusion.latents import TokenLayout, denormalize, pack, unpack
@@ -17,6 +17,7 @@ from zimgkit.runtime.diffusion.positions import Tables, axis_tables, grid
 from zimgkit.runtime.diffusion.schedule import NUM_TRAIN_TIMESTEPS, Sigmas, linspace_float32, timesteps
 from zimgkit.runtime.diffusion.time_embedding import frequencies, sinusoids
 from zimgkit.runtime.families.base import Array, Config, Family, Feeds, Progress, StepInputs
+from zimgkit.runtime.pictures.tiles import Tiling
 
 if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle
@@ -34,6 +35,13 @@ class Transformer(msgspec.Struct, frozen=True):
     axes_lens: tuple[Count, Count, Count]
     rope_theta: Positive
     t_scale: Number
+    dim: Width = 1
+
+
+class Vae(msgspec.Struct, frozen=True):
+    """What the host side reads of ``vae/config.json``, beside the normalization; the default is diffusers'."""
+
+    block_out_channels: Annotated[tuple[Width, ...], msgspec.Meta(min_length=2)] = (64, 64)
 
 
 class ZImage(Family):
@@ -50,11 +58,13 @@ class ZImage(Family):
     MAX_SIDE = 8192
     USES_CHAT_TEMPLATE = True
     NEGATIVE_PROMPT = ""
+    TILING = Tiling(1024, 256, is_close=False)  # Group norms see a tile's own pixels only.
 
     def __init__(self, config: Config, where: str = MANIFEST) -> None:
         super().__init__(config, where)
-        found, where = config.get("transformer", {}), f"{where}: config.transformer"
-        self.transformer = decoded(found, Transformer, where, CheckpointError)
+        transformer, vae = config.get("transformer", {}), config.get("vae", {})
+        self.transformer = decoded(transformer, Transformer, f"{where}: config.transformer", CheckpointError)
+        self.vae = decoded(vae, Vae, f"{where}: config.vae", CheckpointError)
 
     @staticmethod
     def dynamic_dimensions(height: int, width: int, tokens: int) -> dict[str, int]:
@@ -92,6 +102,14 @@ class ZImage(Family):
     def to_vae(self, latents: Array, height: int, width: int) -> Array:
         """Undo the VAE's scaling."""
         return denormalize(latents, self.normalization)
+
+    def denoiser_widths(self) -> tuple[int, int]:
+        """A feed-forward is 8/3 as wide."""
+        return self.transformer.dim, int(self.transformer.dim / 3 * 8)
+
+    def vae_channels(self) -> int:
+        """The last upsampler keeps the channels of its level."""
+        return self.vae.block_out_channels[1]
 
     def conditioner_inputs(self, prompt_embeds: Array) -> Feeds:
         """Pad the caption to a multiple of 32 tokens; the pads' rows are replaced by a learned token in the network."""

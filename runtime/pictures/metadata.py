@@ -54,6 +54,7 @@ PROVENANCE: dict[str, tuple[str, type]] = {
     "Precision": ("precision", str),
     "LoRAs": ("loras", str),
     "Backend": ("backend", str),
+    "VAE tiling": ("vae_tiling", str),
     "Model": ("model", str),
     "Version": ("version", str),
 }
@@ -85,6 +86,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     loras: str | None = None
     """What is merged into the bundle: files, scales and the beginnings of hashes."""
     backend: str | None = None
+    vae_tiling: str | None = None
+    """Size and stride of the tiles it was decoded in, such as ``"1024/768"``."""
     version: str | None = None
     """The program and its version, such as ``"zimgkit 0.1.0"``."""
 

@@ -128,15 +128,15 @@ class TestGraphs:
     @pytest.mark.parametrize(
         ("key", "value", "says"),
         [
-            ("offset", "9", "is no graph that zimgkit wrote"),
-            ("offset", "-8", "is no graph that zimgkit wrote"),
-            ("offset", "eight", "is no graph that zimgkit wrote"),
-            ("length", "72", "is no graph that zimgkit wrote"),
-            ("length", "9" * 30, "is no graph that zimgkit wrote"),
-            ("location", "/etc/passwd", "leads out of the bundle"),
-            ("location", "../other", "leads out of the bundle"),
-            ("location", "other", "does not list"),
-            ("location", "*/_ORT_MEM_ADDR_/*", "is no graph that zimgkit wrote"),
+            ("offset", "9", "net.onnx is broken: "),
+            ("offset", "-8", "net.onnx is broken: "),
+            ("offset", "eight", "net.onnx is broken: "),
+            ("length", "72", "net.onnx is broken: "),
+            ("length", "9" * 30, "net.onnx is broken: "),
+            ("location", "/etc/passwd", "net.onnx is broken: "),
+            ("location", "../other", "net.onnx is broken: "),
+            ("location", "other", "net.onnx is broken: "),
+            ("location", "*/_ORT_MEM_ADDR_/*", "net.onnx is broken: "),
         ],
     )
     def test_of_weights_that_are_not_there(self, tmp_path: Path, key: str, value: str, says: str) -> None:

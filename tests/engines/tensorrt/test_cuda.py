@@ -148,7 +148,8 @@ class TestMemory:
             cuda.DeviceBuffer(5 << 30)
         assert str(caught.value) == (
             "the GPU is out of memory: 5.00 GiB more are needed, 3.00 of 3.00 are free; ask for a smaller picture, "
-            "free the device's memory, compile with a --weight-streaming-budget, or use a bundle of lower precision"
+            "free the device's memory, compile with a --weight-streaming-budget and run with --memory, "
+            "or use a bundle of lower precision"
         )
 
     def test_out_of_pinned_memory(self, machine):

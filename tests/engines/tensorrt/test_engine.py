@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 from tests import fake_tensorrt, handmade
 from tests.fake_tensorrt import Machine, Misuse, compile_bundle
 from zimgkit.engines.base import Engine, Handle, open_engine
-from zimgkit.engines.bundle import Bundle, Component, Refit, TensorSpec, record_files, write_manifest
+from zimgkit.engines.bundle import Bundle, CompiledEngine, Component, Refit, TensorSpec, record_files, write_manifest
 from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError, install
 from zimgkit.engines.tensorrt import api as tensorrt_api
 from zimgkit.engines.tensorrt import engine as tensorrt
@@ -628,6 +628,31 @@ class TestWeights:
         assert engine._plan._engine.weight_streaming_budget_v2 == (800 if budget is None else budget)
         assert_right(engine.run(feeds(3)), feeds(3))
 
+    @pytest.mark.parametrize(
+        ("wanted", "free", "kept"),
+        [
+            (None, 10**9, 800),
+            (None, 1300, 300),
+            (None, 900, 0),
+            (500, 10**9, 500),
+            (500, 1300, 300),
+            (5000, 10**9, 800),
+        ],
+    )
+    def test_as_many_weights_stay_as_there_is_room_for(self, monkeypatch, wanted, free, kept):
+        monkeypatch.setattr(tensorrt_plan, "RESERVED", 100)
+        entry = CompiledEngine(
+            "net", "net.plan", "tensorrt", "tensorrt", "11", "sm90", "", (), memory_bytes=900,
+            weight_streaming_budget=wanted, streamable=True,
+        )  # fmt: skip
+        assert tensorrt_plan.streaming_budget(entry, weights=800, free=free) == kept
+
+    def test_room_is_taken_into_account_when_a_plan_is_loaded(self, root, machine, monkeypatch):
+        monkeypatch.setattr(tensorrt_plan.cuda, "memory", lambda: ((256 << 20) + 300, 1 << 40))
+        engine = open_engine(compile_bundle(root, [LENGTHS], streamable=True), "net", "tensorrt")
+        assert engine._plan._engine.weight_streaming_budget_v2 == 300 == engine.memory_bytes
+        assert_right(engine.run(feeds(3)), feeds(3))
+
 
 class TestMemory:
     def test_what_it_holds(self, engine, machine, root):
@@ -847,7 +872,8 @@ def test_the_calls_exist_in_the_real_tensorrt():
         trt.TensorLocation: "DEVICE",
         trt.DataType: " ".join([*tensorrt_plan.DTYPES.values(), *tensorrt_plan.WEIGHTS.values()]),
         trt.ICudaEngine: "create_runtime_config create_execution_context weight_streaming_budget_v2 get_tensor_mode "
-        "get_tensor_dtype get_tensor_name num_io_tensors get_tensor_location num_optimization_profiles",
+        "streamable_weights_size get_tensor_dtype get_tensor_name num_io_tensors get_tensor_location "
+        "num_optimization_profiles",
         trt.IRuntimeConfig: "set_execution_context_allocation_strategy",
         trt.IExecutionContext: "set_optimization_profile_async set_input_shape update_device_memory_size_for_shapes "
         "get_tensor_shape set_tensor_address set_device_memory execute_async_v3",

@@ -5,53 +5,27 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import zimgkit.export.build as building
 import zimgkit.export.cli.main as cli
 import zimgkit.export.compilers.compile as compiling
 from tests.commands import invoke
 from zimgkit.engines.bundle import MANIFEST, Bundle
-from zimgkit.engines.errors import BackendError, UsageError, install
+from zimgkit.engines.errors import BackendError, install
 from zimgkit.engines.tensorrt import api as tensorrt_api
 from zimgkit.export.cli.compile import compiled_text
-from zimgkit.export.cli.compile_options import compile_arguments, parse_bytes
+from zimgkit.export.cli.compile_options import compile_arguments
 from zimgkit.export.compilers.shape_profiles import ServedShapes
 from zimgkit.export.compilers.tensorrt.compiler import CompilerOptions
 
-UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "gb": 10**9, "KiB": 2**10, "mib": 2**20, "GiB": 2**30}
 PLAIN: dict[str, Any] = {
     "sizes": (), "min_size": None, "opt_size": None, "max_size": None, "max_prompt_tokens": None, "batch": 1,
     "components": (), "weight_streaming_budget": None, "workspace": None, "optimization_level": None,
     "refittable": False, "stripped": False, "force": False,
 }  # fmt: skip
-
-
-@given(st.integers(0, 10**9), st.integers(0, 999), st.sampled_from(sorted(UNITS)), st.sampled_from(["", " "]))
-def test_amounts_of_memory(whole, thousandths, unit, space):
-    assert parse_bytes(f"{whole}{space}{unit}") == whole * UNITS[unit]
-    exact = (whole + Fraction(thousandths, 1000)) * UNITS[unit]
-    assert parse_bytes(f" {whole}.{thousandths:03}{space}{unit}\n") == exact.numerator // exact.denominator
-
-
-def test_no_amount_is_none():
-    assert parse_bytes(None) is None
-    assert parse_bytes("9223372036854775807") == 2**63 - 1
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "GB", "-1", "1e9", "8G", "8 giga", "8iB", "8TB", "1,5GB", "0x10", "8GB 1", "nan", "9223372036854775808",
-     "9999999999999GB", "9" * 5000, "1." + "9" * 5000],
-)  # fmt: skip
-def test_what_is_no_amount(text):
-    with pytest.raises(UsageError, match="is no amount of memory; give bytes, such as 8GB or 512MiB"):
-        parse_bytes(text)
 
 
 def test_options_become_arguments():

@@ -372,3 +372,20 @@ def test_what_was_measured_is_kept_for_each_gpu(compiler, bundle, monkeypatch):
             compile_bundle(bundle.root, options=given, weight_streaming_budget=10)
     assert [options.timing_cache for options in asked] == [timing_cache(gpu), Path("mine"), None]
     assert all(options.weight_streaming for options in asked)
+
+
+@pytest.mark.parametrize(
+    ("least", "budget", "streamable"), [(1, None, True), (1 << 40, None, False), (1 << 40, 5, True)]
+)
+def test_plans_of_large_components_can_stream_their_weights(bundle, monkeypatch, least, budget, streamable):
+    asked = []
+
+    def stop(graph: Any, component: Any, profiles: Any, file: Path, options: CompilerOptions, report: Any) -> None:
+        asked.append(options.weight_streaming)
+        raise BackendError("enough")
+
+    monkeypatch.setattr(compiling, "compile_plan", stop)
+    monkeypatch.setattr(compiling, "STREAMED_FROM", least)
+    with pytest.raises(BackendError, match="enough"):
+        compile_bundle(bundle.root, components=["conditioner"], weight_streaming_budget=budget)
+    assert asked == [streamable]

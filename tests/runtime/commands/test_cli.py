@@ -11,7 +11,8 @@ from PIL import Image
 
 from tests.commands import invoke
 from zimgkit.engines.bundle import MANIFEST
-from zimgkit.runtime import Pipeline
+from zimgkit.engines.choice import Choice
+from zimgkit.runtime import Pipeline, session
 from zimgkit.runtime.commands.cli import main
 from zimgkit.runtime.pictures.metadata import Parameters, read
 from zimgkit.runtime.pictures.saving import save
@@ -262,12 +263,14 @@ def test_a_picture_that_says_odd_things(bundle, tmp_path):
     assert refused.err.splitlines()[-1] == "zimg-run: error: height is -16; give a number from 16 to 8192"
 
 
-def test_the_backend_that_was_chosen_is_told(tmp_path):
+def test_the_backend_that_was_chosen_is_told(tmp_path, monkeypatch):
     small = ("--height", 16, "--width", 16, "--num-inference-steps", 1, "--json", "--output", tmp_path / "a.png")
     shown = invoke(main, "generate", "a", *small)
     chosen = json.loads(shown.out)["backend"]
-    assert chosen["name"] == "onnxruntime"
-    assert shown.err == f"onnxruntime: {chosen['reason']}\n"
+    assert chosen == {"name": "onnxruntime", "reason": "so small a model is opened fastest"}
+    assert shown.err == ""
+    monkeypatch.setattr(session, "choose_backend", lambda *_: Choice("onnxruntime", "another one is missing"))
+    assert invoke(main, "generate", "a", *small).err == "onnxruntime: another one is missing\n"
     assert invoke(main, "generate", "a", *small, "--quiet").err == ""
     named = invoke(main, "generate", "a", *small, "--backend", "onnxruntime")
     assert (named.err, json.loads(named.out)["backend"]["reason"]) == ("", "it was asked for")

@@ -1,0 +1,222 @@
+"""What each component takes, from the manifest's figures: weights, what an engine keeps of them, and working memory.
+
+The factors were measured with ``benchmarks/engine_memory.py``, whose figures are in ``benchmarks/README.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zimgkit.engines.bundle import CPU_GRAPH, Bundle, Manifest
+from zimgkit.engines.cpu import adds_integers_exactly
+
+if TYPE_CHECKING:
+    from zimgkit.runtime.families import Family
+
+COPIES = {
+    # It packs matrices of float32 for its kernels; those of other types are read as they lie.
+    ("onnxruntime", "float32"): 1.0,
+    # Its constants are its own.
+    ("openvino", "float32"): 1.0,
+    ("openvino", "bfloat16"): 1.0,
+    ("openvino", "int8"): 1.0,
+    ("openvino", "int8-weights"): 1.0,
+    ("openvino", "int4-weights"): 1.0,
+}
+"""(backend, precision) -> memory of its own that an open engine holds on a CPU, per byte of its weights as they are
+stored. The others compute on the mapped file."""
+WIDENED = 2.4
+"""How often ONNX Runtime holds 8-bit weights in float32 while it opens a graph that dequantizes them."""
+ORDER = ("text_encoder", "conditioner", "denoiser", "vae_decoder")
+"""The components with a graph, in the order a picture uses them."""
+QUANTIZED = ("text_encoder", "denoiser")
+"""Those that a quantized bundle quantizes."""
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.03, "int8": 1.03, "int8-weights": 1.03, "int4-weights": 0.6}
+"""Precision -> bytes of a weight, scales included."""
+FLOAT = 4
+"""Bytes of a number that a CPU computes in: float32."""
+MARGIN = 1.1
+"""On what is reckoned."""
+BASE = 192 << 20
+"""Bytes of the program itself, without weights: the interpreter, its libraries and what their allocators keep."""
+TOKEN_ROWS, TOKEN_HIDDEN_ROWS = 14, 3
+"""How many rows of a transformer's width, and of its feed-forward's, a token takes at the most."""
+WEIGHTS_AT_ONCE = 5
+"""Matrices of another type that are at one time there in float32 as well."""
+PIXEL_MAPS = 4
+"""Feature maps of the VAE decoder that are there at one time, of the picture's size and its most channels there."""
+PIXELS = 8 * 3 * FLOAT
+"""Bytes of a pixel while a picture is put together, cut to bytes and saved."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one component takes, in bytes."""
+
+    mapped: int = 0
+    """Files that an open engine reads its weights from. The system takes their memory back where it is short."""
+    held: int = 0
+    """What an open engine holds beside that."""
+    working: int = 0
+    """What it takes besides while it runs."""
+    releases: bool = False
+    """Whether an engine lets go of its files once it has a copy of its own."""
+
+    @property
+    def opened(self) -> int:
+        """Of an open engine, the files that it reads from included."""
+        return self.held + (0 if self.releases else self.mapped)
+
+    @property
+    def addresses(self) -> int:
+        """Of the address space, at the most: files may be let go of late."""
+        return self.held + self.mapped
+
+
+def precision_of(manifest: Manifest) -> str:
+    """Of the weights: what they are quantized to, or their element type."""
+    return manifest.quantization.precision if manifest.quantization else manifest.precision
+
+
+def on_host(backend: str, device: str | None) -> bool:
+    """Whether a backend computes in the host's memory, as far as can be told without loading it.
+
+    Args:
+        backend: its name.
+        device: as the user names it; None for the best one present.
+    """
+    if device is not None:
+        return device.lower().startswith("cpu")
+    if backend.startswith("tensorrt"):
+        return False
+    if backend == "openvino" or not Path("/proc/driver/nvidia/version").exists():
+        return True
+    if backend == "onnxruntime":
+        found = find_spec("onnxruntime")
+        folders = (found.submodule_search_locations if found else None) or ()
+        return not any(Path(folder, "capi/libonnxruntime_providers_cuda.so").exists() for folder in folders)
+    return False
+
+
+def stored_bytes(manifest: Manifest, precision: str | None = None) -> dict[str, int]:
+    """Bytes of the weights of each component with a graph, in the order a picture uses them.
+
+    Args:
+        manifest: of a bundle.
+        precision: another one than the bundle's, of which it is reckoned.
+    """
+    components = {name: manifest.components[name] for name in ORDER if name in manifest.components}
+    if precision is None:
+        return {name: component.weight_bytes for name, component in components.items() if component.graphs}
+    of_weight = {name: BYTES[precision] if name in QUANTIZED else BYTES["bfloat16"] for name in ORDER}
+    return {name: math.ceil(of_weight[name] * entry.parameters) for name, entry in components.items() if entry.graphs}
+
+
+def widened_bytes(manifest: Manifest, backend: str) -> dict[str, float]:
+    """What opening takes of the components whose weights ONNX Runtime widens on this CPU.
+
+    Those are quantized in 8 bits, of bundles from before there were graphs for CPUs, or on a CPU that cannot run these.
+    """
+    precision = manifest.quantization.precision if manifest.quantization else ""
+    if backend != "onnxruntime" or precision not in ("fp8", "int8", "int8-weights"):
+        return {}
+    is_served = precision == "fp8" or adds_integers_exactly()
+    components = {name: manifest.components[name] for name in QUANTIZED if name in manifest.components}
+    return {
+        name: WIDENED * FLOAT * component.parameters
+        for name, component in components.items()
+        if not is_served or CPU_GRAPH not in component.graphs
+    }
+
+
+def host_needs(
+    stored: Mapping[str, int],
+    precision: str,
+    family: Family,
+    backend: str,
+    sizes: Mapping[str, int],
+    batch: int = 1,
+    widened: Mapping[str, float] = {},
+) -> dict[str, Need]:
+    """What each component takes where it computes in the host's memory.
+
+    Args:
+        stored: bytes of its weights.
+        precision: of the weights.
+        family: of the bundle.
+        backend: what runs it.
+        sizes: dynamic dimension -> length, as :meth:`.families.base.Family.dynamic_dimensions` gives them. Those of the
+            VAE decoder may be a tile's.
+        batch: pictures that are denoised together.
+        widened: as :func:`widened_bytes` gives it.
+    """
+    copies = COPIES.get((backend, precision), 0.0)
+    working = _working(family, sizes, batch, cast=precision != "float32")
+    held = {name: widened.get(name, copies * size) for name, size in stored.items()}
+    if "vae_decoder" in held:
+        # Whatever convolutions are stored in, their kernels are computed with in float32.
+        in_float32 = stored["vae_decoder"] * (1 if precision == "float32" else 2)
+        if backend == "onnxruntime":
+            held["vae_decoder"] = in_float32  # It packs them once.
+        elif precision != "float32":
+            working["vae_decoder"] += in_float32
+    releases = backend == "onnxruntime" and copies > 0
+    return {
+        name: Need(size, math.ceil(MARGIN * held[name]), math.ceil(MARGIN * working[name]), releases)
+        for name, size in stored.items()
+    }
+
+
+def device_needs(
+    bundle: Bundle, family: Family, backend: str, sizes: Mapping[str, int], batch: int = 1
+) -> dict[str, Need]:
+    """Likewise on a device of its own. A plan's working memory, for its largest shapes, is among its bytes."""
+    working = _working(family, sizes, batch, cast=False)
+    return {
+        name: Need(
+            held=engine_bytes(bundle, name, backend),
+            working=0 if bundle.engines(name, backend) else math.ceil(MARGIN * working[name]),
+        )
+        for name in stored_bytes(bundle.manifest)
+    }
+
+
+def engine_bytes(bundle: Bundle, component: str, backend: str) -> int:
+    """What an engine of a component takes: its plan and working memory where it is compiled, else its weights."""
+    sizes = []
+    for engine in bundle.engines(component, backend):
+        stored = sum(bundle.manifest.files[name].size for name in engine.files)
+        if engine.weight_streaming_budget is not None:
+            stored = min(stored, engine.weight_streaming_budget)
+        sizes.append(stored + engine.memory_bytes)
+    return max(sizes, default=bundle.component(component).weight_bytes)
+
+
+def _working(family: Family, sizes: Mapping[str, int], batch: int, *, cast: bool) -> dict[str, float]:
+    """Working memory in float32, by component."""
+    encoder, denoiser = family.text_encoder_widths(), family.denoiser_widths()
+    pixels = 64 * sizes["height"] * sizes["width"]
+    return {
+        "text_encoder": _transformer(encoder, sizes["tokens"], cast=cast),
+        "conditioner": _transformer(denoiser, sizes["tokens"], cast=cast),
+        "denoiser": _transformer(denoiser, batch * sizes["all_tokens"], cast=cast),
+        "vae_decoder": pixels * (PIXEL_MAPS * FLOAT * family.vae_channels() + PIXELS),
+    }
+
+
+def _transformer(widths: tuple[int, int], tokens: int, *, cast: bool) -> float:
+    """Of a transformer whose attention takes memory linear in the tokens.
+
+    Args:
+        widths: its own, and its feed-forward's.
+        tokens: of all pictures at once.
+        cast: whether weights are of another type than it computes in.
+    """
+    width, hidden = widths
+    activations = tokens * (TOKEN_ROWS * width + TOKEN_HIDDEN_ROWS * hidden)
+    return FLOAT * (activations + (WEIGHTS_AT_ONCE * width * hidden if cast else 0))
