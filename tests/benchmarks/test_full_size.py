@@ -98,7 +98,7 @@ def test_what_printed_nothing_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(("gib", "code"), [(2.2, 0), (2.4, 1)])
 def test_opening_has_a_bound(gib, code):
-    phase = {"peak": {"resident": gib * 2**30}, "anonymous_peak": 1, "seconds": [1.0], "cpu_seconds": [1.0]}
+    phase = {"peak": {"resident": 5 * 2**30}, "anonymous_peak": gib * 2**30, "seconds": [1.0], "cpu_seconds": [1.0]}
     run = {"outcome": "ran", "finite": True, "opening": phase, "held": {"anonymous": 1}, "running": phase}
     assert full_size.report(result_of(run)) == code
 
