@@ -138,7 +138,8 @@ def cast_parameters(function: ir.Function, kind: Kind, stored: Sequence[str]) ->
         computed = str(parameter.dtype).removeprefix("torch.")
         if computed == dtype or not (value := function.inputs[index]).uses():
             continue
-        function.inputs[index] = taken = ir.Value(name=name)
+        stored_type = ir.TensorType(ir.DataType(BY_NAME[dtype].onnx))
+        function.inputs[index] = taken = ir.Value(name=name, type=stored_type)
         wanted = {"to": ir.DataType(BY_NAME[computed].onnx)}
         _cast_rows(function, value, taken, wanted)
         if not value.uses():
@@ -159,7 +160,7 @@ def _cast_rows(function: ir.Function, table: ir.Value, taken: ir.Value, wanted: 
             cast = ir.node("Cast", [rows], dict(wanted))
             cast.outputs[0].name = f"{rows.name}_cast"
             take_over(rows, cast.outputs[0])
-            rows.type = None  # That of the table now.
+            rows.type = taken.type
             cast.replace_input_with(0, rows)
             node.replace_input_with(0, taken)
             function.insert_after(node, cast)
