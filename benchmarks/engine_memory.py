@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import common
-import numpy as np
+from component_run import random_feeds
 
 from zimgkit.engines.base import BACKENDS, open_engine
 from zimgkit.engines.bundle import Bundle
-from zimgkit.engines.shapes import output_shape
 from zimgkit.runtime.families import family_of
 from zimgkit.runtime.memory.needs import ORDER, host_needs, precision_of, stored_bytes
 
@@ -66,21 +65,6 @@ def dynamic_dimensions(bundle: Bundle, size: int) -> dict[str, int]:
     return family_of(bundle.manifest).dynamic_dimensions(size, size, TOKENS) | {"batch": 1}
 
 
-def inputs(bundle: Bundle, component: str, size: int) -> dict[str, Any]:
-    """Random inputs of a component."""
-    sizes, rng = dynamic_dimensions(bundle, size), np.random.default_rng(0)
-    feeds: dict[str, Any] = {}
-    for name, spec in bundle.component(component).inputs.items():
-        shape = output_shape(spec, sizes)
-        if spec.dtype == "bool":
-            feeds[name] = np.zeros(shape, bool)
-        elif spec.dtype == "int64":
-            feeds[name] = rng.integers(0, 100, shape)
-        else:
-            feeds[name] = rng.uniform(-1, 1, shape).astype(np.float32)
-    return feeds
-
-
 def measured(folder: Path, component: str, backend: str, size: int) -> dict[str, int]:
     """Open an engine in this process and run it twice.
 
@@ -88,7 +72,7 @@ def measured(folder: Path, component: str, backend: str, size: int) -> dict[str,
         Bytes: ``opening``, at the most while it is opened; ``held`` afterwards; ``working`` beside that at the most.
     """
     bundle = Bundle.open(folder, verify=False)
-    feeds = inputs(bundle, component, size)
+    feeds = random_feeds(bundle.component(component).inputs, dynamic_dimensions(bundle, size))
     import_module(BACKENDS[backend])
     start = anonymous()
     with watch() as opening:

@@ -1,10 +1,13 @@
-"""Write a checkpoint whose transformer has the real size and random weights, made piece by piece on a device.
+"""Write checkpoints of the real size with random weights: a transformer made on a device, or everything in a hurry.
 
-Its text encoder, VAE and tokenizer are the tiny ones of the tests: a bundle has to have some.
+Beside a transformer made on a device, text encoder and VAE are the tiny ones of the tests: a bundle has to have some.
+
+    python benchmarks/random_checkpoint.py FAMILY FOLDER         # all components, of one block of numbers, repeated
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shutil
@@ -14,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import common
 import families
+import numpy as np
+import sparse_checkpoint
 from sparse_checkpoint import shapes_of, write_holes
 
-from zimgkit.export.networks.registry import WEIGHT_FILES
+from zimgkit.export.networks.registry import FAMILIES, WEIGHT_FILES
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +31,8 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 24
 """How many weights are made at a time."""
+BLOCK = (1 << 22) - 3
+"""How many numbers are repeated; prime, so that no two rows of a weight are the same."""
 
 
 def transformer_config(family: str, *, tiny: bool = False, layers: int | None = None) -> dict[str, Any]:
@@ -70,18 +77,61 @@ def write(family: str, folder: Path, config: dict[str, Any], *, device: str = "c
                     out.write(piece.data)
 
 
+def fill(folder: Path, seed: int = 0) -> None:
+    """Fill the files of :func:`sparse_checkpoint.write`, all in bfloat16, with one block of random numbers, repeated.
+
+    That takes as long as the disk does. The block is scaled to what each tensor is.
+
+    Args:
+        folder: the checkpoint.
+        seed: of the numbers.
+    """
+    from zimgkit.engines.tensors.dtypes import float32_to_bfloat16
+    from zimgkit.engines.tensors.safetensors import read_header
+
+    block = np.random.default_rng(seed).standard_normal(BLOCK, np.float32)
+    for file in sorted(folder.rglob("*.safetensors")):
+        with file.open("r+b") as out:
+            for info in read_header(file).values():
+                mean, deviation = distribution(info.name, info.shape)
+                size = math.prod(info.shape)
+                numbers = float32_to_bfloat16(mean + deviation * block[: min(BLOCK, size)])
+                out.seek(info.offset)
+                for start in range(0, size, BLOCK):
+                    out.write(numbers[: size - start].data)
+
+
+def distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and deviation of a tensor's numbers: products keep the size of what they multiply; norms by about one."""
+    if "pad_token" in name:
+        return 0.0, 1.0
+    if math.prod(shape[1:]) > 1:
+        return 0.0, math.prod(shape[1:]) ** -0.5
+    return (1.0 if name.endswith(("weight", "gamma")) else 0.0), 0.02
+
+
 def _pieces(info: TensorInfo, generator: torch.Generator) -> Iterator[NDArray[Any]]:
-    """Normal numbers as bfloat16 bits. Products keep the size of what they multiply; norms multiply by about one."""
+    """Normal numbers as bfloat16 bits."""
     import torch
 
-    mean, deviation = 0.0, 0.02
-    if "pad_token" in info.name:
-        deviation = 1.0
-    elif len(info.shape) > 1:
-        deviation = math.prod(info.shape[1:]) ** -0.5
-    elif info.name.endswith("weight"):
-        mean = 1.0
+    mean, deviation = distribution(info.name, info.shape)
     size = math.prod(info.shape)
     for start in range(0, size, PIECE):
         values = torch.randn(min(PIECE, size - start), generator=generator, device=generator.device)
         yield values.mul_(deviation).add_(mean).bfloat16().view(torch.int16).cpu().numpy()
+
+
+def main() -> None:
+    """The script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--holes", action="store_true", help="leave the weights zero: they take no disk")
+    options = parser.parse_args()
+    print(sparse_checkpoint.write(options.family, options.folder))
+    if not options.holes:
+        fill(options.folder)
+
+
+if __name__ == "__main__":
+    main()

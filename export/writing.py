@@ -17,6 +17,7 @@ from zimgkit.export.attachments.cut import cut
 from zimgkit.export.graphs.assemble import assemble_all
 from zimgkit.export.graphs.flash_attention import FlashAttention
 from zimgkit.export.graphs.plan import Plan, record
+from zimgkit.export.graphs.weights_first import WeightsFirst
 from zimgkit.export.networks.parts import Part
 from zimgkit.export.quantization.integer_products import IntegerProducts
 from zimgkit.export.weights.layout import base_name, graph_name, lora_name
@@ -90,6 +91,7 @@ def _for_cpu(model: ir.Model) -> ir.Model:
     """A graph that computes in float32, with what ONNX Runtime's CPU kernels do best; the model is changed."""
     FlashAttention()(model)
     IntegerProducts()(model)
+    WeightsFirst()(model)
     return model
 
 

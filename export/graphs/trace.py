@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from zimgkit.engines.tensors.dtypes import BY_NAME
 from zimgkit.export.graphs.constant_reshape import ConstantReshape
+from zimgkit.export.graphs.nodes import take_over
 
 OPSET = 23
 """The first with ``RMSNormalization``, ``RotaryEmbedding`` and ``Attention``; 24 loses the first in the exporter."""
@@ -137,13 +138,32 @@ def cast_parameters(function: ir.Function, kind: Kind, stored: Sequence[str]) ->
         computed = str(parameter.dtype).removeprefix("torch.")
         if computed == dtype or not (value := function.inputs[index]).uses():
             continue
-        function.inputs[index] = taken = ir.Value(name=name)
-        cast = ir.node("Cast", [taken], {"to": ir.DataType(BY_NAME[computed].onnx)})
+        stored_type = ir.TensorType(ir.DataType(BY_NAME[dtype].onnx))
+        function.inputs[index] = taken = ir.Value(name=name, type=stored_type)
+        wanted = {"to": ir.DataType(BY_NAME[computed].onnx)}
+        _cast_rows(function, value, taken, wanted)
+        if not value.uses():
+            continue
+        cast = ir.node("Cast", [taken], wanted)
         ir.convenience.replace_all_uses_with(value, cast.outputs[0])
         cast.outputs[0].name = f"{name}_{computed}"
         casts.append(cast)
     if casts:
         function.insert_before(function[0], casts)
+
+
+def _cast_rows(function: ir.Function, table: ir.Value, taken: ir.Value, wanted: Mapping[str, ir.DataType]) -> None:
+    """Cast the rows that are looked up in a table, not all of it: an embedding has one for each word there is."""
+    for node, index in list(table.uses()):
+        if node.op_type == "Gather" and index == 0:
+            rows = node.outputs[0]
+            cast = ir.node("Cast", [rows], dict(wanted))
+            cast.outputs[0].name = f"{rows.name}_cast"
+            take_over(rows, cast.outputs[0])
+            rows.type = taken.type
+            cast.replace_input_with(0, rows)
+            node.replace_input_with(0, taken)
+            function.insert_after(node, cast)
 
 
 def _as_function(kind: Kind, graph: ir.Graph) -> ir.Function:

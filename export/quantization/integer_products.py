@@ -126,10 +126,6 @@ def _round_tokens(function: ir.Function, node: ir.Node, value: ir.Value, *, twic
 
 def _integer_product(function: ir.Function, node: ir.Node, tokens: _Tokens, weight: ir.Value) -> ir.Value:
     """The product with a weight (out, in) of int8, float32, without the weight's scales."""
-    # A shape that follows from the input: what depends on weights alone ONNX Runtime does for all blocks at the start.
-    width = insert(function, node, "Shape", [tokens.high], {"start": -1})
-    shape = insert(function, node, "Concat", [constant(function, node, np.array([-1])), width], {"axis": 0})
-    weight = insert(function, node, "Reshape", [weight, shape])
     turned = insert(function, node, "Transpose", [weight], {"perm": [1, 0]})
 
     def product(left: ir.Value) -> ir.Value:

@@ -132,6 +132,15 @@ def test_bfloat16_weights_computed_in_float32(name, tmp_path):
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 
+def test_rows_of_an_embedding_are_cast_not_all_of_it(tmp_path):
+    part = PARTS["qwen3"]
+    model = assemble(plan_of(part), store(real(part, 2), tmp_path, "bfloat16")).model
+    (function,) = (found for found in model.functions.values() if any(node.op_type == "Gather" for node in found))
+    (gather,) = (node for node in function if node.op_type == "Gather" and node.inputs[0] in function.inputs)
+    assert [node.op_type for node, _ in gather.inputs[0].uses()] == ["Gather"]
+    assert [node.op_type for node, _ in gather.outputs[0].uses()] == ["Cast"]
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_blocks_are_traced_once_and_stay_legible(name, tmp_path):
     part = PARTS[name]
