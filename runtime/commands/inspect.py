@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from zimgkit.engines.bundle import Bundle, Quantization
+from zimgkit.engines.bundle import CPU_GRAPH, Bundle, Quantization
 from zimgkit.engines.choice import choose_backend
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.progress import Report, silent
@@ -120,7 +120,8 @@ def bundle_text(summary: dict[str, Any]) -> str:
         lines.append(f"    weights  {component['parameters']:,} parameters, {size_text(component['weight_bytes'])}")
         lines.extend(f"    in       {file}" for file in component["weights"])
         for compute, file in component["graphs"].items():
-            lines.append(f"    graph    {file}, computes in {compute}")
+            use = "for ONNX Runtime on CPUs" if compute == CPU_GRAPH else f"computes in {compute}"
+            lines.append(f"    graph    {file}, {use}")
         lines.extend(f"    input    {key}: {spec}" for key, spec in component["inputs"].items())
         lines.extend(f"    output   {key}: {spec}" for key, spec in component["outputs"].items())
     for engine in summary["engines"]:
