@@ -208,10 +208,26 @@ class Session:
     def plan(self, request: Request) -> Plan:
         """How a request would be drawn within the memory there is now; nothing is opened for that.
 
+        Where the backend was not named and nothing is open yet, one that fits takes the place of one that does not.
+
         Raises:
             OutOfMemoryError: it does not fit; naming what would.
             UsageError: it has to be decoded in tiles, and the VAE decoder was compiled for other sizes.
         """
+        try:
+            return self._plan(request)
+        except OutOfMemoryError:
+            first = self.choice
+            if self._named != AUTO or first.backend != "openvino" or self.engines.opened:
+                raise
+            try:
+                self._take(Choice("onnxruntime", f"the memory is short for {first.backend}"))
+                return self._plan(request)
+            except OutOfMemoryError:
+                self._take(first)
+            raise
+
+    def _plan(self, request: Request) -> Plan:
         where = self._setting(request.height, request.width)
         needs = needs_in(where, picture := self._picture(request))
         opened = [needs[name] for name in self.engines.opened if name in needs]
@@ -282,13 +298,16 @@ class Session:
         """
         self._device = self._known(device)
         self.close()
-        self.choice = self._choose()
-        self.engines.backend = self.backend
+        self._take(self._choose())
 
     @property
     def backend(self) -> str:
         """What runs the networks."""
         return self.choice.backend
+
+    def _take(self, choice: Choice) -> None:
+        self.choice = choice
+        self.engines.backend = choice.backend
 
     def _choose(self) -> Choice:
         return choose_backend(self.bundle.manifest, self._device) if self._named == AUTO else Choice(self._named)

@@ -106,14 +106,16 @@ def draw_sheet(
         with Pipeline.open(
             demo_models.locate(bundle), backend=backend, device=device, memory=memory, vae_tiling=vae_tiling, warn=warn
         ) as pipeline:
-            manifest, choice = pipeline.bundle.manifest, pipeline.session.choice
-            if choice.reason and not choice.is_plain:
-                note(f"{manifest.name} by {choice}")
+            manifest = pipeline.bundle.manifest
             wanted = given | completed(pipeline, {"prompt": prompts[0], **given}, template, count)
             if template:
                 warn_of_others(template, f"{from_image}", manifest, warn)
             longest = {"prompt": max(prompts, key=len), **wanted, "num_images_per_prompt": count}
-            plan = told(pipeline, pipeline.plan(**longest), note)
+            found = pipeline.plan(**longest)
+            choice = pipeline.session.choice
+            if choice.reason and not choice.is_plain:
+                note(f"{manifest.name} by {choice}")
+            plan = told(pipeline, found, note)
             row = []
             for number, prompt in enumerate(prompts):
                 report(manifest.name, number, len(prompts))

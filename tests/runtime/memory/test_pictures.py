@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ import zimgkit.runtime.session as sessions
 from tests.commands import invoke
 from zimgkit.engines.base import Engine, open_engine
 from zimgkit.engines.bundle import Bundle
+from zimgkit.engines.choice import Choice
 from zimgkit.engines.errors import BundleError, OutOfMemoryError, UsageError
 from zimgkit.runtime import Pipeline, demo_models
 from zimgkit.runtime.commands.cli import main
@@ -167,6 +168,43 @@ class TestTiles:
         assert "VAE tiling: 64/32" in read(first).to_text()
         assert invoke(main, "generate", "--from-image", first, "-o", again).code == 0
         assert first.read_bytes() == again.read_bytes()
+
+
+class TestChoice:
+    """What ``auto`` takes where memory is short."""
+
+    CALL: ClassVar = {"height": 64, "width": 64, "seed": 0, "num_inference_steps": 1, "output_type": "np"}
+
+    @pytest.fixture(autouse=True)
+    def _openvino_is_best(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sessions, "choose_backend", lambda *_: Choice("openvino", "it is faster"))
+
+    def least(self, backend: str) -> int:
+        with Pipeline.open("zimg-tiny-z", backend=backend, memory_budget=0) as pipeline:
+            return pipeline.plan("a", **self.CALL).peak
+
+    def test_another_backend_that_fits(self) -> None:
+        least = self.least("onnxruntime")
+        assert least < self.least("openvino")
+        with Pipeline.open("zimg-tiny-z", memory=least, memory_budget=0) as pipeline:
+            found = pipeline("a", **self.CALL).images
+            assert pipeline.session.choice == ("onnxruntime", "the memory is short for openvino", False)
+        with Pipeline.open("zimg-tiny-z", backend="onnxruntime") as pipeline:
+            np.testing.assert_array_equal(found, pipeline("a", **self.CALL).images)
+
+    def test_none_fits(self) -> None:
+        with Pipeline.open("zimg-tiny-z", memory=10**6, memory_budget=0) as pipeline:
+            with pytest.raises(OutOfMemoryError, match="memory=1 MB is allowed"):
+                pipeline("a", **self.CALL)
+            assert pipeline.session.choice.backend == "openvino"
+
+    def test_one_that_was_named_is_obeyed(self) -> None:
+        least = self.least("onnxruntime")
+        with (
+            Pipeline.open("zimg-tiny-z", backend="openvino", memory=least, memory_budget=0) as pipeline,
+            pytest.raises(OutOfMemoryError, match="memory=.* is allowed"),
+        ):
+            pipeline("a", **self.CALL)
 
 
 class TestCommand:
