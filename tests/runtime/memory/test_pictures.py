@@ -202,7 +202,7 @@ class TestChoice:
         least = self.least("onnxruntime")
         with (
             Pipeline.open("zimg-tiny-z", backend="openvino", memory=least, memory_budget=0) as pipeline,
-            pytest.raises(OutOfMemoryError, match="memory=.* is allowed"),
+            pytest.raises(OutOfMemoryError, match=r"memory=.* is allowed"),
         ):
             pipeline("a", **self.CALL)
 
