@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common as passes
 
 from zimgkit.engines.bundle import CPU_GRAPH, Component
 from zimgkit.engines.tensors.safetensors import TensorInfo
@@ -92,6 +93,11 @@ def _for_cpu(model: ir.Model) -> ir.Model:
     FlashAttention()(model)
     IntegerProducts()(model)
     WeightsFirst()(model)
+    # ONNX Runtime does that in time that grows with the square: 120 s for the 24,000 nodes of a Qwen-Image in 8 bits.
+    passes.InlinePass()(model)
+    # Blocks call dimensions alike that are not of one size.
+    for value in (value for node in model.graph for value in node.outputs if not value.is_graph_output()):
+        value.shape = value.type = None
     return model
 
 

@@ -27,7 +27,7 @@ COPIES = {
     ("openvino", "fp8"): 1.65,
     ("openvino", "int8"): 1.65,
     ("openvino", "int8-weights"): 1.6,
-    ("openvino", "int4-weights"): 1.6,
+    ("openvino", "int4-weights"): 1.4,
 }
 """(backend, precision) -> memory of its own that an open engine holds on a CPU, per byte of its weights as they are
 stored. The others compute on the mapped file."""

@@ -6,6 +6,7 @@ import json
 from itertools import accumulate
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -21,6 +22,7 @@ SIZES = {"batch": 1, "image_tokens": 32, "caption_tokens": 32, "text_tokens": 32
 def test_weights_are_turned_when_they_are_needed(family, quantized_of, tmp_path):
     bundle = Bundle.open(quantized_of(family, "int8"), verify=False)
     denoiser = bundle.component("denoiser")
+    assert not onnx.load(bundle.file(denoiser.graphs[CPU_GRAPH]), load_external_data=False).functions
     options = onnxruntime.SessionOptions()
     options.enable_profiling = True
     options.profile_file_prefix = str(tmp_path / "profile")
