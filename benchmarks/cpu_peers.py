@@ -3,8 +3,8 @@
 The models have a few hundred million random weights, and the VAEs have their real configs. All contestants draw from
 one checkpoint on all cores: diffusers eager and compiled by torch.compile, in float32 and bfloat16, and zimgkit. Wall
 and CPU seconds are taken; on a busy machine the latter are the ones to compare. OpenVINO by hand on an exported graph
-is zimgkit's own openvino backend: the same graph and the same call. stable-diffusion.cpp takes no part: it rounds the
-width of Z-Image's feed-forward up to a multiple of 256, so these mid-size shapes need its source patched.
+is zimgkit's own openvino backend: the same graph and the same call. stable-diffusion.cpp takes no part: it rounds
+widths of feed-forwards up to multiples of 256, so these mid-size shapes need its source patched.
 
     python benchmarks/cpu_peers.py
     python benchmarks/cpu_peers.py --family FAMILY --contestant diffusers "zimg int8" --steps 2 --repeats 3

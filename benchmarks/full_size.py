@@ -6,8 +6,8 @@ disk is too short for that, they are zero and take none. INT8 takes its scales f
 end. Exits with 1 where one could not be run, gave NaN or Inf, or took more memory of its own to open than 1.3 times its
 weights as they are stored and 1 GiB. Pages of mapped files count apart: the system takes them back where it is short.
 
-    python benchmarks/full_size.py --family z-image --precision int8 bf16 --backend onnxruntime openvino --size 512
-    python benchmarks/full_size.py --family qwen-image --precision int8-weights --limit-memory 16
+    python benchmarks/full_size.py --family FAMILY --precision int8 bf16 --backend onnxruntime openvino --size 512
+    python benchmarks/full_size.py --family FAMILY --precision int8-weights --limit-memory 16
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 It orders a graph from its outputs back, and of the inputs of a node computes the one first that stands last in the
 file. A weight that is turned over right before its product would be so at the start of a run, with those of all blocks:
-3 GiB of Z-Image's denoiser in 8 bits.
+3 GiB of a denoiser of six billion weights in 8 bits.
 https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/core/graph/graph.cc, ``ReverseDFSFrom``
 """
 
