@@ -93,7 +93,7 @@ def _for_cpu(model: ir.Model) -> ir.Model:
     FlashAttention()(model)
     IntegerProducts()(model)
     WeightsFirst()(model)
-    # ONNX Runtime does that in time that grows with the square: 120 s for the 24,000 nodes of a Qwen-Image in 8 bits.
+    # ONNX Runtime does that in time that grows with the square: 120 s for 24,000 nodes.
     passes.InlinePass()(model)
     # Blocks call dimensions alike that are not of one size.
     for value in (value for node in model.graph for value in node.outputs if not value.is_graph_output()):
