@@ -21,6 +21,7 @@ from zimgkit.export.graphs.plan import Plan, record
 from zimgkit.export.graphs.weights_first import WeightsFirst
 from zimgkit.export.networks.parts import Part
 from zimgkit.export.quantization.integer_products import IntegerProducts
+from zimgkit.export.quantization.quantized_weights import INPUT_SCALE
 from zimgkit.export.weights.layout import base_name, graph_name, lora_name
 
 Rewrite = Callable[[ir.Model, str, Collection[str]], object]
@@ -95,6 +96,10 @@ def _for_cpu(model: ir.Model) -> ir.Model:
     WeightsFirst()(model)
     # ONNX Runtime does that in time that grows with the square: 120 s for 24,000 nodes.
     passes.InlinePass()(model)
+    initializers = model.graph.initializers
+    # Each token has a scale of its own now.
+    for name in [name for name, value in initializers.items() if name.endswith(INPUT_SCALE) and not value.uses()]:
+        del initializers[name]
     # Blocks call dimensions alike that are not of one size.
     for value in (value for node in model.graph for value in node.outputs if not value.is_graph_output()):
         value.shape = value.type = None
