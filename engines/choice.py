@@ -57,10 +57,19 @@ class Choice(NamedTuple):
 def this_machine() -> Machine:
     """Look at this machine; nothing is imported."""
     found = frozenset(name for name in PACKAGES if find_spec(name))
-    nvidia = Path("/dev/nvidiactl").exists()
-    runtime = find_spec("onnxruntime") if nvidia else None
-    provider = bool(runtime and runtime.origin and (Path(runtime.origin).parent / CUDA_PROVIDER).exists())
-    return Machine(found, cpu_flags(), nvidia, provider)
+    nvidia = has_nvidia_gpu()
+    return Machine(found, cpu_flags(), nvidia, nvidia and has_cuda_provider())
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether there is an NVIDIA GPU, as far as its driver's file tells."""
+    return Path("/dev/nvidiactl").exists()
+
+
+def has_cuda_provider() -> bool:
+    """Whether the ONNX Runtime that is installed is the build for NVIDIA GPUs."""
+    runtime = find_spec("onnxruntime")
+    return bool(runtime and runtime.origin and (Path(runtime.origin).parent / CUDA_PROVIDER).exists())
 
 
 def choose_backend(
@@ -89,7 +98,7 @@ def choose_backend(
         return Choice("onnxruntime", "the device is cuda")
     if named == [""] and machine.cuda_provider:
         return Choice("onnxruntime", "it runs on the NVIDIA GPU of this machine")
-    precision = manifest.quantization.precision if manifest.quantization else manifest.precision
+    precision = manifest.quantized or manifest.precision
     return _choose_for_cpu(precision, sum(entry.weight_bytes for entry in manifest.components.values()), machine)
 
 

@@ -276,7 +276,7 @@ class Pipeline:
 
     def __repr__(self) -> str:
         manifest = self.bundle.manifest
-        precision = manifest.quantization.precision if manifest.quantization else manifest.precision
+        precision = manifest.quantized or manifest.precision
         device = self.session.device or "the best device"
         return f"Pipeline({manifest.name}, {manifest.family}, {precision}, {self.backend} on {device})"
 

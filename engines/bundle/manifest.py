@@ -287,6 +287,11 @@ class Manifest(msgspec.Struct, frozen=True):
             raise ValueError(f"sources has no {CHECKPOINT!r}")
 
     @property
+    def quantized(self) -> str:
+        """The precision of what is quantized; empty where nothing is."""
+        return self.quantization.precision if self.quantization else ""
+
+    @property
     def checkpoint(self) -> Source:
         """The checkpoint it was built from."""
         return self.sources[CHECKPOINT]

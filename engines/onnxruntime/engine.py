@@ -136,7 +136,7 @@ class OnnxRuntimeEngine(BaseEngine):
             raise BackendError(f"{component} is a table of tensors and has no graph to run")
         super().__init__(component, entry, place.device)
         self._place = place
-        quantized = bundle.manifest.quantization.precision if bundle.manifest.quantization else ""
+        quantized = bundle.manifest.quantized
         graphs = _graphs(entry, place, quantized)
         folds = place.kind != "cpu" or _folds(entry, graphs[0], quantized)
         self._session = _open_session(bundle, graphs, place, quantized, folds=folds)

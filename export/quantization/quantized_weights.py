@@ -135,6 +135,4 @@ def float_shapes(bundle: Bundle, component: str, names: Iterable[str]) -> dict[s
 
 def _weight_format(bundle: Bundle, component: str) -> Format:
     """The format of the weights of a quantized bundle's component."""
-    quantization, entry = bundle.manifest.quantization, bundle.component(component)
-    precision = quantization.precision if quantization else ""
-    return scheme_of(precision, on_the_host=not entry.graphs).weights
+    return scheme_of(bundle.manifest.quantized, on_the_host=not bundle.component(component).graphs).weights

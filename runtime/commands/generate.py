@@ -90,11 +90,8 @@ def generate(
         if template:
             warn_of_others(template, f"{from_image}", pipeline.bundle.manifest, warn)
         # Before the weights are read to check them, or for anything else.
-        found = pipeline.plan(**given, num_images_per_prompt=count)
+        plan = told(pipeline, pipeline.plan(**given, num_images_per_prompt=count), note)
         choice = pipeline.session.choice
-        if choice.reason and not choice.is_plain:
-            note(str(choice))
-        plan = told(pipeline, found, note)
         pipeline.bundle.verify()
         index, drawn = (template.image_index, template.num_images) if template and count == 1 else (0, count)
         result = pipeline(**given, num_images_per_prompt=count)

@@ -66,12 +66,11 @@ def _described(place: Path) -> dict[str, Any]:
         return {"path": str(place.absolute()), "error": str(error)}
     except OSError as error:
         return {"path": str(place.absolute()), "error": error.strerror or str(error)}
-    quantization = manifest.quantization
     return {
         "path": str(place.absolute()),
         "name": manifest.name,
         "family": manifest.family,
-        "precision": quantization.precision if quantization else manifest.precision,
+        "precision": manifest.quantized or manifest.precision,
         "bytes": sum(record.size for record in manifest.files.values()),
     }
 

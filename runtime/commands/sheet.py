@@ -111,11 +111,8 @@ def draw_sheet(
             if template:
                 warn_of_others(template, f"{from_image}", manifest, warn)
             longest = {"prompt": max(prompts, key=len), **wanted, "num_images_per_prompt": count}
-            found = pipeline.plan(**longest)
+            plan = told(pipeline, pipeline.plan(**longest), note, f"{manifest.name} by ")
             choice = pipeline.session.choice
-            if choice.reason and not choice.is_plain:
-                note(f"{manifest.name} by {choice}")
-            plan = told(pipeline, found, note)
             row = []
             for number, prompt in enumerate(prompts):
                 report(manifest.name, number, len(prompts))

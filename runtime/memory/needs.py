@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zimgkit.engines.bundle import CPU_GRAPH, Bundle, Manifest
+from zimgkit.engines.choice import has_cuda_provider, has_nvidia_gpu
 from zimgkit.engines.cpu import adds_integers_exactly
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ class Need:
 
 def precision_of(manifest: Manifest) -> str:
     """Of the weights: what they are quantized to, or their element type."""
-    return manifest.quantization.precision if manifest.quantization else manifest.precision
+    return manifest.quantized or manifest.precision
 
 
 def on_host(backend: str, device: str | None) -> bool:
@@ -95,13 +94,9 @@ def on_host(backend: str, device: str | None) -> bool:
         return device.lower().startswith("cpu")
     if backend.startswith("tensorrt"):
         return False
-    if backend == "openvino" or not Path("/proc/driver/nvidia/version").exists():
+    if backend == "openvino" or not has_nvidia_gpu():
         return True
-    if backend == "onnxruntime":
-        found = find_spec("onnxruntime")
-        folders = (found.submodule_search_locations if found else None) or ()
-        return not any(Path(folder, "capi/libonnxruntime_providers_cuda.so").exists() for folder in folders)
-    return False
+    return backend == "onnxruntime" and not has_cuda_provider()
 
 
 def stored_bytes(manifest: Manifest, precision: str | None = None) -> dict[str, int]:
@@ -123,7 +118,7 @@ def widened_bytes(manifest: Manifest, backend: str) -> dict[str, float]:
 
     Those are quantized in 8 bits, of bundles from before there were graphs for CPUs, or on a CPU that cannot run these.
     """
-    precision = manifest.quantization.precision if manifest.quantization else ""
+    precision = manifest.quantized
     if backend != "onnxruntime" or precision not in ("fp8", "int8", "int8-weights"):
         return {}
     is_served = precision == "fp8" or adds_integers_exactly()
