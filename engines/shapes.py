@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from zimgkit.engines.bundle import Range, TensorSpec
 
 Shape = tuple[int, ...]
+FORM = re.compile(r"(?:(\d+)\*)?(.*?)(?:/([1-9]\d*))?", re.DOTALL)
+"""How an output's dimension is written."""
 Profile = Mapping[str, "Range"]
 """Dynamic dimension -> its min, opt and max."""
 
@@ -47,7 +49,9 @@ def dimension_sizes(component: str, inputs: Mapping[str, TensorSpec], shapes: Ma
 
 
 def output_shape(spec: TensorSpec, sizes: Mapping[str, int]) -> Shape | None:
-    """The shape of an output: numbers, dynamic dimensions of inputs, or multiples of these such as ``"8*height"``.
+    """The shape of an output: numbers, dynamic dimensions of inputs, or multiples and parts of these.
+
+    These are written so: ``"8*height"``, ``"image_height/8"``.
 
     Returns:
         None where a dimension is none of these: only the graph can tell.
@@ -57,10 +61,10 @@ def output_shape(spec: TensorSpec, sizes: Mapping[str, int]) -> Shape | None:
         if isinstance(dimension, int):
             shape.append(dimension)
             continue
-        factor, name = re.fullmatch(r"(?:(\d+)\*)?(.*)", dimension, re.DOTALL).groups()  # type: ignore[union-attr]
+        many, name, part = re.fullmatch(FORM, dimension).groups()  # type: ignore[union-attr]
         if name not in sizes:
             return None
-        shape.append(int(factor or 1) * sizes[name])
+        shape.append(int(many or 1) * sizes[name] // int(part or 1))
     return tuple(shape)
 
 

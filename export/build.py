@@ -35,7 +35,7 @@ from zimgkit.export.components import parts_of, wanted_by
 from zimgkit.export.lora import known
 from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
 from zimgkit.export.lora.names import names_of
-from zimgkit.export.networks.registry import FAMILIES, QUANTIZED
+from zimgkit.export.networks.registry import FAMILIES, QUANTIZED, tasks_of
 from zimgkit.export.networks.text_encoder import text_part
 from zimgkit.export.quantization.calibrate import CalibrationSet, calibrate, load_finished, statistics_path
 from zimgkit.export.quantization.formats import SCHEMES, Scheme
@@ -94,6 +94,7 @@ def build(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     cut_denoiser: bool = False,
+    tasks: Collection[str] = (),
     report: Report = silent,
 ) -> Bundle:
     """Build a bundle.
@@ -114,6 +115,7 @@ def build(
         guidance_scale: likewise, as diffusers counts it.
         cut_denoiser: write the denoiser's head, body and tail as components of their own as well, over the same
             weights, for caches of blocks.
+        tasks: what it shall be asked for beside pictures from text: ``"image-to-image"``, ``"inpaint"``.
         report: called with (stage, done, total) as the work goes on.
 
     Raises:
@@ -125,6 +127,7 @@ def build(
     with only_writer_of(out), atomic_folder(out, overwrite=overwrite) as folder:
         read = read_loras(loras, source)
         checkpoint = open_checkpoint(model, revision=revision, source=source)
+        tasks = tasks_of(checkpoint.family, tasks)
         found = (
             merge(read, names_of(checkpoint), checkpoint.family, allow_unmatched=allow_unmatched) if read else NOTHING
         )
@@ -142,6 +145,7 @@ def build(
             keep_base=keep_base,
             chosen=chosen,
             cut_denoiser=cut_denoiser,
+            tasks=tasks,
         )
         if scheme is not None and quantization is not None and quantization.check is not None:
             quantization.check(folder, checkpoint, found, report)
@@ -198,6 +202,7 @@ def export(
     keep_base: bool = False,
     chosen: Mapping[str, Any] | None = None,
     cut_denoiser: bool = False,
+    tasks: Collection[str] = (),
 ) -> None:
     """Write a whole bundle into an empty folder.
 
@@ -211,6 +216,7 @@ def export(
         keep_base: keep what they touch without them as well.
         chosen: the user's own defaults, see :func:`zimgkit.export.lora.known.recommendation_for`.
         cut_denoiser: write the denoiser's head, body and tail as components as well.
+        tasks: what it shall be asked for beside pictures from text.
 
     Raises:
         UsageError: the settings do not fit each other or the checkpoint.
@@ -226,7 +232,7 @@ def export(
     vae_normalization(config["vae"])
     base = known.Recommendation(catalog.defaults_for(checkpoint.root, checkpoint.family, scheduler), scheduler)
     settings = known.recommendation_for(merged.loras, checkpoint.family, base, **(chosen or {}))
-    parts = parts_of(checkpoint)
+    parts = parts_of(checkpoint, tasks)
     wanted = {name: wanted_by(checkpoint.tensors, part, merged.addends) for name, part in parts.items()}
     quantized: dict[str, Quantized] = {}
     if quantization is not None:
@@ -265,7 +271,7 @@ def export(
         family=checkpoint.family,
         name=checkpoint.name,
         precision=precision,
-        tasks=row.tasks,
+        tasks=tasks_of(checkpoint.family, tasks),
         sources={CHECKPOINT: checkpoint.source},
         text=text,
         defaults=settings.defaults,

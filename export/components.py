@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -14,8 +14,12 @@ from zimgkit.export.weights.addends import Addends
 from zimgkit.export.weights.stream import Wanted
 
 
-def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
+def parts_of(checkpoint: Checkpoint, tasks: Collection[str] = ()) -> dict[str, Part]:
     """The components a checkpoint becomes, after checking that its tensors are those they take.
+
+    Args:
+        checkpoint: an open checkpoint.
+        tasks: what it shall be asked for beside pictures from text, of :data:`.registry.TASKS`.
 
     Raises:
         CheckpointError: naming the first tensor that is missing, unexpected or misshapen.
@@ -23,7 +27,8 @@ def parts_of(checkpoint: Checkpoint) -> dict[str, Part]:
     found: dict[str, Part] = {}
     for source in registry.row(checkpoint.family).components:
         config = checkpoint.config(source)
-        own = registry.parts(checkpoint.family, source, config)
+        every = registry.parts(checkpoint.family, source, config)
+        own = {name: part for name, part in every.items() if registry.is_needed(name, tasks)}
         is_unused = partial(registry.is_unused, checkpoint.family, source, config)
         check_tensors(checkpoint.tensors(source), stored_shapes(own), source, ignore=is_unused)
         found |= own

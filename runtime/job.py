@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from zimgkit.engines.base import Feeds, Handle
 from zimgkit.engines.errors import CancelledError
+from zimgkit.runtime.diffusion.blending import Kept
 from zimgkit.runtime.request import Request
 
 Array = NDArray[np.float32]
@@ -81,6 +82,8 @@ class Job:
     positive: Conditions | None
     """None once nothing is left to denoise."""
     negative: Conditions | None
+    kept: Kept | None = None
+    """What a mask keeps of the picture it starts from."""
     on_release: Callable[[], object] = field(default=_nothing, repr=False)
     """Called when the job needs the denoiser no more; a second call does nothing."""
     step: int = 0

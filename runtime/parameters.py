@@ -21,13 +21,17 @@ MAX_CHARACTERS = 100_000
 """A longer prompt is a mistake: no tokenizer makes fewer than a thousand tokens of it."""
 
 
+class Picture:
+    """The type of parameters that are pictures: what :func:`.pictures.reading.read_picture` takes."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One parameter of a call."""
 
     name: str
     type: type
-    """``str``, ``int``, ``float``, or ``tuple`` for several numbers."""
+    """``str``, ``int``, ``float``, ``bool``, ``tuple`` for several numbers, or :class:`Picture`."""
     help: str
     default: str = ""
     """What is used where it is not given, in words; empty where the value is the bundle's own recommendation."""
@@ -149,6 +153,78 @@ PARAMETERS = (
         key="Max sequence length",
         recorded=True,
     ),
+    Parameter("image", Picture, "A picture to start from.", "none", option="image", recorded=True),
+    Parameter(
+        "strength",
+        float,
+        "How much of the picture is drawn anew, from 0 to 1, as diffusers counts it: steps are left out.",
+        "what the reference pipeline takes",
+        low=0,
+        high=1,
+        option="strength",
+        key="Denoising strength",
+        recorded=True,
+    ),
+    Parameter(
+        "denoising_strength",
+        float,
+        "How much of it is drawn anew, as DiffSynth counts it: all steps are taken, from a lower noise level on.",
+        "strength",
+        low=0,
+        high=1,
+        option="denoising-strength",
+        key="DiffSynth denoising strength",
+        recorded=True,
+    ),
+    Parameter(
+        "mask_image",
+        Picture,
+        "What of the picture is drawn anew: white; what is black is kept.",
+        "all of it",
+        option="mask",
+        recorded=True,
+    ),
+    Parameter(
+        "mask_blur",
+        float,
+        "How far the mask's edges are blurred, in pixels.",
+        "0",
+        low=0,
+        high=1024,
+        option="mask-blur",
+        key="Mask blur",
+        recorded=True,
+    ),
+    Parameter(
+        "inpaint_blur_size",
+        int,
+        "Blur the mask as DiffSynth does, over so many latent pixels on each side.",
+        "none",
+        low=1,
+        high=512,
+        option="inpaint-blur-size",
+        key="Inpaint blur size",
+        recorded=True,
+    ),
+    Parameter(
+        "inpaint_blur_sigma",
+        float,
+        "The standard deviation of that blur, in latent pixels.",
+        "none",
+        low=1e-3,
+        high=512,
+        option="inpaint-blur-sigma",
+        key="Inpaint blur sigma",
+        recorded=True,
+    ),
+    Parameter(
+        "keep_unmasked",
+        bool,
+        "Put the picture's own pixels back where the mask keeps them.",
+        "no, as diffusers",
+        option="keep-unmasked/--redraw-unmasked",
+        recorded=True,
+    ),
     Parameter(
         "output_type",
         str,
@@ -164,6 +240,8 @@ TENSORS = {
     "latents": "noise to start from instead of the seed's, in the reference pipeline's own form",
     "prompt_embeds": "rows of the text encoder instead of a prompt",
     "negative_prompt_embeds": "rows of the text encoder instead of a negative prompt",
+    "input_image": "DiffSynth's name of image",
+    "inpaint_mask": "mask_image, resized and blended as DiffSynth does it",
 }
 """What only a call in Python can take."""
 
@@ -196,8 +274,13 @@ INSTEAD = {
 }
 """Arguments of other pipelines -> what serves instead."""
 PICTURES = (
-    *("image", "input_image", "edit_image", "mask_image", "inpaint_mask", "strength", "denoising_strength"),
-    *("control_image", "controlnet_inputs", "blockwise_controlnet_inputs", "controlnet_conditioning_scale"),
+    *(
+        "edit_image",
+        "control_image",
+        "controlnet_inputs",
+        "blockwise_controlnet_inputs",
+        "controlnet_conditioning_scale",
+    ),
     *("context_image", "eligen_entity_prompts", "eligen_entity_masks", "layer_num"),
 )
 """Arguments of pipelines that take pictures."""
@@ -221,6 +304,8 @@ def checked(parameter: Parameter, value: Any, *, high: float | None = None) -> A
         return _number(parameter.name, value, parameter.low, highest)
     if parameter.type is tuple:
         return _numbers(parameter, value)
+    if parameter.type is bool and not isinstance(value, bool):
+        raise UsageError(f"{parameter.name} is {value!r}", "give True or False")
     if parameter.choices and value not in parameter.choices:
         raise UsageError(f"{parameter.name} is {value!r}", f"choose one of {', '.join(parameter.choices)}")
     return value
@@ -251,7 +336,7 @@ def refuse_unknown(given: Iterable[str], known: Collection[str]) -> None:
         if name in known:
             continue
         if name in PICTURES:
-            raise UsageError(f"there is no argument {name!r} here", "this bundle draws from text alone")
+            raise UsageError(f"there is no argument {name!r} here", "this bundle takes no such picture")
         if name in INSTEAD:
             raise UsageError(f"there is no argument {name!r}", f"use {INSTEAD[name]}")
         close = difflib.get_close_matches(name, known, n=1)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.families import Family
+from zimgkit.runtime.inputs import NONE, Inputs, first_step, read_inputs, size_like
 from zimgkit.runtime.parameters import BY_NAME, TENSORS, checked, refuse_unknown, texts
 
 Array = NDArray[np.float32]
@@ -39,6 +40,8 @@ class Request:
     """One seed for the whole batch, or one per picture."""
     max_sequence_length: int
     output_type: str
+    inputs: Inputs = NONE
+    """The pictures it starts from."""
     unused_negative_prompt: bool = field(default=False, compare=False)
     """Whether a negative prompt was given, and guidance is off."""
     latents: Array | None = field(default=None, compare=False, repr=False)
@@ -51,6 +54,11 @@ class Request:
     def batch(self) -> int:
         """How many pictures."""
         return len(self.prompts) * self.num_images_per_prompt
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
 
     @property
     def is_guided(self) -> bool:
@@ -91,8 +99,15 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
     steps = value("num_inference_steps", defaults.num_inference_steps)
     images = value("num_images_per_prompt", 1)
     batch = len(prompts) * images
-    height = value("height", defaults.height, high=family.MAX_SIDE)
-    width = value("width", defaults.width, high=family.MAX_SIDE)
+    inputs = read_inputs(manifest, family, given)
+    size: dict[str, Any] = {"height": defaults.height, "width": defaults.width}
+    if inputs.image is not None:
+        tall, wide = (value(side, 0, high=family.MAX_SIDE) if side in given else None for side in size)
+        size = dict(zip(size, size_like(inputs.image, tall, wide, defaults.height * defaults.width), strict=True))
+    height = value("height", size["height"], high=family.MAX_SIDE)
+    width = value("width", size["width"], high=family.MAX_SIDE)
+    if inputs.strength is not None:
+        first_step(len(levels) if levels else steps, inputs.strength)
     negative_embeds = _embeds("negative_prompt_embeds", given)
     negatives = _negatives(given, negative_embeds, len(prompts), family, scale)
     return Request(
@@ -109,6 +124,7 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
         seed=_seed(given, batch),
         max_sequence_length=value("max_sequence_length", text.max_sequence_length, high=text.max_tokens - text.drop),
         output_type=value("output_type", "pil"),
+        inputs=inputs,
         unused_negative_prompt=negatives is None and _says_something(given.get("negative_prompt")),
         latents=check_latents(given["latents"], (batch, *family.latents_shape(height, width)))
         if "latents" in given

@@ -21,11 +21,22 @@ from zimgkit.engines.choice import AUTO, Choice, choose_backend
 from zimgkit.engines.errors import BackendError, OutOfMemoryError, UsageError
 from zimgkit.engines.tensors.dtypes import round_to
 from zimgkit.runtime.decoding import Decoder
-from zimgkit.runtime.diffusion.noise import randn_sample, randn_tensor
-from zimgkit.runtime.diffusion.schedule import calculate_mu, euler_step, flow_match_sigmas, read_scheduler
+from zimgkit.runtime.diffusion.blending import Kept
+from zimgkit.runtime.diffusion.noise import Generator, generator, randn_sample, randn_tensor
+from zimgkit.runtime.diffusion.schedule import (
+    add_noise,
+    calculate_mu,
+    euler_step,
+    flow_match_sigmas,
+    read_scheduler,
+    sigmas_from,
+)
+from zimgkit.runtime.encoding import Encoder
 from zimgkit.runtime.engine_pool import EnginePool, Opener
 from zimgkit.runtime.families import family_of
 from zimgkit.runtime.families.base import Progress
+from zimgkit.runtime.inpainting import keep_unmasked, latents_drawn_anew
+from zimgkit.runtime.inputs import first_step
 from zimgkit.runtime.job import Array, Conditions, Job, Schedule
 from zimgkit.runtime.memory.amounts import parse_budget
 from zimgkit.runtime.memory.fitting import (
@@ -98,6 +109,7 @@ class Session:
         self.scheduler = read_scheduler(bundle.manifest.scheduler, f"{where}: scheduler")
         self.engines = EnginePool(bundle, self.backend, memory_budget, opener)
         self.decoder = Decoder(self.engines, self.family, vae_tiling, warn)
+        self.encoder = Encoder(self.engines, self.family)
         self._tokenizer = PromptTokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text)
 
     def begin(self, request: Request) -> list[Job]:
@@ -126,18 +138,22 @@ class Session:
             self.warn(f"the negative prompt is not read, for guidance is off; give a guidance_scale above {off:g}")
         if any(LORA_TAG.search(prompt) for prompt in request.prompts):
             self.warn("<lora:...> in a prompt is read as words; LoRAs are merged by zimg-export swap-lora")
-        if request.latents is None:
-            latents = self.draw_noise(request.batch, request.seed, request.height, request.width)
-        else:
-            latents = request.latents
+        noise, posterior = self._noise(request)
         with self._advising(request):
             positive, negative = self._encode(request)
+            clean = self._clean(request, posterior)
         schedule = self._schedule(request)
+        mask = self._mask(request)
         jobs = []
         for index in range(request.batch):
             prompt = index // request.num_images_per_prompt
             away = negative[prompt] if negative else None
-            job = Job(request, index, latents[index : index + 1], schedule, positive[prompt], away)
+            latents, kept = noise[index : index + 1], None
+            if clean is not None:
+                if mask is not None:
+                    kept = Kept(clean, latents, mask, request.inputs.blends_velocity)
+                latents = add_noise(clean, latents, schedule.sigmas[0])
+            job = Job(request, index, latents, schedule, positive[prompt], away, kept)
             where = ("denoiser", self.device_of("denoiser"))
             self.engines.keep(*where)
             # Once: when the job is denoised or cancelled, or when nobody refers to it any more.
@@ -196,7 +212,7 @@ class Session:
             raise ValueError(f"{job} has steps left")
         with self._advising(job.request):
             picture: Array = self.decode(job.latents, job.request.height, job.request.width, progress)[0]
-        return picture
+        return keep_unmasked(picture, job.request.inputs)
 
     def decode(self, latents: Array, height: int, width: int, progress: Progress = ignored) -> Array:
         """Latents of pictures of this size in pixels as pixels, float32 (N, H, W, 3) from 0 to 1.
@@ -254,7 +270,7 @@ class Session:
         lengths = [text.drop + len(rows) for rows in embeds]
         lengths += [min(most, self._tokenizer.encode(prompt).shape[1]) for prompt in dict.fromkeys(prompts)]
         batch = min(request.batch, largest_batch(self.bundle, "denoiser", self.backend))
-        return Picture(request.height, request.width, max(lengths), batch)
+        return Picture(request.height, request.width, max(lengths), batch, reads=request.inputs.image is not None)
 
     @contextmanager
     def _advising(self, request: Request) -> Iterator[None]:
@@ -267,7 +283,14 @@ class Session:
             raise OutOfMemoryError(error.message, f"less is taken by {choices}" if choices else error.hint) from None
 
     def draw_noise(
-        self, pictures: int, seed: int | Sequence[int], height: int, width: int, index: int | None = None
+        self,
+        pictures: int,
+        seed: int | Sequence[int],
+        height: int,
+        width: int,
+        index: int | None = None,
+        *,
+        after_posterior: bool = False,
     ) -> Array:
         """The noise that pictures start from, float32 (pictures, ...), in the form their latents have.
 
@@ -277,13 +300,57 @@ class Session:
             height: of the pictures, in pixels.
             width: as ``height``.
             index: where one seed is given, of this picture alone.
+            after_posterior: whether the latents of a picture to start from are drawn from the first seed before.
         """
-        shape = (pictures, *self.family.noise_shape(height, width))
-        if index is not None and isinstance(seed, int):
-            noise = randn_sample(shape, seed, index)
+        return self._draw(pictures, seed, height, width, index, after_posterior=after_posterior)[0]
+
+    def _draw(
+        self,
+        pictures: int,
+        seed: int | Sequence[int],
+        height: int,
+        width: int,
+        index: int | None = None,
+        *,
+        after_posterior: bool,
+    ) -> tuple[Array, Array | None]:
+        """Noise as :meth:`draw_noise` gives it, and that of a picture's posterior, in the family's noise shape."""
+        shape = self.family.noise_shape(height, width)
+        dtype = self.family.noise_dtype(self.bundle.manifest.precision)
+        sources = generator(seed) if isinstance(seed, int) else [generator(one) for one in seed]
+        posterior = None
+        if after_posterior:
+            first = sources if isinstance(sources, Generator) else sources[0]
+            posterior = round_to(first.randn((1, *shape)), dtype)
+        if index is not None and isinstance(sources, Generator):
+            noise = randn_sample((pictures, *shape), sources, index)
         else:
-            noise = randn_tensor(shape, seed)
-        return self.family.from_noise(round_to(noise, self.family.noise_dtype(self.bundle.manifest.precision)))
+            noise = randn_tensor((pictures, *shape), sources)
+        return self.family.from_noise(round_to(noise, dtype)), posterior
+
+    def _noise(self, request: Request) -> tuple[Array, Array | None]:
+        """What all pictures of a request start from, and what the latents of its own picture are drawn with."""
+        sampled = request.inputs.samples_latents
+        if request.latents is not None and not sampled:
+            return request.latents, None
+        noise, posterior = self._draw(
+            request.batch, request.seed, request.height, request.width, after_posterior=sampled
+        )
+        return noise if request.latents is None else request.latents, posterior
+
+    def _clean(self, request: Request, posterior: Array | None) -> Array | None:
+        """The latents of the picture that a request starts from."""
+        image = request.inputs.image
+        if image is None:
+            return None
+        return self.encoder.encode(image, request.height, request.width, self.device_of("vae_encoder"), posterior)
+
+    def _mask(self, request: Request) -> Array | None:
+        """Where it is drawn anew, in the form of the latents: 1, and 0 where it is kept."""
+        mask = latents_drawn_anew(request.inputs, request.height, request.width)
+        if mask is None:
+            return None
+        return self.family.from_noise(np.broadcast_to(mask, (1, *self.family.noise_shape(*request.size))))
 
     @property
     def device(self) -> Device:
@@ -330,8 +397,13 @@ class Session:
 
     def _schedule(self, request: Request) -> Schedule:
         mu = calculate_mu((request.height // 16) * (request.width // 16), self.scheduler)
-        base = request.sigmas or self.family.base_sigmas(request.num_inference_steps)
-        sigmas = flow_match_sigmas(request.num_inference_steps, self.scheduler, mu=mu, sigmas=base)
+        steps, inputs = request.num_inference_steps, request.inputs
+        base = request.sigmas or self.family.base_sigmas(steps)
+        if inputs.denoising_strength is not None:
+            base = sigmas_from(inputs.denoising_strength, steps)
+        sigmas = flow_match_sigmas(steps, self.scheduler, mu=mu, sigmas=base)
+        if inputs.strength is not None:
+            sigmas = sigmas[first_step(steps, inputs.strength) :]
         progress = partial(self.report, "modulation")
         return Schedule(sigmas, self.family.schedule_inputs(self.bundle, sigmas[:-1], progress))
 
@@ -423,11 +495,15 @@ class Session:
             if negative and family.is_guided(request.guidance_scale, sigma, request.cfg_truncation):
                 away = velocity_of(negative)
                 velocity = family.guide(velocity, away, request.guidance_scale, request.cfg_normalization)
-        denoised = latents - sigma * velocity
-        moved = euler_step(latents, velocity, sigma, sigma_next)
         for index, job in enumerate(group):
-            own = slice(index, index + 1)
-            job.latents, job.denoised, job.velocity = moved[own], denoised[own], velocity[own]
+            own, kept = slice(index, index + 1), job.kept
+            before, along = latents[own], velocity[own]
+            if kept is not None:
+                along = kept.blend_velocity(along, before, sigma)
+            moved = euler_step(before, along, sigma, sigma_next)
+            if kept is not None:
+                moved = kept.blend_latents(moved, sigma_next)
+            job.latents, job.denoised, job.velocity = moved, before - sigma * along, along
             job.step += 1
             if job.is_denoised:
                 job.release()

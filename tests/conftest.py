@@ -53,15 +53,18 @@ def checkpoint_of(shared_folder: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def bundle_of(shared_folder: Path, checkpoint_of: Callable[..., Path]) -> Callable[..., Path]:
-    """``bundle_of(family, precision="fp32", seed=0, **overrides)``: a bundle of that checkpoint, built once."""
+    """``bundle_of(family, precision="fp32", seed=0, tasks=(), **overrides)``: that checkpoint's bundle, built once."""
 
-    def make(family: str, precision: str = "fp32", seed: int = 0, **overrides: Any) -> Path:
+    def make(
+        family: str, precision: str = "fp32", seed: int = 0, tasks: tuple[str, ...] = (), **overrides: Any
+    ) -> Path:
         from zimgkit.export.build import build
 
-        folder = shared_folder / f"bundle-{precision}-{_key(family, seed, overrides)}"
+        name = "-".join(["bundle", precision, *tasks, _key(family, seed, overrides)])
+        folder = shared_folder / name
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
-                build(str(checkpoint_of(family, seed, **overrides)), folder, precision=precision)
+                build(str(checkpoint_of(family, seed, **overrides)), folder, precision=precision, tasks=tasks)
         return folder
 
     return make

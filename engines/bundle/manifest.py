@@ -19,6 +19,10 @@ CHECKPOINT = "checkpoint"
 """The role of the source that every bundle has."""
 
 
+TEXT_TO_IMAGE = "text-to-image"
+"""The task that every bundle has."""
+
+
 class TensorSpec(msgspec.Struct, frozen=True):
     """One input or output of a graph: element type, and shape; a name stands for a dynamic dimension."""
 
@@ -360,7 +364,7 @@ def _upgraded(found: dict[str, Any]) -> dict[str, Any]:
     """A manifest of schema 1 as schema 2 has it. What is malformed stays so, for the decoder to say."""
     renamed = {"zimg_version": "zimgkit_version", "source": "sources"}
     new = {renamed.get(key, key): value for key, value in found.items()} | {"schema_version": SCHEMA_VERSION}
-    new.setdefault("tasks", ["text-to-image"])
+    new.setdefault("tasks", [TEXT_TO_IMAGE])
     if "sources" in new:
         new["sources"] = {CHECKPOINT: new["sources"]}
     if isinstance(quantization := new.get("quantization"), dict):

@@ -23,6 +23,7 @@ from zimgkit.export.cli.options import (
     REVISION,
     SOURCE,
     STEPS,
+    TASKS,
 )
 from zimgkit.runtime.commands import console
 from zimgkit.runtime.commands.options import AS_JSON, QUIET
@@ -56,6 +57,7 @@ from zimgkit.runtime.commands.options import AS_JSON, QUIET
 @ALLOW_UNMATCHED
 @STEPS
 @GUIDANCE
+@TASKS
 @click.option(
     "--cut-denoiser", is_flag=True, help="Also write the denoiser's head, body and tail as graphs, for block caching."
 )
@@ -82,6 +84,7 @@ def build_command(
     allow_unmatched: bool,
     num_inference_steps: int | None,
     guidance_scale: float | None,
+    tasks: tuple[str, ...],
     cut_denoiser: bool,
     backend: str,
     detailed: bool,
@@ -120,6 +123,7 @@ def build_command(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             cut_denoiser=cut_denoiser,
+            tasks=tasks,
             report=report,
         )
         if backend in COMPILED_BACKENDS:

@@ -57,6 +57,25 @@ GUIDANCE = click.option(
 )
 
 
+class Names(click.ParamType[tuple[str, ...]]):
+    """Names, separated by commas."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Each of them once, in the order given."""
+        return tuple(dict.fromkeys(filter(None, (name.strip() for name in value.split(","))))) if value else ()
+
+
+TASKS = click.option(
+    "--tasks",
+    type=Names(),
+    default="",
+    metavar="TASK,…",
+    help="What to ask of it beside pictures from text: image-to-image, inpaint. [default: what the checkpoint is for]",
+)
+
+
 def add_options(options: Iterable[Option], command: Command) -> Command:
     """Add options to a command's function, in the order in which ``--help`` lists them."""
     for option in reversed([*options]):

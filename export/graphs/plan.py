@@ -120,13 +120,17 @@ def record(network: nn.Module, inputs: Sequence[Input], outputs: Sequence[str], 
     return plan
 
 
+FORMS = {(1, 1): "{}", (8, 1): "8*{}", (1, 8): "{}/8"}
+"""Many of a part of a dimension of the inputs -> how it is written."""
+
+
 def dynamic_axes(first: Tensor, second: Tensor) -> tuple[int, ...]:
     """The axes along which a value differs between two runs."""
     return tuple(axis for axis, (a, b) in enumerate(zip(first.shape, second.shape, strict=True)) if a != b)
 
 
 def named_shape(first: Tensor, second: Tensor, sizes: Sizes) -> tuple[int | str, ...]:
-    """The shape of a value, its dynamic dimensions named after those of the inputs, as ``name`` or ``8*name``.
+    """The shape of a value, its dynamic dimensions named after those of the inputs: ``name``, ``8*name`` or ``name/8``.
 
     Args:
         first: the value in a run at the first of the sizes.
@@ -140,10 +144,10 @@ def named_shape(first: Tensor, second: Tensor, sizes: Sizes) -> tuple[int | str,
     def name(a: int, b: int) -> int | str:
         if a == b:
             return a
-        for factor in (1, 8):
+        for (many, part), form in FORMS.items():
             for known in sizes[0]:
-                if (a, b) == (factor * sizes[0][known], factor * sizes[1][known]):
-                    return known if factor == 1 else f"{factor}*{known}"
+                if (a * part, b * part) == (many * sizes[0][known], many * sizes[1][known]):
+                    return form.format(known)
         raise RuntimeError(f"a dimension of {a} and {b} follows none of {dict(sizes[0])}, {dict(sizes[1])}")
 
     return tuple(name(a, b) for a, b in zip(first.shape, second.shape, strict=True))

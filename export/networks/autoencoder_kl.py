@@ -30,6 +30,7 @@ from zimgkit.export.networks.vae_blocks import (
     UpsampleConv,
     conv3x3,
     decoder_part,
+    encoder_part,
     named,
     refuse_others,
     residual_blocks,
@@ -186,13 +187,16 @@ def _mid_block(config: Config) -> MidBlock:
 
 
 def parts(config: Mapping[str, Any]) -> dict[str, Part]:
-    """The component that the autoencoder becomes: text to picture needs the decoder only.
+    """The components that the autoencoder becomes.
 
     Raises:
         CheckpointError: the config is of no network that zimgkit implements.
     """
     found = read_config(config)
-    return {"vae_decoder": decoder_part(lambda: AutoencoderKLDecoder(found), found.latent_channels)}
+    return {
+        "vae_encoder": encoder_part(lambda: AutoencoderKLEncoder(found), found.in_channels),
+        "vae_decoder": decoder_part(lambda: AutoencoderKLDecoder(found), found.latent_channels),
+    }
 
 
 def halves(config: Mapping[str, Any]) -> tuple[AutoencoderKLEncoder, AutoencoderKLDecoder]:

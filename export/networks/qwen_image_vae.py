@@ -32,6 +32,7 @@ from zimgkit.export.networks.vae_blocks import (
     UpsampleConv,
     conv3x3,
     decoder_part,
+    encoder_part,
     named,
     refuse_others,
     residual_blocks,
@@ -196,16 +197,18 @@ def video_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def parts(config: Mapping[str, Any]) -> dict[str, Part]:
-    """The component that the autoencoder becomes: text to picture needs the decoder only.
+    """The components that the autoencoder becomes.
 
     Raises:
         CheckpointError: the config is of no network that zimgkit implements.
     """
     found = read_config(config)
     with torch.device("meta"):
-        shapes = video_shapes(QwenImageVAEDecoder(found))
-    channels = found.z_dim
-    return {"vae_decoder": decoder_part(lambda: QwenImageVAEDecoder(found), channels, last_slice, shapes)}
+        encoder, decoder = (video_shapes(half) for half in halves(config))
+    return {
+        "vae_encoder": encoder_part(lambda: QwenImageVAEEncoder(found), found.input_channels, last_slice, encoder),
+        "vae_decoder": decoder_part(lambda: QwenImageVAEDecoder(found), found.z_dim, last_slice, decoder),
+    }
 
 
 def halves(config: Mapping[str, Any]) -> tuple[QwenImageVAEEncoder, QwenImageVAEDecoder]:

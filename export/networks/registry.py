@@ -11,7 +11,7 @@ https://github.com/QwenLM/Qwen-Image (50 steps, true guidance 4.0, 1328x1328, a 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from zimgkit.engines.bundle import Defaults
+from zimgkit.engines.bundle import TEXT_TO_IMAGE, Defaults
 from zimgkit.engines.decoding import decoded
-from zimgkit.engines.errors import CheckpointError
+from zimgkit.engines.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -93,7 +93,8 @@ class Family:
     few_step_loras: tuple[FewStepLora, ...] = ()
     planned: tuple[str, ...] = ()
     """Hub ids of relatives that zimgkit will serve later."""
-    tasks: tuple[str, ...] = ("text-to-image",)
+    tasks: tuple[str, ...] = (TEXT_TO_IMAGE, "image-to-image", "inpaint")
+    """What its checkpoints can be asked for; of :data:`TASKS`."""
 
 
 def _same_shift(factor: float) -> dict[str, Any]:
@@ -225,8 +226,16 @@ COMPONENTS = {
     "modulation": BundleComponent("transformer", is_quantized=True, on_the_host=True),
     "denoiser": BundleComponent("transformer", is_quantized=True),
     "vae_decoder": BundleComponent("vae", takes_loras=False),
+    "vae_encoder": BundleComponent("vae", takes_loras=False),
 }
 """A bundle's component -> what it is. A family may lack some."""
+
+TASKS: dict[str, tuple[str, ...]] = {
+    TEXT_TO_IMAGE: (),
+    "image-to-image": ("vae_encoder",),
+    "inpaint": ("vae_encoder",),
+}
+"""What a bundle can be asked for -> the components it needs for that, beside those of every picture."""
 
 QUANTIZED = tuple(name for name, component in COMPONENTS.items() if component.is_quantized)
 """What is quantized, where a bundle has it: nearly all the weights, and nearly all the work."""
@@ -252,8 +261,31 @@ def module(family: str, component: str) -> ModuleType:
     return import_module(row(family).components[component].network)
 
 
+def tasks_of(family: str, asked: Collection[str]) -> tuple[str, ...]:
+    """What a bundle can be asked for that is built for some tasks: pictures from text, and those.
+
+    Args:
+        family: its name.
+        asked: names of tasks.
+
+    Raises:
+        UsageError: a task that there is not, or that checkpoints of this family have not.
+    """
+    known = row(family).tasks
+    for task in asked:
+        if task not in known:
+            raise UsageError(f"{task!r} is no task of {family}", f"choose of {', '.join(known)}")
+    return tuple(task for task in known if task == TEXT_TO_IMAGE or task in asked)
+
+
+def is_needed(component: str, tasks: Collection[str]) -> bool:
+    """Whether a bundle's component is needed for these tasks, or for every picture."""
+    needing = {task for task, components in TASKS.items() if component in components}
+    return not needing or not needing.isdisjoint(tasks)
+
+
 def parts(family: str, component: str, config: Config) -> dict[str, Part]:
-    """What a checkpoint's component becomes.
+    """What a checkpoint's component becomes, for all tasks.
 
     Args:
         family: its name.

@@ -165,14 +165,39 @@ def decoder_part(
     """
     latents = Input("latents", torch.float32, ("batch", latent_channels, "height", "width"))
     sizes = ({"batch": 2, "height": 10, "width": 14}, {"batch": 3, "height": 18, "width": 22})
-    shapes = stored_shapes or {}
-    transforms = dict.fromkeys(shapes, transform) if transform else {}
+    return _part(network, latents, "image", sizes, transform, stored_shapes or {})
+
+
+def encoder_part(
+    network: Callable[[], nn.Module],
+    image_channels: int,
+    transform: Transform | None = None,
+    stored_shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Part:
+    """The component that turns a picture into the moments of its latents: means, then logarithms of variances.
+
+    The arguments are those of :func:`decoder_part`, with ``image_channels`` of its input.
+    """
+    image = Input("image", torch.float32, ("batch", image_channels, "image_height", "image_width"))
+    sizes = tuple({"batch": b, "image_height": h, "image_width": w} for b, h, w in ((2, 80, 112), (3, 144, 176)))
+    return _part(network, image, "moments", (sizes[0], sizes[1]), transform, stored_shapes or {})
+
+
+def _part(
+    network: Callable[[], nn.Module],
+    takes: Input,
+    gives: str,
+    sizes: tuple[Mapping[str, int], Mapping[str, int]],
+    transform: Transform | None,
+    stored_shapes: Mapping[str, tuple[int, ...]],
+) -> Part:
+    transforms = dict.fromkeys(stored_shapes, transform) if transform else {}
     return Part(
         "vae",
         network,
-        inputs=(latents,),
-        outputs=("image",),
+        inputs=(takes,),
+        outputs=(gives,),
         sizes=sizes,
         transforms=transforms,
-        transformed_shapes=shapes,
+        transformed_shapes=stored_shapes,
     )

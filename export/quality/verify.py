@@ -131,7 +131,7 @@ def verify(
         )
     merged = _merged(bundle, checkpoint, source)
     components: dict[str, Any] = {}
-    parts = parts_of(checkpoint)
+    parts = parts_of(checkpoint, bundle.manifest.tasks)
     for index, (name, part) in enumerate(parts.items()):
         report("verify", index, len(parts))
         wanted = wanted_by(checkpoint.tensors, part, merged.addends)

@@ -45,7 +45,7 @@ cli.command_class = RunCommand
     show_default=True,
     help=f"The bundle's folder, or one of zimgkit's own: {', '.join(demo_models.NAMES)}.",
 )
-@call_options()
+@call_options(defaults={"keep_unmasked": "keep"})
 @FROM_IMAGE
 @BACKEND
 @DEVICE
@@ -114,7 +114,7 @@ def generate(
     help="A bundle; may be repeated: the pictures of all stand side by side.",
 )
 @click.option("--columns", type=int, default=4, show_default=True, help="How many prompts stand side by side.")
-@call_options(leave_out=("prompt",), defaults={"seed": "0"})
+@call_options(leave_out=("prompt",), defaults={"seed": "0", "keep_unmasked": "keep"})
 @FROM_IMAGE
 @BACKEND
 @DEVICE

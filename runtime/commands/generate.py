@@ -14,15 +14,22 @@ from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.choice import AUTO
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.commands.memory import told
+from zimgkit.runtime.inputs import InputPicture, read_input
 from zimgkit.runtime.parameters import BY_NAME, PARAMETERS, checked
 from zimgkit.runtime.pictures import saving as images
-from zimgkit.runtime.pictures.metadata import Parameters, Record, read
+from zimgkit.runtime.pictures.metadata import InputFile, Parameters, Record, read
 from zimgkit.runtime.pipeline import Output, Pipeline
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.runtime.request import check
 
 SCALES = ("guidance_scale", "true_cfg_scale", "cfg_scale")
 """Names of one thing, of which a call takes one."""
+STRENGTHS = ("strength", "denoising_strength")
+"""Likewise."""
+FROM_A_PICTURE = (
+    *("image", "mask_image", *STRENGTHS, "mask_blur", "inpaint_blur_size", "inpaint_blur_sigma", "keep_unmasked"),
+)
+"""What a call says of pictures that it starts from."""
 
 
 def generate(
@@ -65,8 +72,9 @@ def generate(
     given = {name: value for name, value in call.items() if value is not None}
     count = checked(BY_NAME["num_images_per_prompt"], given.pop("num_images_per_prompt", 1))
     template = read(from_image, warn) if from_image else None
-    if template:
-        given = filled(given, template)
+    if template and from_image:
+        given = filled(given, template, from_image, warn)
+    given = keeping(given)
     if not given.get("prompt"):
         raise UsageError("there is nothing to draw", "give --prompt TEXT, or --from-image PICTURE")
     paths = _numbered(output, count)
@@ -121,7 +129,9 @@ def completed(pipeline: Pipeline, given: Mapping[str, Any], template: Record | N
     # Its noise was drawn together with that of the pictures before it, which need not be made again.
     request = check(manifest, pipeline.session.family, **given)
     size = (request.height, request.width)
-    noise = pipeline.session.draw_noise(template.num_images, request.seed, *size, template.image_index)
+    draw = pipeline.session.draw_noise
+    after = request.inputs.samples_latents
+    noise = draw(template.num_images, request.seed, *size, template.image_index, after_posterior=after)
     return {"latents": noise}
 
 
@@ -134,12 +144,53 @@ def warn_of_others(template: Record, path: str, manifest: Manifest, warn: Callab
         warn(f"{path} was made with {had}, and this bundle has {has}")
 
 
-def filled(given: Mapping[str, Any], template: Record) -> dict[str, Any]:
-    """What was given, and the rest from a picture."""
+def filled(
+    given: Mapping[str, Any], template: Record, path: Path, warn: Callable[[str], None] = lambda message: None
+) -> dict[str, Any]:
+    """What was given, and the rest from a picture.
+
+    Args:
+        given: arguments of a call.
+        template: what the picture carries.
+        path: its file; the pictures that it was drawn from are looked for beside it.
+        warn: called where another picture was given than it was drawn from.
+
+    Raises:
+        UsageError: a picture that it was drawn from is not there.
+    """
     known = template.call()
     # The family's own scale is exact; pictures of other tools have only the other one.
-    useless = SCALES if any(name in given for name in SCALES) else SCALES[1:] if SCALES[0] in known else ()
-    return {name: value for name, value in known.items() if name not in useless} | dict(given)
+    useless = [*(SCALES if any(name in given for name in SCALES) else SCALES[1:] if SCALES[0] in known else ())]
+    if any(name in given for name in STRENGTHS):
+        useless += STRENGTHS
+    if "image" not in given and "image" not in known:
+        useless += FROM_A_PICTURE  # Other tools write a strength without the picture that it is of.
+    rest = {name: value for name, value in known.items() if name not in useless} | dict(given)
+    for name, recorded in known.items():
+        if isinstance(recorded, InputFile) and name in rest:
+            rest[name] = _found(recorded, given.get(name), name, path, warn)
+    return rest
+
+
+def keeping(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given, with the picture's own pixels kept under a mask: who inpaints a file expects that."""
+    has_mask = given.get("mask_image") is not None
+    return {**({"keep_unmasked": True} if has_mask else {}), **given}
+
+
+def _found(recorded: InputFile, given: Any, name: str, path: Path, warn: Callable[[str], None]) -> InputPicture:
+    """A picture that another was drawn from: the one that was given, else the one beside it."""
+    if given is not None:
+        found = read_input(given, name)
+        if found.sha256 != recorded.sha256:
+            warn(f"{path} was drawn from another {name}: {recorded}")
+        return found
+    for folder in dict.fromkeys((path.parent, Path())):
+        beside = folder / Path(recorded.name).name
+        if recorded.name and beside.is_file() and (found := read_input(beside, name)).sha256 == recorded.sha256:
+            return found
+    option = BY_NAME[name].option
+    raise UsageError(f"{path} was drawn from {recorded}, which is not beside it", f"give --{option} PICTURE")
 
 
 def _numbered(output: Path, count: int) -> list[Path]:
@@ -152,10 +203,16 @@ def _loras(manifest: Manifest) -> str | None:
     return ", ".join(f"{lora.file}:{lora.scale:g} ({lora.sha256[:10]})" for lora in manifest.loras) or None
 
 
+def _told(value: Any) -> Any:
+    """A value as it is recorded: of a picture its name and hash; what is off is left out."""
+    return InputFile(value.name, value.sha256) if isinstance(value, InputPicture) else value or None
+
+
 def _record(result: Output, pipeline: Pipeline, index: int, drawn: int) -> Record:
     """What made one of a call's pictures."""
     request, manifest = result.request, pipeline.bundle.manifest
     call = {p.name: getattr(request, p.name) for p in PARAMETERS if p.recorded and hasattr(request, p.name)}
+    call |= {name: _told(getattr(request.inputs, name)) for name in FROM_A_PICTURE} if request.inputs.image else {}
     call |= {
         "prompt": request.prompts[0],
         "negative_prompt": request.negative_prompts[0] if request.negative_prompts else None,

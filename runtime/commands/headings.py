@@ -33,6 +33,10 @@ class RunCommand(GroupedCommand):
 
     headings: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "Picture": (*("prompt", "negative_prompt", "height", "width", "num_images_per_prompt", "seed", "from_image"),),
+        "From a picture": (
+            *("image", "strength", "denoising_strength", "mask_image", "mask_blur"),
+            *("inpaint_blur_size", "inpaint_blur_sigma", "keep_unmasked"),
+        ),
         "Sampling": (
             *("num_inference_steps", "guidance_scale", "cfg_scale", "cfg_normalization", "cfg_truncation"),
             "max_sequence_length",

@@ -12,7 +12,7 @@ import click
 from zimgkit.engines.base import BACKENDS
 from zimgkit.engines.choice import AUTO
 from zimgkit.runtime import demo_models
-from zimgkit.runtime.parameters import PARAMETERS, RECOMMENDED, VAE_TILING
+from zimgkit.runtime.parameters import PARAMETERS, RECOMMENDED, VAE_TILING, Picture
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -86,6 +86,7 @@ def call_options(leave_out: Collection[str] = (), defaults: Mapping[str, str] = 
         for parameter in reversed(PARAMETERS):
             if not parameter.option or parameter.name in leave_out:
                 continue
+            kind: Any = click.Path(path_type=Path) if parameter.type is Picture else parameter.type
             text, default = parameter.help, defaults.get(parameter.name, parameter.default or RECOMMENDED)
             if parameter.name != "prompt":
                 text += f" [default: {default}]"
@@ -93,7 +94,8 @@ def call_options(leave_out: Collection[str] = (), defaults: Mapping[str, str] = 
                 *filter(None, [SHORT.get(parameter.name)]),
                 f"--{parameter.option}",
                 parameter.name,
-                type=parameter.type,
+                type=kind,
+                default=None,
                 help=text,
             )(command)
         return command

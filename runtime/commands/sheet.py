@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from zimgkit.engines.choice import AUTO
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime import demo_models
-from zimgkit.runtime.commands.generate import completed, filled, warn_of_others
+from zimgkit.runtime.commands.generate import completed, filled, keeping, warn_of_others
 from zimgkit.runtime.commands.memory import told
 from zimgkit.runtime.parameters import BY_NAME, checked
 from zimgkit.runtime.pictures.metadata import read
@@ -89,9 +89,10 @@ def draw_sheet(
     given = {name: value for name, value in call.items() if value is not None}
     count = checked(BY_NAME["num_images_per_prompt"], given.pop("num_images_per_prompt", 1))
     template = read(from_image, warn) if from_image else None
-    if template:
-        given = filled(given, template)
+    if template and from_image:
+        given = filled(given, template, from_image, warn)
         prompts = prompts or [text for text in [given["prompt"]] if text]
+    given = keeping(given)
     given.pop("prompt", None)
     given.setdefault("seed", SEED)
     if not prompts:

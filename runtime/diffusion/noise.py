@@ -107,35 +107,39 @@ def _box_muller(words: NDArray[np.uint32]) -> NDArray[np.float32]:
     return np.stack([radius * cosine, radius * sine], axis=1).reshape(-1)
 
 
-def randn_tensor(shape: Sequence[int], seeds: int | Sequence[int]) -> NDArray[np.float32]:
+Source = int | Generator
+"""A seed, or a generator that goes on from what it has drawn."""
+
+
+def randn_tensor(shape: Sequence[int], sources: Source | Sequence[Source]) -> NDArray[np.float32]:
     """Draw the noise of a batch, as ``diffusers.utils.torch_utils.randn_tensor`` does with CPU generators.
 
     Args:
         shape: (batch, ...).
-        seeds: one seed, whose generator draws the whole batch, or one seed per sample. As in diffusers, a list
-            of a single seed counts as one seed.
+        sources: one, which draws the whole batch, or one per sample. As in diffusers, a list of a single one
+            counts as one.
 
     Returns:
         float32 array of this shape.
 
     Raises:
-        UsageError: the number of seeds is not the batch size, or a seed is out of range.
+        UsageError: the number of sources is not the batch size, or a seed is out of range.
     """
-    if not isinstance(seeds, Sequence):
-        return Generator(seeds).randn(shape)
-    if len(seeds) == 1:
-        return Generator(seeds[0]).randn(shape)
-    if len(seeds) != shape[0]:
-        raise UsageError(f"{len(seeds)} seeds for {shape[0]} images", "give one seed, or one per image")
-    return np.stack([Generator(seed).randn(shape[1:]) for seed in seeds])
+    if not isinstance(sources, Sequence):
+        return generator(sources).randn(shape)
+    if len(sources) == 1:
+        return generator(sources[0]).randn(shape)
+    if len(sources) != shape[0]:
+        raise UsageError(f"{len(sources)} seeds for {shape[0]} images", "give one seed, or one per image")
+    return np.stack([generator(source).randn(shape[1:]) for source in sources])
 
 
-def randn_sample(shape: Sequence[int], seed: int, index: int) -> NDArray[np.float32]:
-    """One sample of what :func:`randn_tensor` draws for one seed, without transforming the others.
+def randn_sample(shape: Sequence[int], source: Source, index: int) -> NDArray[np.float32]:
+    """One sample of what :func:`randn_tensor` draws of one source, without transforming the others.
 
     Args:
         shape: (batch, ...), of the whole draw.
-        seed: whose generator draws the whole batch.
+        source: what draws the whole batch.
         index: of the sample.
 
     Returns:
@@ -144,9 +148,17 @@ def randn_sample(shape: Sequence[int], seed: int, index: int) -> NDArray[np.floa
     Raises:
         UsageError: the seed is out of range.
     """
-    sample = math.prod(shape[1:])
+    sample, stream = math.prod(shape[1:]), generator(source)
     if sample % BLOCK:
-        return randn_tensor(shape, seed)[index : index + 1]
-    generator = Generator(seed)
-    generator.skip(index * sample)
-    return generator.randn((1, *shape[1:]))
+        return stream.randn(shape)[index : index + 1]
+    stream.skip(index * sample)
+    return stream.randn((1, *shape[1:]))
+
+
+def generator(source: Source) -> Generator:
+    """The generator of a seed; one stands for itself.
+
+    Raises:
+        UsageError: the seed is no integer, or out of range.
+    """
+    return source if isinstance(source, Generator) else Generator(source)

@@ -190,6 +190,24 @@ def timesteps(sigmas: Sigmas) -> Sigmas:
     return sigmas * np.float32(NUM_TRAIN_TIMESTEPS)
 
 
+def sigmas_from(denoising_strength: float, num_inference_steps: int) -> list[float]:
+    """Noise levels before the shift of a run that starts from a picture, as DiffSynth's ``denoising_strength`` has it.
+
+    Source: ``FlowMatchScheduler`` of DiffSynth-Studio 2.1, ``linspace(strength, 0, N + 1)`` without its end.
+    """
+    return [float(sigma) for sigma in np.linspace(denoising_strength, 0.0, num_inference_steps + 1)[:-1]]
+
+
+def add_noise(clean: NDArray[np.float32], noise: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
+    """Latents at a noise level: ``sigma noise + (1 - sigma) clean``; float32 arrays of one shape.
+
+    Source: ``FlowMatchEulerDiscreteScheduler.scale_noise`` of diffusers.
+    """
+    level = np.float32(sigma)
+    noisy: NDArray[np.float32] = level * noise + (np.float32(1) - level) * clean
+    return noisy
+
+
 def euler_step(
     latents: NDArray[np.float32], velocity: NDArray[np.float32], sigma: float, sigma_next: float
 ) -> NDArray[np.float32]:

@@ -58,6 +58,8 @@ class Family(ABC):
     """The longest side the position tables allow, in pixels."""
     NEGATIVE_PROMPT: ClassVar[str | None]
     """What guidance uses where no negative prompt is given; None if there is no guidance then."""
+    STRENGTHS: ClassVar[Mapping[str, float]]
+    """Task -> how much of a picture is drawn anew where a call does not say, as in the reference pipelines."""
     TILING: ClassVar[Tiling]
     """How a picture is decoded in tiles."""
 

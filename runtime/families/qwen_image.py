@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import msgspec
 import numpy as np
@@ -59,6 +60,7 @@ class QwenImage(Family):
     MAX_SIDE = 8192
     USES_CHAT_TEMPLATE = False
     NEGATIVE_PROMPT = None
+    STRENGTHS: ClassVar[Mapping[str, float]] = {"image-to-image": 0.6, "inpaint": 0.6}
     TILING = Tiling(512, 128, is_close=True)  # Its norms are of each pixel; only the one attention sees the whole.
 
     def __init__(self, config: Config, where: str = MANIFEST) -> None:
@@ -78,6 +80,8 @@ class QwenImage(Family):
             "all_tokens": text + image,
             "height": height // 8,
             "width": width // 8,
+            "image_height": height,
+            "image_width": width,
         }
 
     def base_sigmas(self, num_inference_steps: int) -> list[float] | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import msgspec
 import numpy as np
@@ -58,6 +59,7 @@ class ZImage(Family):
     MAX_SIDE = 8192
     USES_CHAT_TEMPLATE = True
     NEGATIVE_PROMPT = ""
+    STRENGTHS: ClassVar[Mapping[str, float]] = {"image-to-image": 0.6, "inpaint": 1.0}
     TILING = Tiling(1024, 256, is_close=False)  # Group norms see a tile's own pixels only.
 
     def __init__(self, config: Config, where: str = MANIFEST) -> None:
@@ -77,6 +79,8 @@ class ZImage(Family):
             "all_tokens": image + caption,
             "height": height // 8,
             "width": width // 8,
+            "image_height": height,
+            "image_width": width,
         }
 
     def base_sigmas(self, num_inference_steps: int) -> list[float] | None:

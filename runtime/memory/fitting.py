@@ -15,6 +15,7 @@ from zimgkit.runtime.memory.amounts import gigabytes, parse_budget
 from zimgkit.runtime.memory.machine import UNLIMITED, free_memory
 from zimgkit.runtime.memory.needs import (
     BYTES,
+    ENCODER,
     Need,
     device_needs,
     host_needs,
@@ -45,6 +46,8 @@ class Picture:
     """Of the longest prompt, template included."""
     batch: int = 1
     """How many are denoised together."""
+    reads: bool = False
+    """Whether it starts from a picture."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,11 @@ def try_to_fit(where: Setting, picture: Picture, budget: Budget, precision: str 
 
 def needs_in(where: Setting, picture: Picture, precision: str | None = None) -> dict[str, Need]:
     """What each component takes for the whole picture, of this precision or another."""
+    needs = _needs_of_all(where, picture, precision)
+    return {name: need for name, need in needs.items() if picture.reads or name != ENCODER}
+
+
+def _needs_of_all(where: Setting, picture: Picture, precision: str | None) -> dict[str, Need]:
     sizes = where.family.dynamic_dimensions(picture.height, picture.width, picture.tokens)
     if not where.host:
         return device_needs(where.bundle, where.family, where.backend, sizes, picture.batch)

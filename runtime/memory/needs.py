@@ -32,8 +32,12 @@ COPIES = {
 stored. The others compute on the mapped file."""
 WIDENED = 2.4
 """How often ONNX Runtime holds 8-bit weights in float32 while it opens a graph that dequantizes them."""
-ORDER = ("text_encoder", "conditioner", "denoiser", "vae_decoder")
+ENCODER = "vae_encoder"
+"""What pictures are read with."""
+ORDER = ("text_encoder", "conditioner", ENCODER, "denoiser", "vae_decoder")
 """The components with a graph, in the order a picture uses them."""
+CONVOLUTIONS = {ENCODER, "vae_decoder"}
+"""Those of convolutions."""
 QUANTIZED = ("text_encoder", "denoiser")
 """Those that a quantized bundle quantizes."""
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.03, "int8": 1.03, "int8-weights": 1.03, "int4-weights": 0.6}
@@ -154,13 +158,13 @@ def host_needs(
     copies = COPIES.get((backend, precision), 0.0)
     working = _working(family, sizes, batch, cast=precision != "float32")
     held = {name: widened.get(name, copies * size) for name, size in stored.items()}
-    if "vae_decoder" in held:
+    for name in CONVOLUTIONS & held.keys():
         # Whatever convolutions are stored in, their kernels are computed with in float32.
-        in_float32 = stored["vae_decoder"] * (1 if precision == "float32" else 2)
+        in_float32 = stored[name] * (1 if precision == "float32" else 2)
         if backend == "onnxruntime":
-            held["vae_decoder"] = in_float32  # It packs them once.
+            held[name] = in_float32  # It packs them once.
         elif precision != "float32":
-            working["vae_decoder"] += in_float32
+            working[name] += in_float32
     releases = backend == "onnxruntime" and copies > 0
     return {
         name: Need(size, math.ceil(MARGIN * held[name]), math.ceil(MARGIN * working[name]), releases)
@@ -197,11 +201,13 @@ def _working(family: Family, sizes: Mapping[str, int], batch: int, *, cast: bool
     """Working memory in float32, by component."""
     encoder, denoiser = family.text_encoder_widths(), family.denoiser_widths()
     pixels = 64 * sizes["height"] * sizes["width"]
+    autoencoder = pixels * (PIXEL_MAPS * FLOAT * family.vae_channels() + PIXELS)
     return {
         "text_encoder": _transformer(encoder, sizes["tokens"], cast=cast),
         "conditioner": _transformer(denoiser, sizes["tokens"], cast=cast),
         "denoiser": _transformer(denoiser, batch * sizes["all_tokens"], cast=cast),
-        "vae_decoder": pixels * (PIXEL_MAPS * FLOAT * family.vae_channels() + PIXELS),
+        ENCODER: autoencoder,
+        "vae_decoder": autoencoder,
     }
 
 

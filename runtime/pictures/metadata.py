@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from zimgkit.engines.errors import UsageError
-from zimgkit.runtime.parameters import PARAMETERS
+from zimgkit.runtime.parameters import PARAMETERS, Picture
 from zimgkit.runtime.pictures import foreign
 
 if TYPE_CHECKING:
@@ -68,8 +68,22 @@ KEYS: dict[str, tuple[str, type]] = {
 """Key in the text -> field, and its type."""
 
 
-READ = {*KEYS, "Size", "Sampler", "Model hash"}
+INPUT_FILES = {"Input image": "image", "Mask": "mask_image"}
+"""Key in the text -> parameter that is a picture; it is read from the exact copy alone."""
+READ = {*KEYS, *INPUT_FILES, "Size", "Sampler", "Model hash"}
 """Keys of the web UI that are read, or say what is not worth a warning."""
+
+
+class InputFile(msgspec.Struct, frozen=True):
+    """A picture that another one was drawn from."""
+
+    name: str
+    """Of its file; empty where it had none."""
+    sha256: str
+    """Of its pixels, as :func:`.reading.digest` takes it."""
+
+    def __str__(self) -> str:
+        return f"{self.name or 'a picture'} ({self.sha256[:10]})"
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -101,6 +115,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         known = self.call()
         size = f"{known['width']}x{known['height']}" if known.get("width") and known.get("height") else None
         pairs = {key: getattr(self, name) for key, (name, _) in KEYS.items()} | {"Sampler": "Euler", "Size": size}
+        pairs |= {key: known.get(name) for key, name in INPUT_FILES.items()}
         if self.num_images == 1:
             pairs |= {"Num images": None, "Image index": None}
         version = pairs.pop("Version")
@@ -114,14 +129,12 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return msgspec.json.encode(self).decode()
 
 
+RECORDED: dict[Any, Any] = {tuple: tuple[float, ...], Picture: InputFile}
+"""The type of a parameter -> what is written of it, where that is another."""
 Parameters: Any = msgspec.defstruct(
     "Parameters",
     [("prompt", str)]
-    + [
-        (p.name, (tuple[float, ...] if p.type is tuple else p.type) | None, None)
-        for p in PARAMETERS
-        if p.recorded and p.name != "prompt"
-    ],
+    + [(p.name, RECORDED.get(p.type, p.type) | None, None) for p in PARAMETERS if p.recorded and p.name != "prompt"],
     bases=(Record,),
     module=__name__,
     frozen=True,

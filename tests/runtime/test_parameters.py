@@ -10,6 +10,7 @@ import pytest
 
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.commands.cli import cli
+from zimgkit.runtime.inputs import Inputs
 from zimgkit.runtime.parameters import BY_NAME, INSTEAD, PARAMETERS, PICTURES, TENSORS, checked, refuse_unknown
 from zimgkit.runtime.pictures.metadata import KEYS, Parameters
 from zimgkit.runtime.pipeline import CALLBACK_ARGUMENTS, Pipeline
@@ -23,7 +24,7 @@ def options(command: str) -> dict[str, str]:
 
 
 def test_the_commands_have_the_options_that_the_list_says():
-    expected = {parameter.option: parameter.name for parameter in PARAMETERS if parameter.option}
+    expected = {parameter.option.partition("/")[0]: parameter.name for parameter in PARAMETERS if parameter.option}
     assert options("generate") == expected
     assert options("sheet") == {k: v for k, v in expected.items() if v != "prompt"}
 
@@ -38,7 +39,9 @@ def test_the_call_takes_what_the_list_says():
 def test_a_request_holds_every_parameter():
     aliases = {"prompt", "negative_prompt", "true_cfg_scale", "cfg_scale", "generator"}
     plural = {"prompts", "negative_prompts"}
-    assert set(Request.__dataclass_fields__) - {"unused_negative_prompt"} == {*KNOWN} - aliases | plural
+    aliases |= {"input_image", "inpaint_mask"}
+    fields = {*Request.__dataclass_fields__, *Inputs.__dataclass_fields__}
+    assert fields - {"unused_negative_prompt", "inputs", "blends_velocity"} == {*KNOWN} - aliases | plural
 
 
 def test_pictures_carry_what_the_list_says():
@@ -82,8 +85,8 @@ def test_a_lower_bound_on_the_largest_value():
         ("timesteps", "sigmas"),
         ("promt", "did you mean prompt?"),
         ("num_inference_step", "did you mean num_inference_steps?"),
-        ("image", "draws from text alone"),
-        ("denoising_strength", "draws from text alone"),
+        ("edit_image", "no such picture"),
+        ("eligen_entity_masks", "no such picture"),
         ("zzz", "leave it out"),
     ],
 )

@@ -405,7 +405,11 @@ class TestPortedCode:
     @pytest.mark.parametrize(
         ("call", "message"),
         [
-            ({"image": np.zeros((1, 3, 4, 4))}, "no argument 'image' here; this bundle draws from text alone"),
+            ({"image": np.zeros((1, 3, 4, 4))}, "built for text-to-image, not for image-to-image; build one with"),
+            (
+                {"edit_image": np.zeros((1, 3, 4, 4))},
+                "no argument 'edit_image' here; this bundle takes no such picture",
+            ),
             ({"joint_attention_kwargs": {"scale": 1}}, "no argument 'joint_attention_kwargs'; use a bundle"),
             ({"clip_skip": 2}, "no argument 'clip_skip'"),
             ({"guidance": 3.0}, "no argument 'guidance'; use guidance_scale"),

@@ -123,6 +123,7 @@ def test_text_of_the_web_ui() -> None:
         num_inference_steps=20,
         cfg_scale=7.5,
         seed=965400086,
+        strength=0.7,
         model="dream/shaper_8",
         version="v1.9.4",
     )

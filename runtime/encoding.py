@@ -1,0 +1,77 @@
+"""Pictures to latents, kept for all jobs that share them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+import numpy as np
+
+from zimgkit.engines.errors import BackendError
+from zimgkit.runtime.diffusion.latents import normalize
+from zimgkit.runtime.engine_pool import EnginePool
+from zimgkit.runtime.families import Family
+from zimgkit.runtime.families.base import Array
+from zimgkit.runtime.inputs import InputPicture
+
+COMPONENT = "vae_encoder"
+MOST_KEPT = 16
+"""Encoded pictures; one of a megapixel takes 2 MB."""
+
+
+class Encoder:
+    """The VAE encoder of a session, and the latents of the pictures it was given last.
+
+    Args:
+        engines: of the bundle.
+        family: of the bundle.
+    """
+
+    def __init__(self, engines: EnginePool, family: Family) -> None:
+        self._engines = engines
+        self._family = family
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[str, int, int], Array] = OrderedDict()
+
+    def encode(
+        self, image: InputPicture, height: int, width: int, device: str | None = None, noise: Array | None = None
+    ) -> Array:
+        """The latents of a picture, float32 (1, ...) in the form that the family keeps them in.
+
+        Args:
+            image: the picture; it is resized.
+            height: of the picture to draw, in pixels.
+            width: likewise.
+            device: where the encoder runs.
+            noise: float32 (1, ...) of the family's noise shape, to draw from the posterior; its mean where None.
+
+        Raises:
+            BackendError: the engine failed, or gave NaN or Inf.
+        """
+        mean, log_variance = np.split(self._moments(image, height, width, device), 2, axis=1)
+        if noise is not None:
+            # As DiagonalGaussianDistribution of diffusers.
+            mean = mean + np.exp(np.float32(0.5) * np.clip(log_variance, -30, 20)) * noise.reshape(mean.shape)
+        shape = (1, *self._family.noise_shape(height, width))
+        return self._family.from_noise(normalize(mean, self._family.normalization).reshape(shape))
+
+    def _moments(self, image: InputPicture, height: int, width: int, device: str | None) -> Array:
+        """What the encoder gives, float32 (1, 2 * channels, height / 8, width / 8)."""
+        from zimgkit.runtime.pictures.reading import flattened
+        from zimgkit.runtime.pictures.resizing import resize, to_pixels
+
+        key = (image.sha256, height, width)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        with self._engines.engine(COMPONENT, device) as engine:
+            pixels = to_pixels(resize(flattened(image.picture), width, height))
+            moments: Array = engine.run({"image": pixels})["moments"]
+        if not np.isfinite(moments).all():
+            raise BackendError("the VAE encoder gave NaN or Inf", "zimg-export verify checks the bundle")
+        with self._lock:
+            self._kept[key] = moments
+            while len(self._kept) > MOST_KEPT:
+                self._kept.popitem(last=False)
+        return moments

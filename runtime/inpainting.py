@@ -1,0 +1,73 @@
+"""What a mask does to a picture: where its latents are drawn anew, and its own pixels put back where it is kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from zimgkit.runtime.inputs import Inputs
+
+Array = NDArray[np.float32]
+
+
+def latents_drawn_anew(inputs: Inputs, height: int, width: int) -> Array | None:
+    """Where latents are drawn anew: 1, and 0 where the picture is kept; None where there is no mask.
+
+    Args:
+        inputs: of the call.
+        height: of what is drawn, in pixels.
+        width: likewise.
+
+    Returns:
+        float32 (height / 8, width / 8).
+
+    Raises:
+        UsageError: the blur is larger than the picture.
+    """
+    from zimgkit.runtime.pictures.masks import SCALE, latent_mask, read_mask, soft_latent_mask
+
+    if inputs.mask_image is None:
+        return None
+    if inputs.mask_blur:
+        return pixels_drawn_anew(inputs, height, width)[::SCALE, ::SCALE]
+    mask = read_mask(inputs.mask_image.picture)
+    if inputs.blends_velocity:
+        return soft_latent_mask(mask, height, width, inputs.inpaint_blur_size, inputs.inpaint_blur_sigma)
+    return latent_mask(mask, height, width)
+
+
+def pixels_drawn_anew(inputs: Inputs, height: int, width: int) -> Array:
+    """Likewise of pixels: the mask at the picture's size, each pixel 0 or 1, and then blurred as was asked for."""
+    from zimgkit.runtime.pictures.masks import SCALE, blur, read_mask
+    from zimgkit.runtime.pictures.resizing import resize
+
+    if inputs.mask_image is None:
+        return np.ones((height, width), np.float32)
+    sized = read_mask(resize(inputs.mask_image.picture, width, height))
+    whole = (sized >= np.float32(0.5)).astype(np.float32)
+    return blur(whole, inputs.mask_blur or SCALE * (inputs.inpaint_blur_sigma or 0))
+
+
+def keep_unmasked(drawn: Array, inputs: Inputs) -> Array:
+    """A drawn picture with the pixels of the one it was drawn from where the mask keeps them.
+
+    Args:
+        drawn: float32 (height, width, 3) from 0 to 1.
+        inputs: of the call.
+
+    Returns:
+        float32 (height, width, 3); the same array where nothing is kept.
+    """
+    from zimgkit.runtime.pictures.reading import flattened
+    from zimgkit.runtime.pictures.resizing import resize
+
+    if inputs.image is None or inputs.mask_image is None or not inputs.keep_unmasked:
+        return drawn
+    height, width = drawn.shape[:2]
+    anew = pixels_drawn_anew(inputs, height, width)[..., None]
+    own = np.asarray(resize(flattened(inputs.image.picture), width, height), np.float32) / np.float32(255)
+    mixed: Array = drawn * anew + own * (1 - anew)
+    return mixed

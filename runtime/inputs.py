@@ -1,0 +1,177 @@
+"""The pictures of a call: read, and checked against what the bundle does and against each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zimgkit.engines.bundle import Manifest
+from zimgkit.engines.errors import UsageError
+from zimgkit.runtime.families import Family
+from zimgkit.runtime.parameters import BY_NAME, MULTIPLE, checked
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ONE_OF = (("image", "input_image"), ("mask_image", "inpaint_mask"), ("strength", "denoising_strength"))
+"""Names of one thing, of which a call takes one."""
+OF_IMAGE = ("strength", "denoising_strength", "mask_image", "inpaint_mask")
+"""What says something of a picture."""
+OF_MASK = ("mask_blur", "inpaint_blur_size", "inpaint_blur_sigma", "keep_unmasked")
+"""What says something of a mask."""
+BLUR = ("inpaint_blur_size", "inpaint_blur_sigma")
+
+
+@dataclass(frozen=True)
+class InputPicture:
+    """A picture that a call was given."""
+
+    name: str
+    """Of its file; empty where it came from memory."""
+    sha256: str
+    """Of its pixels, as :func:`.pictures.reading.digest` takes it."""
+    picture: Image = field(compare=False, repr=False)
+    """In mode RGB, or RGBA where parts of it are transparent."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.picture.size
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a call says of pictures."""
+
+    image: InputPicture | None = None
+    strength: float | None = None
+    """How much is drawn anew, as diffusers counts it: the first steps are left out."""
+    denoising_strength: float | None = None
+    """Likewise as DiffSynth counts it: all steps are taken, from this noise level on before the shift."""
+    mask_image: InputPicture | None = None
+    mask_blur: float = 0.0
+    """Radius in pixels."""
+    blends_velocity: bool = False
+    """Whether the mask is resized and blended as DiffSynth does it, rather than as diffusers."""
+    inpaint_blur_size: int | None = None
+    inpaint_blur_sigma: float | None = None
+    keep_unmasked: bool = False
+
+    @property
+    def samples_latents(self) -> bool:
+        """Whether the picture's latents are drawn from the posterior, as diffusers does, and are not its mean."""
+        return self.image is not None and self.denoising_strength is None and not self.blends_velocity
+
+
+NONE = Inputs()
+
+
+def read_inputs(manifest: Manifest, family: Family, given: Mapping[str, Any]) -> Inputs:
+    """Read a call's pictures and what it says of them.
+
+    Args:
+        manifest: of the bundle.
+        family: of the bundle.
+        given: the call's arguments, by name.
+
+    Raises:
+        UsageError: two names of one thing, a picture that cannot be read or that the bundle cannot take, or something
+            said of a picture or mask that is not there.
+    """
+    if "sigmas" in given and "denoising_strength" in given:
+        raise UsageError("sigmas and denoising_strength are both given", "give only one of them")
+    for names in ONE_OF:
+        if len(found := [name for name in names if name in given]) > 1:
+            raise UsageError(f"{' and '.join(found)} are both given", "give only one of them")
+    source = given.get("image", given.get("input_image"))
+    if source is None:
+        if said := next((name for name in (*OF_IMAGE, *OF_MASK) if name in given), None):
+            raise UsageError(f"{said} is given, and no image", "give the picture to start from as image")
+        return NONE
+    mask = given.get("mask_image", given.get("inpaint_mask"))
+    if mask is None and (said := next((name for name in OF_MASK if name in given), None)):
+        raise UsageError(f"{said} is given, and no mask", "give mask_image, white where the picture is drawn anew")
+    task = "image-to-image" if mask is None else "inpaint"
+    if task not in manifest.tasks:
+        hint = f"build one with zimg-export build --tasks {task}"
+        raise UsageError(f"this bundle is built for {', '.join(manifest.tasks)}, not for {task}", hint)
+    values = {name: checked(BY_NAME[name], given[name]) for name in (*OF_IMAGE[:2], *OF_MASK) if name in given}
+    blurs = [name for name in BLUR if name in given]
+    if len(blurs) == 1:
+        raise UsageError(f"{blurs[0]} is given alone", f"give {' and '.join(BLUR)}, or neither")
+    blends_velocity = "inpaint_mask" in given or bool(blurs)
+    if blurs and values.get("mask_blur"):
+        raise UsageError("mask_blur and inpaint_blur_size are both given", "give one of them")
+    if "denoising_strength" not in values:
+        values.setdefault("strength", 1.0 if blends_velocity else family.STRENGTHS[task])
+    name = "strength" if "strength" in values else "denoising_strength"
+    if not values[name]:
+        raise UsageError(f"{name} is 0, which draws nothing anew", "give more, up to 1")
+    return Inputs(
+        **values,
+        image=read_input(source, "image"),
+        mask_image=read_input(mask, "mask_image") if mask is not None else None,
+        blends_velocity=blends_velocity,
+    )
+
+
+def first_step(num_inference_steps: int, strength: float) -> int:
+    """How many steps diffusers leaves out for a strength: ``get_timesteps`` of its pipelines from pictures.
+
+    Raises:
+        UsageError: no step is left.
+    """
+    first = int(max(num_inference_steps - min(num_inference_steps * strength, num_inference_steps), 0))
+    if first >= num_inference_steps:
+        message = f"a strength of {strength:g} leaves no step of {num_inference_steps}"
+        raise UsageError(message, "give a greater strength")
+    return first
+
+
+def size_like(picture: InputPicture, height: int | None, width: int | None, area: int) -> tuple[int, int]:
+    """The height and width of what is drawn from a picture: its own, in multiples of 16, where they are not given.
+
+    A picture of more pixels than the bundle is for is made smaller; a side that is given decides over the other.
+
+    Args:
+        picture: the picture.
+        height: where it is given.
+        width: likewise.
+        area: as many pixels as the bundle's own recommendation has.
+    """
+    own_width, own_height = picture.size
+    if height is None and width is None:
+        factor = min(1.0, math.sqrt(area / (own_width * own_height)))
+        return _multiple(own_height * factor), _multiple(own_width * factor)
+    if height is None:
+        return _multiple(own_height * (width or 0) / own_width), width or 0
+    return height, width if width is not None else _multiple(own_width * height / own_height)
+
+
+def _multiple(side: float) -> int:
+    return max(MULTIPLE, int(side + 1e-6) // MULTIPLE * MULTIPLE)
+
+
+def read_input(source: Any, name: str) -> InputPicture:
+    """Read one picture; a list of one stands for it, as ported code has it.
+
+    Args:
+        source: what :func:`.pictures.reading.read_picture` takes.
+        name: what messages call it.
+
+    Raises:
+        UsageError: it is none, or several.
+    """
+    from zimgkit.runtime.pictures.reading import digest, read_picture
+
+    if isinstance(source, list | tuple) and len(source) == 1:
+        source = source[0]
+    if isinstance(source, list | tuple):
+        raise UsageError(f"{name} has {len(source)} pictures", "this bundle takes one")
+    if isinstance(source, InputPicture):
+        return source
+    picture = read_picture(source, name)
+    return InputPicture(Path(source).name if isinstance(source, str | Path) else "", digest(picture), picture)
