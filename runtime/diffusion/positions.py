@@ -49,18 +49,24 @@ def axis_tables(
     return Tables(np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))
 
 
+SECTIONS = (16, 24, 24)
+
+
 class Rope(NamedTuple):
-    """A text encoder's rotary embedding on its one axis."""
+    """A text encoder's rotary embedding."""
 
     dim: int
     """Numbers in a head."""
     theta: float
+    sections: tuple[int, int, int] = SECTIONS
+    """Pairs of numbers for each axis, where positions have three (``mrope_section``)."""
 
 
 class _Scaling(msgspec.Struct, frozen=True):
     rope_type: str | None = None
     type: str | None = None
     rope_theta: Positive | None = None
+    mrope_section: tuple[Small, Small, Small] | None = None
 
 
 class _TextEncoder(msgspec.Struct, frozen=True):
@@ -93,7 +99,7 @@ def text_encoder_rope(config: Mapping[str, Any], where: str = "text_encoder") ->
     dim = found.head_dim or (found.hidden_size or 0) // (found.num_attention_heads or 1)
     if not dim or dim % 2:
         raise CheckpointError(f"{where}: the config has no even head_dim, nor hidden_size and num_attention_heads")
-    return Rope(dim, theta)
+    return Rope(dim, theta, scaling.mrope_section or SECTIONS)
 
 
 def text_encoder_tables(length: int, rope: Rope) -> Tables:

@@ -1,1 +1,1 @@
-"""Pictures: saving them, and the parameters they carry."""
+"""Pictures: reading and saving them, the sizes and patches that models take in, and the parameters they carry."""

@@ -1,1 +1,1 @@
-"""Prompts to token ids."""
+"""Prompts, with and without pictures, to token ids and positions."""
