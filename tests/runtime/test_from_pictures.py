@@ -158,7 +158,7 @@ class TestDiffSynthsNames:
     """Sigmas as DiffSynth-Studio 2.1.12 gave them, for 5 steps from 0.6 at 96x64; Z-Image's first."""
 
     SIGMAS: ClassVar[dict[str, list[float]]] = {
-        "qwen-image": [0.6522, 0.5217, 0.3751, 0.2092, 0.02, 0],
+        "qwen-image": [0.6522, 0.5217, 0.3751, 0.2092, 0.02],
         "z-image": [0.8182],
     }
 

@@ -11,6 +11,7 @@ from tests.commands import invoke
 from zimgkit.export.cli import main as export
 from zimgkit.runtime.commands import cli as run
 from zimgkit.runtime.commands.headings import GroupedCommand
+from zimgkit.runtime.commands.options import SETTINGS
 
 COMMANDS = [
     (main, group.commands[name]) for main, group in ((run, run.cli), (export, export.cli)) for name in group.commands
@@ -22,7 +23,7 @@ ids = [f"{main.__name__.split('.')[1]} {command.name}" for main, command in COMM
 @pytest.mark.parametrize(("main", "command"), COMMANDS, ids=ids)
 def test_every_option_stands_under_one_heading(main, command) -> None:
     assert isinstance(command, GroupedCommand)
-    options = [p for p in command.get_params(click.Context(command)) if isinstance(p, click.Option)]
+    options = [p for p in command.get_params(click.Context(command, **SETTINGS)) if isinstance(p, click.Option)]
     for option in options:
         headings = [heading for heading, names in command.headings.items() if option.name in names]
         assert len(headings) == (option.opts[-1] != "--help"), option.name
@@ -37,7 +38,7 @@ def test_every_option_stands_under_one_heading(main, command) -> None:
 
 @pytest.mark.parametrize(("main", "command"), COMMANDS, ids=ids)
 def test_every_line_is_a_sentence(main, command) -> None:
-    for option in command.get_params(click.Context(command)):
+    for option in command.get_params(click.Context(command, **SETTINGS)):
         if not isinstance(option, click.Option):
             continue
         text = re.sub(r" \[default: [^\[\]]+\]$", "", option.help or "")
