@@ -1,6 +1,6 @@
 """Pictures as the patches that vision towers take in, as transformers' image processors cut them with torchvision.
 
-``AutoProcessor`` takes those where torchvision is installed, as it mostly is; without it, what has to be resized differs
+``AutoProcessor`` takes those where torchvision is installed, as it mostly is; without it, what is resized differs
 (see :mod:`zimgkit.runtime.pictures.resampling`).
 """
 

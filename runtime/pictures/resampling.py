@@ -1,7 +1,7 @@
 """Resizing of 8-bit pictures as torchvision does it on tensors, to the bit.
 
 Pillow and torch resize with the same filters (widened where a picture shrinks, so that every pixel counts), but with
-weights of other precision: results differ by up to two levels, and by twenty in noise where Pillow, since version 13,
+weights of other precision: results differ by up to two levels, and by twenty in noise where Pillow (13.0)
 finds it cheaper to go along the columns first. transformers' image processors use torchvision where it is installed.
 """
 
