@@ -17,11 +17,13 @@ Mask = NDArray[np.float32]
 SCALE = 8
 """Pixels of a picture that one of its latents stands for, along a side."""
 ASPECT = 0.02
-"""How much of its aspect ratio a mask may lose when it is resized: the rounding of sides to multiples of 16."""
+"""How much of its aspect ratio a mask may lose unsaid: the rounding of one that was resized beside its picture."""
 
 
 def read_mask(source: Any, name: str = "mask") -> Mask:
     """Read a mask from what :func:`read_picture` reads: the brightness of its pixels, of transparent ones black.
+
+    Of colours it is the luma, as Pillow and diffusers have it; DiffSynth-Studio takes the mean of the channels.
 
     Args:
         source: of any mode, or an array.
@@ -126,7 +128,7 @@ def remarks(mask: Mask, height: int, width: int, name: str = "mask") -> list[str
 
     Args:
         mask: float32 (h, w) from 0 to 1.
-        height: of the picture, in pixels.
+        height: of the picture as it was given, in pixels.
         width: likewise.
         name: what messages call it.
     """

@@ -1,7 +1,7 @@
 """Pictures as the patches that vision towers take in, as transformers' image processors cut them with torchvision.
 
-``AutoProcessor`` takes those where torchvision is installed, as with diffusers it mostly is; without it pictures that
-have to be resized differ by up to two levels.
+``AutoProcessor`` takes those where torchvision is installed, as it mostly is; without it, what is resized differs
+(see :mod:`zimgkit.runtime.pictures.resampling`).
 """
 
 from __future__ import annotations

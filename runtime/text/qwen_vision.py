@@ -143,7 +143,9 @@ def attention_mask(segment: Integers) -> NDArray[np.bool_]:
 def token_positions(input_ids: Integers, image_token: int, grids: Integers, merge: int) -> Integers:
     """Positions (frame, row, column) of a text with pictures in it, as ``get_rope_index`` counts them.
 
-    Text counts on all axes. A picture's tokens begin where it stands, and text goes on beyond its longer side.
+    Text counts on all axes. A picture's tokens begin where it stands, and text goes on beyond its longer side. So the
+    encoder was trained. With transformers 5, diffusers 0.42's pipelines forget to pass ``mm_token_type_ids``, without
+    which it counts pictures as text (huggingface/diffusers#14194); with transformers 4 they do as here.
 
     Args:
         input_ids: int64 (tokens,), with one image token for each group of patches.
