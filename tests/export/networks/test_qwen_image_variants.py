@@ -18,6 +18,7 @@ from zimgkit.export.networks.qwen_image_variants import (
     edit_parts,
     entity_parts,
 )
+from zimgkit.export.quantization.quantize import linear_weights
 
 LAYERED = {"use_layer3d_rope": True, "use_additional_t_cond": True}
 
@@ -145,3 +146,5 @@ def test_variants_have_the_denoisers_parameters(change):
         (variant,) = parts["denoiser"].variants.values()
         assert variant.parameters() == parts["denoiser"].parameters()
         assert variant.outputs == parts["denoiser"].outputs
+        # Of linears alone: an addition to the time is none.
+        assert not [name for name in linear_weights(parts["modulation"]) if "addition" in name]
