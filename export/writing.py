@@ -40,6 +40,8 @@ def write_component(
 ) -> dict[str, Component]:
     """Write a component's graphs: in the weights' own type, in float32, and that one again for ONNX Runtime on CPUs.
 
+    Its variants get the same, over its weights.
+
     Args:
         name: of the component.
         part: what it is.
@@ -107,10 +109,14 @@ def _for_cpu(model: ir.Model) -> ir.Model:
 
 
 def _plans(name: str, part: Part, compute: str, *, is_cut: bool) -> dict[str, Plan]:
-    """The plan of a component's graph and, where it is cut, those of its pieces."""
-    plan = record(part.build(getattr(torch, compute)), part.inputs, part.outputs, part.sizes)
+    """The plan of a component's graph, those of its variants and, where it is cut, those of its pieces."""
+    plan, *others = (
+        record(own.build(getattr(torch, compute)), own.inputs, own.outputs, own.sizes)
+        for own in (part, *part.variants.values())
+    )
     pieces = cut(plan, part.cut) if is_cut and part.cut is not None else {}
-    return {name: plan} | {f"{name}.{piece}": own for piece, own in pieces.items()}
+    variants = dict(zip(part.variants, others, strict=True)) | pieces
+    return {name: plan} | {f"{name}.{key}": own for key, own in variants.items()}
 
 
 def _entry(name: str, tensors: Mapping[str, TensorInfo], folder: Path) -> Component:

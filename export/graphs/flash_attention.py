@@ -1,7 +1,8 @@
 """Attention as ONNX Runtime computes it on CPUs without keeping the scores.
 
 Its kernel of the standard ``Attention`` holds all scores at once, which grow with the square of the tokens; that of its
-own ``MultiHeadAttention`` goes through them in blocks, as FlashAttention does (https://arxiv.org/abs/2205.14135).
+own ``MultiHeadAttention`` goes through them in blocks, as FlashAttention does (https://arxiv.org/abs/2205.14135). Where
+there is a mask it does not, and so the scores of some heads at a time are held.
 
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MultiHeadAttention
 """
@@ -19,32 +20,45 @@ from zimgkit.export.graphs.nodes import constant, insert, take_over
 DOMAIN = "com.microsoft"
 SWAP = [0, 2, 1, 3]
 """(batch, heads, tokens, head_dim) <-> (batch, tokens, heads, head_dim)."""
+MASKED_HEADS = 8
+"""The most heads whose scores are held at once where there is a mask."""
 
 
 class FlashAttention(ir.passes.InPlacePass):
-    """Replace every ``Attention`` that is neither causal nor masked, and whose heads all have keys of their own."""
+    """Replace every ``Attention`` that is not causal, and whose heads all have keys of their own."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the model's functions in place."""
         changed = False
         for function in model.functions.values():
             for node in [node for node in function if _is_plain(node)]:
+                changed = True
+                if len(node.inputs) == 4:
+                    _split(function, node)
+                    continue
                 _replace(function, node)
                 function.opset_imports[DOMAIN] = 1
-                changed = True
+                model.opset_imports[DOMAIN] = 1
         if changed:
-            model.opset_imports[DOMAIN] = 1
             passes.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=changed)
 
 
 def _is_plain(node: ir.Node) -> bool:
-    if node.domain or node.op_type != "Attention" or len(node.inputs) != 3 or len(node.outputs) != 1:
+    if node.domain or node.op_type != "Attention" or len(node.inputs) not in (3, 4) or len(node.outputs) != 1:
         return False
     if any(node.attributes[name].value for name in ("is_causal", "softcap") if name in node.attributes):
         return False
-    heads = {_heads(value) for value in node.inputs}
-    return len(heads) == 1 and None not in heads
+    heads, *others = {_heads(value) for value in node.inputs[:3]}
+    if heads is None or others:
+        return False
+    # Our masks are the same for all heads; the shape of one that comes from outside is not known here.
+    return len(node.inputs) == 3 or (heads > MASKED_HEADS and _is_long(node.inputs[1]))
+
+
+def _is_long(value: ir.Value | None) -> bool:
+    """Whether the tokens of (batch, heads, tokens, head_dim) may be any number: those of a window are few."""
+    return value is not None and value.shape is not None and not isinstance(value.shape[2], int)
 
 
 def _heads(value: ir.Value | None) -> int | None:
@@ -53,6 +67,20 @@ def _heads(value: ir.Value | None) -> int | None:
         return None
     heads = value.shape[1]
     return heads if isinstance(heads, int) else None
+
+
+def _split(function: ir.Function, node: ir.Node) -> None:
+    """Some heads after the others."""
+    *rows, mask = node.inputs
+    count = -(-(_heads(rows[0]) or 1) // MASKED_HEADS)
+    groups = [ir.node("Split", [value], {"axis": 1, "num_outputs": count}, num_outputs=count) for value in rows]
+    function.insert_before(node, groups)
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    found = [
+        insert(function, node, "Attention", [*some, mask], attributes)
+        for some in zip(*(group.outputs for group in groups), strict=True)
+    ]
+    take_over(node.outputs[0], insert(function, node, "Concat", found, {"axis": 1}))
 
 
 def _replace(function: ir.Function, node: ir.Node) -> None:

@@ -43,18 +43,19 @@ class Border(nn.Module):
         return x.float()
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Unmasked attention; becomes one ONNX ``Attention``.
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention; becomes one ONNX ``Attention``.
 
     Args:
         query: (batch, heads, tokens, head_dim).
         key: as ``query``.
         value: as ``query``.
+        mask: bool (batch or 1, 1, tokens, tokens), whether a token, in rows, sees another; all see all where None.
 
     Returns:
         (batch, tokens, heads * head_dim).
     """
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:

@@ -67,6 +67,8 @@ class Part:
     """
     cut: Cut | None = None
     """Where the network can be cut."""
+    variants: Mapping[str, Part] = field(default_factory=dict)
+    """Networks with other inputs over the same parameters or some of them, by what their names have after a dot."""
 
     def build(self, dtype: torch.dtype) -> nn.Module:
         """The network on the meta device, in the element type it shall compute in."""

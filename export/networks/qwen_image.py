@@ -9,7 +9,7 @@ A network's ``forward`` only calls its children; each kind of child is traced on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -56,14 +56,7 @@ def read_config(config: Mapping[str, Any]) -> Config:
         CheckpointError: it is of no network that is implemented here; naming the key and what is supported.
     """
     found = decoded(config, Config, FILE, CheckpointError)
-    wanted = {
-        "patch_size": 2,
-        "guidance_embeds": False,
-        "zero_cond_t": False,
-        "use_additional_t_cond": False,
-        "use_layer3d_rope": False,
-    }
-    for key, value in wanted.items():
+    for key, value in {"patch_size": 2, "guidance_embeds": False}.items():
         if getattr(found, key) != value:
             raise CheckpointError(f"{FILE} has {key} = {config[key]!r}; zimgkit supports {value!r} only")
     if sum(found.axes_dims_rope) != found.attention_head_dim:
@@ -88,8 +81,13 @@ class JointAttention(nn.Module):
         self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps=1e-6), nn.RMSNorm(head_dim, eps=1e-6)
         self.norm_added_q, self.norm_added_k = nn.RMSNorm(head_dim, eps=1e-6), nn.RMSNorm(head_dim, eps=1e-6)
 
-    def forward(self, image: Tensor, text: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, tokens, dim) of each stream, tables (batch, text + image tokens, head_dim / 2) -> both streams."""
+    def forward(
+        self, image: Tensor, text: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(batch, tokens, dim) of each stream, tables (batch, text + image tokens, head_dim / 2) -> both streams.
+
+        A mask is bool (1, 1, all tokens, all tokens), whether a token, in rows, sees another.
+        """
 
         def heads(x: Tensor) -> Tensor:
             return split_heads(x, self.head_dim)
@@ -101,7 +99,7 @@ class JointAttention(nn.Module):
         key = joint(self.norm_added_k(heads(self.add_k_proj(text))), self.norm_k(heads(self.to_k(image))))
         value = heads(joint(self.add_v_proj(text), self.to_v(image)))
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        out = attention(rotate(query, cos, sin), rotate(key, cos, sin), value)
+        out = attention(rotate(query, cos, sin), rotate(key, cos, sin), value, mask)
         tokens = text.shape[1]
         return self.to_out[0](out[:, tokens:]), self.to_add_out(out[:, :tokens])
 
@@ -146,11 +144,29 @@ class QwenImageBlock(nn.Module):
         self.img_mlp, self.txt_mlp = FeedForward(dim), FeedForward(dim)
 
     def forward(
-        self, image: Tensor, text: Tensor, image_rows: Tensor, text_rows: Tensor, cos: Tensor, sin: Tensor
+        self,
+        image: Tensor,
+        text: Tensor,
+        image_rows: Tensor,
+        text_rows: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Both streams (batch, tokens, dim), rows (6, dim) each, tables (batch, all tokens, head_dim / 2)."""
-        image_mod, text_mod = image_rows.chunk(MODULATIONS), text_rows.chunk(MODULATIONS)
-        image_out, text_out = self.attn(modulate(image, *image_mod[:2]), modulate(text, *text_mod[:2]), cos, sin)
+        """Both streams (batch, tokens, dim), rows (6, dim) each, tables (batch, all tokens, head_dim / 2), a mask."""
+        return self._streams(image, text, image_rows.chunk(MODULATIONS), text_rows.chunk(MODULATIONS), cos, sin, mask)
+
+    def _streams(
+        self,
+        image: Tensor,
+        text: Tensor,
+        image_mod: Sequence[Tensor],
+        text_mod: Sequence[Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        image_out, text_out = self.attn(modulate(image, *image_mod[:2]), modulate(text, *text_mod[:2]), cos, sin, mask)
         image = image + image_mod[2] * image_out
         text = text + text_mod[2] * text_out
         image = image + image_mod[5] * self.img_mlp(modulate(image, *image_mod[3:5]))
@@ -243,10 +259,20 @@ class QwenImageDenoiser(nn.Module):
         """
         image = self.img_in(hidden_states)
         rows = self.split_modulation(self.modulation_rows(modulation, image))
+        return self.head(self.blocks(image, text, rows, cos, sin), rows)
+
+    def blocks(
+        self, image: Tensor, text: Tensor, rows: tuple[Tensor, ...], cos: Tensor, sin: Tensor, *more: Tensor
+    ) -> Tensor:
+        """All blocks on tokens of images, with what else their kind takes."""
         text = self.widen(text, image)
         cos, sin = self.tables(image, cos, sin)
         for index, block in enumerate(self.transformer_blocks):
-            image, text = block(image, text, rows[2 * index], rows[2 * index + 1], cos, sin)
+            image, text = block(image, text, rows[2 * index], rows[2 * index + 1], cos, sin, *more)
+        return image
+
+    def head(self, image: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
+        """The velocity of tokens."""
         out: Tensor = self.proj_out(self.norm_out(image, rows[2 * len(self.transformer_blocks)]))
         return out
 
@@ -293,18 +319,28 @@ def modulation_tensors(config: Config) -> dict[str, tuple[int, ...]]:
         for stream in ("img", "txt"):
             linears[f"transformer_blocks.{index}.{stream}_mod.1"] = (MODULATIONS * dim, dim)
     shapes: dict[str, tuple[int, ...]] = {}
+    if config.use_additional_t_cond:
+        shapes["time_text_embed.addition_t_embedding.weight"] = (2, dim)
     for name, (rows, columns) in linears.items():
         shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (rows, columns), (rows,)
     return shapes
 
 
 def parts(config: Mapping[str, Any]) -> dict[str, Part]:
-    """The components that the transformer becomes.
+    """The components that the transformer becomes where it draws from text alone.
 
     Raises:
-        CheckpointError: the config is of no network that zimgkit implements.
+        CheckpointError: the config is of no network that zimgkit implements, or of one that takes pictures apart.
     """
     found = read_config(config)
+    for key in ("use_additional_t_cond", "use_layer3d_rope"):
+        if getattr(found, key):
+            raise CheckpointError(f"{FILE} has {key} = True: it draws layers of a picture, and nothing from text alone")
+    return every_part(found)
+
+
+def every_part(found: Config) -> dict[str, Part]:
+    """The components of any transformer, without variants."""
     dim, half = found.width, found.attention_head_dim // 2
     float32 = torch.float32
     conditioner = Part(
@@ -345,4 +381,4 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
 
 def checkpoint_shapes(config: Mapping[str, Any]) -> Shapes:
     """The tensors of a whole transformer, by their names in a checkpoint, and their shapes."""
-    return stored_shapes(parts(config))
+    return stored_shapes(every_part(read_config(config)))

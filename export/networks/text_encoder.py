@@ -2,7 +2,8 @@
 
 Of Qwen3 the second-to-last hidden state is taken: its last layer, final norm and head are unused. Of Qwen2.5-VL it is
 the last hidden state: its head is unused, and so is its vision tower where no picture is read.
-Prompts run one at a time at their exact length, so causal attention needs no mask.
+Prompts run one at a time at their exact length, so causal attention needs no mask. Where pictures are in a prompt, some
+of its tokens take rows of the vision tower; their positions on three axes are in the tables, which the host makes.
 
 A network's ``forward`` only calls its children; each kind of child is traced once, see ``zimgkit.export.graphs.trace``.
 """
@@ -10,11 +11,13 @@ A network's ``forward`` only calls its children; each kind of child is traced on
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import msgspec
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen3Config
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLDecoderLayer,
@@ -25,6 +28,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Mod
 
 from zimgkit.engines.decoding import Count, Positive, Small, Width, decoded
 from zimgkit.engines.errors import CheckpointError
+from zimgkit.export.networks import vision_tower
 from zimgkit.export.networks.layers import Border
 from zimgkit.export.networks.parts import Input, Part, Shapes
 
@@ -152,11 +156,49 @@ class TextEncoder(nn.Module):
         Returns:
             (1, tokens, hidden_size) float32: hidden state -2 for Qwen3, -1 (after the norm) for Qwen2.5-VL.
         """
-        hidden_states = self.embed_tokens(input_ids)
+        return self._encoded(self.embed_tokens(input_ids), cos, sin)
+
+    def _encoded(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         for layer in self.layers:
             hidden_states = layer(hidden_states, cos, sin)
         out: Tensor = self.norm(hidden_states)
         return out
+
+
+class PictureRows(nn.Module):
+    """Rows of pictures in the places that a prompt has for them."""
+
+    def forward(self, hidden_states: Tensor, picture_embeds: Tensor, row_index: Tensor) -> Tensor:
+        """(1, tokens, hidden), (picture tokens, hidden) float32, (tokens,) int64 -> (1, tokens, hidden)."""
+        rows = torch.cat([hidden_states.squeeze(0), picture_embeds.to(hidden_states.dtype)])
+        return F.embedding(row_index, rows).unsqueeze(0)
+
+
+class PicturesTextEncoder(TextEncoder):
+    """Token ids and what the vision tower made of pictures to the hidden states a picture is conditioned on."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        self.picture_rows = PictureRows()
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, cos: Tensor, sin: Tensor, picture_embeds: Tensor, row_index: Tensor
+    ) -> Tensor:
+        """One prompt with pictures.
+
+        Args:
+            input_ids: (1, tokens) int64.
+            cos: (tokens, head_dim / 2) float32, each pair's angle of the axis that it belongs to (mRoPE).
+            sin: as ``cos``.
+            picture_embeds: (picture tokens, hidden_size) float32, the vision tower's rows of all pictures.
+            row_index: (tokens,) int64, the row that each token takes: its own number where it is a word, ``tokens`` + n
+                where it stands for row n of ``picture_embeds``.
+
+        Returns:
+            (1, tokens, hidden_size) float32, the last hidden state after the norm.
+        """
+        hidden_states = self.picture_rows(self.embed_tokens(input_ids), picture_embeds, row_index)
+        return self._encoded(hidden_states, cos, sin)
 
 
 def checkpoint_shapes(config: Mapping[str, Any]) -> Shapes:
@@ -186,3 +228,27 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
     sizes = ({"tokens": 34}, {"tokens": 55})
     part = Part("text_encoder", lambda: TextEncoder(config), inputs=inputs, outputs=("prompt_embeds",), sizes=sizes)
     return {"text_encoder": part}
+
+
+def edit_parts(config: Mapping[str, Any]) -> dict[str, Part]:
+    """The components that the text encoder becomes where pictures are read: its variant ``pictures``, and a tower.
+
+    Raises:
+        CheckpointError: the config is of no network that zimgkit implements, or has no vision tower.
+    """
+    tower, (whole,) = vision_tower.parts(config), parts(config).values()
+    hidden = text_config(config).hidden_size
+    if vision_tower.read_config(config).out_hidden_size != hidden:
+        raise CheckpointError(f"{FILE}: the vision tower's out_hidden_size is not the text model's hidden_size")
+    first, second = whole.sizes
+    pictures = replace(
+        whole,
+        network=lambda: PicturesTextEncoder(config),
+        inputs=(
+            *whole.inputs,
+            Input("picture_embeds", torch.float32, ("picture_tokens", hidden)),
+            Input("row_index", torch.int64, ("tokens",)),
+        ),
+        sizes=({**first, "picture_tokens": 21}, {**second, "picture_tokens": 46}),
+    )
+    return {"text_encoder": replace(whole, variants={"pictures": pictures}), **tower}

@@ -82,7 +82,9 @@ class Quantized:
 def linear_weights(part: Part) -> list[str]:
     """The names of the weights of all linears of a part."""
     if part.network is None:
-        return [name for name, shape in part.shapes.items() if len(shape) == 2]
+        names = [name.removesuffix(".weight") for name, shape in part.shapes.items() if len(shape) == 2]
+        # Without a bias it is an embedding.
+        return [f"{name}.weight" for name in names if f"{name}.bias" in part.shapes]
     modules = part.build(torch.float32).named_modules()
     return [f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)]
 

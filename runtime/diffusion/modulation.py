@@ -37,6 +37,8 @@ class ModulationLayout(NamedTuple):
     """In each block ``transformer_blocks.N``: the modulation of the image's stream, and of the text's."""
     output: str
     """The one before the output's projection."""
+    addition: str
+    """A table whose first row is added to the time embedding, in checkpoints that have it."""
 
 
 class ModulationTable:
@@ -96,7 +98,10 @@ def modulation_table(
 
     def fill(table: NDArray[Any]) -> None:
         hidden = _linear(tensors, f"{layout.time_embedding}.linear_1", time_embedding, dim)
-        signal = _silu(_linear(tensors, f"{layout.time_embedding}.linear_2", _silu(hidden), dim))
+        embedding = _linear(tensors, f"{layout.time_embedding}.linear_2", _silu(hidden), dim)
+        if addition := tensors.get(f"{layout.addition}.weight"):
+            embedding += to_float32(safetensors.view(addition)[0], addition.dtype)
+        signal = _silu(embedding)
         row = 0
         for done, (name, rows) in enumerate(linears, start=1):
             values = _linear(tensors, name, signal, rows * dim).reshape(len(sigmas), rows, dim)

@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 LAYOUT: TokenLayout = "c ph pw"
 THETA = 10000.0
-MODULATION = ModulationLayout("time_text_embed.timestep_embedder", ("img_mod.1", "txt_mod.1"), "norm_out.linear")
+MODULATION = ModulationLayout(
+    "time_text_embed.timestep_embedder",
+    ("img_mod.1", "txt_mod.1"),
+    "norm_out.linear",
+    "time_text_embed.addition_t_embedding",
+)
 
 
 class Transformer(msgspec.Struct, frozen=True):

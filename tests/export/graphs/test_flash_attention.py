@@ -15,6 +15,7 @@ from zimgkit.export.graphs.flash_attention import FlashAttention
 from zimgkit.export.graphs.plan import record
 from zimgkit.export.networks.layers import attention, rotate, split_heads
 from zimgkit.export.networks.parts import Input
+from zimgkit.export.networks.qwen_image_variants import Mask
 
 WIDTH, HEADS = 48, 3
 TOKENS = ("batch", "tokens", WIDTH)
@@ -53,6 +54,14 @@ class Causal(nn.Module):
         return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2)
 
 
+class Masked(nn.Module):
+    """Of some tokens, one mask for all."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        heads = [split_heads(x, 4).transpose(1, 2) for x in (query, key, value)]
+        return attention(*heads, mask)
+
+
 class Net(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -73,6 +82,38 @@ class NetOfThree(Net):
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
         out: Tensor = self.block(query, key, value)
         return out
+
+
+class NetWithMask(Net):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block)
+        self.mask = Mask()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        out: Tensor = self.block(query, key, value, self.mask(mask))
+        return out
+
+
+def test_a_mask(tmp_path):
+    """Of twelve heads six at a time."""
+    inputs = [Input(name, torch.float32, TOKENS) for name in ("query", "key", "value")]
+    inputs.append(Input("mask", torch.bool, ("tokens", "tokens")))
+    with torch.device("meta"):
+        model = assemble(record(NetWithMask(Masked()), inputs, ("out",), SIZES), {}).model
+    assert FlashAttention()(model).modified
+    nodes = [node for function in model.functions.values() for node in function]
+    assert [node.outputs[0].shape for node in nodes if node.op_type == "Attention"] == [None, None]
+    assert not [node for node in nodes if node.domain]
+    ir.save(model, tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    for batch, tokens in ((1, 1), (2, 17), (1, 130)):
+        generator = torch.Generator().manual_seed(tokens)
+        given = [torch.randn(batch, tokens, WIDTH, generator=generator) for _ in range(3)]
+        mask = (torch.rand(tokens, tokens, generator=generator) < 0.5) | torch.eye(tokens, dtype=torch.bool)
+        feeds = dict(zip(("query", "key", "value", "mask"), (*given, mask), strict=True))
+        (found,) = session.run(None, {name: value.numpy() for name, value in feeds.items()})
+        expected = NetWithMask(Masked())(*given, mask).numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", [Turned, Rotated, OneHead, Causal])

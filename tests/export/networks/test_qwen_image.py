@@ -9,7 +9,13 @@ from diffusers import QwenImageTransformer2DModel
 
 from tests.reference import randomize
 from zimgkit.engines.errors import CheckpointError
-from zimgkit.export.networks.qwen_image import QwenImageConditioner, QwenImageDenoiser, modulation_tensors, read_config
+from zimgkit.export.networks.qwen_image import (
+    QwenImageConditioner,
+    QwenImageDenoiser,
+    modulation_tensors,
+    parts,
+    read_config,
+)
 from zimgkit.export.networks.qwen_image_demo import CONFIGS
 from zimgkit.export.networks.text_encoder import text_part
 from zimgkit.runtime.families.qwen_image import QwenImage
@@ -24,9 +30,9 @@ WIDE = TINY | {
 }  # fmt: skip
 
 
-def modulation(reference, sigma):
+def modulation(reference, sigma, additional=None):
     """The rows the host's table would hold, taken from inside the reference."""
-    time = reference.time_text_embed(torch.tensor([sigma]), torch.zeros(1))
+    time = reference.time_text_embed(torch.tensor([sigma]), torch.zeros(1), additional)
     rows = []
     for block in reference.transformer_blocks:
         rows += [block.img_mod(time), block.txt_mod(time)]
@@ -91,8 +97,8 @@ def test_every_parameter_is_used_once():
 
 @pytest.mark.parametrize(
     "change",
-    [{"zero_cond_t": True}, {"use_layer3d_rope": True}, {"patch_size": 1}, {"axes_dims_rope": (8, 4, 2)}],
+    [{"use_additional_t_cond": True}, {"use_layer3d_rope": True}, {"patch_size": 1}, {"axes_dims_rope": (8, 4, 2)}],
 )
 def test_refuses_what_it_does_not_implement(change):
     with pytest.raises(CheckpointError, match=next(iter(change))):
-        read_config(TINY | change)
+        parts(TINY | change)

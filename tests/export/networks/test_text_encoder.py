@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from tests.reference import randomize
 from zimgkit.engines.errors import CheckpointError
-from zimgkit.export.networks.text_encoder import TextEncoder, text_config, text_part
+from zimgkit.export.networks.text_encoder import PicturesTextEncoder, TextEncoder, edit_parts, text_config, text_part
 from zimgkit.runtime.diffusion.positions import text_encoder_rope, text_encoder_tables
 
 QWEN3 = {
@@ -69,6 +71,55 @@ def test_qwen2_5_vl_last_hidden_state(tokens):
     expected = expected[:, :tokens].numpy()
     found = encode(config.to_dict(), reference.model.language_model.state_dict(), ids)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "grids"),
+    [("ab<>cdefgh", [(4, 6)]), ("<>", [(2, 2)]), ("ab<>c<>defghijk<>", [(8, 4), (2, 10), (6, 6)])],
+)
+@torch.inference_mode()
+def test_rows_of_pictures(prompt, grids):
+    """The whole model reads pictures and a prompt; ours gets what its tower made of them, and its positions."""
+    image, start, end = 297, 298, 299
+    ids, pictures = [], iter(grids)
+    for char in prompt:
+        inside = [image] * (math.prod(next(pictures)) // 4) if char == ">" else []
+        ids += [start] if char == "<" else [*inside, end] if char == ">" else [ord(char)]
+    config = Qwen2_5_VLConfig(
+        text_config=QWEN2, vision_config=VISION, tie_word_embeddings=False, image_token_id=image,
+        vision_start_token_id=start, vision_end_token_id=end,
+    )  # fmt: skip
+    reference = Qwen2_5_VLForConditionalGeneration(config).eval()
+    randomize(reference, len(ids))
+    input_ids, grid = torch.tensor([ids]), torch.tensor([[1, *sizes] for sizes in grids])
+    is_picture = input_ids == image
+    values = torch.randn(4 * int(is_picture.sum()), 1176, generator=torch.Generator().manual_seed(1))
+    expected = reference(
+        input_ids=input_ids, pixel_values=values, image_grid_thw=grid, mm_token_type_ids=is_picture.int(),
+        output_hidden_states=True,
+    ).hidden_states[-1].numpy()  # fmt: skip
+
+    model = reference.model
+    positions, _ = model.get_rope_index(input_ids, is_picture.int(), grid)
+    cos, sin = (table[0, :, :4] for table in model.language_model.rotary_emb(values, positions))
+    rows = model.visual(values, grid_thw=grid).pooler_output
+    index = torch.where(is_picture[0], len(ids) + is_picture[0].cumsum(0) - 1, torch.arange(len(ids)))
+    encoder = PicturesTextEncoder(config.to_dict()).eval()
+    encoder.load_state_dict(model.language_model.state_dict())
+    found = encoder(input_ids, cos, sin, rows, index).numpy()
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    # Without its pictures a prompt is another.
+    words = TextEncoder(config.to_dict()).eval()
+    words.load_state_dict(model.language_model.state_dict())
+    assert np.abs(words(input_ids, cos, sin).numpy() - expected).max() > 1e-2
+
+
+def test_a_tower_that_does_not_fit():
+    config = Qwen2_5_VLConfig(text_config=QWEN2, vision_config=VISION | {"out_hidden_size": 48}).to_dict()
+    with pytest.raises(CheckpointError, match="out_hidden_size is not the text model's hidden_size"):
+        edit_parts(config)
+    with pytest.raises(CheckpointError, match="no vision_config"):
+        edit_parts(QWEN3 | {"model_type": "qwen3"})
 
 
 def test_flat_config_of_older_files():

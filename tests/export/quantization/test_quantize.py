@@ -147,7 +147,8 @@ def test_an_inputs_scales_follow_its_first_reader_even_where_that_is_kept(wanted
 
 @pytest.mark.parametrize("precision", SCHEMES)
 def test_what_the_host_multiplies_is_int8_in_every_precision(precision, wanted):
-    part = Part("transformer", shapes={name: want.shape for name, want in wanted.items()})
+    # Which have biases, all of them.
+    part = Part("transformer", shapes={name: want.shape for name, want in wanted.items()} | {"k.bias": (32,)})
     quantized = quantize("modulation", part, wanted, QuantizationSettings(precision, Recipe()))
     assert set(quantized.quantized) == {"q.weight", "k.weight", "out.weight"}
     assert {quantized.wanted[name].dtype("bfloat16") for name in quantized.quantized} == {"int8"}

@@ -43,12 +43,12 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "zimgkit" / "modulation"
 
 
-def transformer(layers=2, heads=3, head_dim=16, seed=0):
+def transformer(layers=2, heads=3, head_dim=16, seed=0, **more):
     torch.manual_seed(seed)
     axes = (head_dim - 8, 4, 4)
     return QwenImageTransformer2DModel(
         patch_size=2, in_channels=16, out_channels=4, num_layers=layers, attention_head_dim=head_dim,
-        num_attention_heads=heads, joint_attention_dim=16, axes_dims_rope=axes,
+        num_attention_heads=heads, joint_attention_dim=16, axes_dims_rope=axes, **more,
     ).eval()  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def sigmas_of(schedule, steps, mu=0.7):
 
 
 @torch.no_grad()
-def diffusers_table(model, timesteps):
+def diffusers_table(model, timesteps, **given):
     """Run the model on a batch of all timesteps and collect what its modulation linears give, in the rows' order."""
     caught = []
     modules = [module for block in model.transformer_blocks for module in (block.img_mod, block.txt_mod)]
@@ -92,6 +92,7 @@ def diffusers_table(model, timesteps):
         encoder_hidden_states=torch.zeros(steps, 3, 16),
         timestep=timesteps / 1000,
         img_shapes=[[(1, 2, 2)]],
+        **given,
     )
     for hook in hooks:
         hook.remove()
@@ -119,6 +120,15 @@ def test_equal_to_diffusers(tmp_path, layers, heads, head_dim, seed, schedule, s
     assert len(table) == steps
     assert table[0].dtype == np.float32
     assert relative_error(full(table), expected) < 1e-6
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_time_embedding_with_an_addition(tmp_path, precision):
+    model = transformer(use_additional_t_cond=True).bfloat16().float()
+    sigmas, timesteps = sigmas_of("layered", 3)
+    table = modulation_table(write_bundle(tmp_path / "bundle", weights_of(model), precision), sigmas)
+    expected = diffusers_table(model, timesteps, additional_t_cond=torch.zeros(3, dtype=torch.int64))
+    assert relative_error(full(table), expected) < (1e-6 if precision == "float32" else 2**-8)
 
 
 def test_large_weights(tmp_path):
