@@ -36,7 +36,7 @@ from zimgkit.export.lora import known
 from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
 from zimgkit.export.lora.names import names_of
 from zimgkit.export.networks.registry import FAMILIES, QUANTIZED, tasks_of
-from zimgkit.export.networks.text_encoder import text_part
+from zimgkit.export.networks.text_encoder import language_part
 from zimgkit.export.quantization.calibrate import CalibrationSet, calibrate, load_finished, statistics_path
 from zimgkit.export.quantization.formats import SCHEMES, Scheme
 from zimgkit.export.quantization.graph_pass import Quantize
@@ -49,6 +49,7 @@ from zimgkit.export.writing import write_component
 from zimgkit.runtime import families
 from zimgkit.runtime.diffusion.latents import vae_normalization
 from zimgkit.runtime.diffusion.schedule import read_scheduler
+from zimgkit.runtime.families.base import VisionFamily
 from zimgkit.runtime.progress import Report, silent
 
 
@@ -127,7 +128,7 @@ def build(
     with only_writer_of(out), atomic_folder(out, overwrite=overwrite) as folder:
         read = read_loras(loras, source)
         checkpoint = open_checkpoint(model, revision=revision, source=source)
-        tasks = tasks_of(checkpoint.family, tasks)
+        tasks = tasks_of(checkpoint.family, checkpoint.pipeline, tasks)
         found = (
             merge(read, names_of(checkpoint), checkpoint.family, allow_unmatched=allow_unmatched) if read else NOTHING
         )
@@ -226,7 +227,10 @@ def export(
     """
     family = families.family(checkpoint.family)
     row = FAMILIES[checkpoint.family]
+    tasks = tasks_of(checkpoint.family, checkpoint.pipeline, tasks)
+    references = row.editors.get(checkpoint.pipeline)
     config = {name: checkpoint.config(name) for name in row.components}
+    config |= {"processor": checkpoint.config("processor")} if references else {}
     scheduler = checkpoint.config("scheduler")
     read_scheduler(scheduler)
     vae_normalization(config["vae"])
@@ -246,7 +250,7 @@ def export(
     text = export_tokenizer(
         checkpoint.root / "tokenizer",
         folder / "tokenizer",
-        family.TEXT,
+        family.EDIT_TEXT if references and issubclass(family, VisionFamily) else family.TEXT,
         chat_template=family.USES_CHAT_TEMPLATE,
     )
     _check_space(wanted, precision, folder, keep_base=keep_base)
@@ -271,12 +275,13 @@ def export(
         family=checkpoint.family,
         name=checkpoint.name,
         precision=precision,
-        tasks=tasks_of(checkpoint.family, tasks),
+        tasks=tasks,
+        references=references,
         sources={CHECKPOINT: checkpoint.source},
         text=text,
         defaults=settings.defaults,
         scheduler=dict(settings.scheduler),
-        config=config | {"text_encoder": text_part(config["text_encoder"])},
+        config=config | {"text_encoder": language_part(config["text_encoder"], pictures=references is not None)},
         components=components,
         files=files,
         tools={name: metadata.version(name) for name in TOOLS},

@@ -27,7 +27,7 @@ def parts_of(checkpoint: Checkpoint, tasks: Collection[str] = ()) -> dict[str, P
     found: dict[str, Part] = {}
     for source in registry.row(checkpoint.family).components:
         config = checkpoint.config(source)
-        every = registry.parts(checkpoint.family, source, config)
+        every = registry.parts(checkpoint.family, source, config, tasks)
         own = {name: part for name, part in every.items() if registry.is_needed(name, tasks)}
         is_unused = partial(registry.is_unused, checkpoint.family, source, config)
         check_tensors(checkpoint.tensors(source), stored_shapes(own), source, ignore=is_unused)

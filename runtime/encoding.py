@@ -14,7 +14,6 @@ from zimgkit.runtime.families import Family
 from zimgkit.runtime.families.base import Array
 from zimgkit.runtime.inputs import InputPicture
 
-COMPONENT = "vae_encoder"
 MOST_KEPT = 16
 """Encoded pictures; one of a megapixel takes 2 MB."""
 
@@ -26,6 +25,8 @@ class Encoder:
         engines: of the bundle.
         family: of the bundle.
     """
+
+    COMPONENT = "vae_encoder"
 
     def __init__(self, engines: EnginePool, family: Family) -> None:
         self._engines = engines
@@ -65,7 +66,7 @@ class Encoder:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        with self._engines.engine(COMPONENT, device) as engine:
+        with self._engines.engine(self.COMPONENT, device) as engine:
             pixels = to_pixels(resize(flattened(image.picture), width, height))
             moments: Array = engine.run({"image": pixels})["moments"]
         if not np.isfinite(moments).all():

@@ -214,7 +214,7 @@ class EnginePool:
         if self.memory_budget is None and not self.in_turn:
             return
         with self._returned:
-            for key in [key for key in self._entries if key[0] in self.in_turn and self._is_idle(key)]:
+            for key in [key for key in self._entries if _base(key) in self.in_turn and self._is_idle(key)]:
                 self._close(key)
             if self.memory_budget is None:
                 return
@@ -232,6 +232,11 @@ class EnginePool:
         """Whether an engine is open, and nobody has borrowed it or wants it kept."""
         entry = self._entries[key]
         return entry.engine is not None and not entry.borrows and self._wanted[key] <= 0
+
+
+def _base(key: Key) -> str:
+    """The component whose weights an engine has: a variant's own is another's."""
+    return key[0].partition(".")[0]
 
 
 def _mark(entries: Iterable[_Entry], change: int) -> None:

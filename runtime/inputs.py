@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimgkit.engines.bundle import Manifest
+from zimgkit.engines.bundle import Manifest, ReferencePictures
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.families import Family
 from zimgkit.runtime.parameters import BY_NAME, MULTIPLE, checked
+from zimgkit.runtime.pictures.resizing import calculate_dimensions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ONE_OF = (("image", "input_image"), ("mask_image", "inpaint_mask"), ("strength", "denoising_strength"))
+ONE_OF = (
+    ("image", "input_image", "edit_image"),
+    ("mask_image", "inpaint_mask"),
+    ("strength", "denoising_strength"),
+    ("sigmas", "denoising_strength"),
+)
 """Names of one thing, of which a call takes one."""
 OF_IMAGE = ("strength", "denoising_strength", "mask_image", "inpaint_mask")
 """What says something of a picture."""
@@ -47,6 +53,9 @@ class Inputs:
     """What a call says of pictures."""
 
     image: InputPicture | None = None
+    """What it starts from."""
+    references: tuple[InputPicture, ...] = ()
+    """What the prompt speaks of, where the bundle edits."""
     strength: float | None = None
     """How much is drawn anew, as diffusers counts it: the first steps are left out."""
     denoising_strength: float | None = None
@@ -81,12 +90,14 @@ def read_inputs(manifest: Manifest, family: Family, given: Mapping[str, Any]) ->
         UsageError: two names of one thing, a picture that cannot be read or that the bundle cannot take, or something
             said of a picture or mask that is not there.
     """
-    if "sigmas" in given and "denoising_strength" in given:
-        raise UsageError("sigmas and denoising_strength are both given", "give only one of them")
     for names in ONE_OF:
         if len(found := [name for name in names if name in given]) > 1:
             raise UsageError(f"{' and '.join(found)} are both given", "give only one of them")
-    source = given.get("image", given.get("input_image"))
+    source = next((given[name] for name in ONE_OF[0] if name in given), None)
+    if manifest.references is not None:
+        return _read_references(source, manifest.references.most, given)
+    if "edit_image" in given:
+        raise UsageError("edit_image is given, and this bundle edits nothing", "give image, and a strength")
     if source is None:
         if said := next((name for name in (*OF_IMAGE, *OF_MASK) if name in given), None):
             raise UsageError(f"{said} is given, and no image", "give the picture to start from as image")
@@ -116,6 +127,20 @@ def read_inputs(manifest: Manifest, family: Family, given: Mapping[str, Any]) ->
         mask_image=read_input(mask, "mask_image") if mask is not None else None,
         blends_velocity=blends_velocity,
     )
+
+
+def _read_references(source: Any, most: int, given: Mapping[str, Any]) -> Inputs:
+    """The pictures of a bundle that edits."""
+    if said := next((name for name in (*OF_IMAGE, *OF_MASK) if name in given), None):
+        raise UsageError(f"{said} is given, and this bundle edits whole pictures", "leave it out")
+    sources = source if isinstance(source, list | tuple) else [source]
+    if source is None or not sources:
+        raise UsageError("there is no picture to edit", "give it as image")
+    if len(sources) > most:
+        takes = "one" if most == 1 else f"{most} at most"
+        raise UsageError(f"image has {len(sources)} pictures", f"this bundle takes {takes}")
+    names = ["image"] if len(sources) == 1 else [f"image {number}" for number in range(1, len(sources) + 1)]
+    return Inputs(references=tuple(read_input(one, name) for one, name in zip(sources, names, strict=True)))
 
 
 def first_step(num_inference_steps: int, strength: float) -> int:
@@ -149,6 +174,19 @@ def size_like(picture: InputPicture, height: int | None, width: int | None, area
     if height is None:
         return _multiple(own_height * (width or 0) / own_width), width or 0
     return height, width if width is not None else _multiple(own_width * height / own_height)
+
+
+def size_of_edit(pictures: Sequence[InputPicture], config: ReferencePictures) -> tuple[int, int]:
+    """The height and width of what is drawn beside pictures where they are not given: like the last one, in its area.
+
+    Source: ``QwenImageEditPlusPipeline`` of diffusers 0.42.
+
+    Raises:
+        UsageError: it is more than 200 times as wide as high, or as high as wide.
+    """
+    width, height = pictures[-1].size
+    width, height = calculate_dimensions(config.latents_area, width / height)
+    return _multiple(height), _multiple(width)
 
 
 def _multiple(side: float) -> int:

@@ -37,9 +37,11 @@ class Conditions:
 
     Args:
         make: computes the inputs when they are first needed.
+        component: which denoiser takes them.
     """
 
-    def __init__(self, make: Callable[[], Mapping[str, NDArray[Any]]]) -> None:
+    def __init__(self, make: Callable[[], Mapping[str, NDArray[Any]]], component: str = "denoiser") -> None:
+        self.component = component
         self._make = make
         self._lock = threading.Lock()
         self._uploaded: tuple[str, Feeds] | None = None

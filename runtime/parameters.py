@@ -153,7 +153,14 @@ PARAMETERS = (
         key="Max sequence length",
         recorded=True,
     ),
-    Parameter("image", Picture, "A picture to start from.", "none", option="image", recorded=True),
+    Parameter(
+        "image",
+        Picture,
+        "A picture to start from, or to edit; where a bundle edits, there may be several.",
+        "none",
+        option="image",
+        recorded=True,
+    ),
     Parameter(
         "strength",
         float,
@@ -241,6 +248,7 @@ TENSORS = {
     "prompt_embeds": "rows of the text encoder instead of a prompt",
     "negative_prompt_embeds": "rows of the text encoder instead of a negative prompt",
     "input_image": "DiffSynth's name of image",
+    "edit_image": "DiffSynth's name of image where a bundle edits",
     "inpaint_mask": "mask_image, resized and blended as DiffSynth does it",
 }
 """What only a call in Python can take."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.families import Family
-from zimgkit.runtime.inputs import NONE, Inputs, first_step, read_inputs, size_like
+from zimgkit.runtime.inputs import NONE, Inputs, first_step, read_inputs, size_like, size_of_edit
 from zimgkit.runtime.parameters import BY_NAME, TENSORS, checked, refuse_unknown, texts
 
 Array = NDArray[np.float32]
@@ -104,6 +104,8 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
     if inputs.image is not None:
         tall, wide = (value(side, 0, high=family.MAX_SIDE) if side in given else None for side in size)
         size = dict(zip(size, size_like(inputs.image, tall, wide, defaults.height * defaults.width), strict=True))
+    elif inputs.references and manifest.references is not None:
+        size = dict(zip(size, size_of_edit(inputs.references, manifest.references), strict=True))
     height = value("height", size["height"], high=family.MAX_SIDE)
     width = value("width", size["width"], high=family.MAX_SIDE)
     if inputs.strength is not None:

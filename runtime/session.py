@@ -6,6 +6,7 @@ gives a picture. Between two steps jobs may be cancelled, previewed, or left lyi
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 import weakref
@@ -34,7 +35,7 @@ from zimgkit.runtime.diffusion.schedule import (
 from zimgkit.runtime.encoding import Encoder
 from zimgkit.runtime.engine_pool import EnginePool, Opener
 from zimgkit.runtime.families import family_of
-from zimgkit.runtime.families.base import Progress
+from zimgkit.runtime.families.base import Feeds, Progress, VisionFamily
 from zimgkit.runtime.inpainting import keep_unmasked, latents_drawn_anew
 from zimgkit.runtime.inputs import first_step
 from zimgkit.runtime.job import Array, Conditions, Job, Schedule
@@ -53,8 +54,10 @@ from zimgkit.runtime.memory.plan import Plan
 from zimgkit.runtime.memory.streaming import within
 from zimgkit.runtime.pictures.tiles import ignored
 from zimgkit.runtime.progress import Report, silent
+from zimgkit.runtime.references import Layout, ReferenceReader, References, layouts
 from zimgkit.runtime.request import Request
 from zimgkit.runtime.served import check_served, largest_batch
+from zimgkit.runtime.text.edit_prompts import PICTURE, with_pictures
 from zimgkit.runtime.text.tokenizer import PromptTokenizer, keep_rows
 
 LORA_TAG = re.compile(r"<(lora|lyco|hypernet):[^>]*>")
@@ -110,6 +113,9 @@ class Session:
         self.engines = EnginePool(bundle, self.backend, memory_budget, opener)
         self.decoder = Decoder(self.engines, self.family, vae_tiling, warn)
         self.encoder = Encoder(self.engines, self.family)
+        self.references = None
+        if isinstance(self.family, VisionFamily):
+            self.references = ReferenceReader(self.engines, self.family, self.encoder)
         self._tokenizer = PromptTokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text)
 
     def begin(self, request: Request) -> list[Job]:
@@ -154,7 +160,8 @@ class Session:
                     kept = Kept(clean, latents, mask, request.inputs.blends_velocity)
                 latents = add_noise(clean, latents, schedule.sigmas[0])
             job = Job(request, index, latents, schedule, positive[prompt], away, kept)
-            where = ("denoiser", self.device_of("denoiser"))
+            component = positive[prompt].component
+            where = (component, self.device_of(component))
             self.engines.keep(*where)
             # Once: when the job is denoised or cancelled, or when nobody refers to it any more.
             release = weakref.finalize(job, self.engines.let_go, *where)
@@ -268,9 +275,18 @@ class Session:
         embeds = (*(request.prompt_embeds or ()), *(request.negative_prompt_embeds or ()))
         prompts = (*request.prompts, *(request.negative_prompts or ()))
         lengths = [text.drop + len(rows) for rows in embeds]
-        lengths += [min(most, self._tokenizer.encode(prompt).shape[1]) for prompt in dict.fromkeys(prompts)]
+        lengths += [min(most, self._ids(request, prompt).shape[1]) for prompt in dict.fromkeys(prompts)]
         batch = min(request.batch, largest_batch(self.bundle, "denoiser", self.backend))
-        return Picture(request.height, request.width, max(lengths), batch, reads=request.inputs.image is not None)
+        found = self._layouts(request)
+        return Picture(
+            request.height,
+            request.width,
+            max(lengths),
+            batch,
+            reads=request.inputs.image is not None or bool(found),
+            patches=max((math.prod(layout.patches) for layout in found), default=0),
+            conditions=sum(math.prod(layout.grid) for layout in found),
+        )
 
     @contextmanager
     def _advising(self, request: Request) -> Iterator[None]:
@@ -389,7 +405,8 @@ class Session:
 
     def device_of(self, component: str) -> str | None:
         """Where a component runs; None for the best device present."""
-        return self.device.get(component) if isinstance(self.device, Mapping) else self.device
+        name = component.partition(".")[0]  # A variant runs where its component does.
+        return self.device.get(name) if isinstance(self.device, Mapping) else self.device
 
     def close(self) -> None:
         """Close all engines; those in use when they are given back. The session can go on, and opens them anew."""
@@ -420,31 +437,56 @@ class Session:
         for given in rows.values():
             self._check_embeds(given)
             self._check_served(request, self.bundle.manifest.text.drop + len(given))
-        rows.update(self._read(request, texts))
+        references = self._references(request)
+        rows.update(self._read(request, texts, references))
+        make = partial(self._constants, request, references)
+        component = "denoiser.conditions" if references else "denoiser"
         conditions = {}
         with self.engines.engine("conditioner", self.device_of("conditioner")) as engine:
             for key, prompt_embeds in rows.items():
                 (conditioning,) = engine.run(self.family.conditioner_inputs(prompt_embeds)).values()
-                size = (len(prompt_embeds), request.height, request.width)
-                conditions[key] = Conditions(partial(self.family.denoiser_constants, conditioning, *size))
+                conditions[key] = Conditions(partial(make, conditioning, len(prompt_embeds)), component)
         self.report("encode", len(rows), len(rows))
         positive, negative = (
             [conditions[entry if isinstance(entry, str) else id(entry)] for entry in entries] for entries in asked
         )
         return positive, negative or None
 
-    def _read(self, request: Request, texts: Iterable[str]) -> dict[str, Array]:
+    def _references(self, request: Request) -> References | None:
+        """The pictures that a request's prompts speak of, read."""
+        pictures, config = request.inputs.references, self.bundle.manifest.references
+        if not pictures or config is None or self.references is None:
+            return None
+        return self.references.read(pictures, config, self.device_of)
+
+    def _constants(self, request: Request, references: References | None, conditioning: Array, tokens: int) -> Feeds:
+        """Inputs of the denoiser that stay the same over all steps."""
+        size = (request.height, request.width)
+        if references is None or not isinstance(self.family, VisionFamily):
+            return self.family.denoiser_constants(conditioning, tokens, *size)
+        grids = [layout.grid for layout in references.layouts]
+        added = self.family.reference_inputs(self.bundle, references.latents, partial(self.report, "modulation"))
+        return self.family.denoiser_constants(conditioning, tokens, *size, grids) | added
+
+    def _read(self, request: Request, texts: Iterable[str], references: References | None) -> dict[str, Array]:
         """The text encoder's rows of each different text, float32 (tokens, hidden)."""
         tokens = self._tokenize(request, texts)
         rows: dict[str, Array] = {}
         if not tokens:
             return rows
-        with self.engines.engine("text_encoder", self.device_of("text_encoder")) as engine:
+        component = "text_encoder.pictures" if references else "text_encoder"
+        with self.engines.engine(component, self.device_of(component)) as engine:
             for index, (text, ids) in enumerate(tokens.items()):
                 self.report("encode", index, len(tokens))
-                hidden = engine.run(self.family.text_encoder_inputs(ids))["prompt_embeds"][0]
+                hidden = engine.run(self._text_inputs(ids, references))["prompt_embeds"][0]
                 rows[text] = keep_rows(hidden, self.bundle.manifest.text, request.max_sequence_length)
         return rows
+
+    def _text_inputs(self, ids: NDArray[np.int64], references: References | None) -> Feeds:
+        if references is None or not isinstance(self.family, VisionFamily):
+            return self.family.text_encoder_inputs(ids)
+        patches = [layout.patches for layout in references.layouts]
+        return self.family.pictured_text_inputs(ids, self._tokenizer.id_of(PICTURE), references.rows, patches)
 
     def _tokenize(self, request: Request, texts: Iterable[str]) -> dict[str, NDArray[np.int64]]:
         """The token ids of each different text; what is past the limit is cut."""
@@ -452,13 +494,28 @@ class Session:
         most = min(text.drop + request.max_sequence_length, text.max_tokens)
         tokens = {}
         for prompt in dict.fromkeys(texts):
-            ids = self._tokenizer.encode(prompt)
+            ids = self._ids(request, prompt)
             if ids.shape[1] > most:
                 self.warn(f"the prompt has more than {most - text.drop} tokens; the rest is not read")
             # The encoder is causal: no row that is kept depends on what is cut here.
             tokens[prompt] = ids[:, :most]
             self._check_served(request, tokens[prompt].shape[1])
         return tokens
+
+    def _ids(self, request: Request, prompt: str) -> NDArray[np.int64]:
+        """The token ids of a prompt within its template, behind the pictures that it speaks of."""
+        config = self.bundle.manifest.references
+        if config is not None:
+            counts = [layout.tokens for layout in self._layouts(request)]
+            prompt = with_pictures(prompt, counts, config.introduction)
+        return self._tokenizer.encode(prompt)
+
+    def _layouts(self, request: Request) -> tuple[Layout, ...]:
+        """How large the pictures that its prompts speak of are where they are read."""
+        config = self.bundle.manifest.references
+        if config is None or not isinstance(self.family, VisionFamily):
+            return ()
+        return layouts(request.inputs.references, config, self.family)
 
     def _check_embeds(self, embeds: Array) -> None:
         """Check that rows are those of this bundle's text encoder, and no more than it gives."""
@@ -469,7 +526,8 @@ class Session:
             raise UsageError(f"prompt_embeds have {len(embeds)} rows of {embeds.shape[1]} numbers", hint)
 
     def _check_served(self, request: Request, tokens: int) -> None:
-        dimensions = self.family.dynamic_dimensions(request.height, request.width, tokens)
+        conditions = sum(math.prod(layout.grid) for layout in self._layouts(request))
+        dimensions = self.family.dynamic_dimensions(request.height, request.width, tokens, conditions)
         check_served(self.bundle, self.backend, dimensions, request.width, request.height)
 
     def _step(self, group: Sequence[Job]) -> None:
@@ -482,7 +540,7 @@ class Session:
         inputs = {**schedule.inputs(first.step), **family.denoiser_inputs(latents)}
         if positive is None:
             return  # It was cancelled meanwhile.
-        with self.engines.engine("denoiser", self.device_of("denoiser")) as engine:
+        with self.engines.engine(positive.component, self.device_of(positive.component)) as engine:
 
             def velocity_of(conditions: Conditions) -> Array:
                 output = engine.run({**conditions.on(engine), **inputs})["velocity"]

@@ -240,3 +240,66 @@ def draw(pipeline: Any, prompt: str | list[str], *, seed: int = 0, **call: Any) 
     if isinstance(call.get("negative_prompt"), list):
         call["negative_prompt"] = list(call["negative_prompt"])
     return pipeline(prompt, generator=generator, output_type="np", **call).images
+
+
+class PictureProcessor:
+    """``Qwen2VLProcessor`` as the editing pipelines use it, without torchvision, which it needs in transformers 5.
+
+    It resizes as torchvision does, and tells the text encoder which tokens are pictures: diffusers 0.42 does not pass that on
+    (huggingface/diffusers#14194), so that transformers 5 would count their positions as those of words.
+    """
+
+    def __init__(self, tokenizer: Any, **options: Any) -> None:
+        from transformers import Qwen2VLImageProcessorPil
+
+        self.tokenizer = tokenizer
+        self.pictures = Qwen2VLImageProcessorPil(do_resize=False, min_pixels=56 * 56, max_pixels=12845056, **options)
+        self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+
+    def __call__(self, text: list[str], images: Any, **options: Any) -> Any:
+        from transformers import BatchFeature
+
+        given = list(images) if isinstance(images, list | tuple) else [images]
+        found = self.pictures([self.resized(picture) for picture in given], return_tensors="pt")
+        counts = iter(found["image_grid_thw"].prod(dim=1).div(4).int().tolist())
+        pieces = text[0].split("<|image_pad|>")
+        whole = "".join([pieces[0], *("<|image_pad|>" * next(counts) + piece for piece in pieces[1:])])
+        return BatchFeature({**self.tokenizer([whole], return_tensors="pt"), **found})
+
+    def resized(self, picture: Any) -> Any:
+        import numpy as np
+        from PIL import Image
+
+        from zimgkit.runtime.pictures.patches import Preprocessor, smart_resize
+        from zimgkit.runtime.pictures.resampling import resize_as_torchvision
+
+        height, width = smart_resize(picture.height, picture.width, 28, *Preprocessor().pixels())
+        return Image.fromarray(resize_as_torchvision(np.asarray(picture.convert("RGB")), height, width, "bicubic"))
+
+    def save_pretrained(self, folder: Path, **options: Any) -> None:
+        self.pictures.save_pretrained(folder)
+
+
+def qwen_image_edit(seed: int = 0, *, several: bool = False, **overrides: Any) -> Any:
+    """A tiny ``QwenImageEditPipeline``, or ``QwenImageEditPlusPipeline``, which takes several pictures."""
+    from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+
+    parts = qwen_image(seed, **overrides).components
+    encoder = parts["text_encoder"]
+    forward = encoder.forward
+
+    def with_types(input_ids: Any, **given: Any) -> Any:
+        types = (input_ids == encoder.config.image_token_id).int()
+        return forward(input_ids=input_ids, mm_token_type_ids=types, **given)
+
+    encoder.forward = with_types
+    kind = QwenImageEditPlusPipeline if several else QwenImageEditPipeline
+    pipeline = kind(**parts, processor=None)
+    pipeline.processor = PictureProcessor(parts["tokenizer"])
+    return _quiet(pipeline)
+
+
+FAMILIES |= {
+    "qwen-image-edit": qwen_image_edit,
+    "qwen-image-edit-plus": lambda *given, **more: qwen_image_edit(*given, several=True, **more),
+}

@@ -151,6 +151,19 @@ class TextConfig(msgspec.Struct, frozen=True):
     """Rows kept after the drop, unless the caller asks for another number."""
 
 
+class ReferencePictures(msgspec.Struct, frozen=True):
+    """How a checkpoint takes the pictures that a prompt speaks of."""
+
+    introduction: str
+    """What stands before each in the prompt; ``{number}`` is its number, from 1."""
+    vision_area: Count
+    """Pixels that the vision encoder reads of each."""
+    latents_area: Count
+    """Pixels whose latents stand beside those that are drawn."""
+    most: Count
+    """How many it was trained on at once."""
+
+
 class Defaults(msgspec.Struct, frozen=True):
     """What a call uses where the caller says nothing: the checkpoint's own recommendation."""
 
@@ -272,6 +285,8 @@ class Manifest(msgspec.Struct, frozen=True):
     components: dict[str, Component]
     files: dict[str, FileRecord]
     """Every file of the bundle but the manifest itself."""
+    references: ReferencePictures | None = None
+    """How it takes pictures that a prompt speaks of, where it does."""
     tools: dict[str, str] = {}
     """Versions of what built it."""
     engines: tuple[CompiledEngine, ...] = ()

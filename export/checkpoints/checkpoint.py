@@ -24,9 +24,12 @@ from zimgkit.export.checkpoints.urls import PICKLES, parse_url
 from zimgkit.export.networks.registry import FAMILIES, STORED_PREFIXES, WEIGHT_FILES, family_of_class
 from zimgkit.runtime import demo_models
 
+PROCESSOR = "processor/preprocessor_config.json"
+"""How a vision encoder's pictures are prepared."""
 CONFIGS = (
     "model_index.json",
     "scheduler/scheduler_config.json",
+    PROCESSOR,
     *(f"{component}/*.json" for component in WEIGHT_FILES),
 )
 """Patterns of the files that say what a checkpoint is."""
@@ -38,6 +41,8 @@ FILES = (
 )
 """Patterns of the files that a build needs: no pickles, no second copies in other precisions."""
 
+CONFIG_FILES = {"scheduler": "scheduler_config.json", "processor": PROCESSOR.rpartition("/")[2]}
+"""Component -> its config, where that is no ``config.json``."""
 FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -51,6 +56,8 @@ class Checkpoint:
     source: Source
     family: str
     """A name in :data:`zimgkit.export.networks.registry.FAMILIES`."""
+    pipeline: str = ""
+    """What diffusers calls its pipeline, or its transformer where there is no ``model_index.json``."""
 
     @cached_property
     def _configs(self) -> dict[str, dict[str, Any]]:
@@ -61,13 +68,13 @@ class Checkpoint:
         return {}
 
     def config(self, component: str) -> dict[str, Any]:
-        """The config of ``"transformer"``, ``"text_encoder"``, ``"vae"`` or ``"scheduler"``.
+        """The config of ``"transformer"``, ``"text_encoder"``, ``"vae"``, ``"scheduler"`` or ``"processor"``.
 
         Raises:
             CheckpointError: it is missing or malformed.
         """
         if component not in self._configs:
-            name = "scheduler_config.json" if component == "scheduler" else "config.json"
+            name = CONFIG_FILES.get(component, "config.json")
             self._configs[component] = read_json(_folder(self.root, component) / name, CheckpointError)
         return self._configs[component]
 
@@ -145,12 +152,12 @@ def _open(root: Path, model: str, revision: str | None, weight_files: Callable[[
     # The folder that a hub's client keeps is named by the commit, or by the branch.
     revision = root.name if root.parent.name == "snapshots" else revision
     try:
-        family = _family(root)
+        family, pipeline = _family(root)
         files = [file for component in WEIGHT_FILES for file in weight_files(component)]
         sizes = {file.relative_to(root).as_posix(): file.stat().st_size for file in files}
     except OSError as error:
         raise CheckpointError(f"{root} cannot be read ({error})", "check its rights") from None
-    return Checkpoint(root, catalog.short_name(root), Source(model, revision, sizes), family)
+    return Checkpoint(root, catalog.short_name(root), Source(model, revision, sizes), family, pipeline)
 
 
 def check_tensors(
@@ -201,18 +208,18 @@ def _others(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _family(root: Path) -> str:
-    """The family that a checkpoint's ``model_index.json`` names, or where there is none, its transformer's config."""
+def _family(root: Path) -> tuple[str, str]:
+    """The family and the class that a checkpoint's ``model_index.json`` names, else its transformer's config."""
     for file in (root / "model_index.json", root / "transformer" / "config.json"):
         if file.is_file():
             name = read_json(file, CheckpointError).get("_class_name")
             family = family_of_class(name) if isinstance(name, str) else None
-            if family is None:
+            if family is None or not isinstance(name, str):
                 raise CheckpointError(
                     f"{file} names the class {name}",
-                    f"zimgkit serves text-to-image checkpoints of {' and '.join(FAMILIES)}",
+                    f"zimgkit serves checkpoints of {' and '.join(FAMILIES)}",
                 )
-            return family
+            return family, name
     raise CheckpointError(f"{root} has no model_index.json", "zimgkit reads checkpoints in the diffusers layout")
 
 

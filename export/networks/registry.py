@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from zimgkit.engines.bundle import TEXT_TO_IMAGE, Defaults
+from zimgkit.engines.bundle import TEXT_TO_IMAGE, Defaults, ReferencePictures
 from zimgkit.engines.decoding import decoded
 from zimgkit.engines.errors import CheckpointError, UsageError
 
@@ -40,6 +40,8 @@ class CheckpointComponent:
     """The module whose ``parts(config)`` says what it becomes, and ``checkpoint_shapes(config)`` what it holds."""
     unused: tuple[str, ...] = ()
     """Patterns of canonical names of tensors that no picture needs. ``{last}`` is the number of the last layer."""
+    for_tasks: Mapping[str, str] = field(default_factory=dict)
+    """Task -> ``module:function``, which says what it becomes for that in the place of the network's ``parts``."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Family:
     lora_aliases: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Pattern of another name of a module -> the names of those it stands for, in the order of their rows."""
     few_step_loras: tuple[FewStepLora, ...] = ()
+    editors: Mapping[str, ReferencePictures] = field(default_factory=dict)
+    """What diffusers calls the pipelines of checkpoints that edit pictures -> how these take them."""
     planned: tuple[str, ...] = ()
     """Hub ids of relatives that zimgkit will serve later."""
     tasks: tuple[str, ...] = (TEXT_TO_IMAGE, "image-to-image", "inpaint")
@@ -103,6 +107,9 @@ def _same_shift(factor: float) -> dict[str, Any]:
 
 
 NETWORKS = "zimgkit.export.networks"
+EDIT = "edit"
+"""The task of drawing from pictures and what a prompt says of them."""
+MEGAPIXEL = 1024 * 1024
 
 Z_IMAGE = Family(
     "z-image",
@@ -148,15 +155,27 @@ QWEN_IMAGE = Family(
     "qwen-image",
     ("QwenImagePipeline", "QwenImageTransformer2DModel"),
     {
-        "text_encoder": CheckpointComponent(f"{NETWORKS}.text_encoder", ("visual.*", "lm_head.*")),
-        "transformer": CheckpointComponent(f"{NETWORKS}.qwen_image"),
+        "text_encoder": CheckpointComponent(
+            f"{NETWORKS}.text_encoder", ("visual.*", "lm_head.*"), {EDIT: f"{NETWORKS}.text_encoder:edit_parts"}
+        ),
+        "transformer": CheckpointComponent(
+            f"{NETWORKS}.qwen_image", for_tasks={EDIT: f"{NETWORKS}.qwen_image_variants:edit_parts"}
+        ),
         "vae": CheckpointComponent(f"{NETWORKS}.qwen_image_vae", ("encoder.*", "quant_conv.*", "*.time_conv.*")),
     },
     served=(
         KnownCheckpoint("Qwen/Qwen-Image", Defaults(50, 4.0, 1328, 1328, " ")),
         # Its authors use a list of unwanted qualities, in Chinese, as the negative prompt; a space is neutral.
         KnownCheckpoint("Qwen/Qwen-Image-2512", Defaults(50, 4.0, 1328, 1328, " ")),
+        # Their model cards.
+        KnownCheckpoint("Qwen/Qwen-Image-Edit", Defaults(50, 4.0, 1024, 1024, " ")),
+        KnownCheckpoint("Qwen/Qwen-Image-Edit-2509", Defaults(40, 4.0, 1024, 1024, " ")),
+        KnownCheckpoint("Qwen/Qwen-Image-Edit-2511", Defaults(40, 4.0, 1024, 1024, " ")),
     ),
+    editors={
+        "QwenImageEditPipeline": ReferencePictures("", MEGAPIXEL, MEGAPIXEL, 1),
+        "QwenImageEditPlusPipeline": ReferencePictures("Picture {number}: ", 384 * 384, MEGAPIXEL, 3),
+    },
     carried=KnownCheckpoint("zimg-tiny-qwen", Defaults(20, 1.5, 128, 128, " ")),
     base="Qwen-Image",
     demo=f"{NETWORKS}.qwen_image_demo",
@@ -175,9 +194,6 @@ QWEN_IMAGE = Family(
         FewStepLora(r"qwen_image_distill_3step", 1.0, 3, _same_shift(2.5)),
     ),
     planned=(
-        "Qwen/Qwen-Image-Edit",
-        "Qwen/Qwen-Image-Edit-2509",
-        "Qwen/Qwen-Image-Edit-2511",
         "Qwen/Qwen-Image-Layered",
         "DiffSynth-Studio/Qwen-Image-EliGen",
         "DiffSynth-Studio/Qwen-Image-EliGen-V2",
@@ -221,6 +237,7 @@ class BundleComponent:
 
 
 COMPONENTS = {
+    "vision_encoder": BundleComponent("text_encoder", takes_loras=False),
     "text_encoder": BundleComponent("text_encoder", is_quantized=True),
     "conditioner": BundleComponent("transformer"),
     "modulation": BundleComponent("transformer", is_quantized=True, on_the_host=True),
@@ -234,6 +251,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     TEXT_TO_IMAGE: (),
     "image-to-image": ("vae_encoder",),
     "inpaint": ("vae_encoder",),
+    EDIT: ("vision_encoder", "vae_encoder"),
 }
 """What a bundle can be asked for -> the components it needs for that, beside those of every picture."""
 
@@ -261,21 +279,22 @@ def module(family: str, component: str) -> ModuleType:
     return import_module(row(family).components[component].network)
 
 
-def tasks_of(family: str, asked: Collection[str]) -> tuple[str, ...]:
-    """What a bundle can be asked for that is built for some tasks: pictures from text, and those.
+def tasks_of(family: str, pipeline: str, asked: Collection[str]) -> tuple[str, ...]:
+    """What a bundle can be asked for that is built for some tasks: what its checkpoint is for, and those.
 
     Args:
         family: its name.
+        pipeline: what diffusers calls the checkpoint's pipeline.
         asked: names of tasks.
 
     Raises:
-        UsageError: a task that there is not, or that checkpoints of this family have not.
+        UsageError: a task that there is not, or that this checkpoint has not.
     """
-    known = row(family).tasks
+    known = (EDIT,) if pipeline in row(family).editors else row(family).tasks
     for task in asked:
         if task not in known:
-            raise UsageError(f"{task!r} is no task of {family}", f"choose of {', '.join(known)}")
-    return tuple(task for task in known if task == TEXT_TO_IMAGE or task in asked)
+            raise UsageError(f"{task!r} is no task of this checkpoint", f"choose of {', '.join(known)}")
+    return tuple(task for task in known if task == known[0] or task in asked)
 
 
 def is_needed(component: str, tasks: Collection[str]) -> bool:
@@ -284,13 +303,14 @@ def is_needed(component: str, tasks: Collection[str]) -> bool:
     return not needing or not needing.isdisjoint(tasks)
 
 
-def parts(family: str, component: str, config: Config) -> dict[str, Part]:
-    """What a checkpoint's component becomes, for all tasks.
+def parts(family: str, component: str, config: Config, tasks: Collection[str] = ()) -> dict[str, Part]:
+    """What a checkpoint's component becomes, with what these tasks may not need.
 
     Args:
         family: its name.
         component: ``"transformer"``, ``"text_encoder"`` or ``"vae"``.
         config: the component's own.
+        tasks: what the bundle is for beside pictures from text.
 
     Returns:
         The bundle's component -> its part.
@@ -298,7 +318,10 @@ def parts(family: str, component: str, config: Config) -> dict[str, Part]:
     Raises:
         CheckpointError: the config is of no network that zimgkit implements.
     """
-    found: dict[str, Part] = module(family, component).parts(config)
+    own = row(family).components[component]
+    place = next((own.for_tasks[task] for task in tasks if task in own.for_tasks), f"{own.network}:parts")
+    name, _, function = place.partition(":")
+    found: dict[str, Part] = getattr(import_module(name), function)(config)
     return found
 
 
@@ -322,7 +345,7 @@ def is_unused(family: str, component: str, config: Config, name: str) -> bool:
 
 def family_of_class(name: str) -> str | None:
     """The family whose pipeline or transformer diffusers calls so."""
-    return next((row.name for row in FAMILIES.values() if name in row.classes), None)
+    return next((row.name for row in FAMILIES.values() if name in (*row.classes, *row.editors)), None)
 
 
 def is_carried(checkpoint: str) -> bool:

@@ -99,6 +99,12 @@ def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     return decoded(config, _Kind, FILE, CheckpointError).text_config or dict(config)
 
 
+def language_part(config: Mapping[str, Any], *, pictures: bool) -> dict[str, Any]:
+    """What the host side reads of ``text_encoder/config.json``: the language model and, for pictures, the tower."""
+    tower = {"vision_config": config.get("vision_config", {})} if pictures else {}
+    return text_part(config) | tower
+
+
 def _both_halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Transformers wants (1, tokens, head_dim) tables whose halves are equal."""
     return torch.cat([cos, cos], dim=-1).unsqueeze(0), torch.cat([sin, sin], dim=-1).unsqueeze(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
@@ -18,7 +18,10 @@ from zimgkit.runtime.diffusion.positions import text_encoder_rope, text_encoder_
 from zimgkit.runtime.pictures.tiles import Tiling
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from zimgkit.engines.bundle import Bundle, TextConfig
+    from zimgkit.runtime.text.qwen_vision import TowerInputs, VisionTower
 
 Array = NDArray[np.float32]
 Config = Mapping[str, Mapping[str, Any]]
@@ -72,13 +75,14 @@ class Family(ABC):
 
     @staticmethod
     @abstractmethod
-    def dynamic_dimensions(height: int, width: int, tokens: int) -> dict[str, int]:
-        """How long the dynamic dimensions of all graphs are, but for the batch.
+    def dynamic_dimensions(height: int, width: int, tokens: int, conditions: int = 0) -> dict[str, int]:
+        """How long the dynamic dimensions of all graphs are, but for the batch and those of pictures that are read.
 
         Args:
             height: of the picture.
             width: of the picture.
             tokens: token ids of the prompt, template included.
+            conditions: tokens of pictures beside it.
         """
 
     @abstractmethod
@@ -109,6 +113,10 @@ class Family(ABC):
         """How wide the text encoder is, and its feed-forward."""
         return self.text_encoder.hidden_size, self.text_encoder.intermediate_size
 
+    def vision_widths(self) -> tuple[int, int]:
+        """How wide the vision encoder is, and its feed-forward, where there is one."""
+        return 1, 1
+
     @abstractmethod
     def denoiser_widths(self) -> tuple[int, int]:
         """How wide the denoiser is, and its feed-forward."""
@@ -127,7 +135,9 @@ class Family(ABC):
         """Inputs of ``conditioner`` for one prompt's rows (tokens, hidden)."""
 
     @abstractmethod
-    def denoiser_constants(self, conditioning: Array, tokens: int, height: int, width: int) -> Feeds:
+    def denoiser_constants(
+        self, conditioning: Array, tokens: int, height: int, width: int, grids: Sequence[tuple[int, int]] = ()
+    ) -> Feeds:
         """Inputs of ``denoiser`` that stay the same over all steps.
 
         Args:
@@ -135,6 +145,7 @@ class Family(ABC):
             tokens: rows of the prompt that it was given.
             height: of the picture.
             width: of the picture.
+            grids: rows and columns of the tokens of each picture beside it.
         """
 
     @abstractmethod
@@ -177,3 +188,40 @@ class Family(ABC):
     @abstractmethod
     def guide(positive: Array, negative: Array, guidance_scale: float, cfg_normalization: float = 0.0) -> Array:
         """Combine the velocities with and without the prompt, (batch, ...) each."""
+
+
+class VisionFamily(Family):
+    """A family some of whose checkpoints take pictures that a prompt speaks of."""
+
+    EDIT_TEXT: ClassVar[TextConfig]
+    """The prompt template of those."""
+    vision: VisionTower
+    """The sizes of the vision encoder."""
+
+    @abstractmethod
+    def vision_grid(self, width: int, height: int) -> tuple[int, int]:
+        """Rows and columns of the patches that the vision encoder reads of a picture of this size."""
+
+    @abstractmethod
+    def vision_inputs(self, picture: Image) -> TowerInputs:
+        """Inputs of ``vision_encoder`` for one picture, RGB, and the order of what it gives."""
+
+    @abstractmethod
+    def pictured_text_inputs(
+        self, input_ids: NDArray[np.int64], image_token: int, rows: Array, patches: Sequence[tuple[int, int]]
+    ) -> Feeds:
+        """Inputs of ``text_encoder.pictures`` for the token ids (1, tokens) of one prompt with pictures in it.
+
+        Args:
+            input_ids: with as many image tokens as there are rows.
+            image_token: the id of those.
+            rows: float32 (picture tokens, hidden), what the vision encoder gave for all pictures.
+            patches: rows and columns of each picture's patches.
+
+        Raises:
+            UsageError: the image tokens are not those of the pictures.
+        """
+
+    @abstractmethod
+    def reference_inputs(self, bundle: Bundle, latents: Array, progress: Progress | None = None) -> Feeds:
+        """Inputs of ``denoiser.conditions`` that the pictures beside it add, by their latents (1, tokens, ...)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import msgspec
@@ -18,14 +18,28 @@ from zimgkit.runtime.diffusion.modulation import ModulationLayout, modulation_ta
 from zimgkit.runtime.diffusion.positions import Tables, axis_tables, grid
 from zimgkit.runtime.diffusion.schedule import NUM_TRAIN_TIMESTEPS, Sigmas, timesteps
 from zimgkit.runtime.diffusion.time_embedding import frequencies, sinusoids
-from zimgkit.runtime.families.base import Array, Config, Family, Feeds, Progress, StepInputs
+from zimgkit.runtime.families.base import Array, Config, Feeds, Progress, StepInputs, VisionFamily
+from zimgkit.runtime.pictures.patches import merged_patches, preprocessor, smart_resize
 from zimgkit.runtime.pictures.tiles import Tiling
+from zimgkit.runtime.text.edit_prompts import EDIT
+from zimgkit.runtime.text.qwen_vision import (
+    TowerInputs,
+    VisionTower,
+    token_positions,
+    token_tables,
+    tower_inputs,
+    vision_tower,
+)
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from zimgkit.engines.bundle import Bundle
 
 LAYOUT: TokenLayout = "c ph pw"
 THETA = 10000.0
+TOWER = VisionTower()
+"""Of checkpoints that read no pictures."""
 MODULATION = ModulationLayout(
     "time_text_embed.timestep_embedder",
     ("img_mod.1", "txt_mod.1"),
@@ -41,6 +55,8 @@ class Transformer(msgspec.Struct, frozen=True):
     axes_dims_rope: tuple[Even, Even, Even]
     num_attention_heads: Small = 1
     attention_head_dim: Small = 1
+    zero_cond_t: bool = False
+    """Whether pictures beside the drawn one are modulated as at time 0."""
 
 
 class Vae(msgspec.Struct, frozen=True):
@@ -50,7 +66,7 @@ class Vae(msgspec.Struct, frozen=True):
     dim_mult: Annotated[tuple[Small, ...], msgspec.Meta(min_length=2)] = (1, 2, 4, 4)
 
 
-class QwenImage(Family):
+class QwenImage(VisionFamily):
     """Latents are packed into tokens (batch, tokens, 4 * channels); the timestep acts through the modulation table."""
 
     NAME = "qwen-image"
@@ -62,6 +78,7 @@ class QwenImage(Family):
         max_tokens=1024 + 34,
         max_sequence_length=512,
     )
+    EDIT_TEXT = EDIT
     MAX_SIDE = 8192
     USES_CHAT_TEMPLATE = False
     NEGATIVE_PROMPT = None
@@ -72,17 +89,21 @@ class QwenImage(Family):
         super().__init__(config, where)
         transformer, vae = config.get("transformer", {}), config.get("vae", {})
         self.transformer = decoded(transformer, Transformer, f"{where}: config.transformer", CheckpointError)
+        encoder = config.get("text_encoder", {})
+        self.vision = vision_tower(encoder, f"{where}: config.text_encoder") if "vision_config" in encoder else TOWER
+        self.preprocessor = preprocessor(config.get("processor", {}), f"{where}: config.processor")
         self.vae = decoded(vae, Vae, f"{where}: config.vae", CheckpointError)
 
     @staticmethod
-    def dynamic_dimensions(height: int, width: int, tokens: int) -> dict[str, int]:
+    def dynamic_dimensions(height: int, width: int, tokens: int, conditions: int = 0) -> dict[str, int]:
         """The template's tokens are encoded, and then dropped."""
         image, text = (height // 16) * (width // 16), max(1, tokens - QwenImage.TEXT.drop)
         return {
             "tokens": tokens,
             "text_tokens": text,
             "image_tokens": image,
-            "all_tokens": text + image,
+            "condition_tokens": conditions,
+            "all_tokens": text + image + conditions,
             "height": height // 8,
             "width": width // 8,
             "image_height": height,
@@ -118,6 +139,10 @@ class QwenImage(Family):
         width = self.transformer.num_attention_heads * self.transformer.attention_head_dim
         return width, 4 * width
 
+    def vision_widths(self) -> tuple[int, int]:
+        """As its config has them."""
+        return self.vision.hidden_size, self.vision.intermediate_size
+
     def vae_channels(self) -> int:
         """The last upsampler takes the channels of the level before, and halves them."""
         return self.vae.base_dim * self.vae.dim_mult[1]
@@ -126,12 +151,44 @@ class QwenImage(Family):
         """The rows as they are."""
         return {"prompt_embeds": prompt_embeds[None]}
 
-    def denoiser_constants(self, conditioning: Array, tokens: int, height: int, width: int) -> Feeds:
-        """The prompt's tokens, and tables for text tokens followed by image tokens."""
-        rows, columns = height // 16, width // 16
-        positions = np.concatenate([text_positions(tokens, rows, columns), image_positions(rows, columns)])
-        cos, sin = tables(positions, self.transformer)
+    def denoiser_constants(
+        self, conditioning: Array, tokens: int, height: int, width: int, grids: Sequence[tuple[int, int]] = ()
+    ) -> Feeds:
+        """The prompt's tokens, and tables for text tokens followed by image tokens, the picture's own first."""
+        every = [(height // 16, width // 16), *grids]
+        images = [image_positions(*grid, frame) for frame, grid in enumerate(every)]
+        cos, sin = tables(np.concatenate([text_positions(tokens, every), *images]), self.transformer)
         return {"text": conditioning, "cos": cos, "sin": sin}
+
+    def vision_grid(self, width: int, height: int) -> tuple[int, int]:
+        """As ``Qwen2VLImageProcessor`` resizes it."""
+        own = self.preprocessor
+        rows, columns = smart_resize(height, width, own.patch_size * own.merge_size, *own.pixels())
+        return rows // own.patch_size, columns // own.patch_size
+
+    def vision_inputs(self, picture: Image) -> TowerInputs:
+        """Patches in the order of windows."""
+        return tower_inputs(merged_patches([picture], self.preprocessor), self.vision)
+
+    def pictured_text_inputs(
+        self, input_ids: NDArray[np.int64], image_token: int, rows: Array, patches: Sequence[tuple[int, int]]
+    ) -> Feeds:
+        """Ids, tables of positions on three axes, the pictures' rows, and which token takes which row."""
+        (ids,) = input_ids
+        grids = np.array([(1, *grid) for grid in patches], np.int64).reshape(-1, 3)
+        positions = token_positions(ids, image_token, grids, self.vision.spatial_merge_size)
+        cos, sin = token_tables(positions, self.rope)
+        is_image = ids == image_token
+        index = np.where(is_image, len(ids) + np.cumsum(is_image) - 1, np.arange(len(ids)))
+        return {"input_ids": input_ids, "cos": cos, "sin": sin, "picture_embeds": rows, "row_index": index}
+
+    def reference_inputs(self, bundle: Bundle, latents: Array, progress: Progress | None = None) -> Feeds:
+        """Their tokens and, where they are modulated so, the modulation of time 0."""
+        if not self.transformer.zero_cond_t:
+            return {"condition": latents}
+        zero = np.zeros(1, np.float32)
+        table = modulation_table(bundle, MODULATION, zero, time_embedding(network_time(zero)), progress=progress)
+        return {"condition": latents, "condition_modulation": table[0]}
 
     def schedule_inputs(self, bundle: Bundle, sigmas: Array, progress: Progress | None = None) -> StepInputs:
         """Each step's row of the modulation table."""
@@ -180,7 +237,7 @@ def time_embedding(times: Array) -> Array:
     return sinusoids(np.float32(1000) * (times[:, None] * frequencies()))
 
 
-def image_positions(height: int, width: int) -> NDArray[np.int64]:
+def image_positions(height: int, width: int, frame: int = 0) -> NDArray[np.int64]:
     """Positions (frame, row, column) of an image's tokens, row by row, with the origin in the middle.
 
     As ``QwenEmbedRope`` of diffusers with ``scale_rope``.
@@ -188,25 +245,25 @@ def image_positions(height: int, width: int) -> NDArray[np.int64]:
     Args:
         height: rows of the token grid (a sixteenth of the picture's), such as 83.
         width: columns of the token grid.
+        frame: 0 of the picture that is drawn, 1 and on of those beside it.
 
     Returns:
         int64 (height * width, 3).
     """
-    return grid(0, np.arange(height) - (height - height // 2), np.arange(width) - (width - width // 2))
+    return grid(frame, np.arange(height) - (height - height // 2), np.arange(width) - (width - width // 2))
 
 
-def text_positions(length: int, height: int, width: int) -> NDArray[np.int64]:
-    """Positions of text tokens: the same number on all axes, counting on from the edge of the image's grid.
+def text_positions(length: int, grids: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+    """Positions of text tokens: the same number on all axes, counting on from the edge of the largest image's grid.
 
     Args:
         length: text tokens.
-        height: rows of the image's token grid.
-        width: columns of the image's token grid.
+        grids: rows and columns of each image's token grid.
 
     Returns:
         int64 (length, 3).
     """
-    start = max(height // 2, width // 2)
+    start = max(max(height // 2, width // 2) for height, width in grids)
     return np.repeat(np.arange(start, start + length)[:, None], 3, axis=1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import msgspec
@@ -69,7 +69,7 @@ class ZImage(Family):
         self.vae = decoded(vae, Vae, f"{where}: config.vae", CheckpointError)
 
     @staticmethod
-    def dynamic_dimensions(height: int, width: int, tokens: int) -> dict[str, int]:
+    def dynamic_dimensions(height: int, width: int, tokens: int, conditions: int = 0) -> dict[str, int]:
         """Image and caption each fill up to a multiple of 32 tokens."""
         image, caption = (padded_length(count) for count in ((height // 16) * (width // 16), tokens))
         return {
@@ -124,7 +124,9 @@ class ZImage(Family):
         cos, sin = tables(caption_positions(tokens), self.transformer)
         return {"prompt_embeds": padded, "cos": cos, "sin": sin, "pad": pad}
 
-    def denoiser_constants(self, conditioning: Array, tokens: int, height: int, width: int) -> Feeds:
+    def denoiser_constants(
+        self, conditioning: Array, tokens: int, height: int, width: int, grids: Sequence[tuple[int, int]] = ()
+    ) -> Feeds:
         """The refined caption, and tables for image tokens followed by caption tokens."""
         rows, columns = height // 16, width // 16
         positions = np.concatenate([image_positions(rows, columns, tokens), caption_positions(tokens)])

@@ -16,6 +16,7 @@ from zimgkit.runtime.memory.machine import UNLIMITED, free_memory
 from zimgkit.runtime.memory.needs import (
     BYTES,
     ENCODER,
+    VISION,
     Need,
     device_needs,
     host_needs,
@@ -47,7 +48,11 @@ class Picture:
     batch: int = 1
     """How many are denoised together."""
     reads: bool = False
-    """Whether it starts from a picture."""
+    """Whether the VAE encoder reads a picture for it."""
+    patches: int = 0
+    """Of the largest picture that the vision encoder reads."""
+    conditions: int = 0
+    """Tokens of pictures beside it."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +144,14 @@ def try_to_fit(where: Setting, picture: Picture, budget: Budget, precision: str 
 def needs_in(where: Setting, picture: Picture, precision: str | None = None) -> dict[str, Need]:
     """What each component takes for the whole picture, of this precision or another."""
     needs = _needs_of_all(where, picture, precision)
-    return {name: need for name, need in needs.items() if picture.reads or name != ENCODER}
+    unused = {ENCODER} if not picture.reads else set()
+    unused |= {VISION} if not picture.patches else set()
+    return {name: need for name, need in needs.items() if name not in unused}
 
 
 def _needs_of_all(where: Setting, picture: Picture, precision: str | None) -> dict[str, Need]:
-    sizes = where.family.dynamic_dimensions(picture.height, picture.width, picture.tokens)
+    sizes = where.family.dynamic_dimensions(picture.height, picture.width, picture.tokens, picture.conditions)
+    sizes |= {"patches": picture.patches}
     if not where.host:
         return device_needs(where.bundle, where.family, where.backend, sizes, picture.batch)
     manifest = where.bundle.manifest

@@ -33,8 +33,10 @@ stored. The others compute on the mapped file."""
 WIDENED = 2.4
 """How often ONNX Runtime holds 8-bit weights in float32 while it opens a graph that dequantizes them."""
 ENCODER = "vae_encoder"
-"""What pictures are read with."""
-ORDER = ("text_encoder", "conditioner", ENCODER, "denoiser", "vae_decoder")
+"""What makes latents of pictures."""
+VISION = "vision_encoder"
+"""What reads pictures for the text encoder."""
+ORDER = (VISION, "text_encoder", "conditioner", ENCODER, "denoiser", "vae_decoder")
 """The components with a graph, in the order a picture uses them."""
 CONVOLUTIONS = {ENCODER, "vae_decoder"}
 """Those of convolutions."""
@@ -203,6 +205,7 @@ def _working(family: Family, sizes: Mapping[str, int], batch: int, *, cast: bool
     pixels = 64 * sizes["height"] * sizes["width"]
     autoencoder = pixels * (PIXEL_MAPS * FLOAT * family.vae_channels() + PIXELS)
     return {
+        VISION: _transformer(family.vision_widths(), sizes.get("patches", 0), cast=cast),
         "text_encoder": _transformer(encoder, sizes["tokens"], cast=cast),
         "conditioner": _transformer(denoiser, sizes["tokens"], cast=cast),
         "denoiser": _transformer(denoiser, batch * sizes["all_tokens"], cast=cast),

@@ -28,6 +28,7 @@ class VisionTower(msgspec.Struct, frozen=True):
     """What the host side reads of a text encoder's ``vision_config``; the defaults are Qwen2.5-VL-7B's."""
 
     hidden_size: Width = 1280
+    intermediate_size: Width = 3420
     num_heads: Small = 16
     patch_size: Small = 14
     spatial_merge_size: Small = 2
@@ -57,27 +58,19 @@ def vision_tower(config: Mapping[str, Any], where: str = "text_encoder") -> Visi
 
 
 class TowerInputs(NamedTuple):
-    """What the tower takes in. Patches are in the order of windows; what comes out is put back by ``inverse``."""
+    """What the tower takes in of one picture, and how what it gives is put in order."""
 
-    pixel_values: NDArray[np.float32]
-    """float32 (patches, features)."""
-    cos: NDArray[np.float32]
-    """float32 (patches, head_dim / 2)."""
-    sin: NDArray[np.float32]
-    """Likewise."""
-    windows: Integers
-    """int64 (patches,), ascending: patches of one number attend to each other in windowed blocks."""
-    pictures: Integers
-    """int64 (patches,), ascending: likewise in blocks of full attention."""
+    feeds: dict[str, NDArray[Any]]
+    """Inputs of the component ``vision_encoder``. Patches stand window by window."""
     inverse: Integers
-    """int64 (tokens,): ``output[inverse]`` is picture by picture, row by row."""
+    """int64 (tokens,): ``output[inverse]`` is row by row."""
 
 
 def tower_inputs(patches: Patches, tower: VisionTower) -> TowerInputs:
-    """Everything that the tower takes in for some pictures.
+    """Everything that the tower takes in of one picture.
 
     Args:
-        patches: of the pictures, in the order of ``Qwen2VLImageProcessor``.
+        patches: of the picture, in the order of ``Qwen2VLImageProcessor``.
         tower: the tower's sizes.
     """
     grids, merge = patches.image_grid_thw, tower.spatial_merge_size
@@ -85,8 +78,17 @@ def tower_inputs(patches: Patches, tower: VisionTower) -> TowerInputs:
     moved = (order[:, None] * merge**2 + np.arange(merge**2)).reshape(-1)
     half = tower.hidden_size // tower.num_heads // 2
     cos, sin = axis_tables(patch_positions(grids, merge)[moved], [half, half], tower.rope_parameters.rope_theta)
-    pictures = np.repeat(np.arange(len(grids)), grids.prod(axis=1))
-    return TowerInputs(patches.pixel_values[moved], cos, sin, segments(boundaries), pictures, np.argsort(order))
+    slots = np.arange(tower.window**2 * merge**2)
+    taken = slots < np.diff(boundaries)[:, None]
+    feeds = {
+        "pixel_values": patches.pixel_values[moved],
+        "cos": cos,
+        "sin": sin,
+        "window_index": np.where(taken, boundaries[:-1, None] + slots, 0),
+        "window_mask": taken,
+        "patch_places": np.flatnonzero(taken),
+    }
+    return TowerInputs(feeds, np.argsort(order))
 
 
 def patch_positions(grids: Integers, merge: int) -> Integers:
@@ -123,21 +125,6 @@ def window_order(grids: Integers, merge: int, window: int) -> tuple[Integers, In
     number = np.concatenate(numbers)
     sizes = np.bincount(number) * merge**2
     return np.argsort(number, kind="stable"), np.concatenate([[0], np.cumsum(sizes)])
-
-
-def segments(boundaries: Integers) -> Integers:
-    """The number of the segment in which each patch lies: int64 (patches,).
-
-    Args:
-        boundaries: int64 (segments + 1,), from 0 to the number of patches.
-    """
-    return np.repeat(np.arange(len(boundaries) - 1), np.diff(boundaries))
-
-
-def attention_mask(segment: Integers) -> NDArray[np.bool_]:
-    """Which patch attends to which: those of its segment; bool (patches, patches)."""
-    mask: NDArray[np.bool_] = segment[:, None] == segment[None]
-    return mask
 
 
 def token_positions(input_ids: Integers, image_token: int, grids: Integers, merge: int) -> Integers:

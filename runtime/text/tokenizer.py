@@ -28,7 +28,7 @@ class PromptTokenizer:
     def __init__(self, path: Path, text: TextConfig) -> None:
         from tokenizers import Tokenizer
 
-        self._text = text
+        self._text, self._path = text, path
         try:
             self._tokenizer = Tokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # The library raises bare exceptions.
@@ -55,6 +55,17 @@ class PromptTokenizer:
             raise UsageError("the prompt is not valid Unicode text", hint) from None
         encoded = self._tokenizer.encode(f"{self._text.prefix}{prompt}{self._text.suffix}")
         return np.array([encoded.ids], np.int64)
+
+    def id_of(self, token: str) -> int:
+        """The id of a special token.
+
+        Raises:
+            BundleError: the tokenizer has none that is called so.
+        """
+        found: int | None = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise BundleError(f"{self._path} has no token {token}", "copy or build the bundle again")
+        return found
 
 
 def keep_rows(

@@ -19,11 +19,11 @@ def test_tables(height, width, dims):
         config = Transformer(in_channels=64, axes_dims_rope=tuple(dims))
         ours = tables(image_positions(height, width), config)
         assert_tables(ours, image.real, image.imag, max(height, width) / 2)
-        ours = tables(text_positions(length, height, width), config)
+        ours = tables(text_positions(length, [(height, width)]), config)
         assert_tables(ours, text.real, text.imag, length + max(height, width) / 2)
 
 
 def test_the_origin_is_in_the_middle():
     assert image_positions(83, 64)[[0, -1]].tolist() == [[0, -42, -32], [0, 40, 31]]
-    assert text_positions(3, 83, 83).tolist() == [[41] * 3, [42] * 3, [43] * 3]
-    assert text_positions(0, 4, 4).shape == (0, 3)
+    assert text_positions(3, [(83, 83)]).tolist() == [[41] * 3, [42] * 3, [43] * 3]
+    assert text_positions(0, [(4, 4)]).shape == (0, 3)

@@ -11,6 +11,7 @@ from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.text.edit_prompts import EDIT, PICTURE, with_pictures
 
 PROMPTS = ["make the cup blue", "", " ", "{} {0} {braces}", "把杯子变成蓝色\nnew line"]
+NUMBERED = "Picture {number}: "
 PARTS = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "processor", "transformer"))
 
 
@@ -34,7 +35,7 @@ def texts_of(kind: type, prompt: str, image: Any) -> tuple[str, int]:
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_one_picture(prompt: str) -> None:
     text, drop = texts_of(QwenImageEditPipeline, prompt, object())
-    assert f"{EDIT.prefix}{with_pictures(prompt, [1], numbered=False)}{EDIT.suffix}" == text
+    assert f"{EDIT.prefix}{with_pictures(prompt, [1])}{EDIT.suffix}" == text
     assert EDIT.drop == drop
 
 
@@ -42,12 +43,12 @@ def test_one_picture(prompt: str) -> None:
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_several_pictures(prompt: str, count: int) -> None:
     text, drop = texts_of(QwenImageEditPlusPipeline, prompt, [object()] * count)
-    assert f"{EDIT.prefix}{with_pictures(prompt, [1] * count, numbered=True)}{EDIT.suffix}" == text
+    assert f"{EDIT.prefix}{with_pictures(prompt, [1] * count, NUMBERED)}{EDIT.suffix}" == text
     assert EDIT.drop == drop
 
 
 def test_each_picture_has_its_tokens() -> None:
-    text = with_pictures("x", [3, 2], numbered=True)
+    text = with_pictures("x", [3, 2], NUMBERED)
     assert text.split("<|vision_start|>")[1].count(PICTURE) == 3
     assert text.split("<|vision_start|>")[2].count(PICTURE) == 2
 
@@ -55,4 +56,4 @@ def test_each_picture_has_its_tokens() -> None:
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>"])
 def test_a_prompt_has_no_pictures_of_its_own(token: str) -> None:
     with pytest.raises(UsageError, match="stands for a picture"):
-        with_pictures(f"a {token}", [4], numbered=False)
+        with_pictures(f"a {token}", [4])

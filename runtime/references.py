@@ -1,0 +1,129 @@
+"""Pictures that a prompt speaks of: rows for the text encoder, and latents beside those that are drawn."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zimgkit.engines.bundle import ReferencePictures
+from zimgkit.engines.errors import BackendError
+from zimgkit.runtime.encoding import Encoder
+from zimgkit.runtime.engine_pool import EnginePool
+from zimgkit.runtime.families.base import Array, VisionFamily
+from zimgkit.runtime.inputs import InputPicture
+from zimgkit.runtime.pictures.reading import flattened
+from zimgkit.runtime.pictures.resizing import calculate_dimensions, resize
+
+COMPONENT = "vision_encoder"
+MOST_KEPT = 16
+"""Pictures whose rows are kept; a picture of a megapixel takes 20 MB."""
+Size = tuple[int, int]
+"""Width and height."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How large one picture is where it is read."""
+
+    vision: Size
+    """Pixels that the vision encoder is given."""
+    patches: Size
+    """Rows and columns of its patches."""
+    tokens: int
+    """Of the prompt that stand for the picture."""
+    latents: Size
+    """Pixels whose latents stand beside those that are drawn."""
+
+    @property
+    def grid(self) -> Size:
+        """Rows and columns of the tokens of its latents."""
+        width, height = self.latents
+        return height // 16, width // 16
+
+
+@dataclass(frozen=True, eq=False)
+class References:
+    """The pictures of a call, read."""
+
+    layouts: tuple[Layout, ...]
+    rows: Array
+    """Float32 (picture tokens, hidden), of all pictures."""
+    latents: Array
+    """Float32 (1, condition tokens, 4 * channels), likewise, without noise."""
+
+
+def layouts(pictures: Sequence[InputPicture], config: ReferencePictures, family: VisionFamily) -> tuple[Layout, ...]:
+    """How large pictures are where they are read; nothing is read for that.
+
+    Raises:
+        UsageError: one is more than 200 times as wide as high, or as high as wide.
+    """
+    found = []
+    for picture in pictures:
+        ratio = picture.size[0] / picture.size[1]
+        vision = calculate_dimensions(config.vision_area, ratio)
+        rows, columns = family.vision_grid(*vision)
+        merged = family.vision.spatial_merge_size**2
+        latents = calculate_dimensions(config.latents_area, ratio)
+        found.append(Layout(vision, (rows, columns), rows * columns // merged, latents))
+    return tuple(found)
+
+
+class ReferenceReader:
+    """The vision encoder of a session, and what it gave for the pictures that it read last.
+
+    Args:
+        engines: of the bundle.
+        family: of the bundle.
+        encoder: makes latents of pictures.
+    """
+
+    def __init__(self, engines: EnginePool, family: VisionFamily, encoder: Encoder) -> None:
+        self._engines = engines
+        self._family = family
+        self._encoder = encoder
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[str, Size], Array] = OrderedDict()
+
+    def read(
+        self, pictures: Sequence[InputPicture], config: ReferencePictures, device_of: Callable[[str], str | None]
+    ) -> References:
+        """Read pictures; what was read lately is not read again.
+
+        Args:
+            pictures: one or more.
+            config: how the bundle takes them.
+            device_of: component -> where it runs.
+
+        Raises:
+            BackendError: an engine failed, or gave NaN or Inf.
+        """
+        found = layouts(pictures, config, self._family)
+        both = list(zip(pictures, found, strict=True))
+        rows = [self._rows(picture, layout, device_of(COMPONENT)) for picture, layout in both]
+        encode, device = self._encoder.encode, device_of(self._encoder.COMPONENT)
+        latents = [encode(picture, layout.latents[1], layout.latents[0], device) for picture, layout in both]
+        return References(found, np.concatenate(rows), np.concatenate(latents, axis=1))
+
+    def _rows(self, picture: InputPicture, layout: Layout, device: str | None) -> Array:
+        """What the vision encoder makes of one picture, float32 (tokens, hidden), row by row."""
+        key = (picture.sha256, layout.vision)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        inputs = self._family.vision_inputs(resize(flattened(picture.picture), *layout.vision))
+        with self._engines.engine(COMPONENT, device) as engine:
+            found: NDArray[np.float32] = engine.run(inputs.feeds)["picture_embeds"][inputs.inverse]
+        if not np.isfinite(found).all():
+            raise BackendError("the vision encoder gave NaN or Inf", "zimg-export verify checks the bundle")
+        with self._lock:
+            self._kept[key] = found
+            while len(self._kept) > MOST_KEPT:
+                self._kept.popitem(last=False)
+        return found
