@@ -45,6 +45,8 @@ class Parameter:
     """What the text in a picture calls it; empty where it has a form of its own there, or none."""
     recorded: bool = False
     """Whether a picture carries it, so that it can be drawn again."""
+    several: bool = False
+    """Whether the command line takes it several times."""
 
 
 PARAMETERS = (
@@ -283,7 +285,6 @@ INSTEAD = {
 """Arguments of other pipelines -> what serves instead."""
 PICTURES = (
     *(
-        "edit_image",
         "control_image",
         "controlnet_inputs",
         "blockwise_controlnet_inputs",

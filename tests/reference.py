@@ -228,7 +228,15 @@ def _quiet(pipeline: Any) -> Any:
 
 def save(pipeline: Any, folder: Path, **options: Any) -> Path:
     """Save a pipeline in the diffusers layout."""
-    pipeline.save_pretrained(folder, **options)
+    processor = pipeline.components.get("processor")
+    if processor is None:
+        pipeline.save_pretrained(folder, **options)
+        return folder
+    # Without torchvision, transformers' own processor cannot be made, which diffusers would save.
+    QwenImagePipeline(**{k: v for k, v in pipeline.components.items() if k != "processor"}).save_pretrained(folder)
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("QwenImagePipeline", type(pipeline).__name__))
+    processor.save_pretrained(folder / "processor")
     return folder
 
 
@@ -239,14 +247,13 @@ def draw(pipeline: Any, prompt: str | list[str], *, seed: int = 0, **call: Any) 
     prompt = list(prompt) if isinstance(prompt, list) else prompt
     if isinstance(call.get("negative_prompt"), list):
         call["negative_prompt"] = list(call["negative_prompt"])
-    return pipeline(prompt, generator=generator, output_type="np", **call).images
+    return pipeline(prompt=prompt, generator=generator, output_type="np", **call).images
 
 
 class PictureProcessor:
     """``Qwen2VLProcessor`` as the editing pipelines use it, without torchvision, which it needs in transformers 5.
 
-    It resizes as torchvision does, and tells the text encoder which tokens are pictures: diffusers 0.42 does not pass that on
-    (huggingface/diffusers#14194), so that transformers 5 would count their positions as those of words.
+    It resizes as torchvision does.
     """
 
     def __init__(self, tokenizer: Any, **options: Any) -> None:
@@ -281,7 +288,11 @@ class PictureProcessor:
 
 
 def qwen_image_edit(seed: int = 0, *, several: bool = False, **overrides: Any) -> Any:
-    """A tiny ``QwenImageEditPipeline``, or ``QwenImageEditPlusPipeline``, which takes several pictures."""
+    """A tiny ``QwenImageEditPipeline``, or ``QwenImageEditPlusPipeline``, which takes several pictures.
+
+    The text encoder is told which tokens are pictures. Diffusers 0.42 does not tell it (huggingface/diffusers#14194),
+    so that transformers 5 counts their positions as those of words, as no checkpoint was trained.
+    """
     from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 
     parts = qwen_image(seed, **overrides).components

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.choice import AUTO
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.commands.memory import told
-from zimgkit.runtime.inputs import InputPicture, read_input
+from zimgkit.runtime.inputs import InputPicture, Inputs, read_input
 from zimgkit.runtime.parameters import BY_NAME, PARAMETERS, checked
 from zimgkit.runtime.pictures import saving as images
 from zimgkit.runtime.pictures.metadata import InputFile, Parameters, Record, read
@@ -167,8 +167,15 @@ def filled(
         useless += FROM_A_PICTURE  # Other tools write a strength without the picture that it is of.
     rest = {name: value for name, value in known.items() if name not in useless} | dict(given)
     for name, recorded in known.items():
-        if isinstance(recorded, InputFile) and name in rest:
-            rest[name] = _found(recorded, given.get(name), name, path, warn)
+        if name in useless or not (files := _files(recorded)):
+            continue
+        pictures = [read_input(one, name) for one in _each(given[name])] if name in given else []
+        if [picture.sha256 for picture in pictures] != [file.sha256 for file in files]:
+            if pictures:
+                warn(f"{path} was drawn from another {name}: {', '.join(map(str, files))}")
+            else:
+                pictures = [_beside(file, name, path) for file in files]
+        rest[name] = pictures
     return rest
 
 
@@ -178,13 +185,18 @@ def keeping(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**({"keep_unmasked": True} if has_mask else {}), **given}
 
 
-def _found(recorded: InputFile, given: Any, name: str, path: Path, warn: Callable[[str], None]) -> InputPicture:
-    """A picture that another was drawn from: the one that was given, else the one beside it."""
-    if given is not None:
-        found = read_input(given, name)
-        if found.sha256 != recorded.sha256:
-            warn(f"{path} was drawn from another {name}: {recorded}")
-        return found
+def _files(recorded: Any) -> tuple[InputFile, ...]:
+    """The pictures that a recorded parameter names; none where it is of another type."""
+    files = recorded if isinstance(recorded, tuple) else (recorded,)
+    return tuple(file for file in files if isinstance(file, InputFile))
+
+
+def _each(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _beside(recorded: InputFile, name: str, path: Path) -> InputPicture:
+    """A picture that another was drawn from, which lies beside that or here."""
     for folder in dict.fromkeys((path.parent, Path())):
         beside = folder / Path(recorded.name).name
         if recorded.name and beside.is_file() and (found := read_input(beside, name)).sha256 == recorded.sha256:
@@ -203,16 +215,21 @@ def _loras(manifest: Manifest) -> str | None:
     return ", ".join(f"{lora.file}:{lora.scale:g} ({lora.sha256[:10]})" for lora in manifest.loras) or None
 
 
-def _told(value: Any) -> Any:
-    """A value as it is recorded: of a picture its name and hash; what is off is left out."""
-    return InputFile(value.name, value.sha256) if isinstance(value, InputPicture) else value or None
+def _inputs(inputs: Inputs) -> dict[str, Any]:
+    """What is recorded of the pictures of a call: their names and hashes, and what was said of them."""
+    said = {name: getattr(inputs, name) or None for name in FROM_A_PICTURE}
+    images = [inputs.image] if inputs.image else inputs.references
+    said["image"] = tuple(InputFile(one.name, one.sha256) for one in images) or None
+    mask = inputs.mask_image
+    said["mask_image"] = InputFile(mask.name, mask.sha256) if mask else None
+    return said
 
 
 def _record(result: Output, pipeline: Pipeline, index: int, drawn: int) -> Record:
     """What made one of a call's pictures."""
     request, manifest = result.request, pipeline.bundle.manifest
     call = {p.name: getattr(request, p.name) for p in PARAMETERS if p.recorded and hasattr(request, p.name)}
-    call |= {name: _told(getattr(request.inputs, name)) for name in FROM_A_PICTURE} if request.inputs.image else {}
+    call |= _inputs(request.inputs)
     call |= {
         "prompt": request.prompts[0],
         "negative_prompt": request.negative_prompts[0] if request.negative_prompts else None,

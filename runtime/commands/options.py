@@ -74,6 +74,11 @@ SHORT = {"prompt": "-p"}
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
+def _given(ctx: click.Context, param: click.Parameter, value: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What an option was given that may be repeated; None where it was not."""
+    return value or None
+
+
 def call_options(leave_out: Collection[str] = (), defaults: Mapping[str, str] = {}) -> Decorator:
     """Add an option for every parameter of a call that the command line has, named as the parameter is.
 
@@ -96,6 +101,8 @@ def call_options(leave_out: Collection[str] = (), defaults: Mapping[str, str] = 
                 parameter.name,
                 type=kind,
                 default=None,
+                multiple=parameter.several,
+                callback=_given if parameter.several else None,
                 help=text,
             )(command)
         return command

@@ -115,7 +115,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         known = self.call()
         size = f"{known['width']}x{known['height']}" if known.get("width") and known.get("height") else None
         pairs = {key: getattr(self, name) for key, (name, _) in KEYS.items()} | {"Sampler": "Euler", "Size": size}
-        pairs |= {key: known.get(name) for key, name in INPUT_FILES.items()}
+        pairs |= {key: _listed(known.get(name)) for key, name in INPUT_FILES.items()}
         if self.num_images == 1:
             pairs |= {"Num images": None, "Image index": None}
         version = pairs.pop("Version")
@@ -134,7 +134,11 @@ RECORDED: dict[Any, Any] = {tuple: tuple[float, ...], Picture: InputFile}
 Parameters: Any = msgspec.defstruct(
     "Parameters",
     [("prompt", str)]
-    + [(p.name, RECORDED.get(p.type, p.type) | None, None) for p in PARAMETERS if p.recorded and p.name != "prompt"],
+    + [
+        (p.name, (tuple[InputFile, ...] if p.several else RECORDED.get(p.type, p.type)) | None, None)
+        for p in PARAMETERS
+        if p.recorded and p.name != "prompt"
+    ],
     bases=(Record,),
     module=__name__,
     frozen=True,
@@ -176,6 +180,13 @@ def from_json(text: str | bytes) -> Record:
     """
     record: Record = msgspec.json.decode(text, type=Parameters)
     return record
+
+
+def _listed(files: InputFile | Sequence[InputFile] | None) -> str | None:
+    """One file, or several, in words."""
+    if files is None or isinstance(files, InputFile):
+        return str(files) if files else None
+    return ", ".join(map(str, files))
 
 
 def _quote(value: Any) -> str:

@@ -39,9 +39,9 @@ def test_the_call_takes_what_the_list_says():
 def test_a_request_holds_every_parameter():
     aliases = {"prompt", "negative_prompt", "true_cfg_scale", "cfg_scale", "generator"}
     plural = {"prompts", "negative_prompts"}
-    aliases |= {"input_image", "inpaint_mask"}
+    aliases |= {"input_image", "edit_image", "inpaint_mask"}
     fields = {*Request.__dataclass_fields__, *Inputs.__dataclass_fields__}
-    assert fields - {"unused_negative_prompt", "inputs", "blends_velocity"} == {*KNOWN} - aliases | plural
+    assert fields - {"unused_negative_prompt", "inputs", "blends_velocity", "references"} == {*KNOWN} - aliases | plural
 
 
 def test_pictures_carry_what_the_list_says():
@@ -85,7 +85,7 @@ def test_a_lower_bound_on_the_largest_value():
         ("timesteps", "sigmas"),
         ("promt", "did you mean prompt?"),
         ("num_inference_step", "did you mean num_inference_steps?"),
-        ("edit_image", "no such picture"),
+        ("context_image", "no such picture"),
         ("eligen_entity_masks", "no such picture"),
         ("zzz", "leave it out"),
     ],

@@ -40,11 +40,11 @@ def test_it_is_drawn_again_from_what_it_carries(bundle, here):
     )
     assert found.code == 0, found.err
     parameters = json.loads(found.out)["parameters"]
-    assert parameters["image"]["name"] == "photo.png"
-    assert len(parameters["image"]["sha256"]) == 64
+    assert [file["name"] for file in parameters["image"]] == ["photo.png"]
+    assert len(parameters["image"][0]["sha256"]) == 64
     assert (parameters["strength"], parameters["width"], parameters["height"]) == (0.7, 64, 48)
     text = Image.open("a.png").text["parameters"]
-    assert f"Input image: photo.png ({parameters['image']['sha256'][:10]})" in text
+    assert f"Input image: photo.png ({parameters['image'][0]['sha256'][:10]})" in text
     again = invoke(main, "generate", "--from-image", "a.png", "--bundle", bundle, "-o", "b.png", "--quiet")
     assert again.code == 0, again.err
     assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes()
@@ -88,7 +88,7 @@ def test_a_name_in_a_picture_cannot_lead_elsewhere(bundle, here):
     from zimgkit.runtime.pictures.saving import save
 
     (here / "beside").mkdir()
-    record = Parameters(prompt="x", image=InputFile("../photo.png", "0" * 64), strength=0.5)
+    record = Parameters(prompt="x", image=(InputFile("../photo.png", "0" * 64),), strength=0.5)
     save(Image.new("RGB", (16, 16)), here / "beside" / "a.png", record)
     found = invoke(main, "generate", "--from-image", "beside/a.png", "--bundle", bundle, "-o", "b.png")
     assert found.code == 2
