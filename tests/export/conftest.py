@@ -48,8 +48,7 @@ def picture_bundle(shared_folder: Path, picture_networks: Callable[[], dict[str,
             weights = {}
             for name, network in picture_networks().items():
                 if name in parts:
-                    shapes = {**parts[name].parameters(), **parts[name].transformed_shapes}
-                    weights |= {n: value.numpy().reshape(shapes[n]) for n, value in network.state_dict().items()}
+                    weights |= {key: value.numpy() for key, value in network.state_dict().items()}
             write_parts(folder, parts, weights)
     return Bundle.open(folder, verify=False)
 

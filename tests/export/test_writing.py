@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -73,3 +74,6 @@ def test_variants_have_no_weights_of_their_own(picture_bundle):
         assert components[name].parameters == components[whole].parameters
     for file in picture_bundle.root.glob("*.onnx"):
         assert file.stat().st_size < 150_000
+        # What is called twice as well: compilers name layers so.
+        names = [node.name for node in onnx.load(file, load_external_data=False).graph.node]
+        assert len(set(names)) == len(names)
