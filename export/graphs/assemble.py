@@ -153,12 +153,14 @@ class _Assembly:
         results = _tuple(self._runs[0][node])
         names = self._plan.modules[str(node.target)].state_dict()
         parameters = [self._initializer(f"{node.target}.{name}") for name in names]
+        # What is called again goes by the name of its result.
+        is_known = any(known.name == str(node.target) for known in self._nodes)
         call = ir.Node(
             DOMAIN,
             function,
             [*(self._known[argument] for argument in node.all_input_nodes), *parameters],
             num_outputs=len(results),
-            name=str(node.target),
+            name=node.name if is_known else str(node.target),
         )
         for index, (value, result) in enumerate(zip(call.outputs, results, strict=True)):
             value.name = node.name if len(results) == 1 else f"{node.name}_{index}"

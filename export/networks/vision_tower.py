@@ -13,9 +13,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.onnx import ops
@@ -26,8 +24,6 @@ from zimgkit.export.networks.layers import attention, split_heads
 from zimgkit.export.networks.parts import Input, Part
 
 FILE = "text_encoder/config.json"
-PREFIX = "visual"
-"""What the names of its tensors begin with, before a dot."""
 
 
 class Config(msgspec.Struct, frozen=True):
@@ -85,16 +81,17 @@ def read_config(config: Mapping[str, Any]) -> Config:
 
 
 class PatchEmbedding(nn.Module):
-    """Patches to tokens. The checkpoint has it as a convolution whose steps are as wide as its kernel."""
+    """Patches to tokens: a convolution whose steps are as wide as its kernel, and so a linear of all of a patch."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.proj = nn.Linear(config.patch_values, config.hidden_size, bias=False)
+        kernel = config.temporal_patch_size, config.patch_size, config.patch_size
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, bias=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(patches, values) float32 -> (patches, dim)."""
-        out: Tensor = self.proj(pixel_values.to(self.proj.weight.dtype))
-        return out
+        weight = self.proj.weight.flatten(1)
+        return F.linear(pixel_values.to(weight.dtype), weight)
 
 
 class WindowMask(nn.Module):
@@ -243,11 +240,6 @@ class VisionTower(nn.Module):
         return out
 
 
-def _flat(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(dim, channels, frames, rows, columns) -> (dim, values)."""
-    return kernel.reshape(len(kernel), -1)
-
-
 def parts(config: Mapping[str, Any]) -> dict[str, Part]:
     """The component that the vision tower becomes; of the checkpoint's text encoder.
 
@@ -256,8 +248,6 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
     """
     found = read_config(config)
     half, slots = found.hidden_size // found.num_heads // 2, found.window_patches
-    kernel = found.hidden_size, found.in_channels, found.temporal_patch_size, found.patch_size, found.patch_size
-    embedding = f"{PREFIX}.patch_embed.proj.weight"
     part = Part(
         "text_encoder",
         lambda: VisionTower(found),
@@ -274,7 +264,5 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
             {"patches": 25 * found.merged, "picture_tokens": 25, "windows": 9},
             {"patches": 42 * found.merged, "picture_tokens": 42, "windows": 11},
         ),
-        transforms={embedding: _flat},
-        transformed_shapes={embedding: kernel},
     )
     return {"vision_encoder": part}
