@@ -49,7 +49,7 @@ from zimgkit.export.writing import write_component
 from zimgkit.runtime import families
 from zimgkit.runtime.diffusion.latents import vae_normalization
 from zimgkit.runtime.diffusion.schedule import read_scheduler
-from zimgkit.runtime.families.base import VisionFamily
+from zimgkit.runtime.families.base import ConditionedFamily
 from zimgkit.runtime.progress import Report, silent
 
 
@@ -128,10 +128,11 @@ def build(
     with only_writer_of(out), atomic_folder(out, overwrite=overwrite) as folder:
         read = read_loras(loras, source)
         checkpoint = open_checkpoint(model, revision=revision, source=source)
-        tasks = tasks_of(checkpoint.family, checkpoint.pipeline, tasks)
         found = (
             merge(read, names_of(checkpoint), checkpoint.family, allow_unmatched=allow_unmatched) if read else NOTHING
         )
+        tasks = [*tasks, *known.tasks_for(found.loras, checkpoint.family)]
+        tasks = tasks_of(checkpoint.family, checkpoint.pipeline, tasks)
         scheme = None
         if precision in SCHEMES:
             scheme = _settings(checkpoint, found, precision, quantization or Quantizing(), out, report)
@@ -228,7 +229,7 @@ def export(
     family = families.family(checkpoint.family)
     row = FAMILIES[checkpoint.family]
     tasks = tasks_of(checkpoint.family, checkpoint.pipeline, tasks)
-    references = row.editors.get(checkpoint.pipeline)
+    references = known.references_with(row.editors.get(checkpoint.pipeline), merged.loras, checkpoint.family)
     config = {name: checkpoint.config(name) for name in row.components}
     config |= {"processor": checkpoint.config("processor")} if references else {}
     scheduler = checkpoint.config("scheduler")
@@ -250,7 +251,7 @@ def export(
     text = export_tokenizer(
         checkpoint.root / "tokenizer",
         folder / "tokenizer",
-        family.EDIT_TEXT if references and issubclass(family, VisionFamily) else family.TEXT,
+        family.EDIT_TEXT if references and issubclass(family, ConditionedFamily) else family.TEXT,
         chat_template=family.USES_CHAT_TEMPLATE,
     )
     _check_space(wanted, precision, folder, keep_base=keep_base)

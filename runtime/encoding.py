@@ -13,6 +13,8 @@ from zimgkit.runtime.engine_pool import EnginePool
 from zimgkit.runtime.families import Family
 from zimgkit.runtime.families.base import Array
 from zimgkit.runtime.inputs import InputPicture
+from zimgkit.runtime.pictures.reading import flattened
+from zimgkit.runtime.pictures.resizing import Filter, resize, to_pixels
 
 MOST_KEPT = 16
 """Encoded pictures; one of a megapixel takes 2 MB."""
@@ -32,10 +34,16 @@ class Encoder:
         self._engines = engines
         self._family = family
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, int, int], Array] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, int, int, str], Array] = OrderedDict()
 
     def encode(
-        self, image: InputPicture, height: int, width: int, device: str | None = None, noise: Array | None = None
+        self,
+        image: InputPicture,
+        height: int,
+        width: int,
+        device: str | None = None,
+        noise: Array | None = None,
+        kernel: Filter = "lanczos",
     ) -> Array:
         """The latents of a picture, float32 (1, ...) in the form that the family keeps them in.
 
@@ -45,29 +53,27 @@ class Encoder:
             width: likewise.
             device: where the encoder runs.
             noise: float32 (1, ...) of the family's noise shape, to draw from the posterior; its mean where None.
+            kernel: what it is resized with.
 
         Raises:
             BackendError: the engine failed, or gave NaN or Inf.
         """
-        mean, log_variance = np.split(self._moments(image, height, width, device), 2, axis=1)
+        mean, log_variance = np.split(self._moments(image, height, width, device, kernel), 2, axis=1)
         if noise is not None:
             # As DiagonalGaussianDistribution of diffusers.
             mean = mean + np.exp(np.float32(0.5) * np.clip(log_variance, -30, 20)) * noise.reshape(mean.shape)
         shape = (1, *self._family.noise_shape(height, width))
         return self._family.from_noise(normalize(mean, self._family.normalization).reshape(shape))
 
-    def _moments(self, image: InputPicture, height: int, width: int, device: str | None) -> Array:
+    def _moments(self, image: InputPicture, height: int, width: int, device: str | None, kernel: Filter) -> Array:
         """What the encoder gives, float32 (1, 2 * channels, height / 8, width / 8)."""
-        from zimgkit.runtime.pictures.reading import flattened
-        from zimgkit.runtime.pictures.resizing import resize, to_pixels
-
-        key = (image.sha256, height, width)
+        key = (image.sha256, height, width, kernel)
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
         with self._engines.engine(self.COMPONENT, device) as engine:
-            pixels = to_pixels(resize(flattened(image.picture), width, height))
+            pixels = to_pixels(resize(flattened(image.picture), width, height, kernel))
             moments: Array = engine.run({"image": pixels})["moments"]
         if not np.isfinite(moments).all():
             raise BackendError("the VAE encoder gave NaN or Inf", "zimg-export verify checks the bundle")

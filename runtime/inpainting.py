@@ -1,4 +1,4 @@
-"""What a mask does to a picture: where its latents are drawn anew, and its own pixels put back where it is kept."""
+"""What masks do to a picture: where its latents are drawn anew, its own pixels put back, and which regions it has."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from zimgkit.engines.errors import UsageError
 
 if TYPE_CHECKING:
     from zimgkit.runtime.inputs import Inputs
@@ -71,3 +73,36 @@ def keep_unmasked(drawn: Array, inputs: Inputs) -> Array:
     own = np.asarray(resize(flattened(inputs.image.picture), width, height), np.float32) / np.float32(255)
     mixed: Array = drawn * anew + own * (1 - anew)
     return mixed
+
+
+def image_regions(inputs: Inputs, height: int, width: int) -> NDArray[np.bool_]:
+    """Which of the picture's tokens each region has: those that its mask touches.
+
+    As EliGen of DiffSynth-Studio has it: the mask is resized to the latents' grid (nearest), counts where it is more
+    white than black, and a token has four latents.
+
+    Args:
+        inputs: of the call.
+        height: of what is drawn, in pixels.
+        width: likewise.
+
+    Returns:
+        bool (regions, height / 16 * width / 16).
+
+    Raises:
+        UsageError: a mask touches no token.
+    """
+    from PIL.Image import Resampling
+
+    from zimgkit.runtime.pictures.masks import SCALE
+    from zimgkit.runtime.pictures.reading import flattened
+
+    rows, columns = height // SCALE, width // SCALE
+    found = []
+    for number, entity in enumerate(inputs.eligen_entity_masks, start=1):
+        picture = flattened(entity.picture, 0).resize((columns, rows), Resampling.NEAREST)
+        white = np.asarray(picture, np.float32).mean(axis=2) > 127.5
+        found.append(white.reshape(rows // 2, 2, columns // 2, 2).any(axis=(1, 3)).reshape(-1))
+        if not found[-1].any():
+            raise UsageError(f"the mask of entity {number} covers nothing", "paint its region white")
+    return np.array(found, np.bool_).reshape(len(found), rows // 2 * (columns // 2))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from zimgkit.engines.bundle import Manifest, ReferencePictures
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.families import Family
-from zimgkit.runtime.parameters import BY_NAME, MULTIPLE, checked
+from zimgkit.runtime.parameters import BY_NAME, MULTIPLE, checked, texts
 from zimgkit.runtime.pictures.resizing import calculate_dimensions
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ OF_IMAGE = ("strength", "denoising_strength", "mask_image", "inpaint_mask")
 """What says something of a picture."""
 OF_MASK = ("mask_blur", "inpaint_blur_size", "inpaint_blur_sigma", "keep_unmasked")
 """What says something of a mask."""
+OF_REFERENCES = ("edit_image_auto_resize", "edit_rope_interpolation")
+"""What says something of pictures that a bundle edits."""
 BLUR = ("inpaint_blur_size", "inpaint_blur_sigma")
 
 
@@ -56,6 +58,18 @@ class Inputs:
     """What it starts from."""
     references: tuple[InputPicture, ...] = ()
     """What the prompt speaks of, where the bundle edits."""
+    edit_image_auto_resize: bool = True
+    """Whether those are brought to the areas that the checkpoint was trained on."""
+    edit_rope_interpolation: bool = False
+    """Whether those span the positions of what is drawn, whatever their size."""
+    context_image: InputPicture | None = None
+    """What controls the picture: edges, depth, a pose."""
+    eligen_entity_prompts: tuple[str, ...] = ()
+    """What to draw in regions."""
+    eligen_entity_masks: tuple[InputPicture, ...] = ()
+    """Where these are, white, one for each."""
+    eligen_enable_on_negative: bool = False
+    """Whether the negative prompt stands for every region, rather than for the whole alone."""
     strength: float | None = None
     """How much is drawn anew, as diffusers counts it: the first steps are left out."""
     denoising_strength: float | None = None
@@ -94,21 +108,27 @@ def read_inputs(manifest: Manifest, family: Family, given: Mapping[str, Any]) ->
         if len(found := [name for name in names if name in given]) > 1:
             raise UsageError(f"{' and '.join(found)} are both given", "give only one of them")
     source = next((given[name] for name in ONE_OF[0] if name in given), None)
+    conditions = _read_context(manifest, given) | _read_entities(manifest, given)
+    if {"context_image", "eligen_entity_prompts"} <= conditions.keys():
+        raise UsageError("context_image and entities are both given", "give one of them")
     if manifest.references is not None:
-        return _read_references(source, manifest.references.most, given)
-    if "edit_image" in given:
-        raise UsageError("edit_image is given, and this bundle edits nothing", "give image, and a strength")
-    if source is None:
-        if said := next((name for name in (*OF_IMAGE, *OF_MASK) if name in given), None):
-            raise UsageError(f"{said} is given, and no image", "give the picture to start from as image")
-        return NONE
+        return _read_references(source, manifest.references, given)
+    if said := next((name for name in ("edit_image", *OF_REFERENCES) if name in given), None):
+        raise UsageError(f"{said} is given, and this bundle edits nothing", "give image, and a strength")
+    if source is not None:
+        return Inputs(**conditions, **_read_start(manifest, family, source, given))
+    if said := next((name for name in (*OF_IMAGE, *OF_MASK) if name in given), None):
+        raise UsageError(f"{said} is given, and no image", "give the picture to start from as image")
+    return Inputs(**conditions)
+
+
+def _read_start(manifest: Manifest, family: Family, source: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The picture that another starts from, its mask, and what is said of both."""
     mask = given.get("mask_image", given.get("inpaint_mask"))
     if mask is None and (said := next((name for name in OF_MASK if name in given), None)):
         raise UsageError(f"{said} is given, and no mask", "give mask_image, white where the picture is drawn anew")
     task = "image-to-image" if mask is None else "inpaint"
-    if task not in manifest.tasks:
-        hint = f"build one with zimg-export build --tasks {task}"
-        raise UsageError(f"this bundle is built for {', '.join(manifest.tasks)}, not for {task}", hint)
+    _check_task(manifest, task)
     values = {name: checked(BY_NAME[name], given[name]) for name in (*OF_IMAGE[:2], *OF_MASK) if name in given}
     blurs = [name for name in BLUR if name in given]
     if len(blurs) == 1:
@@ -121,26 +141,68 @@ def read_inputs(manifest: Manifest, family: Family, given: Mapping[str, Any]) ->
     name = "strength" if "strength" in values else "denoising_strength"
     if not values[name]:
         raise UsageError(f"{name} is 0, which draws nothing anew", "give more, up to 1")
-    return Inputs(
-        **values,
-        image=read_input(source, "image"),
-        mask_image=read_input(mask, "mask_image") if mask is not None else None,
-        blends_velocity=blends_velocity,
-    )
+    return values | {
+        "image": read_input(source, "image"),
+        "mask_image": read_input(mask, "mask_image") if mask is not None else None,
+        "blends_velocity": blends_velocity,
+    }
 
 
-def _read_references(source: Any, most: int, given: Mapping[str, Any]) -> Inputs:
+def _check_task(manifest: Manifest, task: str) -> None:
+    if task not in manifest.tasks:
+        hint = f"build one with zimg-export build --tasks {task}"
+        raise UsageError(f"this bundle is built for {', '.join(manifest.tasks)}, not for {task}", hint)
+
+
+def _read_references(source: Any, config: ReferencePictures, given: Mapping[str, Any]) -> Inputs:
     """The pictures of a bundle that edits."""
     if said := next((name for name in (*OF_IMAGE, *OF_MASK) if name in given), None):
         raise UsageError(f"{said} is given, and this bundle edits whole pictures", "leave it out")
     sources = source if isinstance(source, list | tuple) else [source]
     if source is None or not sources:
         raise UsageError("there is no picture to edit", "give it as image")
-    if len(sources) > most:
-        takes = "one" if most == 1 else f"{most} at most"
+    if len(sources) > config.most:
+        takes = "one" if config.most == 1 else f"{config.most} at most"
         raise UsageError(f"image has {len(sources)} pictures", f"this bundle takes {takes}")
     names = ["image"] if len(sources) == 1 else [f"image {number}" for number in range(1, len(sources) + 1)]
-    return Inputs(references=tuple(read_input(one, name) for one, name in zip(sources, names, strict=True)))
+    return Inputs(
+        references=tuple(read_input(one, name) for one, name in zip(sources, names, strict=True)),
+        edit_image_auto_resize=checked(
+            BY_NAME["edit_image_auto_resize"], given.get("edit_image_auto_resize", config.auto_resize)
+        ),
+        edit_rope_interpolation=checked(
+            BY_NAME["edit_rope_interpolation"], given.get("edit_rope_interpolation", config.rope_interpolation)
+        ),
+    )
+
+
+def _read_context(manifest: Manifest, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The picture that controls another."""
+    if "context_image" not in given:
+        return {}
+    _check_task(manifest, "context")
+    return {"context_image": read_input(given["context_image"], "context_image")}
+
+
+def _read_entities(manifest: Manifest, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Prompts of regions, and where these are."""
+    names = ("eligen_entity_prompts", "eligen_entity_masks", "eligen_enable_on_negative")
+    prompts, masks = (given.get(name, ()) for name in names[:2])
+    prompts = texts(names[0], prompts) if prompts else ()
+    masks = tuple(masks) if isinstance(masks, list | tuple) else (masks,)
+    if not prompts and not masks:
+        if names[2] in given:
+            raise UsageError(f"{names[2]} is given, and no entity", "leave it out")
+        return {}
+    if len(prompts) != len(masks):
+        counts = f"there are {len(prompts)} prompts of entities, and {len(masks)} masks"
+        raise UsageError(counts, "give a mask for each")
+    _check_task(manifest, "regions")
+    return {
+        names[0]: prompts,
+        names[1]: tuple(read_input(mask, f"the mask of entity {number}") for number, mask in enumerate(masks, start=1)),
+        names[2]: checked(BY_NAME[names[2]], given.get(names[2], False)),
+    }
 
 
 def first_step(num_inference_steps: int, strength: float) -> int:

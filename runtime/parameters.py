@@ -235,6 +235,38 @@ PARAMETERS = (
         recorded=True,
     ),
     Parameter(
+        "edit_image_auto_resize",
+        bool,
+        "Bring pictures to edit to the sizes that the checkpoint was trained on.",
+        option="edit-image-auto-resize/--no-edit-image-auto-resize",
+        recorded=True,
+    ),
+    Parameter(
+        "edit_rope_interpolation",
+        bool,
+        "Let pictures to edit span what is drawn, whatever their size.",
+        option="edit-rope-interpolation/--no-edit-rope-interpolation",
+        recorded=True,
+    ),
+    Parameter(
+        "context_image",
+        Picture,
+        "A picture that controls what is drawn, of the kind that the bundle's LoRA was trained on.",
+        "none",
+        option="context-image",
+        recorded=True,
+    ),
+    Parameter("eligen_entity_prompts", str, "What to draw in each region.", "none", recorded=True, several=True),
+    Parameter("eligen_entity_masks", Picture, "Where each region is: white.", "none", recorded=True, several=True),
+    Parameter(
+        "eligen_enable_on_negative",
+        bool,
+        "Let the negative prompt stand for each region as well.",
+        "no",
+        option="eligen-enable-on-negative",
+        recorded=True,
+    ),
+    Parameter(
         "output_type",
         str,
         "PIL images, arrays or torch tensors of 0 ... 1, or latents.",
@@ -284,13 +316,8 @@ INSTEAD = {
 }
 """Arguments of other pipelines -> what serves instead."""
 PICTURES = (
-    *(
-        "control_image",
-        "controlnet_inputs",
-        "blockwise_controlnet_inputs",
-        "controlnet_conditioning_scale",
-    ),
-    *("context_image", "eligen_entity_prompts", "eligen_entity_masks", "layer_num"),
+    *("control_image", "controlnet_inputs", "blockwise_controlnet_inputs", "controlnet_conditioning_scale"),
+    "layer_num",
 )
 """Arguments of pipelines that take pictures."""
 

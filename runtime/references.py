@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,9 @@ from zimgkit.engines.bundle import ReferencePictures
 from zimgkit.engines.errors import BackendError
 from zimgkit.runtime.encoding import Encoder
 from zimgkit.runtime.engine_pool import EnginePool
-from zimgkit.runtime.families.base import Array, VisionFamily
-from zimgkit.runtime.inputs import InputPicture
+from zimgkit.runtime.families.base import Array, ConditionedFamily
+from zimgkit.runtime.inputs import InputPicture, Inputs
+from zimgkit.runtime.parameters import MULTIPLE
 from zimgkit.runtime.pictures.reading import flattened
 from zimgkit.runtime.pictures.resizing import calculate_dimensions, resize
 
@@ -43,7 +44,7 @@ class Layout:
     def grid(self) -> Size:
         """Rows and columns of the tokens of its latents."""
         width, height = self.latents
-        return height // 16, width // 16
+        return height // MULTIPLE, width // MULTIPLE
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,19 +58,26 @@ class References:
     """Float32 (1, condition tokens, 4 * channels), likewise, without noise."""
 
 
-def layouts(pictures: Sequence[InputPicture], config: ReferencePictures, family: VisionFamily) -> tuple[Layout, ...]:
-    """How large pictures are where they are read; nothing is read for that.
+def layouts(inputs: Inputs, config: ReferencePictures, family: ConditionedFamily) -> tuple[Layout, ...]:
+    """How large the pictures of a call are where they are read; nothing is read for that.
+
+    Pictures that are not resized keep their size, in multiples of 16, as DiffSynth's ``edit_image_auto_resize=False``
+    has it; those that a prompt numbers are read by the vision encoder in its own area all the same.
 
     Raises:
         UsageError: one is more than 200 times as wide as high, or as high as wide.
     """
     found = []
-    for picture in pictures:
+    for picture in inputs.references:
         ratio = picture.size[0] / picture.size[1]
         vision = calculate_dimensions(config.vision_area, ratio)
+        latents = calculate_dimensions(config.latents_area, ratio)
+        if not inputs.edit_image_auto_resize:
+            width, height = (max(MULTIPLE, side // MULTIPLE * MULTIPLE) for side in picture.size)
+            latents = width, height
+            vision = vision if config.introduction else latents
         rows, columns = family.vision_grid(*vision)
         merged = family.vision.spatial_merge_size**2
-        latents = calculate_dimensions(config.latents_area, ratio)
         found.append(Layout(vision, (rows, columns), rows * columns // merged, latents))
     return tuple(found)
 
@@ -83,28 +91,26 @@ class ReferenceReader:
         encoder: makes latents of pictures.
     """
 
-    def __init__(self, engines: EnginePool, family: VisionFamily, encoder: Encoder) -> None:
+    def __init__(self, engines: EnginePool, family: ConditionedFamily, encoder: Encoder) -> None:
         self._engines = engines
         self._family = family
         self._encoder = encoder
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, Size], Array] = OrderedDict()
 
-    def read(
-        self, pictures: Sequence[InputPicture], config: ReferencePictures, device_of: Callable[[str], str | None]
-    ) -> References:
-        """Read pictures; what was read lately is not read again.
+    def read(self, inputs: Inputs, config: ReferencePictures, device_of: Callable[[str], str | None]) -> References:
+        """Read the pictures of a call; what was read lately is not read again.
 
         Args:
-            pictures: one or more.
+            inputs: of the call.
             config: how the bundle takes them.
             device_of: component -> where it runs.
 
         Raises:
             BackendError: an engine failed, or gave NaN or Inf.
         """
-        found = layouts(pictures, config, self._family)
-        both = list(zip(pictures, found, strict=True))
+        found = layouts(inputs, config, self._family)
+        both = list(zip(inputs.references, found, strict=True))
         rows = [self._rows(picture, layout, device_of(COMPONENT)) for picture, layout in both]
         encode, device = self._encoder.encode, device_of(self._encoder.COMPONENT)
         latents = [encode(picture, layout.latents[1], layout.latents[0], device) for picture, layout in both]

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +36,8 @@ from zimgkit.runtime.diffusion.schedule import (
 from zimgkit.runtime.encoding import Encoder
 from zimgkit.runtime.engine_pool import EnginePool, Opener
 from zimgkit.runtime.families import family_of
-from zimgkit.runtime.families.base import Feeds, Progress, VisionFamily
-from zimgkit.runtime.inpainting import keep_unmasked, latents_drawn_anew
+from zimgkit.runtime.families.base import Beside, ConditionedFamily, Feeds, Progress
+from zimgkit.runtime.inpainting import image_regions, keep_unmasked, latents_drawn_anew
 from zimgkit.runtime.inputs import first_step
 from zimgkit.runtime.job import Array, Conditions, Job, Schedule
 from zimgkit.runtime.memory.amounts import parse_budget
@@ -52,6 +53,7 @@ from zimgkit.runtime.memory.fitting import (
 from zimgkit.runtime.memory.machine import UNLIMITED
 from zimgkit.runtime.memory.plan import Plan
 from zimgkit.runtime.memory.streaming import within
+from zimgkit.runtime.parameters import MULTIPLE
 from zimgkit.runtime.pictures.tiles import ignored
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.runtime.references import Layout, ReferenceReader, References, layouts
@@ -62,8 +64,18 @@ from zimgkit.runtime.text.tokenizer import PromptTokenizer, keep_rows
 
 LORA_TAG = re.compile(r"<(lora|lyco|hypernet):[^>]*>")
 """How web UIs ask for a LoRA within a prompt."""
+CONTEXT_PREFIX = "Context_Control."
+"""What prompts begin with where another picture controls what is drawn."""
 Device = str | Mapping[str, str] | None
 """Of all components, or component -> its device; None and what is not named take the best one present."""
+
+
+class Encoded(NamedTuple):
+    """A text, as the conditioner gave it."""
+
+    conditioning: Array
+    tokens: int
+    """Rows of the prompt that the conditioner was given."""
 
 
 class Session:
@@ -114,7 +126,7 @@ class Session:
         self.decoder = Decoder(self.engines, self.family, vae_tiling, warn)
         self.encoder = Encoder(self.engines, self.family)
         self.references = None
-        if isinstance(self.family, VisionFamily):
+        if isinstance(self.family, ConditionedFamily):
             self.references = ReferenceReader(self.engines, self.family, self.encoder)
         self._tokenizer = PromptTokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text)
 
@@ -144,6 +156,8 @@ class Session:
             self.warn(f"the negative prompt is not read, for guidance is off; give a guidance_scale above {off:g}")
         if any(LORA_TAG.search(prompt) for prompt in request.prompts):
             self.warn("<lora:...> in a prompt is read as words; LoRAs are merged by zimg-export swap-lora")
+        if request.inputs.context_image and not all(text.startswith(CONTEXT_PREFIX) for text in request.prompts):
+            self.warn(f"LoRAs for context images were trained on prompts that begin with {CONTEXT_PREFIX!r}")
         noise, posterior = self._noise(request)
         with self._advising(request):
             positive, negative = self._encode(request)
@@ -160,15 +174,20 @@ class Session:
                     kept = Kept(clean, latents, mask, request.inputs.blends_velocity)
                 latents = add_noise(clean, latents, schedule.sigmas[0])
             job = Job(request, index, latents, schedule, positive[prompt], away, kept)
-            component = positive[prompt].component
-            where = (component, self.device_of(component))
-            self.engines.keep(*where)
+            components = {conditions.component for conditions in (positive[prompt], away) if conditions}
+            kept_open = [(component, self.device_of(component)) for component in sorted(components)]
+            for where in kept_open:
+                self.engines.keep(*where)
             # Once: when the job is denoised or cancelled, or when nobody refers to it any more.
-            release = weakref.finalize(job, self.engines.let_go, *where)
+            release = weakref.finalize(job, self._let_go, kept_open)
             release.atexit = False
             job.on_release = release
             jobs.append(job)
         return jobs
+
+    def _let_go(self, engines: Iterable[tuple[str, str | None]]) -> None:
+        for component, device in engines:
+            self.engines.let_go(component, device)
 
     def step(self, jobs: Sequence[Job]) -> None:
         """Take jobs one step further.
@@ -283,10 +302,16 @@ class Session:
             request.width,
             max(lengths),
             batch,
-            reads=request.inputs.image is not None or bool(found),
+            reads=request.inputs.image is not None or request.inputs.context_image is not None or bool(found),
             patches=max((math.prod(layout.patches) for layout in found), default=0),
-            conditions=sum(math.prod(layout.grid) for layout in found),
+            conditions=self._condition_tokens(request),
         )
+
+    def _condition_tokens(self, request: Request) -> int:
+        """Of pictures beside the one that is drawn."""
+        own = request.height // MULTIPLE * (request.width // MULTIPLE)
+        context = own if request.inputs.context_image is not None else 0
+        return context + sum(math.prod(layout.grid) for layout in self._layouts(request))
 
     @contextmanager
     def _advising(self, request: Request) -> Iterator[None]:
@@ -437,36 +462,62 @@ class Session:
         for given in rows.values():
             self._check_embeds(given)
             self._check_served(request, self.bundle.manifest.text.drop + len(given))
+        inputs = request.inputs
         references = self._references(request)
-        rows.update(self._read(request, texts, references))
-        make = partial(self._constants, request, references)
-        component = "denoiser.conditions" if references else "denoiser"
-        conditions = {}
+        rows.update(self._read(request, [*texts, *inputs.eligen_entity_prompts], references))
+        beside = self._beside(request, references)
+        encoded: dict[str | int, Encoded] = {}
         with self.engines.engine("conditioner", self.device_of("conditioner")) as engine:
             for key, prompt_embeds in rows.items():
                 (conditioning,) = engine.run(self.family.conditioner_inputs(prompt_embeds)).values()
-                conditions[key] = Conditions(partial(make, conditioning, len(prompt_embeds)), component)
+                encoded[key] = Encoded(conditioning, len(prompt_embeds))
         self.report("encode", len(rows), len(rows))
-        positive, negative = (
-            [conditions[entry if isinstance(entry, str) else id(entry)] for entry in entries] for entries in asked
-        )
-        return positive, negative or None
+        made: dict[tuple[str | int, ...], Conditions] = {}
+
+        def conditions(*keys: str | int) -> Conditions:
+            if keys not in made:
+                made[keys] = self._conditions(request, [encoded[key] for key in keys], beside)
+            return made[keys]
+
+        wanted, unwanted = ([entry if isinstance(entry, str) else id(entry) for entry in entries] for entries in asked)
+        entities = inputs.eligen_entity_prompts
+        # Every region is guided away from the words that the whole is guided away from, or none is.
+        regions = len(entities) if inputs.eligen_enable_on_negative else 0
+        negative = [conditions(*[key] * (regions + 1)) for key in unwanted]
+        return [conditions(*entities, key) for key in wanted], negative or None
+
+    def _conditions(self, request: Request, texts: Sequence[Encoded], beside: Beside | None) -> Conditions:
+        """What a prompt, the last of the texts, and those of regions add to every step."""
+        family, size, last = self.family, (request.height, request.width), texts[-1]
+        if isinstance(family, ConditionedFamily) and len(texts) > 1:
+            segments = [text.conditioning for text in texts]
+            regions = image_regions(request.inputs, *size)
+            return Conditions(partial(family.masked_constants, segments, regions, *size), "denoiser.masked")
+        if isinstance(family, ConditionedFamily) and beside is not None:
+            make = partial(family.conditioned_constants, self.bundle, *last, *size, beside)
+            return Conditions(make, "denoiser.conditions")
+        return Conditions(partial(family.denoiser_constants, *last, *size))
+
+    def _beside(self, request: Request, references: References | None) -> Beside | None:
+        """The pictures whose latents stand beside those that are drawn: what controls them, then what is edited."""
+        latents, grids, inputs = [], [], request.inputs
+        if inputs.context_image is not None:
+            device = self.device_of(self.encoder.COMPONENT)
+            latents.append(self.encoder.encode(inputs.context_image, *request.size, device, kernel="bicubic"))
+            grids.append((request.height // MULTIPLE, request.width // MULTIPLE))
+        if references is not None:
+            latents.append(references.latents)
+            grids += [layout.grid for layout in references.layouts]
+        if not latents:
+            return None
+        return Beside(np.concatenate(latents, axis=1), tuple(grids), inputs.edit_rope_interpolation)
 
     def _references(self, request: Request) -> References | None:
         """The pictures that a request's prompts speak of, read."""
-        pictures, config = request.inputs.references, self.bundle.manifest.references
-        if not pictures or config is None or self.references is None:
+        config = self.bundle.manifest.references
+        if config is None or self.references is None:
             return None
-        return self.references.read(pictures, config, self.device_of)
-
-    def _constants(self, request: Request, references: References | None, conditioning: Array, tokens: int) -> Feeds:
-        """Inputs of the denoiser that stay the same over all steps."""
-        size = (request.height, request.width)
-        if references is None or not isinstance(self.family, VisionFamily):
-            return self.family.denoiser_constants(conditioning, tokens, *size)
-        grids = [layout.grid for layout in references.layouts]
-        added = self.family.reference_inputs(self.bundle, references.latents, partial(self.report, "modulation"))
-        return self.family.denoiser_constants(conditioning, tokens, *size, grids) | added
+        return self.references.read(request.inputs, config, self.device_of)
 
     def _read(self, request: Request, texts: Iterable[str], references: References | None) -> dict[str, Array]:
         """The text encoder's rows of each different text, float32 (tokens, hidden)."""
@@ -483,7 +534,7 @@ class Session:
         return rows
 
     def _text_inputs(self, ids: NDArray[np.int64], references: References | None) -> Feeds:
-        if references is None or not isinstance(self.family, VisionFamily):
+        if references is None or not isinstance(self.family, ConditionedFamily):
             return self.family.text_encoder_inputs(ids)
         patches = [layout.patches for layout in references.layouts]
         return self.family.pictured_text_inputs(ids, self._tokenizer.id_of(PICTURE), references.rows, patches)
@@ -513,9 +564,9 @@ class Session:
     def _layouts(self, request: Request) -> tuple[Layout, ...]:
         """How large the pictures that its prompts speak of are where they are read."""
         config = self.bundle.manifest.references
-        if config is None or not isinstance(self.family, VisionFamily):
+        if config is None or not isinstance(self.family, ConditionedFamily):
             return ()
-        return layouts(request.inputs.references, config, self.family)
+        return layouts(request.inputs, config, self.family)
 
     def _check_embeds(self, embeds: Array) -> None:
         """Check that rows are those of this bundle's text encoder, and no more than it gives."""
@@ -526,7 +577,7 @@ class Session:
             raise UsageError(f"prompt_embeds have {len(embeds)} rows of {embeds.shape[1]} numbers", hint)
 
     def _check_served(self, request: Request, tokens: int) -> None:
-        conditions = sum(math.prod(layout.grid) for layout in self._layouts(request))
+        conditions = self._condition_tokens(request)
         dimensions = self.family.dynamic_dimensions(request.height, request.width, tokens, conditions)
         check_served(self.bundle, self.backend, dimensions, request.width, request.height)
 
@@ -540,19 +591,19 @@ class Session:
         inputs = {**schedule.inputs(first.step), **family.denoiser_inputs(latents)}
         if positive is None:
             return  # It was cancelled meanwhile.
-        with self.engines.engine(positive.component, self.device_of(positive.component)) as engine:
 
-            def velocity_of(conditions: Conditions) -> Array:
+        def velocity_of(conditions: Conditions) -> Array:
+            with self.engines.engine(conditions.component, self.device_of(conditions.component)) as engine:
                 output = engine.run({**conditions.on(engine), **inputs})["velocity"]
-                if not np.isfinite(output).all():
-                    hint = "a broken checkpoint or LoRA, or float16, may overflow: zimg-export verify checks the bundle"
-                    raise BackendError(f"step {first.step + 1} of {len(schedule)} gave NaN or Inf", hint)
-                return family.velocity(output, latents)
+            if not np.isfinite(output).all():
+                hint = "a broken checkpoint or LoRA, or float16, may overflow: zimg-export verify checks the bundle"
+                raise BackendError(f"step {first.step + 1} of {len(schedule)} gave NaN or Inf", hint)
+            return family.velocity(output, latents)
 
-            velocity = velocity_of(positive)
-            if negative and family.is_guided(request.guidance_scale, sigma, request.cfg_truncation):
-                away = velocity_of(negative)
-                velocity = family.guide(velocity, away, request.guidance_scale, request.cfg_normalization)
+        velocity = velocity_of(positive)
+        if negative and family.is_guided(request.guidance_scale, sigma, request.cfg_truncation):
+            away = velocity_of(negative)
+            velocity = family.guide(velocity, away, request.guidance_scale, request.cfg_normalization)
         for index, job in enumerate(group):
             own, kept = slice(index, index + 1), job.kept
             before, along = latents[own], velocity[own]

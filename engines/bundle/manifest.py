@@ -162,6 +162,10 @@ class ReferencePictures(msgspec.Struct, frozen=True):
     """Pixels whose latents stand beside those that are drawn."""
     most: Count
     """How many it was trained on at once."""
+    auto_resize: bool = True
+    """Whether they are brought to these areas where the caller does not say."""
+    rope_interpolation: bool = False
+    """Whether they span the positions of what is drawn where the caller does not say."""
 
 
 class Defaults(msgspec.Struct, frozen=True):

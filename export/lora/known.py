@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 
-from zimgkit.engines.bundle import Defaults, MergedLora
+from zimgkit.engines.bundle import Defaults, MergedLora, ReferencePictures
 from zimgkit.engines.errors import UsageError
-from zimgkit.export.networks.registry import FewStepLora, row
+from zimgkit.export.networks.registry import FewStepLora, TaskLora, row
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,27 @@ def recommendation_for(
     chosen = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     changes |= {key: value for key, value in chosen.items() if value is not None}
     return Recommendation(msgspec.structs.replace(base.defaults, **changes), scheduler)
+
+
+def tasks_for(loras: Sequence[MergedLora], family: str) -> list[str]:
+    """What known LoRAs among these are for."""
+    return [task for known in _task_loras(loras, family) for task in known.tasks]
+
+
+def references_with(
+    references: ReferencePictures | None, loras: Sequence[MergedLora], family: str
+) -> ReferencePictures | None:
+    """How a checkpoint takes pictures with these LoRAs, where it takes any."""
+    changes = {key: value for known in _task_loras(loras, family) for key, value in known.references.items()}
+    return msgspec.structs.replace(references, **changes) if references else None
+
+
+def _task_loras(loras: Sequence[MergedLora], family: str) -> list[TaskLora]:
+    found = []
+    for lora in loras:
+        end = "/".join(lora.source.split("/")[-4:])
+        found += [known for known in row(family).task_loras if re.search(known.pattern, end, re.IGNORECASE)]
+    return found
 
 
 def _find(source: str, family: str) -> tuple[int, FewStepLora] | None:

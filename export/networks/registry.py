@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -71,6 +71,17 @@ class FewStepLora:
 
 
 @dataclass(frozen=True)
+class TaskLora:
+    """A LoRA, or a series of them, that is for a task, known by its path."""
+
+    pattern: str
+    """Of the path of its file or repository, in any case of letters."""
+    tasks: tuple[str, ...] = ()
+    references: Mapping[str, Any] = field(default_factory=dict)
+    """What it changes in how the checkpoint takes pictures."""
+
+
+@dataclass(frozen=True)
 class Family:
     """All that is known about a family before its networks are built."""
 
@@ -93,6 +104,7 @@ class Family:
     lora_aliases: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Pattern of another name of a module -> the names of those it stands for, in the order of their rows."""
     few_step_loras: tuple[FewStepLora, ...] = ()
+    task_loras: tuple[TaskLora, ...] = ()
     editors: Mapping[str, ReferencePictures] = field(default_factory=dict)
     """What diffusers calls the pipelines of checkpoints that edit pictures -> how these take them."""
     planned: tuple[str, ...] = ()
@@ -109,6 +121,10 @@ def _same_shift(factor: float) -> dict[str, Any]:
 NETWORKS = "zimgkit.export.networks"
 EDIT = "edit"
 """The task of drawing from pictures and what a prompt says of them."""
+CONTEXT = "context"
+"""That of drawing what another picture controls: edges, depth, a pose."""
+REGIONS = "regions"
+"""That of prompts for regions of a picture."""
 MEGAPIXEL = 1024 * 1024
 
 Z_IMAGE = Family(
@@ -159,7 +175,12 @@ QWEN_IMAGE = Family(
             f"{NETWORKS}.text_encoder", ("visual.*", "lm_head.*"), {EDIT: f"{NETWORKS}.text_encoder:edit_parts"}
         ),
         "transformer": CheckpointComponent(
-            f"{NETWORKS}.qwen_image", for_tasks={EDIT: f"{NETWORKS}.qwen_image_variants:edit_parts"}
+            f"{NETWORKS}.qwen_image",
+            for_tasks={
+                EDIT: f"{NETWORKS}.qwen_image_variants:edit_parts",
+                CONTEXT: f"{NETWORKS}.qwen_image_variants:edit_parts",
+                REGIONS: f"{NETWORKS}.qwen_image_variants:entity_parts",
+            },
         ),
         "vae": CheckpointComponent(f"{NETWORKS}.qwen_image_vae", ("encoder.*", "quant_conv.*", "*.time_conv.*")),
     },
@@ -171,6 +192,13 @@ QWEN_IMAGE = Family(
         KnownCheckpoint("Qwen/Qwen-Image-Edit", Defaults(50, 4.0, 1024, 1024, " ")),
         KnownCheckpoint("Qwen/Qwen-Image-Edit-2509", Defaults(40, 4.0, 1024, 1024, " ")),
         KnownCheckpoint("Qwen/Qwen-Image-Edit-2511", Defaults(40, 4.0, 1024, 1024, " ")),
+    ),
+    tasks=(TEXT_TO_IMAGE, "image-to-image", "inpaint", CONTEXT, REGIONS),
+    # Their model cards, and examples/qwen_image of https://github.com/modelscope/DiffSynth-Studio.
+    task_loras=(
+        TaskLora(r"Qwen-Image-In-Context-Control-Union", (CONTEXT,)),
+        TaskLora(r"Qwen-Image-EliGen", (REGIONS,)),
+        TaskLora(r"Qwen-Image-Edit-Lowres-Fix", references={"auto_resize": False, "rope_interpolation": True}),
     ),
     editors={
         "QwenImageEditPipeline": ReferencePictures("", MEGAPIXEL, MEGAPIXEL, 1),
@@ -195,16 +223,11 @@ QWEN_IMAGE = Family(
     ),
     planned=(
         "Qwen/Qwen-Image-Layered",
-        "DiffSynth-Studio/Qwen-Image-EliGen",
-        "DiffSynth-Studio/Qwen-Image-EliGen-V2",
-        "DiffSynth-Studio/Qwen-Image-EliGen-Poster",
         "DiffSynth-Studio/Qwen-Image-Distill-Full",
         "DiffSynth-Studio/Qwen-Image-Distill-LoRA",
         "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Canny",
         "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Depth",
         "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Inpaint",
-        "DiffSynth-Studio/Qwen-Image-In-Context-Control-Union",
-        "DiffSynth-Studio/Qwen-Image-Edit-Lowres-Fix",
     ),
 )
 
@@ -252,6 +275,8 @@ TASKS: dict[str, tuple[str, ...]] = {
     "image-to-image": ("vae_encoder",),
     "inpaint": ("vae_encoder",),
     EDIT: ("vision_encoder", "vae_encoder"),
+    CONTEXT: ("vae_encoder",),
+    REGIONS: (),
 }
 """What a bundle can be asked for -> the components it needs for that, beside those of every picture."""
 
@@ -319,9 +344,13 @@ def parts(family: str, component: str, config: Config, tasks: Collection[str] = 
         CheckpointError: the config is of no network that zimgkit implements.
     """
     own = row(family).components[component]
-    place = next((own.for_tasks[task] for task in tasks if task in own.for_tasks), f"{own.network}:parts")
-    name, _, function = place.partition(":")
-    found: dict[str, Part] = getattr(import_module(name), function)(config)
+    places = [own.for_tasks[task] for task in tasks if task in own.for_tasks] or [f"{own.network}:parts"]
+    found: dict[str, Part] = {}
+    for place in dict.fromkeys(places):
+        name, _, function = place.partition(":")
+        for key, part in getattr(import_module(name), function)(config).items():
+            variants = {**found[key].variants, **part.variants} if key in found else part.variants
+            found[key] = replace(part, variants=variants)
     return found
 
 

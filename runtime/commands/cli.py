@@ -18,12 +18,14 @@ from zimgkit.runtime.commands.options import (
     BACKEND,
     BUNDLE,
     DEVICE,
+    ENTITIES,
     FROM_IMAGE,
     MEMORY,
     QUIET,
     SETTINGS,
     VAE_TILES,
     call_options,
+    regions,
 )
 
 
@@ -46,6 +48,7 @@ cli.command_class = RunCommand
     help=f"The bundle's folder, or one of zimgkit's own: {', '.join(demo_models.NAMES)}.",
 )
 @call_options(defaults={"keep_unmasked": "keep"})
+@ENTITIES
 @FROM_IMAGE
 @BACKEND
 @DEVICE
@@ -65,6 +68,7 @@ def generate(
     text: str | None,
     bundle: Path,
     output: Path,
+    entities: tuple[tuple[str, Path], ...],
     from_image: Path | None,
     backend: str,
     device: str | None,
@@ -81,6 +85,7 @@ def generate(
     if text is not None and call["prompt"] is not None:
         raise UsageError("the prompt is given twice", "leave --prompt out")
     call["prompt"] = text if call["prompt"] is None else call["prompt"]
+    call |= regions(entities)
     with bar(enabled=not quiet) as report:
         result = generate_pictures(
             bundle,
@@ -115,6 +120,7 @@ def generate(
 )
 @click.option("--columns", type=int, default=4, show_default=True, help="How many prompts stand side by side.")
 @call_options(leave_out=("prompt",), defaults={"seed": "0", "keep_unmasked": "keep"})
+@ENTITIES
 @FROM_IMAGE
 @BACKEND
 @DEVICE
@@ -135,6 +141,7 @@ def sheet(
     bundles: tuple[Path, ...],
     columns: int,
     output: Path,
+    entities: tuple[tuple[str, Path], ...],
     from_image: Path | None,
     backend: str,
     device: str | None,
@@ -152,7 +159,7 @@ def sheet(
         result = draw_sheet(
             prompts_of(prompts) if prompts else (),
             output,
-            call,
+            call | regions(entities),
             bundles=bundles,
             from_image=from_image,
             columns=columns,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,10 @@ FROM_A_PICTURE = (
     *("image", "mask_image", *STRENGTHS, "mask_blur", "inpaint_blur_size", "inpaint_blur_sigma", "keep_unmasked"),
 )
 """What a call says of pictures that it starts from."""
+OF_EDITS = ("edit_image_auto_resize", "edit_rope_interpolation")
+"""What it says of those that it edits."""
+ENTITIES = ("eligen_entity_prompts", "eligen_entity_masks", "eligen_enable_on_negative")
+"""What it says of regions."""
 
 
 def generate(
@@ -201,7 +205,7 @@ def _beside(recorded: InputFile, name: str, path: Path) -> InputPicture:
         beside = folder / Path(recorded.name).name
         if recorded.name and beside.is_file() and (found := read_input(beside, name)).sha256 == recorded.sha256:
             return found
-    option = BY_NAME[name].option
+    option = BY_NAME[name].option or "entity PROMPT"
     raise UsageError(f"{path} was drawn from {recorded}, which is not beside it", f"give --{option} PICTURE")
 
 
@@ -217,12 +221,17 @@ def _loras(manifest: Manifest) -> str | None:
 
 def _inputs(inputs: Inputs) -> dict[str, Any]:
     """What is recorded of the pictures of a call: their names and hashes, and what was said of them."""
-    said = {name: getattr(inputs, name) or None for name in FROM_A_PICTURE}
+    said = {name: getattr(inputs, name) or None for name in (*FROM_A_PICTURE, *ENTITIES)}
     images = [inputs.image] if inputs.image else inputs.references
-    said["image"] = tuple(InputFile(one.name, one.sha256) for one in images) or None
-    mask = inputs.mask_image
-    said["mask_image"] = InputFile(mask.name, mask.sha256) if mask else None
-    return said
+    said |= {name: getattr(inputs, name) for name in OF_EDITS} if inputs.references else {}
+    said |= {"image": _named(images), "eligen_entity_masks": _named(inputs.eligen_entity_masks)}
+    said |= {name: _named([getattr(inputs, name)]) for name in ("mask_image", "context_image")}
+    one = {name: files[0] for name in ("mask_image", "context_image") if (files := said[name])}
+    return said | one
+
+
+def _named(pictures: Iterable[InputPicture | None]) -> tuple[InputFile, ...] | None:
+    return tuple(InputFile(one.name, one.sha256) for one in pictures if one) or None
 
 
 def _record(result: Output, pipeline: Pipeline, index: int, drawn: int) -> Record:

@@ -36,7 +36,9 @@ class RunCommand(GroupedCommand):
         "From a picture": (
             *("image", "strength", "denoising_strength", "mask_image", "mask_blur"),
             *("inpaint_blur_size", "inpaint_blur_sigma", "keep_unmasked"),
+            *("edit_image_auto_resize", "edit_rope_interpolation", "context_image"),
         ),
+        "Regions": ("entities", "eligen_enable_on_negative"),
         "Sampling": (
             *("num_inference_steps", "guidance_scale", "cfg_scale", "cfg_normalization", "cfg_truncation"),
             "max_sequence_length",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,15 @@ VAE_TILES = click.option(
     show_default=True,
     help="Decode in tiles: where memory is short for the whole, always, or never.",
 )
+ENTITIES = click.option(
+    "--entity",
+    "entities",
+    nargs=2,
+    multiple=True,
+    type=(str, click.Path(path_type=Path)),
+    metavar="PROMPT MASK",
+    help="What to draw in a region, and a picture that is white there. Repeatable.",
+)
 FROM_IMAGE = click.option(
     "--from-image", type=click.Path(path_type=Path), help="Take all parameters that are not given from this picture."
 )
@@ -101,6 +110,7 @@ def call_options(leave_out: Collection[str] = (), defaults: Mapping[str, str] = 
                 parameter.name,
                 type=kind,
                 default=None,
+                is_flag=True if parameter.type is bool else None,
                 multiple=parameter.several,
                 callback=_given if parameter.several else None,
                 help=text,
@@ -108,3 +118,11 @@ def call_options(leave_out: Collection[str] = (), defaults: Mapping[str, str] = 
         return command
 
     return decorate
+
+
+def regions(entities: Sequence[tuple[str, Path]]) -> dict[str, Any]:
+    """What ``--entity`` was given, as parameters of a call."""
+    if not entities:
+        return {}
+    prompts, masks = zip(*entities, strict=True)
+    return {"eligen_entity_prompts": prompts, "eligen_entity_masks": masks}

@@ -92,23 +92,37 @@ def calculate_mu(image_seq_len: int, scheduler: Scheduler) -> float:
     return image_seq_len * slope + (base_shift - slope * base_len)
 
 
-def linspace_float32(num_inference_steps: int) -> list[float]:
-    """``torch.linspace(1, 1 / N, N)`` to the last bit, which ``ZImagePipeline`` passes as its ``sigmas``.
+def linspace(start: float, end: float, count: int) -> NDArray[np.float32]:
+    """``torch.linspace(start, end, count)`` to the last bit.
 
     Torch measures the first half from the start and the second from the end, with a step in float32 and one
     rounding (fused multiply-add).
+
+    Args:
+        start: the first number, exact in float32.
+        end: the last.
+        count: how many there are, 1 or more.
+
+    Returns:
+        float32 (count,).
+    """
+    first, last = np.float32(start), np.float32(end)
+    step = np.float64((last - first) / np.float32(max(count - 1, 1)))
+    index = np.arange(count)
+    # An exact product in float64, one rounding to float32 at the end: what a fused multiply-add does.
+    from_start, from_end = np.float64(first) + step * index, np.float64(last) - step * (count - 1 - index)
+    found: NDArray[np.float32] = np.where(index < max(count // 2, 1), from_start, from_end).astype(np.float32)
+    return found
+
+
+def linspace_float32(num_inference_steps: int) -> list[float]:
+    """``torch.linspace(1, 1 / N, N)``, which ``ZImagePipeline`` passes as its ``sigmas``.
 
     Raises:
         UsageError: fewer than one step.
     """
     steps = _steps(num_inference_steps)
-    end = np.float32(1.0 / steps)
-    step = np.float64((end - np.float32(1.0)) / np.float32(max(steps - 1, 1)))
-    index = np.arange(steps)
-    # An exact product in float64, one rounding to float32 at the end: what a fused multiply-add does.
-    from_start, from_end = 1.0 + step * index, np.float64(end) - step * (steps - 1 - index)
-    values = np.where(index < steps // 2, from_start, from_end).astype(np.float32)
-    return [float(value) for value in values]
+    return [float(value) for value in linspace(1.0, 1.0 / steps, steps)]
 
 
 def flow_match_sigmas(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
@@ -38,6 +39,18 @@ class TextEncoder(msgspec.Struct, frozen=True):
 
     hidden_size: Width = 1
     intermediate_size: Width = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """Pictures that stand beside the one that is drawn."""
+
+    latents: Array
+    """Float32 (1, tokens, ...), of all of them, without noise."""
+    grids: tuple[tuple[int, int], ...]
+    """Rows and columns of the tokens of each."""
+    interpolated: bool = False
+    """Whether they span the positions of the picture that is drawn, whatever their size."""
 
 
 class Family(ABC):
@@ -135,9 +148,7 @@ class Family(ABC):
         """Inputs of ``conditioner`` for one prompt's rows (tokens, hidden)."""
 
     @abstractmethod
-    def denoiser_constants(
-        self, conditioning: Array, tokens: int, height: int, width: int, grids: Sequence[tuple[int, int]] = ()
-    ) -> Feeds:
+    def denoiser_constants(self, conditioning: Array, tokens: int, height: int, width: int) -> Feeds:
         """Inputs of ``denoiser`` that stay the same over all steps.
 
         Args:
@@ -145,7 +156,6 @@ class Family(ABC):
             tokens: rows of the prompt that it was given.
             height: of the picture.
             width: of the picture.
-            grids: rows and columns of the tokens of each picture beside it.
         """
 
     @abstractmethod
@@ -190,8 +200,8 @@ class Family(ABC):
         """Combine the velocities with and without the prompt, (batch, ...) each."""
 
 
-class VisionFamily(Family):
-    """A family some of whose checkpoints take pictures that a prompt speaks of."""
+class ConditionedFamily(Family):
+    """A family that takes pictures beside the one that is drawn, and prompts for regions of it."""
 
     EDIT_TEXT: ClassVar[TextConfig]
     """The prompt template of those."""
@@ -223,5 +233,27 @@ class VisionFamily(Family):
         """
 
     @abstractmethod
-    def reference_inputs(self, bundle: Bundle, latents: Array, progress: Progress | None = None) -> Feeds:
-        """Inputs of ``denoiser.conditions`` that the pictures beside it add, by their latents (1, tokens, ...)."""
+    def conditioned_constants(
+        self, bundle: Bundle, conditioning: Array, tokens: int, height: int, width: int, beside: Beside
+    ) -> Feeds:
+        """Inputs of ``denoiser.conditions`` that stay the same over all steps; arguments as for ``denoiser``.
+
+        Args:
+            bundle: an open bundle.
+            conditioning: what the conditioner gave.
+            tokens: rows of the prompt that it was given.
+            height: of the picture.
+            width: of the picture.
+            beside: the pictures beside it.
+        """
+
+    @abstractmethod
+    def masked_constants(self, segments: Sequence[Array], regions: NDArray[np.bool_], height: int, width: int) -> Feeds:
+        """Inputs of ``denoiser.masked`` that stay the same over all steps.
+
+        Args:
+            segments: what the conditioner gave for the prompt of each region, and last for that of the whole.
+            regions: bool (regions, image tokens), which tokens each region has.
+            height: of the picture.
+            width: of the picture.
+        """

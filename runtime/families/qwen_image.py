@@ -16,9 +16,9 @@ from zimgkit.runtime.diffusion.guidance import norm_preserving_guidance
 from zimgkit.runtime.diffusion.latents import TokenLayout, denormalize, pack, unpack
 from zimgkit.runtime.diffusion.modulation import ModulationLayout, modulation_table
 from zimgkit.runtime.diffusion.positions import Tables, axis_tables, grid
-from zimgkit.runtime.diffusion.schedule import NUM_TRAIN_TIMESTEPS, Sigmas, timesteps
+from zimgkit.runtime.diffusion.schedule import NUM_TRAIN_TIMESTEPS, Sigmas, linspace, timesteps
 from zimgkit.runtime.diffusion.time_embedding import frequencies, sinusoids
-from zimgkit.runtime.families.base import Array, Config, Feeds, Progress, StepInputs, VisionFamily
+from zimgkit.runtime.families.base import Array, Beside, ConditionedFamily, Config, Feeds, Progress, StepInputs
 from zimgkit.runtime.pictures.patches import merged_patches, preprocessor, smart_resize
 from zimgkit.runtime.pictures.tiles import Tiling
 from zimgkit.runtime.text.edit_prompts import EDIT
@@ -66,7 +66,7 @@ class Vae(msgspec.Struct, frozen=True):
     dim_mult: Annotated[tuple[Small, ...], msgspec.Meta(min_length=2)] = (1, 2, 4, 4)
 
 
-class QwenImage(VisionFamily):
+class QwenImage(ConditionedFamily):
     """Latents are packed into tokens (batch, tokens, 4 * channels); the timestep acts through the modulation table."""
 
     NAME = "qwen-image"
@@ -151,14 +151,46 @@ class QwenImage(VisionFamily):
         """The rows as they are."""
         return {"prompt_embeds": prompt_embeds[None]}
 
-    def denoiser_constants(
-        self, conditioning: Array, tokens: int, height: int, width: int, grids: Sequence[tuple[int, int]] = ()
-    ) -> Feeds:
-        """The prompt's tokens, and tables for text tokens followed by image tokens, the picture's own first."""
-        every = [(height // 16, width // 16), *grids]
-        images = [image_positions(*grid, frame) for frame, grid in enumerate(every)]
-        cos, sin = tables(np.concatenate([text_positions(tokens, every), *images]), self.transformer)
+    def denoiser_constants(self, conditioning: Array, tokens: int, height: int, width: int) -> Feeds:
+        """The prompt's tokens, and tables for text tokens followed by image tokens."""
+        own = (height // 16, width // 16)
+        positions = np.concatenate([text_positions(tokens, [own]), image_positions(*own)])
+        cos, sin = tables(positions, self.transformer)
         return {"text": conditioning, "cos": cos, "sin": sin}
+
+    def conditioned_constants(
+        self, bundle: Bundle, conditioning: Array, tokens: int, height: int, width: int, beside: Beside
+    ) -> Feeds:
+        """Likewise, with the pictures' tokens last; those are modulated as at time 0 where they were trained so."""
+        own = (height // 16, width // 16)
+        images = [image_positions(*own)]
+        for frame, other in enumerate(beside.grids, start=1):
+            sampled = beside.interpolated and other != own
+            images.append(sampled_positions(*other, own, frame) if sampled else image_positions(*other, frame))
+        positions = np.concatenate([text_positions(tokens, [own, *beside.grids]), *images])
+        cos, sin = tables(positions, self.transformer)
+        feeds = {"condition": beside.latents, "text": conditioning, "cos": cos, "sin": sin}
+        if self.transformer.zero_cond_t:
+            zero = np.zeros(1, np.float32)
+            feeds["condition_modulation"] = self.schedule_inputs(bundle, zero)(0)["modulation"]
+        return feeds
+
+    def masked_constants(self, segments: Sequence[Array], regions: NDArray[np.bool_], height: int, width: int) -> Feeds:
+        """All prompts' tokens, whose positions begin anew with each; and the mask of ``process_entity_masks``.
+
+        Tokens of an image see each other and the whole's prompt. Those of a region and its prompt see each other.
+
+        Source: ``QwenImageDiT`` of DiffSynth-Studio 2.1, EliGen.
+        """
+        own, lengths = (height // 16, width // 16), [segment.shape[1] for segment in segments]
+        texts = [text_positions(length, [own]) for length in lengths]
+        cos, sin = tables(np.concatenate([*texts, image_positions(*own)]), self.transformer)
+        of_whole = np.ones((1, regions.shape[1]), np.bool_)
+        segment = np.repeat(np.arange(len(lengths)), lengths)
+        seen = np.concatenate([regions, of_whole])[segment]
+        tokens = regions.shape[1]
+        mask = np.block([[segment[:, None] == segment, seen], [seen.T, np.ones((tokens, tokens), np.bool_)]])
+        return {"text": np.concatenate(segments, axis=1), "cos": cos, "sin": sin, "mask": mask}
 
     def vision_grid(self, width: int, height: int) -> tuple[int, int]:
         """As ``Qwen2VLImageProcessor`` resizes it."""
@@ -181,14 +213,6 @@ class QwenImage(VisionFamily):
         is_image = ids == image_token
         index = np.where(is_image, len(ids) + np.cumsum(is_image) - 1, np.arange(len(ids)))
         return {"input_ids": input_ids, "cos": cos, "sin": sin, "picture_embeds": rows, "row_index": index}
-
-    def reference_inputs(self, bundle: Bundle, latents: Array, progress: Progress | None = None) -> Feeds:
-        """Their tokens and, where they are modulated so, the modulation of time 0."""
-        if not self.transformer.zero_cond_t:
-            return {"condition": latents}
-        zero = np.zeros(1, np.float32)
-        table = modulation_table(bundle, MODULATION, zero, time_embedding(network_time(zero)), progress=progress)
-        return {"condition": latents, "condition_modulation": table[0]}
 
     def schedule_inputs(self, bundle: Bundle, sigmas: Array, progress: Progress | None = None) -> StepInputs:
         """Each step's row of the modulation table."""
@@ -251,6 +275,28 @@ def image_positions(height: int, width: int, frame: int = 0) -> NDArray[np.int64
         int64 (height * width, 3).
     """
     return grid(frame, np.arange(height) - (height - height // 2), np.arange(width) - (width - width // 2))
+
+
+def sampled_positions(height: int, width: int, of: tuple[int, int], frame: int) -> NDArray[np.int64]:
+    """Positions of an image's tokens that span those of the picture that is drawn.
+
+    As ``QwenEmbedRope.forward_sampling`` of DiffSynth-Studio 2.1: rows and columns of the other grid, evenly, rounded
+    down in float32 as ``torch.linspace`` gives them.
+
+    Args:
+        height: rows of the token grid.
+        width: columns of the token grid.
+        of: rows and columns of the picture that is drawn.
+        frame: 1 and on.
+
+    Returns:
+        int64 (height * width, 3).
+    """
+    rows, columns = (
+        linspace(0, most - 1, count).astype(np.int64) for most, count in zip(of, (height, width), strict=True)
+    )
+    places = image_positions(*of, frame).reshape(*of, 3)
+    return places[rows[:, None], columns].reshape(-1, 3)
 
 
 def text_positions(length: int, grids: Sequence[tuple[int, int]]) -> NDArray[np.int64]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import msgspec
@@ -124,9 +124,7 @@ class ZImage(Family):
         cos, sin = tables(caption_positions(tokens), self.transformer)
         return {"prompt_embeds": padded, "cos": cos, "sin": sin, "pad": pad}
 
-    def denoiser_constants(
-        self, conditioning: Array, tokens: int, height: int, width: int, grids: Sequence[tuple[int, int]] = ()
-    ) -> Feeds:
+    def denoiser_constants(self, conditioning: Array, tokens: int, height: int, width: int) -> Feeds:
         """The refined caption, and tables for image tokens followed by caption tokens."""
         rows, columns = height // 16, width // 16
         positions = np.concatenate([image_positions(rows, columns, tokens), caption_positions(tokens)])

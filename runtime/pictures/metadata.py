@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from zimgkit.engines.errors import UsageError
-from zimgkit.runtime.parameters import PARAMETERS, Picture
+from zimgkit.runtime.parameters import PARAMETERS, Parameter, Picture
 from zimgkit.runtime.pictures import foreign
 
 if TYPE_CHECKING:
@@ -68,7 +68,12 @@ KEYS: dict[str, tuple[str, type]] = {
 """Key in the text -> field, and its type."""
 
 
-INPUT_FILES = {"Input image": "image", "Mask": "mask_image"}
+INPUT_FILES = {
+    "Input image": "image",
+    "Mask": "mask_image",
+    "Context image": "context_image",
+    "Entity masks": "eligen_entity_masks",
+}
 """Key in the text -> parameter that is a picture; it is read from the exact copy alone."""
 READ = {*KEYS, *INPUT_FILES, "Size", "Sampler", "Model hash"}
 """Keys of the web UI that are read, or say what is not worth a warning."""
@@ -131,14 +136,16 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 RECORDED: dict[Any, Any] = {tuple: tuple[float, ...], Picture: InputFile}
 """The type of a parameter -> what is written of it, where that is another."""
+
+
+def _recorded(parameter: Parameter) -> Any:
+    kind = RECORDED.get(parameter.type, parameter.type)
+    return tuple[kind, ...] if parameter.several else kind
+
+
 Parameters: Any = msgspec.defstruct(
     "Parameters",
-    [("prompt", str)]
-    + [
-        (p.name, (tuple[InputFile, ...] if p.several else RECORDED.get(p.type, p.type)) | None, None)
-        for p in PARAMETERS
-        if p.recorded and p.name != "prompt"
-    ],
+    [("prompt", str)] + [(p.name, _recorded(p) | None, None) for p in PARAMETERS if p.recorded and p.name != "prompt"],
     bases=(Record,),
     module=__name__,
     frozen=True,

@@ -82,13 +82,14 @@ def read_picture(source: Any, name: str = "image") -> Image:
     raise UsageError(f"{name} is of type {type(source).__name__}", hint)
 
 
-def flattened(picture: Image) -> Image:
+def flattened(picture: Image, level: int = 255) -> Image:
     """A picture without transparency, over white, as transformers' image processors lay it.
 
     Below transparent pixels files have any colour, mostly black, that nobody has seen: dropping alpha would show it.
 
     Args:
         picture: RGB or RGBA.
+        level: 0 lays it over black.
 
     Returns:
         RGB.
@@ -97,8 +98,8 @@ def flattened(picture: Image) -> Image:
 
     if picture.mode != "RGBA":
         return picture.convert("RGB")
-    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, picture).convert("RGB")
+    ground = Image.new("RGBA", picture.size, (level, level, level, 255))
+    return Image.alpha_composite(ground, picture).convert("RGB")
 
 
 def digest(picture: Image) -> str:
