@@ -139,8 +139,8 @@ RECORDED: dict[Any, Any] = {tuple: tuple[float, ...], Picture: InputFile}
 
 
 def _recorded(parameter: Parameter) -> Any:
-    kind = RECORDED.get(parameter.type, parameter.type)
-    return tuple[kind, ...] if parameter.several else kind
+    kind: Any = RECORDED.get(parameter.type, parameter.type)
+    return tuple.__class_getitem__((kind, ...)) if parameter.several else kind
 
 
 Parameters: Any = msgspec.defstruct(
