@@ -8,7 +8,7 @@ A network's ``forward`` only calls its children; each kind of child is traced on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -41,7 +41,7 @@ class Config(msgspec.Struct, frozen=True):
     all_patch_size: tuple[int, ...] = (2,)
     all_f_patch_size: tuple[int, ...] = (1,)
     qk_norm: bool = True
-    siglip_feat_dim: int | None = None
+    siglip_feat_dim: Width | None = None
 
 
 def read_config(config: Mapping[str, Any]) -> Config:
@@ -51,7 +51,7 @@ def read_config(config: Mapping[str, Any]) -> Config:
         CheckpointError: it is of no network that is implemented here; naming the key and what is supported.
     """
     found = decoded(config, Config, FILE, CheckpointError)
-    wanted = {"all_patch_size": (2,), "all_f_patch_size": (1,), "qk_norm": True, "siglip_feat_dim": None}
+    wanted = {"all_patch_size": (2,), "all_f_patch_size": (1,), "qk_norm": True}
     for key, value in wanted.items():
         if getattr(found, key) != value:
             raise CheckpointError(f"{FILE} has {key} = {config[key]!r}; zimgkit supports {value!r} only")
@@ -124,7 +124,13 @@ class ZImageBlock(_Block):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, time_embedding: Tensor) -> Tensor:
         """(batch, tokens, dim), tables (batch, tokens, head_dim / 2), (1, width) -> (batch, tokens, dim)."""
-        modulation = self.adaLN_modulation(time_embedding).unsqueeze(1).chunk(4, dim=2)
+        return self._modulated(x, cos, sin, self._modulation(time_embedding))
+
+    def _modulation(self, time_embedding: Tensor) -> Sequence[Tensor]:
+        """(1, width) -> four of (1, 1, dim)."""
+        return self.adaLN_modulation(time_embedding).unsqueeze(1).chunk(4, dim=2)
+
+    def _modulated(self, x: Tensor, cos: Tensor, sin: Tensor, modulation: Sequence[Tensor]) -> Tensor:
         scale_attention, gate_attention, scale_ffn, gate_ffn = modulation
         out = self.attention(self.attention_norm1(x) * (1 + scale_attention), cos, sin)
         x = x + gate_attention.tanh() * self.attention_norm2(out)
@@ -294,12 +300,19 @@ class ZImageConditioner(nn.Module):
 
 
 def parts(config: Mapping[str, Any]) -> dict[str, Part]:
-    """The components that the transformer becomes.
+    """The components that the transformer becomes where it draws from text alone.
 
     Raises:
-        CheckpointError: the config is of no network that zimgkit implements.
+        CheckpointError: the config is of no network that zimgkit implements, or of one that takes pictures.
     """
     found = read_config(config)
+    if found.siglip_feat_dim is not None:
+        raise CheckpointError(f"{FILE} has siglip_feat_dim = {found.siglip_feat_dim}; zimgkit supports None only")
+    return plain_parts(found)
+
+
+def plain_parts(found: Config) -> dict[str, Part]:
+    """The components of any transformer but those for pictures."""
     dim, half = found.dim, found.dim // found.n_heads // 2
     float32 = torch.float32
     conditioner = Part(

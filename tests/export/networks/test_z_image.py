@@ -9,7 +9,7 @@ from diffusers import ZImageTransformer2DModel
 
 from tests.reference import randomize
 from zimgkit.engines.errors import CheckpointError
-from zimgkit.export.networks.z_image import ZImageConditioner, ZImageDenoiser, read_config
+from zimgkit.export.networks.z_image import ZImageConditioner, ZImageDenoiser, parts, read_config
 from zimgkit.export.networks.z_image_demo import CONFIGS
 from zimgkit.runtime.families.z_image import ZImage, network_time, time_embedding
 
@@ -96,4 +96,4 @@ def test_every_parameter_is_used_once():
 )
 def test_refuses_what_it_does_not_implement(change):
     with pytest.raises(CheckpointError, match=next(iter(change))):
-        read_config(TINY | change)
+        parts(TINY | change)
