@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,8 @@ MOST_KEPT = 16
 """Pictures whose rows are kept; a picture of a megapixel takes 20 MB."""
 Size = tuple[int, int]
 """Width and height."""
+RATIOS = (1.0, *(2 ** (step / 512) for step in range(-1024, 1025)))
+"""Widths by heights that engines are compiled for: up to 4 times as wide as high, and as high as wide."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,10 @@ class References:
     """Float32 (1, condition tokens, 4 * channels), likewise, without noise."""
 
 
-def layouts(inputs: Inputs, config: ReferencePictures, family: ConditionedFamily) -> tuple[Layout, ...]:
-    """How large the pictures of a call are where they are read; nothing is read for that.
+def layouts(
+    sizes: Iterable[Size], config: ReferencePictures, family: ConditionedFamily, *, auto_resize: bool = True
+) -> tuple[Layout, ...]:
+    """How large the pictures of a call are where they are read.
 
     Pictures that are not resized keep their size, in multiples of 16, as DiffSynth's ``edit_image_auto_resize=False``
     has it; those that a prompt numbers are read by the vision encoder in its own area all the same.
@@ -68,18 +73,48 @@ def layouts(inputs: Inputs, config: ReferencePictures, family: ConditionedFamily
         UsageError: one is more than 200 times as wide as high, or as high as wide.
     """
     found = []
-    for picture in inputs.references:
-        ratio = picture.size[0] / picture.size[1]
+    for size in sizes:
+        ratio = size[0] / size[1]
         vision = calculate_dimensions(config.vision_area, ratio)
         latents = calculate_dimensions(config.latents_area, ratio)
-        if not inputs.edit_image_auto_resize:
-            width, height = (max(MULTIPLE, side // MULTIPLE * MULTIPLE) for side in picture.size)
+        if not auto_resize:
+            width, height = (max(MULTIPLE, side // MULTIPLE * MULTIPLE) for side in size)
             latents = width, height
             vision = vision if config.introduction else latents
         rows, columns = family.vision_grid(*vision)
         merged = family.vision.spatial_merge_size**2
         found.append(Layout(vision, (rows, columns), rows * columns // merged, latents))
     return tuple(found)
+
+
+def layouts_of(inputs: Inputs, config: ReferencePictures, family: ConditionedFamily) -> tuple[Layout, ...]:
+    """:func:`layouts` of the pictures of a call; none is read for that."""
+    sizes = [picture.size for picture in inputs.references]
+    return layouts(sizes, config, family, auto_resize=inputs.edit_image_auto_resize)
+
+
+def dimension_ranges(config: ReferencePictures, family: ConditionedFamily) -> dict[str, tuple[int, int, int]]:
+    """Min, opt and max of the dynamic dimensions of what reads pictures, of :data:`RATIOS` and as many as it takes.
+
+    Args:
+        config: how the bundle takes pictures.
+        family: of the bundle.
+    """
+    found = layouts([(round(1000 * ratio), 1000) for ratio in RATIOS], config, family)
+    window = family.vision.window * family.vision.spatial_merge_size
+
+    def each(of: Callable[[Layout], int], most: int = 1) -> tuple[int, int, int]:
+        numbers = [of(layout) for layout in found]
+        return min(numbers), numbers[0], most * max(numbers)
+
+    return {
+        "patches": each(lambda layout: math.prod(layout.patches)),
+        "windows": each(lambda layout: math.prod(-(-side // window) for side in layout.patches)),
+        "picture_tokens": each(lambda layout: layout.tokens, config.most),
+        "condition_tokens": each(lambda layout: math.prod(layout.grid), config.most),
+        "image_height": each(lambda layout: layout.latents[1]),
+        "image_width": each(lambda layout: layout.latents[0]),
+    }
 
 
 class ReferenceReader:
@@ -109,7 +144,7 @@ class ReferenceReader:
         Raises:
             BackendError: an engine failed, or gave NaN or Inf.
         """
-        found = layouts(inputs, config, self._family)
+        found = layouts_of(inputs, config, self._family)
         both = list(zip(inputs.references, found, strict=True))
         rows = [self._rows(picture, layout, device_of(COMPONENT)) for picture, layout in both]
         encode, device = self._encoder.encode, device_of(self._encoder.COMPONENT)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from zimgkit.engines.bundle import Bundle, Range
 from zimgkit.engines.errors import UsageError
 
 
-def check_served(bundle: Bundle, backend: str, sizes: Mapping[str, int], width: int, height: int) -> None:
-    """Check that every component's engines have a shape profile that holds these sizes.
+def check_served(
+    bundle: Bundle, backend: str, components: Collection[str], sizes: Mapping[str, int], width: int, height: int
+) -> None:
+    """Check that the engines of some components have a shape profile that holds these sizes.
 
     Components without an engine are left to whoever opens them.
 
     Args:
         bundle: an open bundle.
         backend: the backend that will run it.
+        components: those that the call needs; what the bundle has not is passed over.
         sizes: dynamic dimension -> length, as :meth:`.families.base.Family.dynamic_dimensions` gives them.
         width: of the picture in pixels, for the message.
         height: likewise.
@@ -23,7 +26,7 @@ def check_served(bundle: Bundle, backend: str, sizes: Mapping[str, int], width: 
     Raises:
         UsageError: naming the component and what its engines serve.
     """
-    for component in bundle.manifest.components:
+    for component in components:
         profiles = [profile for engine in bundle.engines(component, backend) for profile in engine.profiles]
         if profiles and not any(_holds(profile, sizes) for profile in profiles):
             ranges = [

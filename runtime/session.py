@@ -56,7 +56,7 @@ from zimgkit.runtime.memory.streaming import within
 from zimgkit.runtime.parameters import MULTIPLE
 from zimgkit.runtime.pictures.tiles import ignored
 from zimgkit.runtime.progress import Report, silent
-from zimgkit.runtime.references import Layout, ReferenceReader, References, layouts
+from zimgkit.runtime.references import Layout, ReferenceReader, References, layouts_of
 from zimgkit.runtime.request import Request
 from zimgkit.runtime.served import check_served, largest_batch
 from zimgkit.runtime.text.edit_prompts import PICTURE, with_pictures
@@ -566,7 +566,7 @@ class Session:
         config = self.bundle.manifest.references
         if config is None or not isinstance(self.family, ConditionedFamily):
             return ()
-        return layouts(request.inputs, config, self.family)
+        return layouts_of(request.inputs, config, self.family)
 
     def _check_embeds(self, embeds: Array) -> None:
         """Check that rows are those of this bundle's text encoder, and no more than it gives."""
@@ -579,7 +579,12 @@ class Session:
     def _check_served(self, request: Request, tokens: int) -> None:
         conditions = self._condition_tokens(request)
         dimensions = self.family.dynamic_dimensions(request.height, request.width, tokens, conditions)
-        check_served(self.bundle, self.backend, dimensions, request.width, request.height)
+        pictured = ".pictures" if request.inputs.references else ""
+        denoiser = "denoiser.conditions" if conditions else "denoiser"
+        components = [f"text_encoder{pictured}", "conditioner", denoiser, "vae_decoder"]
+        if request.inputs.image is not None:
+            components.append(self.encoder.COMPONENT)
+        check_served(self.bundle, self.backend, components, dimensions, request.width, request.height)
 
     def _step(self, group: Sequence[Job]) -> None:
         """One step of jobs that share everything but their latents."""

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from zimgkit.engines.bundle import Component, Manifest, Range
 from zimgkit.engines.errors import UsageError
-from zimgkit.runtime.families import family
+from zimgkit.runtime.families import family, family_of
+from zimgkit.runtime.families.base import ConditionedFamily
+from zimgkit.runtime.references import dimension_ranges
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -72,20 +74,29 @@ def shape_profiles(manifest: Manifest, shapes: ServedShapes) -> dict[str, tuple[
     tokens = _token_range(manifest, shapes.max_prompt_tokens)
     if not 1 <= shapes.batch <= 64:
         raise UsageError(f"batch is {shapes.batch}", "give a number from 1 to 64")
-    lengths_of = family(manifest.family).dynamic_dimensions
-    whole: list[dict[str, Range]] = []
-    for size_range in size_ranges:
-        at_min, at_opt, at_max = (
-            lengths_of(height, width, count) for (width, height), count in zip(size_range, tokens, strict=True)
-        )
-        ranges = {dimension: (at_min[dimension], at_opt[dimension], at_max[dimension]) for dimension in at_min}
-        whole.append(ranges | {"batch": (1, 1, shapes.batch)})
     found = {}
     for name, component in manifest.components.items():
         if component.graphs:
+            whole = [_ranges(manifest, name, sizes, tokens) | {"batch": (1, 1, shapes.batch)} for sizes in size_ranges]
             own = [{dimension: ranges[dimension] for dimension in dynamic_dimensions(component)} for ranges in whole]
             found[name] = tuple(ranges for index, ranges in enumerate(own) if ranges not in own[:index])
     return found
+
+
+def _ranges(
+    manifest: Manifest, component: str, sizes: tuple[Size, Size, Size], tokens: tuple[int, int, int]
+) -> dict[str, Range]:
+    """The range of every dynamic dimension in one component, but for the batch."""
+    host = family_of(manifest)
+    read: dict[str, Range] = {}
+    if manifest.references is not None and isinstance(host, ConditionedFamily):
+        read = dimension_ranges(manifest.references, host)
+    ends = []
+    for index, ((width, height), count) in enumerate(zip(sizes, tokens, strict=True)):
+        # What controls a picture has its size.
+        beside = read["condition_tokens"][index] if read else height // MULTIPLE * (width // MULTIPLE)
+        ends.append(host.dynamic_dimensions(height, width, count, beside if component.endswith(".conditions") else 0))
+    return {name: (ends[0][name], ends[1][name], ends[2][name]) for name in ends[0]} | read
 
 
 def dynamic_dimensions(component: Component) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ SPAN: dict[str, Range] = {"batch": (1, 1, 2), "image_tokens": (256, 4096, 9216),
 @pytest.mark.parametrize("text_tokens", [1, 77, 512])
 def test_what_a_span_holds_is_served(tmp_path: Path, image_tokens: int, text_tokens: int) -> None:
     sides = {"image_tokens": image_tokens, "text_tokens": text_tokens, "height": 128}
-    check_served(bundle_with(tmp_path, STATIC, SPAN), "tensorrt", sides, 1024, 1024)
+    check_served(bundle_with(tmp_path, STATIC, SPAN), "tensorrt", ["denoiser"], sides, 1024, 1024)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_what_no_profile_holds_is_refused(
     tmp_path: Path, profiles: tuple[dict[str, Range], ...], sides: dict[str, int]
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        check_served(bundle_with(tmp_path, *profiles), "tensorrt", sides, 1536, 1024)
+        check_served(bundle_with(tmp_path, *profiles), "tensorrt", ["denoiser"], sides, 1536, 1024)
     message = str(caught.value)
     assert f"image_tokens {sides['image_tokens']}" in message
     assert "image_tokens 4096" in message and "text_tokens 1…512" in message
@@ -51,8 +51,10 @@ def test_what_no_profile_holds_is_refused(
 
 
 def test_other_backends_and_components_without_engines_are_not_asked(tmp_path: Path) -> None:
-    check_served(bundle_with(tmp_path, STATIC), "onnxruntime", {"image_tokens": 1}, 16, 16)
-    check_served(bundle_with(tmp_path, STATIC, backend="tensorrt-rtx"), "tensorrt", {"image_tokens": 1}, 16, 16)
+    check_served(bundle_with(tmp_path, STATIC), "onnxruntime", ["denoiser"], {"image_tokens": 1}, 16, 16)
+    check_served(
+        bundle_with(tmp_path, STATIC, backend="tensorrt-rtx"), "tensorrt", ["denoiser"], {"image_tokens": 1}, 16, 16
+    )
 
 
 def test_the_batch_is_what_every_profile_takes(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests import handmade
@@ -17,6 +18,7 @@ from zimgkit.export.networks import qwen_image_demo, z_image_demo
 from zimgkit.export.networks.registry import FAMILIES, parts
 from zimgkit.export.networks.text_encoder import text_part
 from zimgkit.runtime import families
+from zimgkit.runtime.references import layouts
 from zimgkit.runtime.text.tokenizer import PromptTokenizer, keep_rows
 
 CONFIGS = {"z-image": z_image_demo.CONFIGS, "qwen-image": qwen_image_demo.CONFIGS}
@@ -73,6 +75,7 @@ def arrays(
         "text_encoder": family.text_encoder_inputs(ids),
         "conditioner": conditioner,
         "denoiser": {**constants, **steps},
+        "vae_encoder": {"image": np.zeros((1, 3, height, width), np.float32)},
         "vae_decoder": {"latents": family.to_vae(latents[:1], height, width)},
     }
 
@@ -137,7 +140,7 @@ def test_sizes_of_their_own_and_together(manifest):
     made = shape_profiles(manifest, ServedShapes(sizes=sizes, size_range=((256, 256), (512, 512), (1024, 1024))))
     # What does not depend on the picture has one profile; the same size twice has one.
     assert {name: len(found) for name, found in made.items()} == {
-        "text_encoder": 1, "conditioner": 1, "denoiser": 3, "vae_decoder": 3,
+        "text_encoder": 1, "conditioner": 1, "denoiser": 3, "vae_encoder": 3, "vae_decoder": 3,
     }  # fmt: skip
     assert [profile["width"] for profile in made["vae_decoder"]] == [(64,) * 3, (96,) * 3, (32, 64, 128)]
     assert [profile["height"] for profile in made["vae_decoder"]] == [(64,) * 3, (64,) * 3, (32, 64, 128)]
@@ -212,3 +215,45 @@ def test_sizes_as_text(text):
 def test_text_that_is_no_size(text):
     with pytest.raises(UsageError, match="is no size; give WIDTHxHEIGHT in pixels, such as 1024x1024"):
         parse_size(text)
+
+
+@pytest.mark.parametrize("pipeline", ["QwenImageEditPipeline", "QwenImageEditPlusPipeline"])
+@pytest.mark.parametrize("seed", range(3))
+def test_pictures_beside_the_drawn_one(pipeline, seed):
+    """Every picture up to four times as wide as high, or as high as wide, and as many as the bundle takes."""
+    plain = manifest_of("qwen-image")
+    config = plain.config | {"text_encoder": dict(plain.config["text_encoder"]) | {
+        "vision_config": CONFIGS["qwen-image"]["text_encoder"]["vision_config"]}}  # fmt: skip
+    references = FAMILIES["qwen-image"].editors[pipeline]
+    components = dict(plain.components)
+    for source in ("text_encoder", "transformer"):
+        for name, part in parts("qwen-image", source, CONFIGS["qwen-image"][source], ("edit",)).items():
+            for key, own in {name: part, **{f"{name}.{more}": own for more, own in part.variants.items()}}.items():
+                inputs = {entry.name: TensorSpec("", entry.shape) for entry in own.inputs}
+                components[key] = Component((), {"bfloat16": "x.onnx"} if own.network else {}, inputs)
+    more = {"config": config, "references": references, "components": components}
+    manifest = msgspec.structs.replace(plain, **more)
+    host, rng = families.family_of(manifest), np.random.default_rng(seed)
+    made = {
+        name: profiles[0] for name, profiles in shape_profiles(manifest, ServedShapes(sizes=((1024, 768),))).items()
+    }
+    for _ in range(20):
+        count = int(rng.integers(1, references.most + 1))
+        sizes = [
+            (int(rng.integers(64, 256)), 64) if rng.random() < 0.5 else (64, int(rng.integers(64, 256)))
+            for _ in range(count)
+        ]
+        found = layouts(sizes, references, host)
+        beside = sum(layout.grid[0] * layout.grid[1] for layout in found)
+        dimensions = host.dynamic_dimensions(768, 1024, 100, beside)
+        assert holds(made["denoiser.conditions"], dimensions | {"batch": 1})
+        assert holds(made["text_encoder.pictures"], {"picture_tokens": sum(layout.tokens for layout in found)})
+        for layout in found:
+            rows, columns = layout.patches
+            feeds = host.vision_inputs(Image.new("RGB", layout.vision)).feeds
+            assert holds(made["vision_encoder"], {"patches": rows * columns, "windows": len(feeds["window_index"])})
+            assert holds(made["vae_encoder"], dict(zip(("image_width", "image_height"), layout.latents, strict=True)))
+
+
+def holds(profile: dict[str, tuple[int, int, int]], dimensions: dict[str, int]) -> bool:
+    return all(low <= dimensions[name] <= high for name, (low, _, high) in profile.items() if name in dimensions)
