@@ -3,10 +3,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints-dev.txt
+REFERENCES ?= $(VENV)/references
+INSTALL := -m pip --disable-pip-version-check install --quiet --constraint constraints-dev.txt
+PIP := $(BIN)/python $(INSTALL)
 TENSORRT_TESTS := tests/export/compilers tests/export/cli/test_compile.py tests/engines/tensorrt tests/engines/onnxruntime/test_tensorrt_rtx.py
 
-.PHONY: demo test test-tensorrt check clean
+.PHONY: demo test test-tensorrt references check clean
 
 # A dozen prompts by the two models that zimgkit carries, side by side. Needs no PyTorch.
 demo: $(VENV)/.run
@@ -19,6 +21,10 @@ test: check $(VENV)/.tensorrt
 # Every graph through a real TensorRT compiler, which needs no GPU; part of `make test`.
 test-tensorrt: $(VENV)/.dev $(VENV)/.tensorrt
 	PYTHONPATH=$(VENV)/tensorrt $(BIN)/python -m pytest $(TENSORRT_TESTS)
+
+# What the tests hold DiffSynth-Studio to draw, drawn by it anew: an environment of its own, of 1.5 GB.
+references: $(REFERENCES)/.installed
+	HF_HUB_OFFLINE=1 $(REFERENCES)/bin/python -m tests.references.record
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -47,4 +53,13 @@ $(VENV)/.export: $(VENV)/.run
 
 $(VENV)/.dev: $(VENV)/.export
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+# DiffSynth's own requirements would bring another torch; torchvision's likewise.
+$(REFERENCES)/.installed: constraints-dev.txt
+	test -x $(REFERENCES)/bin/python || $(PYTHON) -m venv $(REFERENCES)
+	$(REFERENCES)/bin/python $(INSTALL) torch==2.13.0
+	$(REFERENCES)/bin/python $(INSTALL) --no-deps torchvision==0.28.0 diffsynth==2.1.12
+	$(REFERENCES)/bin/python $(INSTALL) accelerate diffusers einops ftfy imageio modelscope numpy pandas peft pillow \
+		safetensors transformers
 	touch $@

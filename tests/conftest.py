@@ -71,6 +71,38 @@ def bundle_of(shared_folder: Path, checkpoint_of: Callable[..., Path]) -> Callab
 
 
 @pytest.fixture(scope="session")
+def recorded_checkpoint_of(shared_folder: Path) -> Callable[[str], Path]:
+    """``recorded_checkpoint_of(name)``: the checkpoint of that name in ``tests/references``, written once."""
+
+    def make(name: str) -> Path:
+        from tests.references import checkpoints
+
+        folder = shared_folder / f"recorded-{name}"
+        with FileLock(f"{folder}.lock"):
+            return folder if folder.exists() else checkpoints.write(name, folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def recorded_bundle_of(
+    shared_folder: Path, recorded_checkpoint_of: Callable[[str], Path]
+) -> Callable[[str, tuple[str, ...]], Path]:
+    """``recorded_bundle_of(name, tasks)``: that checkpoint's bundle in float32, built once."""
+
+    def make(name: str, tasks: tuple[str, ...]) -> Path:
+        from zimgkit.export.build import build
+
+        folder = shared_folder / "-".join(["recorded-bundle", name, *tasks])
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                build(str(recorded_checkpoint_of(name)), folder, precision="fp32", tasks=tasks)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def quantized_of(
     shared_folder: Path, checkpoint_of: Callable[..., Path], bundle_of: Callable[..., Path]
 ) -> Callable[[str, str], Path]:

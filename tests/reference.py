@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +57,27 @@ def tokenizer() -> Any:
     return result
 
 
+def scaled(name: str, noise: Any) -> Any:
+    """Normal noise as the weight of that name: activations stay near one, norms and pad tokens among them.
+
+    Args:
+        name: of the parameter.
+        noise: an array or a tensor.
+    """
+    if "pad_token" in name:
+        return noise
+    if noise.ndim >= 2 and "gamma" not in name:
+        return noise * math.prod(noise.shape[1:]) ** -0.5
+    if name.endswith("bias"):
+        return 0.1 * noise
+    return 1 + 0.1 * noise
+
+
 def randomize(module: torch.nn.Module, seed: int) -> None:
-    """Random weights that keep activations near one, norms and pad tokens among them."""
+    """Random weights, as :func:`scaled` has them."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if "pad_token" in name:
-            parameter.data = noise
-        elif parameter.ndim >= 2 and "gamma" not in name:
-            parameter.data = noise * parameter[0].numel() ** -0.5
-        elif name.endswith("bias"):
-            parameter.data = 0.1 * noise
-        else:
-            parameter.data = 1 + 0.1 * noise
+        parameter.data = scaled(name, torch.randn(parameter.shape, generator=generator))
 
 
 def z_image(
@@ -143,6 +152,7 @@ def qwen_image(
     transformer: dict[str, Any] | None = None,
     vae: dict[str, Any] | None = None,
     text_encoder: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
     scheduler: dict[str, Any] | None = None,
 ) -> QwenImagePipeline:
     """A tiny ``QwenImagePipeline``; the dictionaries override parts of its configs."""
@@ -159,7 +169,7 @@ def qwen_image(
         "bos_token_id": None,
         "eos_token_id": None,
     } | (text_encoder or {})
-    vision = {
+    tower = {
         "depth": 1,
         "hidden_size": 16,
         "intermediate_size": 32,
@@ -170,7 +180,7 @@ def qwen_image(
         "temporal_patch_size": 2,
         "window_size": 112,
         "fullatt_block_indexes": [0],
-    }
+    } | (vision or {})
     ids = {
         "image_token_id": tok.convert_tokens_to_ids("<|image_pad|>"),
         "video_token_id": tok.convert_tokens_to_ids("<|video_pad|>"),
@@ -207,7 +217,7 @@ def qwen_image(
         "time_shift_type": "exponential",
         "use_dynamic_shifting": True,
     } | (scheduler or {})
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=False, **ids)
     parts = {
         "text_encoder": Qwen2_5_VLForConditionalGeneration(config),
         "transformer": QwenImageTransformer2DModel(**network),

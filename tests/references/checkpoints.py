@@ -1,0 +1,120 @@
+"""The tiny checkpoints that recordings are made with, the same to the bit wherever they are written.
+
+A weight is drawn by its name from numpy's ``RandomState``, whose stream does not change, so no weights are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import reference
+
+LORA_RANK = 4
+LORA_TARGETS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
+    "attn.to_out.0", "attn.to_add_out", "img_mlp.net.2", "img_mod.1", "txt_mlp.net.2", "txt_mod.1",
+)  # fmt: skip
+"""What DiffSynth's own LoRAs adapt in each block."""
+
+
+class Checkpoint(NamedTuple):
+    """What :mod:`tests.reference` makes it with."""
+
+    family: str
+    config: dict[str, dict[str, Any]]
+    edits: bool = False
+    """Whether it is one of ``QwenImageEditPipeline``, with a processor of pictures."""
+
+
+# DiffSynth has 16 channels of latents, and the numbers of the VAEs' blocks, written into its code.
+QWEN_IMAGE: dict[str, dict[str, Any]] = {
+    "transformer": {"in_channels": 64, "out_channels": 16},
+    "vae": {
+        "z_dim": 16,
+        "latents_mean": [round(0.4 * math.sin(channel), 2) for channel in range(16)],
+        "latents_std": [round(1.5 + 0.5 * math.cos(channel), 2) for channel in range(16)],
+    },
+    "vision": {"depth": 2, "fullatt_block_indexes": [1]},
+}
+CHECKPOINTS = {
+    "z-image": Checkpoint("z-image", {"vae": {"block_out_channels": (8, 16, 32, 32), "layers_per_block": 2}}),
+    "qwen-image": Checkpoint("qwen-image", QWEN_IMAGE),
+    "qwen-image-edit": Checkpoint("qwen-image", QWEN_IMAGE, edits=True),
+}
+
+
+def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Normal noise that belongs to a name: float32."""
+    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+
+
+def write(name: str, folder: Path) -> Path:
+    """Write a checkpoint in diffusers' layout.
+
+    Args:
+        name: one of ``CHECKPOINTS``.
+        folder: where to.
+    """
+    checkpoint = CHECKPOINTS[name]
+    reference.save(reference.FAMILIES[checkpoint.family](**checkpoint.config), folder)
+    for file in sorted(folder.glob("*/*.safetensors")):
+        weights = {
+            key: torch.from_numpy(reference.scaled(key, drawn(key, tuple(value.shape)))).contiguous()
+            for key, value in load_file(file).items()
+        }
+        save_file(weights, file, metadata={"format": "pt"})
+    if checkpoint.edits:
+        _add_processor(folder)
+    return folder
+
+
+def write_lora(name: str, checkpoint: Path, file: Path) -> Path:
+    """Write a LoRA for a checkpoint's transformer in DiffSynth's keys: no prefix, no alpha.
+
+    Args:
+        name: another name is another LoRA.
+        checkpoint: the folder of the checkpoint.
+        file: where to.
+    """
+    weights = {}
+    for key, value in load_file(checkpoint / "transformer/diffusion_pytorch_model.safetensors").items():
+        module = key.removesuffix(".weight")
+        if value.ndim == 2 and module.endswith(LORA_TARGETS):
+            rows, columns = value.shape
+            down, up = f"{module}.lora_A.default.weight", f"{module}.lora_B.default.weight"
+            weights[down] = drawn(name + down, (LORA_RANK, columns)) * columns**-0.5
+            weights[up] = drawn(name + up, (rows, LORA_RANK)) * 0.3 * LORA_RANK**-0.5
+    save_file({key: torch.from_numpy(value.astype(np.float32)) for key, value in weights.items()}, file)
+    return file
+
+
+def _add_processor(folder: Path) -> None:
+    """Make it one that edits; the files are written as the releases have them, as transformers needs torchvision."""
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "QwenImageEditPipeline", "processor": ["transformers", "Qwen2VLProcessor"]}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    shutil.copytree(folder / "tokenizer", folder / "processor")
+    limits = {"min_pixels": 56 * 56, "max_pixels": 12_845_056}
+    config = limits | {
+        "size": {"shortest_edge": limits["min_pixels"], "longest_edge": limits["max_pixels"]},
+        "patch_size": 14,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "processor_class": "Qwen2VLProcessor",
+    }
+    for file, kind in (
+        ("preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor"}),
+        ("video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor"}),
+    ):
+        (folder / "processor" / file).write_text(json.dumps(config | kind, indent=2))
