@@ -168,7 +168,7 @@ def test_defaults_of_a_size_range(manifest):
 
 def test_parts_without_a_graph_have_none():
     assert set(shape_profiles(manifest_of("qwen-image"), ServedShapes())) == {
-        "text_encoder", "conditioner", "denoiser", "vae_decoder",
+        "text_encoder", "conditioner", "denoiser", "vae_encoder", "vae_decoder",
     }  # fmt: skip
 
 
