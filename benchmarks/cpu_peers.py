@@ -78,7 +78,7 @@ def race(settings: Settings, folder: Path, names: Sequence[str], repeats: int, l
     settings.save(folder)
     turns: dict[str, list[dict[str, Any]]] = defaultdict(list)
     failed: dict[str, str] = {}
-    commands = {name: [sys.executable, WORKER, folder, name] for name in names}
+    commands: dict[str, list[str | Path]] = {name: [sys.executable, WORKER, folder, name] for name in names}
     with Contestants(commands, folder, limit) as contestants:
         for turn in range(repeats):
             start = turn % len(names)

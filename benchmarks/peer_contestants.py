@@ -73,7 +73,7 @@ def prepare(folder: Path, precisions: Sequence[str]) -> int:
     pipeline = common.reference().FAMILIES[settings.family](**(settings.configs or {}))
     pipeline.save_pretrained(settings.model)
     modules = (pipeline.text_encoder, pipeline.transformer, pipeline.vae)
-    parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    parameters = sum(int(parameter.numel()) for module in modules for parameter in module.parameters())
     del pipeline, modules
     build_all(Path(str(settings.model)), Path(str(settings.bundles)), precisions)
     return parameters
@@ -132,7 +132,6 @@ def zimg(settings: Settings, precision: str, backend: str) -> Contestant:
 
     clock = Clock()
     names = {"text_encoder": "text encoder", "vae_decoder": "VAE decoder"}
-    size = {"height": settings.size, "width": settings.size}
 
     def opened(bundle: Any, component: str, *where: Any) -> Any:
         engine = open_engine(bundle, component, *where)
@@ -143,12 +142,13 @@ def zimg(settings: Settings, precision: str, backend: str) -> Contestant:
     pipeline = Pipeline(bundle, backend=backend, opener=opened)
     host = host_of(bundle.manifest.family)
     scheduled = clock.time(STEP, host.schedule_inputs)
-    call = {"num_inference_steps": settings.steps, "guidance_scale": _unguided(host.NAME), "seed": 0}
+    call: dict[str, Any] = {"height": settings.size, "width": settings.size, "num_inference_steps": settings.steps}
+    call |= {"guidance_scale": _unguided(host.NAME), "seed": 0, "output_type": "np"}
 
     def draw() -> NDArray[np.float32]:
         # Without its cache on disk the modulation table is computed for every picture.
         with patch.object(host, "schedule_inputs", scheduled), patch.dict(os.environ, {"ZIMG_CACHE_LIMIT": "0"}):
-            images: NDArray[np.float32] = pipeline(PROMPT, output_type="np", **size, **call).images
+            images: NDArray[np.float32] = pipeline(PROMPT, **call).images
         return images
 
     return clock.time(WHOLE, draw), clock
@@ -176,12 +176,12 @@ def diffusers(settings: Settings, dtype: str, *, compiled: bool) -> Contestant:
     pipeline.text_encoder.forward = clock.time("text encoder", pipeline.text_encoder.forward)
     pipeline.transformer.forward = clock.time(STEP, pipeline.transformer.forward)
     pipeline.vae.decode = clock.time("VAE decoder", pipeline.vae.decode)
-    call = {"height": settings.size, "width": settings.size, "num_inference_steps": settings.steps}
-    call[own.scale] = _unguided(settings.family)
+    call: dict[str, Any] = {"height": settings.size, "width": settings.size, "num_inference_steps": settings.steps}
+    call |= {own.scale: _unguided(settings.family), "output_type": "np"}
 
     def draw() -> NDArray[np.float32]:
         generator = torch.Generator("cpu").manual_seed(0)
-        images: NDArray[np.float32] = pipeline(PROMPT, generator=generator, output_type="np", **call).images
+        images: NDArray[np.float32] = pipeline(PROMPT, generator=generator, **call).images
         return images
 
     return clock.time(WHOLE, draw), clock

@@ -60,7 +60,7 @@ def convert(program: Path, model: Path, folder: Path, kind: str) -> dict[str, Pa
         made = partial(rename, files[part], prefix=prefix)
         files[part] = _once(folder / f"{part}-f32.safetensors", made)
         if kind != "f32":
-            command = [program, "-M", "convert", "--type", kind, "-m", files[part], "-o"]
+            command: list[str | Path] = [program, "-M", "convert", "--type", kind, "-m", files[part], "-o"]
             files[part] = _once(folder / f"{part}-{kind}.gguf", partial(_run, command))
     return files
 

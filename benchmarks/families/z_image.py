@@ -117,7 +117,8 @@ FAMILY = BenchmarkFamily(
         },
         "vae": arguments(CONFIGS["vae"]),
     },
-    # Feed-forwards of a multiple of 256, and the tokens and heads of a text encoder that it knows.
+    # Feed-forwards of a multiple of 256; the tokens and heads of the text encoder it knows. What size a transformer
+    # has is in its source, in src/z_image.hpp: the program has to be built with this one, and a cap_feat_dim of 1024.
     ggml_size={
         "transformer": {
             "dim": 1536,
