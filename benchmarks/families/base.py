@@ -25,6 +25,8 @@ class BenchmarkFamily:
     """Component -> in how many files the released checkpoint stores it."""
     mid_size: Configs
     """What makes the tests' tiny models larger: a few hundred million parameters, and the real VAE."""
+    ggml_size: Configs | None
+    """The same for a comparison with stable-diffusion.cpp, in sizes that it computes; None where there are none."""
     tiny: Config
     """What makes the real transformer tiny."""
     depth: str

@@ -131,6 +131,7 @@ FAMILY = BenchmarkFamily(
         },
         "vae": arguments(CONFIGS["vae"]),
     },
+    ggml_size=None,
     tiny={
         "num_layers": 2,
         "num_attention_heads": 3,

@@ -117,6 +117,28 @@ FAMILY = BenchmarkFamily(
         },
         "vae": arguments(CONFIGS["vae"]),
     },
+    # Feed-forwards of a multiple of 256; the tokens and heads of the text encoder it knows. What size a transformer
+    # has is in its source, in src/z_image.hpp: the program has to be built with this one, and a cap_feat_dim of 1024.
+    ggml_size={
+        "transformer": {
+            "dim": 1536,
+            "n_heads": 12,
+            "n_kv_heads": 12,
+            "n_layers": 8,
+            "n_refiner_layers": 2,
+            "axes_dims": [32, 48, 48],
+        },
+        "text_encoder": {
+            "vocab_size": 151936,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+        },
+        "vae": arguments(CONFIGS["vae"]),
+    },
     tiny={
         "dim": 48,
         "n_layers": 2,
