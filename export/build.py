@@ -235,7 +235,8 @@ def export(
     scheduler = checkpoint.config("scheduler")
     read_scheduler(scheduler)
     vae_normalization(config["vae"])
-    base = known.Recommendation(catalog.defaults_for(checkpoint.root, checkpoint.family, scheduler), scheduler)
+    defaults = catalog.defaults_for(checkpoint.root, checkpoint.family, scheduler, checkpoint.pipeline)
+    base = known.Recommendation(defaults, scheduler)
     settings = known.recommendation_for(merged.loras, checkpoint.family, base, **(chosen or {}))
     parts = parts_of(checkpoint, tasks)
     wanted = {name: wanted_by(checkpoint.tensors, part, merged.addends) for name, part in parts.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zimgkit.export.checkpoints.checkpoint import open_configs
-from zimgkit.export.networks.registry import FAMILIES, parts
+from zimgkit.export.networks.registry import FAMILIES, is_needed, parts, tasks_of
 
 
 def checkpoint_summary(model: str, *, revision: str | None = None, source: str = "huggingface") -> dict[str, Any]:
@@ -23,8 +23,11 @@ def checkpoint_summary(model: str, *, revision: str | None = None, source: str =
     """
     checkpoint = open_configs(model, revision=revision, source=source)
     components: dict[str, Any] = {}
+    tasks = tasks_of(checkpoint.family, checkpoint.pipeline, ())
     for part_source in FAMILIES[checkpoint.family].components:
-        for name, part in parts(checkpoint.family, part_source, checkpoint.config(part_source)).items():
+        for name, part in parts(checkpoint.family, part_source, checkpoint.config(part_source), tasks).items():
+            if not is_needed(name, tasks):
+                continue
             shapes = part.parameters()
             count = sum(math.prod(shape) for shape in shapes.values())
             components[name] = {"from": part_source, "tensors": len(shapes), "parameters": count}
@@ -35,6 +38,7 @@ def checkpoint_summary(model: str, *, revision: str | None = None, source: str =
         "path": str(checkpoint.root),
         "revision": checkpoint.source.revision,
         "weight_files": checkpoint.source.files,
+        "tasks": list(tasks),
         "scheduler": scheduler,
         "components": components,
         "parameters": sum(component["parameters"] for component in components.values()),

@@ -56,19 +56,22 @@ def short_name(folder: str | os.PathLike[str]) -> str:
     return next((entry.name for entry in SERVED if entry.name.casefold() == name.casefold()), name)
 
 
-def defaults_for(folder: str | os.PathLike[str], family: str, scheduler_config: Mapping[str, Any]) -> Defaults:
+def defaults_for(
+    folder: str | os.PathLike[str], family: str, scheduler_config: Mapping[str, Any], pipeline: str = ""
+) -> Defaults:
     """The defaults of the known checkpoint that a folder holds or most likely derives from.
 
     Args:
         folder: the checkpoint's folder or short name.
         family: its name.
         scheduler_config: its ``scheduler_config.json``, whose ``shift`` tells where the name says nothing.
+        pipeline: what diffusers calls its pipeline.
     """
     row = FAMILIES[family]
     entries = {entry.name: entry for entry in (*row.served, row.carried)}
     name = short_name(folder)
     if name not in entries:
-        name = row.shifts.get(scheduler_config.get("shift", 0.0), row.base)
+        name = row.bases.get(pipeline) or row.shifts.get(scheduler_config.get("shift", 0.0), row.base)
     return entries[name].defaults
 
 

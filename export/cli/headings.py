@@ -16,7 +16,8 @@ class ExportCommand(GroupedCommand):
         "LoRA": ("loras", "keep_base", "allow_unmatched"),
         "Precision": ("precision", "card", "recipe", "range_", "smooth", "target", "by"),
         "Calibration, for fp8 and int8": (
-            *("prompts", "calibration", "from_bundle", "calibration_size", "calibration_steps", "calibration_device"),
+            *("prompts", "calibration", "from_bundle", "calibration_size", "calibration_steps", "calibration_image"),
+            "calibration_device",
         ),
         "Cost of the precision": (
             *("cost", "measure", "strict", "cost_prompts", "cost_size", "cost_steps", "references", "judge", "seed"),

@@ -32,6 +32,12 @@ _CALIBRATION = (
         help="The steps of each of its pictures. [default: the checkpoint's]",
     ),
     click.option(
+        "--calibration-image",
+        multiple=True,
+        type=FILE,
+        help="A picture to calibrate a checkpoint on that edits; may be repeated.",
+    ),
+    click.option(
         "--calibration-device", help="The device to calibrate on: cpu, cuda or cuda:N. [default: the best one present]"
     ),
 )
@@ -83,7 +89,9 @@ _BUILD = (
     ),
 )
 _MEASURE_NAMES = ("measure", "strict", "cost_prompts", "cost_size", "cost_steps")
-_CALIBRATION_RUN_NAMES = ("from_bundle", "calibration_size", "calibration_steps", "calibration_device")
+_CALIBRATION_RUN_NAMES = (
+    *("from_bundle", "calibration_size", "calibration_steps", "calibration_image", "calibration_device"),
+)
 _NAMES = ("recipe", "calibration", *_CALIBRATION_RUN_NAMES, "range_", "smooth", *_MEASURE_NAMES)
 
 
@@ -101,18 +109,27 @@ def calibrate_options(command: Command) -> Command:
 
 
 def calibration_set(
-    prompts: Path | None, calibration_size: Sequence[str], calibration_steps: int | None
+    prompts: Path | None,
+    calibration_size: Sequence[str],
+    calibration_steps: int | None,
+    calibration_image: Sequence[Path] = (),
 ) -> CalibrationSet:
     """Make the calibration set that these options describe.
 
     Raises:
-        UsageError: the prompts cannot be read or are too few, or a size is not WIDTHxHEIGHT.
+        UsageError: the prompts or a picture cannot be read, prompts are too few, or a size is not WIDTHxHEIGHT.
     """
     from zimgkit.export.compilers.shape_profiles import parse_size
     from zimgkit.export.quantization.calibrate import CalibrationSet, read_prompts
+    from zimgkit.runtime.pictures.reading import read_picture
 
     texts = () if prompts is None else read_prompts(prompts)
-    return CalibrationSet(texts, tuple(map(parse_size, calibration_size)), calibration_steps)
+    for picture in calibration_image:
+        read_picture(picture, "--calibration-image")  # Better missed now than after the build.
+    sizes = tuple(map(parse_size, calibration_size))
+    return CalibrationSet(
+        texts, sizes, calibration_steps, tuple(str(picture.absolute()) for picture in calibration_image)
+    )
 
 
 def quantizing(precision: str, options: dict[str, Any]) -> Quantizing:
@@ -162,7 +179,7 @@ def _calibration(own: dict[str, Any], given: set[str]) -> CalibrationSet | Stati
     """The statistics that ``--calibration`` names, or the calibration set to collect them with."""
     path: Path | None = own["calibration"]
     if path is None or path.suffix != ".safetensors":
-        return calibration_set(path, own["calibration_size"], own["calibration_steps"])
+        return calibration_set(path, own["calibration_size"], own["calibration_steps"], own["calibration_image"])
     from zimgkit.export.quantization.statistics import Statistics
 
     if clash := sorted(given & set(_CALIBRATION_RUN_NAMES)):

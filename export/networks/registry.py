@@ -105,6 +105,8 @@ class Family:
     """Pattern of another name of a module -> the names of those it stands for, in the order of their rows."""
     few_step_loras: tuple[FewStepLora, ...] = ()
     task_loras: tuple[TaskLora, ...] = ()
+    bases: Mapping[str, str] = field(default_factory=dict)
+    """What diffusers calls a pipeline -> the short name of the checkpoint whose defaults others with it have."""
     editors: Mapping[str, ReferencePictures] = field(default_factory=dict)
     """What diffusers calls the pipelines of checkpoints that edit pictures -> how these take them."""
     planned: tuple[str, ...] = ()
@@ -200,6 +202,7 @@ QWEN_IMAGE = Family(
         TaskLora(r"Qwen-Image-EliGen", (REGIONS,)),
         TaskLora(r"Qwen-Image-Edit-Lowres-Fix", references={"auto_resize": False, "rope_interpolation": True}),
     ),
+    bases={"QwenImageEditPipeline": "Qwen-Image-Edit", "QwenImageEditPlusPipeline": "Qwen-Image-Edit-2511"},
     editors={
         "QwenImageEditPipeline": ReferencePictures("", MEGAPIXEL, MEGAPIXEL, 1),
         "QwenImageEditPlusPipeline": ReferencePictures("Picture {number}: ", 384 * 384, MEGAPIXEL, 3),

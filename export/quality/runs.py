@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from zimgkit.engines.base import Engine, Feeds, Handle
 from zimgkit.engines.bundle import Bundle, Manifest
+from zimgkit.engines.errors import UsageError
 from zimgkit.engines.torch.engine import TorchEngine
 from zimgkit.engines.torch.engine import open_engine as open_torch
 from zimgkit.export.quantization.prompts import cost_prompts
@@ -90,6 +91,8 @@ def drawing(bundle: Bundle, opener: Opener, *, backend: str = "torch", device: s
     """
     given: list[Array] = []
     opened = partial(_open_recorded, opener, given)
+    if bundle.manifest.references is not None:
+        raise UsageError("what a precision costs where pictures are edited is not measured yet", "leave --measure out")
     with Pipeline(bundle, backend=backend, device=device, warn=lambda _: None, opener=opened) as pipeline:
 
         def draw(

@@ -143,6 +143,10 @@ def verify(
         elif part.network is not None:
             result |= _compare(bundle, name, part, wanted, seed)
         components[name] = result
+        for key, variant in part.variants.items() if "not_run" not in result else ():
+            own = {parameter: wanted[parameter] for parameter in variant.parameters()}
+            compared = _compare(bundle, f"{name}.{key}", variant, own, seed)
+            components[f"{name}.{key}"] = {"tensors": len(own), "different": 0} | compared
     report("verify", len(parts), len(parts))
     bound = BOUNDS[precision]
     passed = all(not c["different"] and c.get("relative_max_error", 0.0) <= bound for c in components.values())
@@ -173,9 +177,10 @@ def _merged(bundle: Bundle, checkpoint: Checkpoint, hub: str) -> Merge:
 
 def verification_text(result: Mapping[str, Any]) -> str:
     """Format the result of :func:`verify` for people."""
-    lines = []
+    lines, width = [], max(14, *(len(name) + 1 for name in result["components"]))
     for name, entry in result["components"].items():
-        line = f"{name:<14}{entry['tensors'] - entry['different']} of {entry['tensors']} weights are the checkpoint's"
+        same = entry["tensors"] - entry["different"]
+        line = f"{name:<{width}}{same} of {entry['tensors']} weights are the checkpoint's"
         if "relative_max_error" in entry:
             line += f", relative maximum error {entry['relative_max_error']:.2e}"
         if "not_run" in entry:
@@ -253,14 +258,15 @@ def _random_inputs(part: Part, seed: int) -> dict[str, NDArray[Any]]:
     """Draw inputs of the traced shapes: normal numbers, cosines and sines of the same angles, ids of the vocabulary."""
     rng = np.random.default_rng(seed)
     vocabulary = part.parameters().get("embed_tokens.weight", (1,))[0]
+    places = min(part.sizes[0].values())  # Of whatever an index is into, there are so many.
     feeds: dict[str, NDArray[Any]] = {}
     angles: NDArray[np.float32] | None = None
     for entry in part.inputs:
         shape = tuple(entry.example(part.sizes[0]).shape)
         if entry.dtype == torch.int64:
-            feeds[entry.name] = rng.integers(0, vocabulary, shape)
+            feeds[entry.name] = rng.integers(0, vocabulary if entry.name == "input_ids" else places, shape)
         elif entry.dtype == torch.bool:
-            feeds[entry.name] = np.arange(shape[0]) >= shape[0] - 3
+            feeds[entry.name] = np.broadcast_to(np.arange(shape[-1]) >= shape[-1] - 3, shape).copy()
         elif entry.name in ("cos", "sin"):
             angles = rng.uniform(0, 6, shape).astype(np.float32) if angles is None else angles
             feeds[entry.name] = np.cos(angles) if entry.name == "cos" else np.sin(angles)

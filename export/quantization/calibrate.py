@@ -44,6 +44,8 @@ class CalibrationSet(msgspec.Struct, frozen=True):
     """Width and height in pixels; each prompt is run at each size. The model's default size where empty."""
     steps: int | None = None
     """Denoising steps of each run; the model's default where None."""
+    pictures: tuple[str, ...] = ()
+    """Files of pictures for a bundle that edits; each prompt takes the next one."""
 
     def filled(self, name: str) -> CalibrationSet:
         """Fill in the default prompts for a checkpoint of this name, if there are none."""
@@ -94,7 +96,7 @@ def calibrate(
         report: called with (stage, done, total).
 
     Raises:
-        UsageError: the bundle is quantized, or there are too few prompts.
+        UsageError: the bundle is quantized, there are too few prompts, or it edits and there are no pictures.
         ZimgError: an input has NaN, Inf or almost that; the message names the linear.
         OutputError: the statistics cannot be written.
     """
@@ -103,6 +105,9 @@ def calibrate(
     calibration_set = calibration_set.filled(bundle.manifest.name)
     if len(calibration_set.prompts) < FEWEST_PROMPTS:
         raise UsageError(f"a calibration needs {FEWEST_PROMPTS} prompts, not {len(calibration_set.prompts)}")
+    pictures = calibration_set.pictures
+    if bundle.manifest.references is not None and not pictures:
+        raise UsageError("a checkpoint that edits is calibrated on pictures", "name some with --calibration-image")
     source = (bundle.manifest.checkpoint, bundle.manifest.loras)
     statistics = _load(store, source, calibration_set) or Statistics(made=_made(source, calibration_set, 0))
     opener = partial(_open_observed, statistics)
@@ -117,6 +122,7 @@ def calibrate(
                     num_inference_steps=calibration_set.steps,
                     negative_prompt=bundle.manifest.defaults.negative_prompt,  # Without one some families do not guide.
                     seed=index,
+                    image=pictures[index % len(pictures)] if pictures else None,
                     output_type="latent",
                 )
             statistics.made = _made(source, calibration_set, index + 1)
@@ -132,7 +138,10 @@ def _made(of: tuple[Any, Sequence[MergedLora]], calibration_set: CalibrationSet,
     """Describe what statistics are of: checkpoint, LoRAs and calibration set, and how many of its prompts are done."""
     source, loras = of
     # Stored in calibration files and manifests: the key of the calibration set is "plan".
-    made = {"source": msgspec.to_builtins(source), "plan": msgspec.to_builtins(calibration_set), "done": done}
+    plan = msgspec.to_builtins(calibration_set)
+    if not calibration_set.pictures:
+        del plan["pictures"]  # Files from before there were any have none.
+    made = {"source": msgspec.to_builtins(source), "plan": plan, "done": done}
     # LoRAs are compared by content: the same file may have another path.
     return made | ({"loras": [[lora.sha256, lora.scale] for lora in loras]} if loras else {})
 
@@ -155,6 +164,7 @@ def _load(store: Path, source: tuple[Any, Sequence[MergedLora]], calibration_set
 def _open_observed(statistics: Statistics, bundle: Bundle, component: str, _: str, device: str | None) -> TorchEngine:
     """Open a component with observers on the inputs of its linears, if it is one that is quantized."""
     engine = open_engine(bundle, component, device)
+    component = component.partition(".")[0]  # A variant has its weights.
     if component in QUANTIZED:
         inputs = statistics.inputs.setdefault(component, {})
         readers = statistics.readers.setdefault(component, {})

@@ -74,6 +74,7 @@ def bundle_summary(path: Path) -> dict[str, Any]:
         "zimgkit_version": manifest.zimgkit_version,
         "source": msgspec.to_builtins(manifest.checkpoint),
         "backend": choose_backend(manifest)._asdict(),
+        "tasks": list(manifest.tasks),
         "defaults": msgspec.to_builtins(manifest.defaults),
         "scheduler": manifest.scheduler,
         "loras": [msgspec.to_builtins(lora) for lora in manifest.loras],
@@ -107,6 +108,7 @@ def bundle_text(summary: dict[str, Any]) -> str:
         f"  source    {source['model']}{revision}",
         "  built by  "
         + ", ".join(f"{k} {v}" for k, v in {"zimgkit": summary["zimgkit_version"], **summary["tools"]}.items()),
+        f"  is for    {', '.join(summary['tasks'])}",
         f"  defaults  {defaults['width']}x{defaults['height']}, {defaults['num_inference_steps']} steps, "
         f"guidance scale {defaults['guidance_scale']:g}, negative prompt {defaults['negative_prompt']!r}",
     ]
