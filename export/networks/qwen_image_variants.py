@@ -197,16 +197,27 @@ def masked_part(config: Config, denoiser: Part) -> Part:
 
 
 def edit_parts(config: Mapping[str, Any]) -> dict[str, Part]:
-    """The components that the transformer becomes, for all tasks: its denoiser has ``conditions`` and ``masked``.
+    """The components that the transformer becomes where it draws beside other pictures: the denoiser's ``conditions``.
 
     Raises:
         CheckpointError: the config is of no network that zimgkit implements.
     """
+    return _with_variant(config, "conditions", conditioned_part)
+
+
+def entity_parts(config: Mapping[str, Any]) -> dict[str, Part]:
+    """The components that the transformer becomes where prompts have regions: the denoiser's ``masked``.
+
+    Raises:
+        CheckpointError: the config is of no network that zimgkit implements.
+    """
+    return _with_variant(config, "masked", masked_part)
+
+
+def _with_variant(config: Mapping[str, Any], name: str, part: Callable[[Config, Part], Part]) -> dict[str, Part]:
     found = read_config(config)
     whole = every_part(found)
-    denoiser = whole["denoiser"]
-    variants = {"conditions": conditioned_part(found, denoiser), "masked": masked_part(found, denoiser)}
-    return whole | {"denoiser": replace(denoiser, variants=variants)}
+    return whole | {"denoiser": replace(whole["denoiser"], variants={name: part(found, whole["denoiser"])})}
 
 
 def _more(

@@ -73,9 +73,10 @@ def _qwen_image() -> dict[str, Part]:
     }  # fmt: skip
     rope = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}}
     config = Qwen2_5_VLConfig(text_config=QWEN2 | {"hidden_size": 64} | rope, vision_config=vision).to_dict()
-    denoiser = qwen_image_variants.edit_parts(TINY)["denoiser"]
-    at_zero = qwen_image_variants.edit_parts(TINY | {"zero_cond_t": True})["denoiser"].variants["conditions"]
-    variants = {**denoiser.variants, "conditions-at-zero": at_zero}
+    denoiser = qwen_image_variants.entity_parts(TINY)["denoiser"]
+    plain = qwen_image_variants.edit_parts(TINY)["denoiser"].variants
+    at_zero = qwen_image_variants.edit_parts(TINY | {"zero_cond_t": True})["denoiser"].variants
+    variants = {**denoiser.variants, **plain, "conditions-at-zero": at_zero["conditions"]}
     return {**text_encoder.edit_parts(config), "denoiser": replace(denoiser, variants=variants)}
 
 

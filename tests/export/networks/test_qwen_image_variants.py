@@ -16,6 +16,7 @@ from zimgkit.export.networks.qwen_image_variants import (
     MaskedDenoiser,
     ZeroConditionedDenoiser,
     edit_parts,
+    entity_parts,
 )
 from zimgkit.export.quantization.quantize import linear_weights
 
@@ -140,10 +141,10 @@ def test_variants_have_the_denoisers_parameters(change):
     with torch.device("meta"):
         whole = {name: tuple(value.shape) for name, value in QwenImageTransformer2DModel(**config).state_dict().items()}
     assert modulation_tensors(read_config(config)).items() <= whole.items()
-    parts = edit_parts(config)
-    assert {name: shape for part in parts.values() for name, shape in part.stored_shapes().items()} == whole
-    for variant in parts["denoiser"].variants.values():
+    for parts in (edit_parts(config), entity_parts(config)):
+        assert {name: shape for part in parts.values() for name, shape in part.stored_shapes().items()} == whole
+        (variant,) = parts["denoiser"].variants.values()
         assert variant.parameters() == parts["denoiser"].parameters()
         assert variant.outputs == parts["denoiser"].outputs
-    # Of linears alone: an addition to the time is none.
-    assert not [name for name in linear_weights(parts["modulation"]) if "addition" in name]
+        # Of linears alone: an addition to the time is none.
+        assert not [name for name in linear_weights(parts["modulation"]) if "addition" in name]
