@@ -63,7 +63,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "eos_token_id": None,
         },
         "vision_config": {
-            "depth": 1,
+            "depth": 2,
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_heads": 2,
@@ -72,7 +72,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
             "window_size": 112,
-            "fullatt_block_indexes": [0],
+            "fullatt_block_indexes": [1],
         },
     },
     "vae": {

@@ -1,4 +1,4 @@
-"""A bundle of all networks that read pictures, with random weights, made once for all workers."""
+"""Bundles of all networks that read pictures, with random weights, made once for all workers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from zimgkit.export.networks.parts import Part
 
 
 @pytest.fixture(scope="session")
-def picture_networks() -> Callable[[], dict[str, nn.Module]]:
-    """``picture_networks()``: component or variant -> its network, in float32, weights as in the bundle."""
+def picture_networks() -> Callable[[str], dict[str, nn.Module]]:
+    """``picture_networks(family)``: component or variant -> its network, in float32, weights as in the bundle."""
 
-    def make() -> dict[str, nn.Module]:
+    def make(family: str) -> dict[str, nn.Module]:
         from tests.reference import randomize
 
         made, found = {}, {}
-        for name, part in _parts().items():
+        for name, part in PARTS[family]().items():
             for key, own in {name: part, **{f"{name}.{key}": own for key, own in part.variants.items()}}.items():
                 assert own.network is not None
                 found[key] = network = own.network().eval()
@@ -37,24 +37,30 @@ def picture_networks() -> Callable[[], dict[str, nn.Module]]:
 
 
 @pytest.fixture(scope="session")
-def picture_bundle(shared_folder: Path, picture_networks: Callable[[], dict[str, nn.Module]]) -> Bundle:
-    """A bundle of them in bfloat16, with the float32 graphs that every such bundle has."""
-    from tests.parts import write_parts
+def picture_bundle(
+    shared_folder: Path, picture_networks: Callable[[str], dict[str, nn.Module]]
+) -> Callable[[str], Bundle]:
+    """``picture_bundle(family)``: a bundle of them in bfloat16, with the float32 graphs that every such bundle has."""
 
-    folder = shared_folder / "pictures"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            parts = _parts()
-            weights = {}
-            for name, network in picture_networks().items():
-                if name in parts:
-                    weights |= {key: value.numpy() for key, value in network.state_dict().items()}
-            write_parts(folder, parts, weights)
-    return Bundle.open(folder, verify=False)
+    def make(family: str) -> Bundle:
+        from tests.parts import write_parts
+
+        folder = shared_folder / f"pictures-{family}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                parts = PARTS[family]()
+                weights = {}
+                for name, network in picture_networks(family).items():
+                    if name in parts:
+                        weights |= {key: value.numpy() for key, value in network.state_dict().items()}
+                write_parts(folder, parts, weights, family=family)
+        return Bundle.open(folder, verify=False)
+
+    return make
 
 
-def _parts() -> dict[str, Part]:
-    """All parts and variants there are, in tiny: heads of 16, windows of 16 patches."""
+def _qwen_image() -> dict[str, Part]:
+    """All parts and variants there are, in tiny: heads of 16 and 32, windows of 16 patches."""
     from transformers import Qwen2_5_VLConfig
 
     from tests.export.networks.test_qwen_image import TINY
@@ -72,3 +78,17 @@ def _parts() -> dict[str, Part]:
     at_zero = qwen_image_variants.edit_parts(TINY | {"zero_cond_t": True})["denoiser"].variants
     variants = {**denoiser.variants, **plain, "conditions-at-zero": at_zero["conditions"]}
     return {**text_encoder.edit_parts(config), "denoiser": replace(denoiser, variants=variants)}
+
+
+def _z_image() -> dict[str, Part]:
+    """Those that draw from text alone have not."""
+    from tests.export.networks.test_siglip import TINY as SIGLIP
+    from tests.export.networks.test_z_image import TINY
+    from zimgkit.export.networks import siglip, z_image_omni
+
+    found = z_image_omni.edit_parts(TINY | {"siglip_feat_dim": 32})
+    tower = siglip.parts(SIGLIP | {"hidden_size": 32})
+    return {**tower, "denoiser": found["denoiser"].variants["conditions"]}
+
+
+PARTS = {"qwen-image": _qwen_image, "z-image": _z_image}

@@ -25,6 +25,17 @@ SIZES = {
     ),
 }
 SIZES["denoiser.masked"], SIZES["denoiser.conditions-at-zero"] = SIZES["denoiser"], SIZES["denoiser.conditions"]
+Z_IMAGE_SIZES = {
+    "vision_encoder": ({"patches": 30}, {"patches": 1}),
+    "denoiser": (
+        {"batch": 1, "image_tokens": 64, "condition_tokens": 32, "caption_tokens": 64, "picture_tokens": 96},
+        {"batch": 3, "image_tokens": 32, "condition_tokens": 96, "caption_tokens": 32, "picture_tokens": 64},
+    ),
+}
+for _sizes in Z_IMAGE_SIZES["denoiser"]:
+    _sizes["all_tokens"] = sum(length for name, length in _sizes.items() if name != "batch")
+CASES = [*(("qwen-image", name, sizes) for name, sizes in SIZES.items())]
+CASES += [("z-image", name, sizes) for name, sizes in Z_IMAGE_SIZES.items()]
 
 
 def feeds_of(specs, sizes, seed):
@@ -49,13 +60,14 @@ def feeds_of(specs, sizes, seed):
     return feeds
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_what_each_graph_gives(name, picture_bundle, picture_networks):
-    network, component = picture_networks()[name], picture_bundle.component(name)
+@pytest.mark.parametrize(("family", "name", "both"), CASES, ids=[f"{family} {name}" for family, name, _ in CASES])
+def test_what_each_graph_gives(family, name, both, picture_bundle, picture_networks):
+    bundle, network = picture_bundle(family), picture_networks(family)[name]
+    component = bundle.component(name)
     assert set(component.graphs) == {"bfloat16", "float32", CPU_GRAPH}
     for opened in (open_onnxruntime, open_torch):
-        engine = opened(picture_bundle, name, "cpu")
-        for seed, sizes in enumerate(SIZES[name]):
+        engine = opened(bundle, name, "cpu")
+        for seed, sizes in enumerate(both):
             feeds = feeds_of(component.inputs, sizes, seed)
             (found,) = engine.run(feeds).values()
             expected = network(*map(torch.from_numpy, feeds.values())).numpy()
@@ -65,14 +77,15 @@ def test_what_each_graph_gives(name, picture_bundle, picture_networks):
 
 
 def test_variants_have_no_weights_of_their_own(picture_bundle):
-    components = picture_bundle.manifest.components
+    bundle = picture_bundle("qwen-image")
+    components = bundle.manifest.components
     assert set(components) == set(SIZES)
     for name in SIZES:
         whole, _, variant = name.partition(".")
         assert components[name].variant_of == (whole if variant else None)
         assert components[name].weights == components[whole].weights
         assert components[name].parameters == components[whole].parameters
-    for file in picture_bundle.root.glob("*.onnx"):
+    for file in bundle.root.glob("*.onnx"):
         assert file.stat().st_size < 150_000
         # What is called twice as well: compilers name layers so.
         names = [node.name for node in onnx.load(file, load_external_data=False).graph.node]

@@ -32,14 +32,25 @@ RANGES = {
     ],
 }  # fmt: skip
 RANGES["denoiser.conditions-at-zero"] = RANGES["denoiser.conditions"]
+Z_IMAGE_RANGES = {
+    "vision_encoder": [{"patches": (1, 200, 256)}],
+    "denoiser": [
+        {
+            "batch": (1, 1, 2), "image_tokens": (32, 256, 1024), "condition_tokens": (32, 256, 3072),
+            "caption_tokens": (64, 128, 608), "picture_tokens": (64, 288, 800), "all_tokens": (192, 928, 5504),
+        },
+    ],
+}  # fmt: skip
+CASES = [*(("qwen-image", *item) for item in RANGES.items()), *(("z-image", *item) for item in Z_IMAGE_RANGES.items())]
 
 
-@pytest.mark.parametrize("name", RANGES)
-def test_attention_is_fused(name, picture_bundle, tmp_path):
+@pytest.mark.parametrize(("family", "name", "each"), CASES, ids=[f"{family} {name}" for family, name, _ in CASES])
+def test_attention_is_fused(family, name, each, picture_bundle, tmp_path):
     """Also where there is a mask; that of heads of 80 and 128 was seen at the real widths."""
-    for profiles in ([ranges] for ranges in RANGES[name]):
-        graph = read_graph(picture_bundle, name, profiles)
-        plan = compile_plan(graph, picture_bundle.component(name), profiles, tmp_path / "x.plan")
-        assert len(graph.attentions) == 2
+    bundle = picture_bundle(family)
+    for profiles in ([ranges] for ranges in each):
+        graph = read_graph(bundle, name, profiles)
+        plan = compile_plan(graph, bundle.component(name), profiles, tmp_path / "x.plan")
+        assert len(graph.attentions) == (3 if (family, name) == ("z-image", "denoiser") else 2)
         assert plan.unfused == ()
         assert not plan.warnings
