@@ -14,9 +14,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from zimgkit.export.graphs.nodes import constant, insert, take_over
+from zimgkit.export.graphs.nodes import CONTRIB, constant, insert, take_over
 
-DOMAIN = "com.microsoft"
 SWAP = [0, 2, 1, 3]
 """(batch, heads, tokens, head_dim) <-> (batch, tokens, heads, head_dim)."""
 
@@ -30,10 +29,10 @@ class FlashAttention(ir.passes.InPlacePass):
         for function in model.functions.values():
             for node in [node for node in function if _is_plain(node)]:
                 _replace(function, node)
-                function.opset_imports[DOMAIN] = 1
+                function.opset_imports[CONTRIB] = 1
                 changed = True
         if changed:
-            model.opset_imports[DOMAIN] = 1
+            model.opset_imports[CONTRIB] = 1
             passes.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=changed)
 
@@ -61,7 +60,7 @@ def _replace(function: ir.Function, node: ir.Node) -> None:
     attributes: dict[str, Any] = {"num_heads": heads}
     if "scale" in node.attributes:
         attributes["scale"] = node.attributes["scale"].as_float()
-    out = insert(function, node, "MultiHeadAttention", inputs, attributes, DOMAIN)
+    out = insert(function, node, "MultiHeadAttention", inputs, attributes, CONTRIB)
     # What comes out is as the blocks turn it; where they do not, it is turned back.
     old = node.outputs[0]
     turned = _only_user(old, "Transpose")
