@@ -1,9 +1,9 @@
 """Linears of 4-bit weights as ONNX Runtime's CPU kernels take them: they are unpacked on the way.
 
-In a graph with ``DequantizeLinear`` a CPU would widen each weight to float32 in every step. ``MatMulNBits`` takes weights
-as they are stored, (out, in), with a scale for each block; but unsigned, about 8. Signed nibbles become that where their
-highest bit is turned: ONNX Runtime does so once, when it opens the graph. An input is rounded to 8 bits with a scale
-for each block of each token, which is little beside what weights of 4 bits cost.
+In a graph with ``DequantizeLinear`` a CPU would widen each weight to float32 in every step. ``MatMulNBits`` takes
+weights as they are stored, (out, in), with a scale for each block; but unsigned, about 8. Signed nibbles become that
+where their highest bit is turned: ONNX Runtime does so once, when it opens the graph. An input is rounded to 8 bits
+with a scale for each block of each token, which is little beside what weights of 4 bits cost.
 
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 """
