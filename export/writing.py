@@ -20,6 +20,7 @@ from zimgkit.export.graphs.flash_attention import FlashAttention
 from zimgkit.export.graphs.plan import Plan, record
 from zimgkit.export.graphs.weights_first import WeightsFirst
 from zimgkit.export.networks.parts import Part
+from zimgkit.export.quantization.block_products import BlockProducts
 from zimgkit.export.quantization.integer_products import IntegerProducts
 from zimgkit.export.quantization.quantized_weights import INPUT_SCALE
 from zimgkit.export.weights.layout import base_name, graph_name, lora_name
@@ -95,6 +96,7 @@ def _for_cpu(model: ir.Model) -> ir.Model:
     """A graph that computes in float32, with what ONNX Runtime's CPU kernels do best; the model is changed."""
     FlashAttention()(model)
     IntegerProducts()(model)
+    BlockProducts()(model)
     WeightsFirst()(model)
     # ONNX Runtime does that in time that grows with the square: 120 s for 24,000 nodes.
     passes.InlinePass()(model)

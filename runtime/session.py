@@ -12,6 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -251,6 +252,7 @@ class Session:
         """How a request would be drawn within the memory there is now; nothing is opened for that.
 
         Where the backend was not named and nothing is open yet, one that fits takes the place of one that does not.
+        Where copies of weights that ONNX Runtime makes do not fit, engines make none from now on.
 
         Raises:
             OutOfMemoryError: it does not fit; naming what would.
@@ -275,7 +277,11 @@ class Session:
         opened = [needs[name] for name in self.engines.opened if name in needs]
         held = sum(need.held for need in opened)
         addresses = sum(need.addresses for need in opened)
-        return fit(where, picture, budget_of(self.memory, host=where.host, addresses=addresses, held=held))
+        found = fit(where, picture, budget_of(self.memory, host=where.host, addresses=addresses, held=held))
+        if found.in_place and not self.bundle.in_place:
+            self.engines.close()
+            self.bundle = self.engines.bundle = replace(self.bundle, in_place=True)
+        return found
 
     def _setting(self, height: int, width: int) -> Setting:
         return setting(

@@ -29,6 +29,8 @@ class Bundle:
     manifest: Manifest
     state: str = field(default="", compare=False)
     """The manifest's :func:`.verified.state` when it was read; none of a bundle that is being made."""
+    in_place: bool = field(default=False, compare=False)
+    """Whether weights are to be read from their files in every run, where a copy would be faster and take memory."""
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:

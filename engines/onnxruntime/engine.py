@@ -48,6 +48,7 @@ CUDA_OPTIONS = {
 
 FOLDING = "ConstantFolding"
 """What ONNX Runtime calls the pass that computes what does not depend on the inputs."""
+FOLDED_AT_MOST = "optimization.constant_folding_max_output_size_in_bytes"
 FOLDED = 1 << 29
 """As many bytes of float32 weights a component may have for that."""
 FUSIONS = "QDQSelectorActionTransformer"
@@ -125,6 +126,11 @@ def _folds(component: Component, graph: str, quantized: str) -> bool:
     return is_old or 4 * component.parameters <= FOLDED
 
 
+def _largest_in_4_bits(bundle: Bundle, component: str) -> int:
+    """Bytes of the largest weight in 4 bits, which are made unsigned beforehand; no weights of large networks else."""
+    return max((info.nbytes for info in bundle.tensors(component).values() if info.dtype == "uint8"), default=0)
+
+
 class OnnxRuntimeEngine(BaseEngine):
     """One session. Use :func:`open_engine`."""
 
@@ -139,7 +145,8 @@ class OnnxRuntimeEngine(BaseEngine):
         quantized = bundle.manifest.quantized
         graphs = _graphs(entry, place, quantized)
         folds = place.kind != "cpu" or _folds(entry, graphs[0], quantized)
-        self._session = _open_session(bundle, graphs, place, quantized, folds=folds)
+        most = None if folds else 0 if bundle.in_place else _largest_in_4_bits(bundle, component)
+        self._session = _open_session(bundle, graphs, place, quantized, most)
         # The graph's own: one that computes in float32 also takes and gives float32 where the manifest has bfloat16.
         self._types = element_types(self._session.get_inputs())
         self._bound = None if place.kind == "cpu" else BoundSession(self._session, place, self.outputs)
@@ -183,7 +190,7 @@ class OnnxRuntimeEngine(BaseEngine):
         self._session = self._bound = None
 
 
-def _open_session(bundle: Bundle, graphs: list[str], place: Place, quantized: str, *, folds: bool) -> Any:
+def _open_session(bundle: Bundle, graphs: list[str], place: Place, quantized: str, folded: int | None) -> Any:
     """Load the first graph that the device has all kernels for.
 
     Args:
@@ -191,7 +198,8 @@ def _open_session(bundle: Bundle, graphs: list[str], place: Place, quantized: st
         graphs: files of it.
         place: the device.
         quantized: the precision of what is quantized, or nothing.
-        folds: whether what does not depend on the inputs is computed beforehand.
+        folded: bytes of the largest result that is computed beforehand, of what does not depend on the inputs; None
+            for any.
     """
     import onnxruntime as ort
 
@@ -202,7 +210,11 @@ def _open_session(bundle: Bundle, graphs: list[str], place: Place, quantized: st
     exact = {} if adds_integers_exactly() else EXACT
     for key, value in (SESSION.get(quantized, {}) | exact).items():
         options.add_session_config_entry(key, value)
-    disabled = [FUSIONS] * (quantized == "fp8") + [FOLDING] * (not folds)
+    disabled = [FUSIONS] * (quantized == "fp8") + [FOLDING] * (folded == 0)
+    if folded:
+        options.add_session_config_entry(FOLDED_AT_MOST, str(folded))
+    if bundle.in_place:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     providers: list[Any] = ["CPUExecutionProvider"]
     if place.kind == "cuda":
         _load_cuda(ort)

@@ -15,9 +15,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from zimgkit.export.graphs.nodes import constant, insert, take_over
+from zimgkit.export.graphs.nodes import CONTRIB, constant, insert, take_over
 
-DOMAIN = "com.microsoft"
 SWAP = [0, 2, 1, 3]
 """(batch, heads, tokens, head_dim) <-> (batch, tokens, heads, head_dim)."""
 MASKED_HEADS = 8
@@ -37,8 +36,8 @@ class FlashAttention(ir.passes.InPlacePass):
                     _split(function, node)
                     continue
                 _replace(function, node)
-                function.opset_imports[DOMAIN] = 1
-                model.opset_imports[DOMAIN] = 1
+                function.opset_imports[CONTRIB] = 1
+                model.opset_imports[CONTRIB] = 1
         if changed:
             passes.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=changed)
@@ -89,7 +88,7 @@ def _replace(function: ir.Function, node: ir.Node) -> None:
     attributes: dict[str, Any] = {"num_heads": heads}
     if "scale" in node.attributes:
         attributes["scale"] = node.attributes["scale"].as_float()
-    out = insert(function, node, "MultiHeadAttention", inputs, attributes, DOMAIN)
+    out = insert(function, node, "MultiHeadAttention", inputs, attributes, CONTRIB)
     # What comes out is as the blocks turn it; where they do not, it is turned back.
     old = node.outputs[0]
     turned = _only_user(old, "Transpose")

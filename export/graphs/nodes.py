@@ -8,6 +8,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+CONTRIB = "com.microsoft"
+"""The domain of ONNX Runtime's own operators.
+
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
 
 def insert(
     function: ir.Function,

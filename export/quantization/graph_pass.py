@@ -21,7 +21,7 @@ from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.graphs.external import external
 from zimgkit.export.graphs.nodes import constant, insert
 from zimgkit.export.quantization.formats import Format, Scheme, block_size
-from zimgkit.export.quantization.linears import Linear, calls, linears, present
+from zimgkit.export.quantization.linears import Linear, calls, linears, present, weight_shape
 from zimgkit.export.quantization.quantized_weights import INPUT_SCALE, SMOOTH, WEIGHT_SCALE
 
 
@@ -119,7 +119,7 @@ class Quantize(ir.passes.InPlacePass):
         key = (function.identifier(), frozenset(inputs.index(linear.weight) for linear in found), smoothed)
         if key not in self._variants:
             count = sum(known[0] == function.identifier() for known in self._variants)
-            shapes = {inputs.index(linear.weight): _shape(given[linear.weight]) for linear in found}
+            shapes = {inputs.index(linear.weight): weight_shape(given[linear.weight]) for linear in found}
             variant = self._make(function, f"{function.name}_quantized{count or ''}", shapes, smoothed)
             model.functions[variant.function.identifier()] = variant.function
             self._variants[key] = variant
@@ -195,11 +195,3 @@ class Quantize(ir.passes.InPlacePass):
 def _first_user(function: ir.Function, value: ir.Value) -> ir.Node:
     users = {use.node for use in value.uses()}
     return next(node for node in function if node in users)
-
-
-def _shape(weight: ir.Value) -> tuple[int, int]:
-    """(out, in) of an initializer."""
-    if weight.shape is None:
-        raise RuntimeError(f"{weight.name} has no shape")
-    out, width = weight.shape.numpy()
-    return int(out), int(width)

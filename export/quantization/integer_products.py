@@ -1,11 +1,15 @@
-"""Quantized linears as ONNX Runtime's CPU kernels take them: weights in 8 bits stay where the file is mapped.
+"""Quantized linears as ONNX Runtime's CPU kernels take them: weights stay in 8 bits.
 
 In a graph with ``DequantizeLinear`` a CPU would hold each weight in float32, whole and turned over, before it computes.
 Here a linear of int8 weights is a product of integers: each token of the input is rounded to 8 bits with a scale of its
 own when it comes (LLM.int8(), https://arxiv.org/abs/2208.07339, without its outliers in float). That needs no
 calibration, and is closer than the one scale that compilers want. Where weights alone are quantized, what was rounded
-off is a second product: an input then keeps 16 bits, and no outlier costs the others anything. Weights in float8, for
+off is rounded as well: an input then keeps 16 bits, and no outlier costs the others anything. Weights in float8, for
 which CPUs have no product, are widened when they are needed, and their scales applied to what comes out.
+
+Of the products of integers ``QGemm`` alone takes weights as they are stored, (out, in), and scales them on its way.
+
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.QGemm
 """
 
 from __future__ import annotations
@@ -18,8 +22,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from zimgkit.export.graphs.nodes import constant, insert, take_over
-from zimgkit.export.quantization.linears import calls, present
+from zimgkit.export.graphs.nodes import CONTRIB, constant, insert, take_over
+from zimgkit.export.quantization.linears import calls, present, weight_shape
 
 LARGEST = 127
 """Of the integers that a token is rounded to."""
@@ -40,6 +44,7 @@ class IntegerProducts(ir.passes.InPlacePass):
         for function, values in given.items():
             changed |= _rewrite(function, values)
         if changed:
+            model.opset_imports[CONTRIB] = 1
             passes.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=changed)
 
@@ -53,18 +58,21 @@ def _rewrite(function: ir.Function, given: Mapping[ir.Value, ir.Value]) -> bool:
         if given[weight].dtype == ir.DataType.INT8:
             source = _unrounded(left)
             key = (source, source is left)
+            rows, width = weight_shape(given[weight])
             if key not in tokens:
-                tokens[key] = _round_tokens(function, node, source, twice=source is left)
-            out = _integer_product(function, node, tokens[key], weight)
+                tokens[key] = _round_tokens(function, node, source, twice=source is left, width=width)
+            out = _integer_product(function, node, tokens[key], weight, scale, rows)
         else:
             wide = insert(function, node, "Cast", [weight], {"to": ir.DataType.FLOAT})
             turned = insert(function, node, "Transpose", [wide], {"perm": [1, 0]})
             out = insert(function, node, "MatMul", [left, turned])
-        out = insert(function, node, "Mul", [out, scale])
+            out = insert(function, node, "Mul", [out, scale])
         if node.op_type == "Gemm" and len(node.inputs) > 2:
             out = insert(function, node, "Add", [out, present(node.inputs[2])])
         old = node.outputs[0]
         take_over(old, out)
+    if products:
+        function.opset_imports[CONTRIB] = 1
     return bool(products)
 
 
@@ -93,47 +101,58 @@ def _unrounded(value: ir.Value) -> ir.Value:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """An input as ``step * (high + low / FINE)``, integers about :data:`ZERO_POINT`."""
+    """An input as ``steps @ integers``, integers about :data:`ZERO_POINT`, in one part or two."""
 
-    step: ir.Value
-    """(..., 1) float32."""
-    high: ir.Value
-    """(..., in) uint8."""
-    low: ir.Value | None
-    """Likewise, where the input is to stay as exact as 16 bits are."""
+    integers: ir.Value
+    """(tokens * parts, in) uint8."""
+    steps: ir.Value
+    """(tokens, 1) float32, or (tokens, 1, 2)."""
+    parts: int
+    shape: ir.Value
+    """Of the input, with -1 in place of its last dimension."""
 
 
-def _round_tokens(function: ir.Function, node: ir.Node, value: ir.Value, *, twice: bool) -> _Tokens:
+def _round_tokens(function: ir.Function, node: ir.Node, value: ir.Value, *, twice: bool, width: int) -> _Tokens:
     """Round (..., in) float32 by the largest number of each token, and what is left once more."""
 
     def add(operator: str, *inputs: Any, **attributes: Any) -> ir.Value:
         values = [each if isinstance(each, ir.Value) else constant(function, node, each) for each in inputs]
         return insert(function, node, operator, values, attributes)
 
-    one, zero = np.float32(1), np.uint8(ZERO_POINT)
-    size = add("ReduceMax", add("Abs", value), np.array([-1]), keepdims=1)
+    def quantize(values: ir.Value, steps: ir.Value) -> ir.Value:
+        of_rows = add("Reshape", steps, np.array([-1]))
+        zeros = add("Expand", np.uint8(ZERO_POINT), add("Shape", of_rows))
+        return add("QuantizeLinear", values, of_rows, zeros, axis=0)
+
+    shape = add("Concat", add("Shape", value, end=-1), np.array([-1]), axis=0)
+    rows, last = add("Flatten", value, axis=-1), np.array([-1])
+    size = add("Max", add("ReduceMax", rows, last), add("Neg", add("ReduceMin", rows, last)))
     # A token of zeros stays one.
     step = add("Max", add("Mul", size, np.float32(1 / LARGEST)), np.float32(1e-30))
-    scaled = add("Div", value, step)
-    high = add("QuantizeLinear", scaled, one, zero)
+    high = quantize(rows, step)
     if not twice:
-        return _Tokens(step, high, None)
+        return _Tokens(high, step, 1, shape)
     # By hand: ONNX Runtime would take DequantizeLinear for the beginning of a quantized product.
     rounded = add("Sub", add("Cast", high, to=ir.DataType.FLOAT), np.float32(ZERO_POINT))
-    left = add("Mul", add("Sub", scaled, rounded), np.float32(FINE))
-    return _Tokens(step, high, add("QuantizeLinear", left, one, zero))
+    left = add("Sub", rows, add("Mul", rounded, step))
+    low = quantize(left, add("Mul", step, np.float32(1 / FINE)))
+    # Both in one product, for which the kernel's copy of the weight is there once; the rows of a token side by side.
+    integers = add("Reshape", add("Concat", high, low, axis=1), np.array([-1, width]))
+    steps = add("Unsqueeze", add("Mul", step, np.array([[1, 1 / FINE]], np.float32)), np.array([1]))
+    return _Tokens(integers, steps, 2, shape)
 
 
-def _integer_product(function: ir.Function, node: ir.Node, tokens: _Tokens, weight: ir.Value) -> ir.Value:
-    """The product with a weight (out, in) of int8, float32, without the weight's scales."""
-    turned = insert(function, node, "Transpose", [weight], {"perm": [1, 0]})
-
-    def product(left: ir.Value) -> ir.Value:
-        sums = insert(function, node, "MatMulInteger", [left, turned, constant(function, node, np.uint8(ZERO_POINT))])
-        return insert(function, node, "Cast", [sums], {"to": ir.DataType.FLOAT})
-
-    out = product(tokens.high)
-    if tokens.low is not None:
-        fine = constant(function, node, np.float32(1 / FINE))
-        out = insert(function, node, "Add", [out, insert(function, node, "Mul", [product(tokens.low), fine])])
-    return insert(function, node, "Mul", [out, tokens.step])
+def _integer_product(
+    function: ir.Function, node: ir.Node, tokens: _Tokens, weight: ir.Value, scale: ir.Value, rows: int
+) -> ir.Value:
+    """The product with a weight (out, in) of int8, (..., out) float32."""
+    one, zero = constant(function, node, np.float32(1)), constant(function, node, np.uint8(ZERO_POINT))
+    none = constant(function, node, np.zeros(rows, np.int8))
+    inputs = [tokens.integers, one, zero, weight, scale, none]
+    out = insert(function, node, "QGemm", inputs, {"transB": 1}, CONTRIB)
+    if tokens.parts == 1:
+        out = insert(function, node, "Mul", [out, tokens.steps])
+    else:
+        out = insert(function, node, "Reshape", [out, constant(function, node, np.array([-1, tokens.parts, rows]))])
+        out = insert(function, node, "MatMul", [tokens.steps, out])
+    return insert(function, node, "Reshape", [out, tokens.shape])

@@ -107,3 +107,15 @@ def present(value: ir.Value | None) -> ir.Value:
     if value is None:
         raise RuntimeError("a block leaves an input out")
     return value
+
+
+def weight_shape(weight: ir.Value) -> tuple[int, int]:
+    """(out, in) of an initializer.
+
+    Raises:
+        RuntimeError: it has no shape; a bug in a network, never a user's fault.
+    """
+    if weight.shape is None:
+        raise RuntimeError(f"{weight.name} has no shape")
+    out, width = weight.shape.numpy()
+    return int(out), int(width)

@@ -124,6 +124,13 @@ def fit(where: Setting, picture: Picture, budget: Budget) -> Plan:
 
 def try_to_fit(where: Setting, picture: Picture, budget: Budget, precision: str | None = None) -> Plan | Shortage:
     """As :func:`fit`, of this precision or another; a :class:`Shortage` where it does not."""
+    found = _try_to_fit(where, picture, budget, precision)
+    if isinstance(found, Plan) or where.backend != "onnxruntime" or not where.host or where.bundle.in_place:
+        return found
+    return _try_to_fit(replace(where, bundle=replace(where.bundle, in_place=True)), picture, budget, precision)
+
+
+def _try_to_fit(where: Setting, picture: Picture, budget: Budget, precision: str | None) -> Plan | Shortage:
     tiling = where.family.TILING
     cuts = tiling.cuts(picture.height, picture.width) and where.vae_tiling != "off"
     if cuts and where.vae_tiling == "on" and not where.tiles_are_served:
@@ -138,7 +145,8 @@ def try_to_fit(where: Setting, picture: Picture, budget: Budget, precision: str 
         tiled = whole | {"vae_decoder": tile["vae_decoder"]}
     if where.vae_tiling == "on" and tiled:
         whole = {}
-    return plan(whole, tiled, budget, in_turn=where.in_turn)
+    found = plan(whole, tiled, budget, in_turn=where.in_turn)
+    return replace(found, in_place=where.bundle.in_place) if isinstance(found, Plan) else found
 
 
 def needs_in(where: Setting, picture: Picture, precision: str | None = None) -> dict[str, Need]:
@@ -158,7 +166,8 @@ def _needs_of_all(where: Setting, picture: Picture, precision: str | None) -> di
     stored = stored_bytes(manifest, precision)
     own = precision or precision_of(manifest)
     widened = {} if precision else widened_bytes(manifest, where.backend)
-    return host_needs(stored, own, where.family, where.backend, sizes, picture.batch, widened)
+    in_place = where.bundle.in_place and where.backend == "onnxruntime"
+    return host_needs(stored, own, where.family, where.backend, sizes, picture.batch, widened, in_place=in_place)
 
 
 def choices_that_fit(where: Setting, picture: Picture, budget: Budget) -> Iterator[str]:
@@ -223,6 +232,8 @@ def line(found: Plan, tiling: object) -> str:
         parts.append(f"{', '.join(found.in_turn)} opened in turn")
     if found.tiled:
         parts.append(f"decoded in tiles ({tiling})")
+    if found.in_place:
+        parts.append("ONNX Runtime makes no copies of weights, which is slower")
     if found.rereads:
         parts.append(f"the weights of {', '.join(found.rereads)} are read again in every run")
     return "; ".join(parts)
@@ -236,5 +247,6 @@ def summary(found: Plan, tiling: object) -> dict[str, Any]:
         "stay": list(found.stay),
         "in_turn": list(found.in_turn),
         "vae_tiling": str(tiling) if found.tiled else None,
+        "in_place": found.in_place,
         "read_again": list(found.rereads),
     }

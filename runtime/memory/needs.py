@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from zimgkit.runtime.families import Family
 
 COPIES = {
-    # It packs matrices of float32 for its kernels; those of other types are read as they lie.
+    # It packs what its kernels take as it is stored; bfloat16 and float8 are widened when they are needed.
     ("onnxruntime", "float32"): 1.0,
+    ("onnxruntime", "int8"): 1.0,
+    ("onnxruntime", "int8-weights"): 1.0,
+    ("onnxruntime", "int4-weights"): 1.2,
     # It keeps most weights as they are stored and, from the first run on, once more as its kernels read them.
     ("openvino", "float32"): 1.7,
     ("openvino", "bfloat16"): 1.22,
@@ -144,6 +147,8 @@ def host_needs(
     sizes: Mapping[str, int],
     batch: int = 1,
     widened: Mapping[str, float] = {},
+    *,
+    in_place: bool = False,
 ) -> dict[str, Need]:
     """What each component takes where it computes in the host's memory.
 
@@ -156,8 +161,9 @@ def host_needs(
             VAE decoder may be a tile's.
         batch: pictures that are denoised together.
         widened: as :func:`widened_bytes` gives it.
+        in_place: whether ONNX Runtime makes no copies of weights.
     """
-    copies = COPIES.get((backend, precision), 0.0)
+    copies = 0.0 if in_place else COPIES.get((backend, precision), 0.0)
     working = _working(family, sizes, batch, cast=precision != "float32")
     held = {name: widened.get(name, copies * size) for name, size in stored.items()}
     for name in CONVOLUTIONS & held.keys():

@@ -48,6 +48,8 @@ class Plan:
     """The most memory it takes, in bytes, weights in mapped files included."""
     rereads: tuple[str, ...] = ()
     """Components whose weights do not all fit: they are read from the disk again in every run."""
+    in_place: bool = False
+    """Whether engines are to compute on mapped weights, for the copies that are faster to compute with do not fit."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -602,6 +604,24 @@ class TestOnCpus:
         graphs = {compute: f"{compute}.onnx" for compute in ("float32", CPU_GRAPH)}
         component = Component((), graphs, parameters=parameters)
         assert zimg_onnxruntime._folds(component, graphs[key], quantized) is folds
+
+    @pytest.mark.parametrize("in_place", [False, True])
+    def test_copies_of_weights_are_a_choice(self, in_place, bundle, monkeypatch):
+        given: dict[str, str] = {}
+        monkeypatch.setattr(zimg_onnxruntime, "_folds", lambda *_: False)
+        monkeypatch.setattr(zimg_onnxruntime, "_largest_in_4_bits", lambda *_: 1234)
+        session = onnxruntime.InferenceSession
+
+        def opened(source: Any, options: Any, **others: Any) -> Any:
+            for key in ("session.disable_prepacking", zimg_onnxruntime.FOLDED_AT_MOST):
+                with contextlib.suppress(RuntimeError):
+                    given[key] = options.get_session_config_entry(key)
+            assert ("ConstantFolding" in others["disabled_optimizers"]) is in_place
+            return session(source, options, **others)
+
+        monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
+        assert_right(open_engine(replace(bundle, in_place=in_place), "net", device="cpu").run(feeds(2)), feeds(2))
+        assert given == ({"session.disable_prepacking": "1"} if in_place else {zimg_onnxruntime.FOLDED_AT_MOST: "1234"})
 
     def test_large_weights_stay_in_their_file(self, tmp_path):
         """A gigabyte of them, which takes no disk: opened, it must not be held."""

@@ -22,6 +22,7 @@ from zimgkit.engines.choice import Choice
 from zimgkit.engines.errors import BundleError, OutOfMemoryError, UsageError
 from zimgkit.runtime import Pipeline, demo_models
 from zimgkit.runtime.commands.cli import main
+from zimgkit.runtime.memory import needs
 from zimgkit.runtime.memory.fitting import needs_in
 from zimgkit.runtime.memory.needs import BASE
 from zimgkit.runtime.memory.plan import Budget, opened_bytes, peak_of
@@ -205,6 +206,19 @@ class TestChoice:
             pytest.raises(OutOfMemoryError, match=r"memory=.* is allowed"),
         ):
             pipeline("a", **self.CALL)
+
+
+def test_where_copies_of_weights_do_not_fit_none_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = TestChoice.CALL
+    with Pipeline.open("zimg-tiny-z", backend="onnxruntime") as pipeline:
+        least = pipeline.plan("a", **call).peak
+        expected = pipeline("a", **call).images
+        assert not pipeline.bundle.in_place
+    monkeypatch.setitem(needs.COPIES, ("onnxruntime", "bfloat16"), 20.0)
+    with Pipeline.open("zimg-tiny-z", backend="onnxruntime", memory=least) as pipeline:
+        assert pipeline.plan("a", **call).in_place and pipeline.bundle.in_place
+        np.testing.assert_allclose(pipeline("a", **call).images, expected, atol=1e-3)
+        assert pipeline.session.engines.bundle.in_place
 
 
 class TestCommand:
