@@ -121,7 +121,7 @@ def _check_room(weights: int) -> None:
     """See whether there are addresses for weights: where it finds none while it compiles, 2026.4 crashes.
 
     Args:
-        weights: their bytes, as its kernels read them.
+        weights: their bytes as its kernels read them, which may be two bytes of one.
 
     Raises:
         OSError: there are none.

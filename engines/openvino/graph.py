@@ -27,6 +27,9 @@ https://github.com/openvinotoolkit/openvino/blob/master/src/frontends/onnx/front
 SMALL = 1 << 16
 """Bytes of weights that are copied into the graph: it has shapes and scales to be read with."""
 
+WIDENS = "decompression_0"
+"""What OpenVINO calls a cast that kernels shall do: it does others once, and keeps all weights in float32."""
+
 
 class Graph(NamedTuple):
     """An ONNX model, and its weights."""
@@ -130,4 +133,6 @@ def insert_weights(model: Any, graph: Graph) -> None:
         constant.set_friendly_name(name)
         for reader in parameter.output(0).get_target_inputs():
             reader.replace_source_output(constant.output(0))
+            if kind == openvino.Type.bf16 and reader.get_node().get_type_name() == "Convert":
+                reader.get_node().get_rt_info()[WIDENS] = ""
         model.remove_parameter(parameter)
