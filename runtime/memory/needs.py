@@ -26,7 +26,7 @@ COPIES = {
     ("openvino", "bfloat16"): 0.9,
     ("openvino", "fp8"): 3.9,
     ("openvino", "int8"): 1.7,
-    ("openvino", "int8-weights"): 1.35,
+    ("openvino", "int8-weights"): 1.15,
     ("openvino", "int4-weights"): 1.5,
 }
 """(backend, precision) -> memory of its own that an open engine holds on a CPU, per byte of its weights as they are
