@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from zimgkit.engines.cpu import cpu_flags, lacks_avx2
+from zimgkit.engines.cpu import BFLOAT16, VNNI, cpu_flags, lacks_avx2
 
 if TYPE_CHECKING:
     from zimgkit.engines.bundle import Manifest
@@ -18,10 +18,10 @@ COMPILED = {"tensorrt": "cuda", "tensorrt-rtx": "onnxruntime_ep_nv_tensorrt_rtx"
 """A backend of compiled engines -> the package that runs them, beside their compiler."""
 CUDA_PROVIDER = "capi/libonnxruntime_providers_cuda.so"
 GAINS = {
-    "bfloat16": ("avx512_bf16", "amx_bf16"),
-    "int8": ("avx512_vnni", "avx_vnni"),
-    "int8-weights": ("avx512_vnni", "avx_vnni"),
-    "int4-weights": ("avx512_vnni", "avx_vnni"),
+    "bfloat16": BFLOAT16,
+    "int8": VNNI,
+    "int8-weights": VNNI,
+    "int4-weights": VNNI,
 }
 """What OpenVINO computes a bundle in faster than ONNX Runtime -> any of the CPU's flags with which it does so."""
 

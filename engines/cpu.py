@@ -10,6 +10,9 @@ CPUINFO = Path("/proc/cpuinfo")
 VNNI = ("avx512_vnni", "avx_vnni")
 """Instructions that add products of 8-bit integers in 32 bits."""
 
+BFLOAT16 = ("avx512_bf16", "amx_bf16")
+"""Those that add products of bfloat16."""
+
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
@@ -30,6 +33,11 @@ def lacks_avx2(flags: frozenset[str]) -> bool:
 def adds_integers_exactly() -> bool:
     """Whether products of unsigned and signed 8-bit integers are added without overflow; x86 needs VNNI for that."""
     return not _is_x86() or not cpu_flags().isdisjoint(VNNI)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether there are instructions for products of bfloat16."""
+    return not cpu_flags().isdisjoint(BFLOAT16)
 
 
 def _is_x86() -> bool:

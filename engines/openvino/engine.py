@@ -18,7 +18,7 @@ from zimgkit.engines.base import BaseEngine, Feeds
 from zimgkit.engines.cpu import cpu_flags, lacks_avx2
 from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError, ZimgError, is_out_of_memory
 from zimgkit.engines.openvino.api import load
-from zimgkit.engines.openvino.graph import Graph, read_graph
+from zimgkit.engines.openvino.graph import Graph, insert_weights, read_graph
 from zimgkit.engines.tensors.dtypes import bfloat16_to_float32, float32_to_bfloat16
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _check_room(weights: int) -> None:
     """See whether there are addresses for weights: where it finds none while it compiles, 2026.4 crashes.
 
     Args:
-        weights: their bytes as it keeps them, and once more as its kernels read them.
+        weights: their bytes as its kernels read them, which may be two bytes of one.
 
     Raises:
         OSError: there are none.
@@ -131,7 +131,9 @@ def _check_room(weights: int) -> None:
 
 def _compile(core: Any, graph: Graph, place: str, config: Mapping[str, str]) -> Any:
     # No cache of compiled models: read back, one of 2026.4 gives NaN; it is a second copy of the weights for a second.
-    return core.compile_model(core.read_model(io.BytesIO(graph.model)), place, config)
+    model = core.read_model(io.BytesIO(graph.model))
+    insert_weights(model, graph)
+    return core.compile_model(model, place, config)
 
 
 class OpenVinoEngine(BaseEngine):
@@ -149,7 +151,7 @@ class OpenVinoEngine(BaseEngine):
         if set(graph.inputs) != set(component.inputs) or set(graph.outputs) != set(component.outputs):
             raise BundleError(f"the graph of {name} is not what the manifest describes", "build the bundle again")
         if device == "cpu":
-            _check_room(8 * component.parameters if config == AS_WRITTEN else 2 * component.weight_bytes)
+            _check_room(4 * component.parameters if config == AS_WRITTEN else 2 * component.weight_bytes)
         self._graph = graph  # The model reads its weights there.
         self._compile: Callable[[], Any] = partial(_compile, core, graph, place, config)
         self._model: Any = self._compile()

@@ -1,33 +1,45 @@
-"""A component's graph as OpenVINO reads it: without functions, its weights where they lie in the mapped files."""
+"""A component's graph as OpenVINO reads it: without functions, its weights where they lie in the mapped files.
+
+OpenVINO copies every weight that an ONNX graph has. So it reads them as inputs, whose place constants take that are
+views of the files.
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.engines.errors import BackendError, BundleError, install
+from zimgkit.engines.openvino.api import load
 
 if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle
 
 IN_MEMORY = "*/_ORT_MEM_ADDR_/*"
-"""In the place of a file's name: the offset is an address. As ONNX Runtime hands graphs to OpenVINO.
+"""In the place of a file's name: OpenVINO takes the offset for an address.
 
 https://github.com/openvinotoolkit/openvino/blob/master/src/frontends/onnx/frontend/src/utils/tensor_external_data.hpp
 """
+SMALL = 1 << 16
+"""Bytes of weights that are copied into the graph: it has shapes and scales to be read with."""
+
+WIDENS = "decompression_0"
+"""What OpenVINO calls a cast that kernels shall do: it does others once, and keeps all weights in float32."""
 
 
 class Graph(NamedTuple):
-    """An ONNX model, and what it refers to."""
+    """An ONNX model, and its weights."""
 
     model: bytes
-    """It has the addresses of weights: good for this process, while ``weights`` are mapped."""
+    """Its last inputs are ``weights``."""
     weights: dict[str, NDArray[np.uint8]]
-    """File -> its bytes, mapped."""
+    """Name -> its bytes in a mapped file."""
     inputs: list[str]
+    """The others."""
     outputs: list[str]
     quantized: str
     """What it has in 8 or 4 bits: ``"inputs"`` of products and weights, ``"weights"`` alone, or nothing."""
@@ -36,8 +48,8 @@ class Graph(NamedTuple):
 def read_graph(bundle: Bundle, file: str) -> Graph:
     """Read one of a bundle's graphs, inline its functions and map its weights.
 
-    OpenVINO takes no functions, and no weights from outside a graph's folder. Nothing is written: what inlining takes,
-    20 ms, is not worth a second file that could be damaged, or a folder that may be read-only.
+    OpenVINO takes no functions. Nothing is written: what inlining takes, 20 ms, is not worth a second file that could
+    be damaged, or a folder that may be read-only.
 
     Raises:
         BundleError: the file is no ONNX graph, or points out of its weights.
@@ -55,25 +67,34 @@ def read_graph(bundle: Bundle, file: str) -> Graph:
         raise broken  # It would make OpenVINO read any address.
     try:
         model = inline_local_functions(onnx.load_from_string(data))
+        inputs = [value.name for value in model.graph.input]
+        files: dict[str, NDArray[np.uint8]] = {}
         weights: dict[str, NDArray[np.uint8]] = {}
         for tensor in model.graph.initializer:
             if tensor.data_location != onnx.TensorProto.EXTERNAL:
                 continue
             entry = {pair.key: pair.value for pair in tensor.external_data}
             name = (PurePosixPath(file).parent / entry["location"]).as_posix()
-            if name not in weights:
-                weights[name] = np.memmap(bundle.file(name), np.uint8, "r")
+            if name not in files:
+                files[name] = np.memmap(bundle.file(name), np.uint8, "r")
             offset, length = int(entry.get("offset", 0)), int(entry["length"])
-            if offset < 0 or length < 0 or offset + length > weights[name].size:
+            if offset < 0 or length < 0 or offset + length > files[name].size:
                 raise broken
-            address = weights[name].ctypes.data + offset
-            del tensor.external_data[:]
-            for key, value in (("location", IN_MEMORY), ("offset", address), ("length", length)):
-                tensor.external_data.add(key=key, value=str(value))
+            found = files[name][offset : offset + length]
+            if length > SMALL:
+                weights[tensor.name] = found
+                model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+            else:
+                tensor.ClearField("external_data")
+                tensor.ClearField("data_location")
+                tensor.raw_data = found.tobytes()
+        kept = [tensor for tensor in model.graph.initializer if tensor.name not in weights]
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(kept)
         return Graph(
             model.SerializeToString(),
             weights,
-            [value.name for value in model.graph.input],
+            inputs,
             [value.name for value in model.graph.output],
             _quantized({node.op_type for node in model.graph.node}),
         )
@@ -87,3 +108,31 @@ def _quantized(operators: set[str]) -> str:
     if "QuantizeLinear" in operators:
         return "inputs"
     return "weights" if "DequantizeLinear" in operators else ""
+
+
+def insert_weights(model: Any, graph: Graph) -> None:
+    """Put the weights of a graph in the place of the inputs that stand for them.
+
+    Args:
+        model: what OpenVINO has read of it; changed. It and what is compiled of it read ``graph.weights``.
+        graph: stays as long as they do.
+
+    Raises:
+        BundleError: a weight has another size than the graph says.
+    """
+    openvino = load()
+    for parameter in model.get_parameters():
+        name, kind, shape = parameter.get_friendly_name(), parameter.get_element_type(), parameter.get_partial_shape()
+        found = graph.weights.get(name)
+        if found is None:
+            continue
+        if 8 * found.size != math.prod(shape.to_shape()) * kind.bitwidth:
+            raise BundleError(f"{name} has another size than its graph says", "copy or build the bundle again")
+        tensor = openvino.Tensor(found, shape.to_shape(), kind)
+        constant = openvino.op.Constant(tensor, shared_memory=True)
+        constant.set_friendly_name(name)
+        for reader in parameter.output(0).get_target_inputs():
+            reader.replace_source_output(constant.output(0))
+            if kind == openvino.Type.bf16 and reader.get_node().get_type_name() == "Convert":
+                reader.get_node().get_rt_info()[WIDENS] = ""
+        model.remove_parameter(parameter)

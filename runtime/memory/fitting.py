@@ -29,8 +29,9 @@ from zimgkit.runtime.memory.plan import ALLOWED, Budget, Plan, Shortage, plan
 
 MULTIPLE = 16
 """Sides of pictures are multiples of it."""
-ON_HOST = {"torch": "torch", "openvino": "openvino", "onnxruntime": "onnxruntime"}
-"""Backends that compute in the host's memory -> the package that each needs."""
+ON_HOST = {"onnxruntime": "onnxruntime", "torch": "torch", "openvino": "openvino"}
+"""Backends that compute in the host's memory -> the package that each needs. Those that keep no copy of weights come
+first, of them the faster one."""
 SMALLER = ("bfloat16", "int8-weights", "int4-weights")
 """Precisions that a bundle could have instead, the best first."""
 OPTION = {"bfloat16": "bf16"}

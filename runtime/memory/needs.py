@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from zimgkit.engines.bundle import CPU_GRAPH, Bundle, Manifest
 from zimgkit.engines.choice import has_cuda_provider, has_nvidia_gpu
-from zimgkit.engines.cpu import adds_integers_exactly
+from zimgkit.engines.cpu import adds_integers_exactly, multiplies_bfloat16
 
 if TYPE_CHECKING:
     from zimgkit.runtime.families import Family
@@ -23,16 +23,23 @@ COPIES = {
     ("onnxruntime", "int8"): 1.0,
     ("onnxruntime", "int8-weights"): 1.0,
     ("onnxruntime", "int4-weights"): 1.2,
-    # It keeps most weights as they are stored and, from the first run on, once more as its kernels read them.
-    ("openvino", "float32"): 1.7,
-    ("openvino", "bfloat16"): 1.22,
-    ("openvino", "fp8"): 1.65,
-    ("openvino", "int8"): 1.65,
-    ("openvino", "int8-weights"): 1.6,
-    ("openvino", "int4-weights"): 1.4,
+    # It reads weights where they lie and keeps, from the first run on, those of products as its kernels read them: at
+    # the most all, in the type that it computes in. Of FP8 it keeps bfloat16 twice.
+    ("openvino", "float32"): 1.1,
+    ("openvino", "bfloat16"): 0.9,
+    ("openvino", "fp8"): 3.9,
+    ("openvino", "int8"): 1.7,
+    ("openvino", "int8-weights"): 1.15,
+    ("openvino", "int4-weights"): 1.5,
 }
 """(backend, precision) -> memory of its own that an open engine holds on a CPU, per byte of its weights as they are
 stored. The others compute on the mapped file."""
+WITHOUT_BFLOAT16 = {
+    ("openvino", "bfloat16"): 2.1,
+    ("openvino", "fp8"): 8.0,
+    ("openvino", "int4-weights"): 1.9,
+}
+"""Likewise on a CPU that does not multiply bfloat16, where that is more."""
 WIDENED = 2.4
 """How often ONNX Runtime holds 8-bit weights in float32 while it opens a graph that dequantizes them."""
 ENCODER = "vae_encoder"
@@ -163,7 +170,8 @@ def host_needs(
         widened: as :func:`widened_bytes` gives it.
         in_place: whether ONNX Runtime makes no copies of weights.
     """
-    copies = 0.0 if in_place else COPIES.get((backend, precision), 0.0)
+    table = COPIES if multiplies_bfloat16() else COPIES | WITHOUT_BFLOAT16
+    copies = 0.0 if in_place else table.get((backend, precision), 0.0)
     working = _working(family, sizes, batch, cast=precision != "float32")
     held = {name: widened.get(name, copies * size) for name, size in stored.items()}
     for name in CONVOLUTIONS & held.keys():

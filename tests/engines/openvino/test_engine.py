@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from tests import handmade
 from zimgkit.engines.base import open_engine
 from zimgkit.engines.bundle import Bundle, Component, TensorSpec
 from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError
-from zimgkit.engines.openvino import api, engine
+from zimgkit.engines.openvino import api, engine, graph
 from zimgkit.engines.torch.engine import open_engine as open_torch
 from zimgkit.runtime import demo_models
 
@@ -98,8 +99,8 @@ def single(root: Path, change: Callable[[onnx.ModelProto], None] = lambda model:
     for key, value in (("location", "weights.safetensors"), ("offset", "8"), ("length", "64")):
         stored.external_data.add(key=key, value=value)
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in "xy")
-    graph = helper.make_graph([helper.make_node("MatMul", ["x", "weight"], ["y"])], "net", [x], [y], [stored])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    net = helper.make_graph([helper.make_node("MatMul", ["x", "weight"], ["y"])], "net", [x], [y], [stored])
+    model = helper.make_model(net, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
     change(model)
     spec = TensorSpec("float32", ("n", 4))
     entry = Component(("weights.safetensors",), {"float32": "net.onnx"}, {"x": spec}, {"y": spec})
@@ -116,8 +117,46 @@ def pointing(key: str, value: str) -> Callable[[onnx.ModelProto], None]:
     return change
 
 
+@pytest.fixture
+def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of any size stay in their files."""
+    monkeypatch.setattr(graph, "SMALL", 0)
+
+
 class TestGraphs:
-    def test_weights_are_mapped(self, tmp_path: Path) -> None:
+    @pytest.mark.usefixtures("mapped")
+    def test_weights_stay_in_their_files(self, tmp_path: Path) -> None:
+        found = graph.read_graph(single(tmp_path / "bundle"), "net.onnx")
+        assert isinstance(found.weights["weight"].base, np.memmap)
+        model = api.load().Core().read_model(io.BytesIO(found.model))
+        graph.insert_weights(model, found)
+        (constant,) = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+        assert constant.data.ctypes.data == found.weights["weight"].ctypes.data
+        assert [port.any_name for port in model.inputs] == found.inputs == ["x"]
+
+    @pytest.mark.usefixtures("mapped")
+    def test_weights_in_bfloat16_are_not_kept_in_float32(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """On a CPU without products for bfloat16; the results are right, too."""
+        monkeypatch.setattr(engine, "multiplies_bfloat16", lambda core, place: False)
+        bundle = Bundle.open(demo_models.locate("zimg-tiny-z"))
+        opened = engine.open_engine(bundle, "denoiser")
+        products = [
+            node.get_rt_info()["runtimePrecision"]
+            for node in opened._model.get_runtime_model().get_ops()
+            if node.get_rt_info()["layerType"] == "FullyConnected"
+        ]
+        assert len(products) > 20
+        assert set(products) == {"bf16"}  # The type of its weights.
+        assert max(errors(bundle).values()) < 1e-5
+
+    @pytest.mark.usefixtures("mapped")
+    def test_of_mapped_weights_of_another_size(self, tmp_path: Path) -> None:
+        with pytest.raises(BundleError, match="weight has another size than its graph says; copy or build the bundle"):
+            open_engine(single(tmp_path / "bundle", pointing("length", "32")), "net", "openvino")
+
+    @pytest.mark.parametrize("small", [0, 1 << 16])
+    def test_nothing_is_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int) -> None:
+        monkeypatch.setattr(graph, "SMALL", small)
         bundle = single(tmp_path / "bundle")
         (tmp_path / "bundle").chmod(0o500)
         before = sorted(tmp_path.rglob("*"))
