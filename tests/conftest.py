@@ -86,18 +86,18 @@ def recorded_checkpoint_of(shared_folder: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def recorded_bundle_of(shared_folder: Path, recorded_checkpoint_of: Callable[[str], Path]) -> Callable[..., Path]:
-    """``recorded_bundle_of(name, tasks, lora="")``: that checkpoint's bundle in float32, with its LoRA, built once."""
+    """``recorded_bundle_of(name, tasks=(), lora="")``: that checkpoint's bundle in float32, built once."""
 
-    def make(name: str, tasks: tuple[str, ...], lora: str = "") -> Path:
+    def make(name: str, tasks: tuple[str, ...] = (), lora: str = "") -> Path:
         from tests.references import checkpoints
         from zimgkit.export.build import build
 
-        folder = shared_folder / "-".join(["recorded-bundle", name, *tasks, *lora.split()])
+        checkpoint = recorded_checkpoint_of(name)
+        folder = shared_folder / "-".join(["recorded-bundle", name, *tasks, lora]).rstrip("-").replace(" ", "-")
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
-                checkpoint, loras = recorded_checkpoint_of(name), []
-                if lora:
-                    loras = [str(checkpoints.write_lora(lora, checkpoint, folder.with_suffix(".safetensors")))]
+                file = folder.with_suffix(".safetensors")
+                loras = [str(checkpoints.write_lora(lora, checkpoint, file))] if lora else []
                 build(str(checkpoint), folder, precision="fp32", tasks=tasks, loras=loras)
         return folder
 

@@ -46,7 +46,7 @@ QWEN_IMAGE: dict[str, dict[str, Any]] = {
     "vision": {"depth": 2, "fullatt_block_indexes": [1]},
 }
 CHECKPOINTS = {
-    "z-image": Checkpoint("z-image", {"vae": {"block_out_channels": (8, 16, 32, 32), "layers_per_block": 2}}),
+    "z-image": Checkpoint("z-image", {"vae": {"block_out_channels": (16, 8, 16, 16), "layers_per_block": 2}}),
     "qwen-image": Checkpoint("qwen-image", QWEN_IMAGE),
     "qwen-image-edit": Checkpoint("qwen-image", QWEN_IMAGE, edits=True),
 }

@@ -164,7 +164,8 @@ def observe(pipe: Any, call: Mapping[str, Any], tensors: bool) -> dict[str, np.n
 
     def see_forward(**inputs: Any) -> torch.Tensor:
         forwards.append(inputs)
-        return model_fn(**inputs)
+        inputs["velocity"] = model_fn(**inputs)
+        return inputs["velocity"]
 
     def see_tokens(module: nn.Module, arguments: tuple[torch.Tensor]) -> None:
         forwards[-1]["hidden_states"] = arguments[0]
@@ -200,13 +201,14 @@ def observe(pipe: Any, call: Mapping[str, Any], tensors: bool) -> dict[str, np.n
 
 
 def taken_in(forward: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """What a forward of the transformer took in."""
+    """What a forward of the transformer took in, and its velocity."""
     image, text = (torch.view_as_real(table).numpy() for table in forward["image_rotary_emb"])
     arrays = {
         "hidden_states": forward["hidden_states"][0].numpy(),
         "prompt_embeds": forward["prompt_emb"][0].numpy(),
         "rotary_image": image,
         "rotary_text": text,
+        "velocity": forward["velocity"].numpy(),
     }
     for index, rows in enumerate(forward.get("entity_prompt_emb") or ()):
         arrays[f"entity_prompt_embeds.{index}"] = rows[0].numpy()

@@ -50,7 +50,7 @@ def test_as_diffsynth_draws_it(recorded, pipeline):
 
 def test_what_the_denoiser_takes_in(recorded, pipeline):
     """Pictures of thousands of tokens hardly show the words: the tensors are compared too."""
-    name, recording = recorded
+    _, recording = recorded
     if "rotary_text" not in recording.arrays:
         pytest.skip("nothing stands beside the picture")
     session, seen = pipeline.session, recording.arrays
