@@ -1,8 +1,9 @@
 """Attention as ONNX Runtime computes it on CPUs without keeping the scores.
 
 Its kernel of the standard ``Attention`` holds all scores at once, which grow with the square of the tokens; that of its
-own ``MultiHeadAttention`` goes through them in blocks, as FlashAttention does (https://arxiv.org/abs/2205.14135). Where
-there is a mask it does not, and so the scores of some heads at a time are held.
+own ``MultiHeadAttention`` goes through them in blocks, as FlashAttention does (https://arxiv.org/abs/2205.14135), and
+so does ``GroupQueryAttention``, which is causal. Where there is a mask neither does, and so the scores of some heads at
+a time are held.
 
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MultiHeadAttention
 """
@@ -24,7 +25,7 @@ MASKED_HEADS = 8
 
 
 class FlashAttention(ir.passes.InPlacePass):
-    """Replace every ``Attention`` that is not causal, and whose heads all have keys of their own."""
+    """Replace every ``Attention`` whose heads all have keys of their own, or that is causal."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the model's functions in place."""
@@ -35,7 +36,7 @@ class FlashAttention(ir.passes.InPlacePass):
                 if len(node.inputs) == 4:
                     _split(function, node)
                     continue
-                _replace(function, node)
+                _replace_causal(function, node) if _is_causal(node) else _replace(function, node)
                 function.opset_imports[CONTRIB] = 1
                 model.opset_imports[CONTRIB] = 1
         if changed:
@@ -46,13 +47,20 @@ class FlashAttention(ir.passes.InPlacePass):
 def _is_plain(node: ir.Node) -> bool:
     if node.domain or node.op_type != "Attention" or len(node.inputs) not in (3, 4) or len(node.outputs) != 1:
         return False
-    if any(node.attributes[name].value for name in ("is_causal", "softcap") if name in node.attributes):
+    if "softcap" in node.attributes and node.attributes["softcap"].value:
         return False
-    heads, *others = {_heads(value) for value in node.inputs[:3]}
-    if heads is None or others:
+    heads, *others = (_heads(value) for value in node.inputs[:3])
+    if _is_causal(node):
+        # Some heads may have keys in common.
+        return len(node.inputs) == 3 and heads is not None and None not in others
+    if heads is None or {heads} != set(others):
         return False
     # Our masks are the same for all heads; the shape of one that comes from outside is not known here.
     return len(node.inputs) == 3 or (heads > MASKED_HEADS and _is_long(node.inputs[1]))
+
+
+def _is_causal(node: ir.Node) -> bool:
+    return "is_causal" in node.attributes and bool(node.attributes["is_causal"].value)
 
 
 def _is_long(value: ir.Value | None) -> bool:
@@ -85,12 +93,33 @@ def _split(function: ir.Function, node: ir.Node) -> None:
 def _replace(function: ir.Function, node: ir.Node) -> None:
     heads = _heads(node.inputs[0])
     inputs = [_rows(function, node, value, heads) for value in node.inputs]
-    attributes: dict[str, Any] = {"num_heads": heads}
-    if "scale" in node.attributes:
-        attributes["scale"] = node.attributes["scale"].as_float()
-    out = insert(function, node, "MultiHeadAttention", inputs, attributes, CONTRIB)
-    # What comes out is as the blocks turn it; where they do not, it is turned back.
-    old = node.outputs[0]
+    attributes: dict[str, Any] = {"num_heads": heads} | _scale(node)
+    _give(function, node, insert(function, node, "MultiHeadAttention", inputs, attributes, CONTRIB))
+
+
+def _replace_causal(function: ir.Function, node: ir.Node) -> None:
+    """Tokens of the past are an empty cache: all tokens of the batch are new."""
+    counts = [_heads(value) for value in node.inputs]
+    rows = [_rows(function, node, value, heads) for value, heads in zip(node.inputs, counts, strict=True)]
+    batch = insert(function, node, "Shape", [rows[0]], {"start": 0, "end": 1})
+    tokens = insert(function, node, "Shape", [rows[0]], {"start": 1, "end": 2})
+    tokens = insert(function, node, "Cast", [tokens], {"to": ir.DataType.INT32})
+    last = insert(function, node, "Sub", [tokens, constant(function, node, np.array([1], np.int32))])
+    last = insert(function, node, "Expand", [last, batch])
+    attributes = {"num_heads": counts[0], "kv_num_heads": counts[1]} | _scale(node)
+    # It hands out its cache as well.
+    made = ir.node("GroupQueryAttention", [*rows, None, None, last, tokens], attributes, domain=CONTRIB, num_outputs=3)
+    function.insert_before(node, made)
+    _give(function, node, made.outputs[0])
+
+
+def _scale(node: ir.Node) -> dict[str, Any]:
+    return {"scale": node.attributes["scale"].as_float()} if "scale" in node.attributes else {}
+
+
+def _give(function: ir.Function, node: ir.Node, out: ir.Value) -> None:
+    """Let (batch, tokens, heads * head_dim) stand for what a node gave, turned back where blocks do not turn it."""
+    heads, old = _heads(node.inputs[0]), node.outputs[0]
     turned = _only_user(old, "Transpose")
     flat = _only_user(turned.outputs[0], "Reshape") if turned is not None and _turns(turned) else None
     if flat is not None:

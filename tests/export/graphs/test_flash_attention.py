@@ -54,6 +54,16 @@ class Causal(nn.Module):
         return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2)
 
 
+class Grouped(nn.Module):
+    """Likewise, with keys and values that heads have in common."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        heads = split_heads(query, WIDTH // 6).transpose(1, 2)
+        few = [split_heads(x[..., : WIDTH // 3], WIDTH // 6).transpose(1, 2) for x in (key, value)]
+        out = F.scaled_dot_product_attention(heads, *few, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).flatten(2)
+
+
 class Masked(nn.Module):
     """Of some tokens, one mask for all."""
 
@@ -116,7 +126,7 @@ def test_a_mask(tmp_path):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("block", [Turned, Rotated, OneHead, Causal])
+@pytest.mark.parametrize("block", [Turned, Rotated, OneHead, Causal, Grouped])
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (2, 17), (1, 130)])
 def test_what_it_gives(block, batch, tokens, tmp_path):
     names = ("query", "key", "value")
@@ -128,10 +138,11 @@ def test_what_it_gives(block, batch, tokens, tmp_path):
     with torch.device("meta"):
         plan = record(net(block()), inputs, ("out",), SIZES)
     model = assemble(plan, {}).model
-    changed = FlashAttention()(model).modified
-    assert changed == (block is not Causal)
+    assert FlashAttention()(model).modified
     kinds = [node.op_type for function in model.functions.values() for node in function]
-    assert ("Attention" in kinds) != changed and ("MultiHeadAttention" in kinds) == changed
+    wanted = "GroupQueryAttention" if block in (Causal, Grouped) else "MultiHeadAttention"
+    assert "Attention" not in kinds
+    assert kinds.count(wanted) == 1
     if block is Rotated:
         assert "Transpose" not in kinds
     ir.save(model, tmp_path / "net.onnx")
