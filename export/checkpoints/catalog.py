@@ -16,6 +16,8 @@ SERVED = tuple(entry for family in FAMILIES.values() for entry in family.served)
 """The checkpoints that zimgkit serves."""
 PLANNED = tuple(hub_id for family in FAMILIES.values() for hub_id in family.planned)
 """Hub ids of relatives of theirs that zimgkit will serve later."""
+LORAS = {hub_id: name for family in FAMILIES.values() for hub_id, name in family.loras.items()}
+"""Hub ids of LoRAs -> the short name of the checkpoint they are for."""
 
 
 def resolve(model: str) -> str:
@@ -25,9 +27,13 @@ def resolve(model: str) -> str:
         model: a short name or a hub id. A hub id the catalog does not know is taken as is.
 
     Raises:
-        CheckpointError: a short name that is not known, or a model that zimgkit does not serve yet.
+        CheckpointError: a short name that is not known, a LoRA's, or a model that zimgkit does not serve yet.
     """
     wanted = model.casefold()
+    for hub_id, checkpoint in LORAS.items():
+        if wanted in (hub_id.casefold(), _last(hub_id).casefold()):
+            hint = f"build it with --model {checkpoint} --lora {hub_id}/model.safetensors"
+            raise CheckpointError(f"{_last(hub_id)} is a LoRA", hint)
     names = ", ".join(entry.name for entry in SERVED)
     for hub_id in (*(entry.hub_id for entry in SERVED), *PLANNED):
         if wanted in (hub_id.casefold(), _last(hub_id).casefold()):

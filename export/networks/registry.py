@@ -109,6 +109,8 @@ class Family:
     """What diffusers calls a pipeline -> the short name of the checkpoint whose defaults others with it have."""
     editors: Mapping[str, ReferencePictures] = field(default_factory=dict)
     """What diffusers calls the pipelines of checkpoints that edit pictures -> how these take them."""
+    loras: Mapping[str, str] = field(default_factory=dict)
+    """Hub ids of LoRAs that people may take for checkpoints -> the short name of the checkpoint they are for."""
     planned: tuple[str, ...] = ()
     """Hub ids of relatives that zimgkit will serve later."""
     tasks: tuple[str, ...] = (TEXT_TO_IMAGE, "image-to-image", "inpaint")
@@ -159,12 +161,12 @@ Z_IMAGE = Family(
     ),
     # Its model card: gives a LoRA that was trained on Z-Image-Turbo the settings of Turbo back.
     few_step_loras=(FewStepLora(r"Z-Image-Turbo-DistillPatch", 0.0, 8),),
+    loras={"DiffSynth-Studio/Z-Image-Turbo-DistillPatch": "Z-Image-Turbo"},
     planned=(
         "Tongyi-MAI/Z-Image-Omni-Base",
         "Tongyi-MAI/Z-Image-Edit",
         "DiffSynth-Studio/Z-Image-i2L",
         "DiffSynth-Studio/Z-Image-Omni-Base-i2L",
-        "DiffSynth-Studio/Z-Image-Turbo-DistillPatch",
         "PAI/Z-Image-Turbo-Fun-Controlnet-Union-2.1",
     ),
 )
@@ -224,10 +226,17 @@ QWEN_IMAGE = Family(
         # The same place, Qwen-Image-Distill-DMD2.py: exponential_shift_mu=math.log(2.5), the terminal sigma as it was.
         FewStepLora(r"qwen_image_distill_3step", 1.0, 3, _same_shift(2.5)),
     ),
+    loras={
+        "DiffSynth-Studio/Qwen-Image-Distill-LoRA": "Qwen-Image",
+        "DiffSynth-Studio/Qwen-Image-EliGen": "Qwen-Image",
+        "DiffSynth-Studio/Qwen-Image-EliGen-V2": "Qwen-Image",
+        "DiffSynth-Studio/Qwen-Image-EliGen-Poster": "Qwen-Image",
+        "DiffSynth-Studio/Qwen-Image-In-Context-Control-Union": "Qwen-Image",
+        "DiffSynth-Studio/Qwen-Image-Edit-Lowres-Fix": "Qwen-Image-Edit",
+    },
     planned=(
         "Qwen/Qwen-Image-Layered",
         "DiffSynth-Studio/Qwen-Image-Distill-Full",
-        "DiffSynth-Studio/Qwen-Image-Distill-LoRA",
         "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Canny",
         "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Depth",
         "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Inpaint",

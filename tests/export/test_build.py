@@ -227,7 +227,7 @@ def test_another_family(checkpoint, tmp_path):
 
 
 def test_a_config_zimg_does_not_implement(checkpoint, family, tmp_path):
-    key = {"siglip_feat_dim": 1152} if family == "z-image" else {"zero_cond_t": True}
+    key = {"siglip_feat_dim": 1152} if family == "z-image" else {"guidance_embeds": True}
     change_config(checkpoint, "transformer", **key)
     assert_refused(checkpoint, tmp_path, f"has {next(iter(key))}")
 
@@ -247,7 +247,7 @@ def test_unknown_models(tmp_path):
     for model, message in (
         ("Z-Image-Turbp", "Z-Image-Turbo"),
         ("./nowhere", "does not exist"),
-        ("Qwen-Image-Edit", "does not serve"),
+        ("Z-Image-i2L", "does not serve"),
     ):
         export(model, tmp_path / "bundle").assert_refused(message, 1)
     assert list(tmp_path.iterdir()) == []

@@ -34,19 +34,23 @@ def test_names_stand_for_hub_ids(model: str, hub_id: str) -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        "Qwen-Image-Edit",
-        "qwen-image-edit-2509",
-        "Qwen/Qwen-Image-Edit",
-        "Qwen-Image-EliGen",
         "Z-Image-i2L",
-        "Z-Image-Edit",
+        "z-image-edit",
+        "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Canny",
     ],
 )
 def test_what_is_planned_is_refused(model: str) -> None:
-    message = r"zimgkit does not serve \S+ yet; it serves Z-Image-Turbo, Z-Image, Qwen-Image, Qwen-Image-2512$"
+    message = r"zimgkit does not serve \S+ yet; it serves Z-Image-Turbo, Z-Image, .*Qwen-Image, Qwen-Image-2512, "
     with pytest.raises(CheckpointError, match=message) as caught:
         catalog.resolve(model)
     assert model.rpartition("/")[2].casefold() in str(caught.value).casefold()
+
+
+@pytest.mark.parametrize("model", ["Qwen-Image-EliGen-V2", "diffsynth-studio/qwen-image-eligen-v2"])
+def test_a_lora_is_no_checkpoint(model: str) -> None:
+    message = "EliGen-V2 is a LoRA; build it with --model Qwen-Image --lora DiffSynth-Studio/Qwen-Image-EliGen-V2/model"
+    with pytest.raises(CheckpointError, match=message):
+        catalog.resolve(model)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +70,7 @@ def test_an_unknown_name_gets_the_list() -> None:
 
 def test_names_are_unique() -> None:
     names = [entry.name.casefold() for entry in catalog.SERVED] + [
-        i.rpartition("/")[2].casefold() for i in catalog.PLANNED
+        i.rpartition("/")[2].casefold() for i in (*catalog.PLANNED, *catalog.LORAS)
     ]
     assert len(set(names)) == len(names)
 

@@ -230,8 +230,8 @@ class TestNames:
     def test_unknown_and_planned_names(self, fetched: list[tuple[Any, ...]]) -> None:
         with pytest.raises(CheckpointError, match="did you mean"):
             open_checkpoint("Z-Image-Trubo")
-        for planned in ("Qwen-Image-Edit", "Qwen/Qwen-Image-Edit"):
-            with pytest.raises(CheckpointError, match="does not serve Qwen-Image-Edit yet"):
+        for planned in ("Z-Image-Edit", "Tongyi-MAI/Z-Image-Edit"):
+            with pytest.raises(CheckpointError, match="does not serve Z-Image-Edit yet"):
                 open_checkpoint(planned)
         assert fetched == []
 
@@ -465,7 +465,7 @@ MESSAGES = [
         put("model_index.json", b'{"_class_name": "FluxPipeline"}'),
         r"class FluxPipeline.*zimgkit serves .*z-image and qwen",
     ),
-    (put("model_index.json", b'{"_class_name": "QwenImageEditPipeline"}'), r"class QwenImageEditPipeline"),
+    (put("model_index.json", b'{"_class_name": "QwenImageControlNetPipeline"}'), r"class QwenImageControlNetPipeline"),
     (put("model_index.json", b'{"_class_name": ["a"]}'), r"the class \['a'\]"),
     (put("model_index.json", b"{}"), r"model_index.json names the class None"),
     (put("model_index.json", b"not json"), r"model_index.json cannot be read"),
