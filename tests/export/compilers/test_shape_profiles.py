@@ -73,6 +73,7 @@ def arrays(
         "text_encoder": family.text_encoder_inputs(ids),
         "conditioner": conditioner,
         "denoiser": {**constants, **steps},
+        "vae_encoder": {"image": np.zeros((1, 3, height, width), np.float32)},
         "vae_decoder": {"latents": family.to_vae(latents[:1], height, width)},
     }
 
@@ -137,10 +138,12 @@ def test_sizes_of_their_own_and_together(manifest):
     made = shape_profiles(manifest, ServedShapes(sizes=sizes, size_range=((256, 256), (512, 512), (1024, 1024))))
     # What does not depend on the picture has one profile; the same size twice has one.
     assert {name: len(found) for name, found in made.items()} == {
-        "text_encoder": 1, "conditioner": 1, "denoiser": 3, "vae_decoder": 3,
+        "text_encoder": 1, "conditioner": 1, "denoiser": 3, "vae_encoder": 3, "vae_decoder": 3,
     }  # fmt: skip
     assert [profile["width"] for profile in made["vae_decoder"]] == [(64,) * 3, (96,) * 3, (32, 64, 128)]
     assert [profile["height"] for profile in made["vae_decoder"]] == [(64,) * 3, (64,) * 3, (32, 64, 128)]
+    # Pictures go in as they are.
+    assert [entry["image_width"] for entry in made["vae_encoder"]] == [(512,) * 3, (768,) * 3, (256, 512, 1024)]
     # A picture and its turned twin are alike to the denoiser only.
     turned = shape_profiles(manifest, ServedShapes(sizes=((768, 512), (512, 768))))
     assert (len(turned["denoiser"]), len(turned["vae_decoder"])) == (1, 2)
@@ -165,7 +168,7 @@ def test_defaults_of_a_size_range(manifest):
 
 def test_parts_without_a_graph_have_none():
     assert set(shape_profiles(manifest_of("qwen-image"), ServedShapes())) == {
-        "text_encoder", "conditioner", "denoiser", "vae_decoder",
+        "text_encoder", "conditioner", "denoiser", "vae_encoder", "vae_decoder",
     }  # fmt: skip
 
 
