@@ -1,4 +1,4 @@
-"""How often a bundle draws what it is asked for, by the judge, over captions that no model was trained on."""
+"""How often a bundle draws what it is asked for, by the judge, over scenes that no model was trained on."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zimgkit.engines.bundle import TEXT_TO_IMAGE
 from zimgkit.runtime import Pipeline
 from zimgkit.runtime.progress import Report, silent
-from zimgkit.training.judge import Present, Related, judge
-from zimgkit.training.world.captions import caption
-from zimgkit.training.world.claims import claims
-from zimgkit.training.world.sampling import sample
-from zimgkit.training.world.scene import Scene
+from zimgkit.training.judge import judge
+from zimgkit.training.trials import trials
 
-FIRST_SEED = 1_000_000
-"""Of the scenes."""
+MOST_CHANGED = 1
+"""Levels of 255 that a pixel may change by where a mask keeps the picture."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +25,11 @@ class Case:
     Attributes:
         caption: what was asked for.
         things: how many things it tells of.
-        right: whether shape and colour of all of them are right and, of two, how they lie.
+        right: whether shape and colour of all of them are right and, of two, how they lie; and, of a picture that was
+            drawn from another, the place, and all that a mask keeps.
         seen: what the judge saw.
         seed: of the noise.
+        changed: by how many levels of 255 the picture differs at the most where a mask keeps it.
     """
 
     caption: str
@@ -37,33 +37,24 @@ class Case:
     right: bool
     seen: str
     seed: int
-
-
-def held_out_scenes(count: int, things: int) -> list[Scene]:
-    """Scenes of the test split, 128x128 pixels, whose captions tell how two things lie."""
-    scenes: list[Scene] = []
-    seed = FIRST_SEED * things
-    while len(scenes) < count:
-        scene = sample(seed, "test", count=things, size=(128, 128))
-        if things == 1 or scene.arrangement_told:
-            scenes.append(scene)
-        seed += 1
-    return scenes
+    changed: int = 0
 
 
 def accuracy(
     bundle: str | os.PathLike[str],
     *,
+    task: str = TEXT_TO_IMAGE,
     captions: int = 200,
     backend: str = "onnxruntime",
     device: str | None = None,
     report: Report = silent,
     **call: Any,
 ) -> tuple[Case, ...]:
-    """Draw held-out captions and judge them.
+    """Draw held-out scenes and judge them.
 
     Args:
         bundle: a folder, or the name of a bundle that zimgkit carries.
+        task: what to ask for, as for :func:`.trials.trials`.
         captions: how many; every other one tells of one thing, the rest of two.
         backend: as for :meth:`zimgkit.runtime.Pipeline.open`.
         device: as for :meth:`zimgkit.runtime.Pipeline.open`.
@@ -73,20 +64,19 @@ def accuracy(
     Raises:
         ZimgError: whatever went wrong, in one line.
     """
-    half = -(-captions // 2)
-    pairs = zip(held_out_scenes(half, 1), held_out_scenes(half, 2), strict=True)
-    scenes = [scene for pair in pairs for scene in pair][:captions]
     cases = []
     with Pipeline.open(bundle, backend=backend, device=device) as pipeline:
         wanted = {"negative_prompt": pipeline.bundle.manifest.defaults.negative_prompt} | call
-        for seed, scene in enumerate(scenes):
+        for seed, trial in enumerate(trials(task, captions)):
             report("accuracy", seed, captions)
-            text = caption(scene)
-            picture = pipeline(text, height=scene.height, width=scene.width, seed=seed, **wanted).images[0]
-            told = [claim for claim in claims(scene) if isinstance(claim, Present | Related)]
-            verdict = judge(picture, told)
+            asked: dict[str, Any] = (
+                {"height": trial.scene.height, "width": trial.scene.width, "seed": seed} | trial.pictures | wanted
+            )
+            picture = pipeline(trial.caption, **asked).images[0]
+            verdict, changed = judge(picture, trial.claims), trial.levels_changed(picture)
+            right = verdict.right and changed <= MOST_CHANGED
             seen = ", ".join(f"{thing.colour} {thing.shape}" for thing in verdict.seen)
-            cases.append(Case(text, len(scene.things), all(verdict.holds), seen, seed))
+            cases.append(Case(trial.caption, len(trial.scene.things), right, seen, seed, changed))
         report("accuracy", captions, captions)
     return tuple(cases)
 

@@ -12,7 +12,9 @@ import click
 
 import zimgkit
 from zimgkit.engines.base import BACKENDS
+from zimgkit.engines.bundle import TEXT_TO_IMAGE
 from zimgkit.engines.errors import UsageError, ZimgError, install
+from zimgkit.export.cli.options import TASKS
 from zimgkit.export.networks.registry import FAMILIES
 from zimgkit.runtime.commands import console
 
@@ -174,29 +176,42 @@ def demo(
 @cli.command()
 @click.argument("checkpoint", type=FOLDER)
 @click.argument("out", type=FOLDER)
+@TASKS
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
 @click.option("--quiet", is_flag=True, help="No progress.")
-def ship(checkpoint: Path, out: Path, overwrite: bool, quiet: bool) -> None:
+def ship(checkpoint: Path, out: Path, tasks: tuple[str, ...], overwrite: bool, quiet: bool) -> None:
     """Make CHECKPOINT, in bfloat16, a bundle and a checkpoint in one folder OUT, as those of zimgkit are."""
     _need_train()
     from zimgkit.runtime.progress import bar
     from zimgkit.training import ship as work
 
     with bar(enabled=not quiet) as report:
-        work.ship(checkpoint, out, overwrite=overwrite, report=report)
+        work.ship(checkpoint, out, tasks=tasks, overwrite=overwrite, report=report)
     click.echo(out)
 
 
 @cli.command()
 @click.argument("bundle")
+@click.option(
+    "--task",
+    type=click.Choice([TEXT_TO_IMAGE, "image-to-image", "inpaint"]),
+    default=TEXT_TO_IMAGE,
+    show_default=True,
+    help="What to ask for.",
+)
 @click.option("--captions", type=int, default=200, show_default=True, help="Half of one thing, half of two.")
+@click.option("--strength", type=float, help="Of what is drawn from a picture. [default: the family's]")
 @click.option("--num-inference-steps", type=int, help="[default: the bundle's]")
 @click.option("--cfg-scale", type=float, help="[default: the bundle's]")
 @click.option("--backend", type=click.Choice(list(BACKENDS)), default="onnxruntime", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print every case as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress.")
-def judge(bundle: str, captions: int, backend: str, as_json: bool, quiet: bool, **call: Any) -> None:
-    """Draw captions that were held out of training with BUNDLE; say how many pictures show what was asked for."""
+def judge(bundle: str, task: str, captions: int, backend: str, as_json: bool, quiet: bool, **call: Any) -> None:
+    """Draw scenes that were held out of training with BUNDLE; say how many pictures show what was asked for.
+
+    From a picture, one thing's shape or colour is to change in its place. Within a mask, one thing is to become
+    another, and a picture is right only where all else is as it was, to one level of 255.
+    """
     from dataclasses import asdict
 
     from zimgkit.runtime.progress import bar
@@ -205,7 +220,7 @@ def judge(bundle: str, captions: int, backend: str, as_json: bool, quiet: bool, 
     if captions < 1:
         raise UsageError(f"captions is {captions}", "give 1 or more")
     with bar(enabled=not quiet) as report:
-        cases = accuracy(bundle, captions=captions, backend=backend, report=report, **_given(call))
+        cases = accuracy(bundle, task=task, captions=captions, backend=backend, report=report, **_given(call))
     shares = {"one": share(cases, 1), "two": share(cases, 2)}
     if as_json:
         console.print_json({"shares": shares, "cases": [asdict(case) for case in cases]})
@@ -213,7 +228,9 @@ def judge(bundle: str, captions: int, backend: str, as_json: bool, quiet: bool, 
     for case in cases:
         if not case.right:
             click.echo(f"seed {case.seed}: {case.caption}: shows {case.seen or 'nothing'}", err=True)
-    click.echo(f"one thing: {shares['one']:.1%}; two things and how they lie: {shares['two']:.1%}")
+    kept = f"; outside the masks, levels changed at the most: {max(case.changed for case in cases)}"
+    told = f"one thing: {shares['one']:.1%}; two things and how they lie: {shares['two']:.1%}"
+    click.echo(told + (kept if task == "inpaint" else ""))
 
 
 def _stage(work: Callable[..., None], defaults: Any, options: dict[str, Any], *paths: Any, **own: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,15 @@ from zimgkit.export.checkpoints.checkpoint import open_checkpoint
 from zimgkit.runtime.progress import Report, silent
 
 
-def ship(checkpoint: Path, out: Path, *, overwrite: bool = False, report: Report = silent) -> None:
+def ship(
+    checkpoint: Path, out: Path, *, tasks: Collection[str] = (), overwrite: bool = False, report: Report = silent
+) -> None:
     """Build a checkpoint's bundle in bfloat16, and put what else the checkpoint holds beside it.
 
     Args:
         checkpoint: in the diffusers layout, in bfloat16. Its folder's name becomes the bundle's.
         out: the new folder, on the same disk as the checkpoint.
+        tasks: what the bundle shall be asked for beside pictures from text.
         overwrite: replace a bundle that is there.
         report: called with (stage, done, total).
 
@@ -31,7 +35,7 @@ def ship(checkpoint: Path, out: Path, *, overwrite: bool = False, report: Report
     # Where the checkpoint lay when it was made is nobody's concern; by its name it is found wherever zimgkit is.
     opened = replace(opened, source=Source(opened.name, None, opened.source.files))
     with atomic_folder(out.expanduser().absolute(), overwrite=overwrite, known_by=MANIFEST) as work:
-        export(opened, work, "bfloat16", report)
+        export(opened, work, "bfloat16", report, tasks=tasks)
         if copied := [file.name for file in work.glob("*.safetensors") if file.stem in {"text_encoder", "denoiser"}]:
             raise CheckpointError(
                 f"{checkpoint} does not share {', '.join(copied)} with its bundle", "store it in bf16"

@@ -151,16 +151,21 @@ def sheet(
     as_json: bool,
     **call: Any,
 ) -> None:
-    """Draw every prompt of a text file, one a line, and save the pictures on one page."""
-    from zimgkit.runtime.commands.sheet import draw_sheet, prompts_of
+    """Draw every prompt of a text file, one a line, and save the pictures on one page.
+
+    A table that ends in .csv, with columns prompt, image and mask_image, names a picture for each prompt to start from.
+    """
+    from zimgkit.runtime.commands.sheet import draw_sheet, rows_of
     from zimgkit.runtime.progress import bar
 
+    texts, inputs = rows_of(prompts) if prompts else ([], [])
     with bar(enabled=not quiet) as report:
         result = draw_sheet(
-            prompts_of(prompts) if prompts else (),
+            texts,
             output,
             call | regions(entities),
             bundles=bundles,
+            inputs=inputs,
             from_image=from_image,
             columns=columns,
             backend=backend,

@@ -1,10 +1,13 @@
 """``zimg-run sheet``: a page of pictures, one cell for each prompt; in a cell, the pictures of each bundle.
 
-The same seed goes to every picture, so what differs within a cell is the bundles.
+The same seed goes to every picture, so what differs within a cell is the bundles. A picture that they are drawn from,
+and its mask, come first.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +22,9 @@ from zimgkit.runtime.parameters import BY_NAME, checked
 from zimgkit.runtime.pictures.metadata import read
 from zimgkit.runtime.pictures.saving import check_target, save
 from zimgkit.runtime.pictures.sheet import compose, numbered
-from zimgkit.runtime.pipeline import Pipeline
+from zimgkit.runtime.pipeline import Output, Pipeline
 from zimgkit.runtime.progress import Report, silent
-from zimgkit.runtime.text.prompts import read_prompts
+from zimgkit.runtime.text.prompts import read_prompts, read_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,6 +33,9 @@ MOST = 1000
 """Prompts of a page, and pictures of a bundle on it."""
 SEED = 0
 """Without another one: pages are compared."""
+TABLE = ".csv"
+PICTURES = ("image", "mask_image")
+"""Columns of a table beside ``prompt``."""
 
 
 def prompts_of(path: Path) -> list[str]:
@@ -44,12 +50,42 @@ def prompts_of(path: Path) -> list[str]:
     return prompts
 
 
+def rows_of(path: Path) -> tuple[list[str], list[dict[str, Path]]]:
+    """The prompts of a page, and the pictures that each is drawn from, if any.
+
+    Args:
+        path: a text file with one prompt a line, or a table that ends in ``.csv``, with a column ``prompt`` and any of
+            :data:`PICTURES`, files named from where the table lies.
+
+    Raises:
+        UsageError: as for :func:`prompts_of`; or columns are missing or unknown, or a row has no prompt.
+    """
+    if path.suffix.lower() != TABLE:
+        prompts = prompts_of(path)
+        return prompts, [{} for _ in prompts]
+    reader = csv.DictReader(io.StringIO(read_text(path, "name a table in UTF-8"), newline=""), restval="")
+    try:
+        columns, rows = reader.fieldnames or (), [*reader]
+    except csv.Error as error:
+        raise UsageError(f"{path} cannot be read ({error})", "name a table of comma-separated values") from None
+    if "prompt" not in columns or (set(columns) - {"prompt", *PICTURES}):
+        raise UsageError(f"{path} has the columns {', '.join(columns)}", f"name them prompt, {', '.join(PICTURES)}")
+    if not 0 < len(rows) <= MOST:
+        raise UsageError(f"{path} holds {len(rows)} prompts", f"give 1 to {MOST}, one a line")
+    for number, row in enumerate(rows, start=1):
+        if None in row or not row["prompt"].strip():
+            raise UsageError(f"row {number} of {path} has no prompt, or too many columns", "quote prompts with commas")
+    inputs = [{name: path.parent / row[name] for name in PICTURES if row.get(name)} for row in rows]
+    return [row["prompt"].strip() for row in rows], inputs
+
+
 def draw_sheet(
     prompts: Sequence[str],
     output: Path,
     call: Mapping[str, Any],
     *,
     bundles: Sequence[Path],
+    inputs: Sequence[Mapping[str, Path]] = (),
     from_image: Path | None = None,
     columns: int = 4,
     backend: str = AUTO,
@@ -67,6 +103,7 @@ def draw_sheet(
         output: the file.
         call: parameters of :meth:`Pipeline.__call__` by name, None where one was not given.
         bundles: folders, or names of bundles that zimgkit carries.
+        inputs: for each prompt the pictures that it is drawn from, by the names of parameters.
         from_image: a picture whose parameters fill in what is not given.
         columns: cells side by side.
         backend: as for :meth:`Pipeline.open`.
@@ -92,7 +129,6 @@ def draw_sheet(
     if template and from_image:
         given = filled(given, template, from_image, warn)
         prompts = prompts or [text for text in [given["prompt"]] if text]
-    given = keeping(given)
     given.pop("prompt", None)
     given.setdefault("seed", SEED)
     if not prompts:
@@ -100,6 +136,9 @@ def draw_sheet(
     if len(prompts) * count > MOST:
         raise UsageError(f"a page of {len(prompts)} prompts, {count} pictures each", f"draw at most {MOST} pictures")
     check_target(output)
+    # What is given for the whole page goes to every row.
+    calls = [keeping({**given, **own}) for own in inputs or [{}] * len(prompts)]
+    before: list[list[Image]] = []
     rows: list[list[list[Image]]] = []
     made = []
     for bundle in bundles:
@@ -108,22 +147,35 @@ def draw_sheet(
             demo_models.locate(bundle), backend=backend, device=device, memory=memory, vae_tiling=vae_tiling, warn=warn
         ) as pipeline:
             manifest = pipeline.bundle.manifest
-            wanted = given | completed(pipeline, {"prompt": prompts[0], **given}, template, count)
+            more = completed(pipeline, {"prompt": prompts[0], **calls[0]}, template, count)
             if template:
                 warn_of_others(template, f"{from_image}", manifest, warn)
-            longest = {"prompt": max(prompts, key=len), **wanted, "num_images_per_prompt": count}
-            plan = told(pipeline, pipeline.plan(**longest), note, f"{manifest.name} by ")
+            longest = max(range(len(prompts)), key=lambda number: len(prompts[number]))
+            wanted = {"prompt": prompts[longest], **calls[longest], **more, "num_images_per_prompt": count}
+            plan = told(pipeline, pipeline.plan(**wanted), note, f"{manifest.name} by ")
             choice = pipeline.session.choice
             row = []
-            for number, prompt in enumerate(prompts):
+            for number, (prompt, own) in enumerate(zip(prompts, calls, strict=True)):
                 report(manifest.name, number, len(prompts))
-                row.append(pipeline(prompt, **wanted, num_images_per_prompt=count).images)
+                drawn = pipeline(prompt, **own | more, num_images_per_prompt=count)
+                row.append(drawn.images)
+                before += [] if rows else [drawn_from(drawn)]
             report(manifest.name, len(prompts), len(prompts))
         rows.append(row)
         seconds = round(time.perf_counter() - started, 3)
         made.append({"name": manifest.name, "backend": choice.backend, "memory": plan, "seconds": seconds})
-    cells = [[picture for pictures in cell for picture in pictures] for cell in zip(*rows, strict=True)]
+    cells = [[picture for pictures in cell for picture in pictures] for cell in zip(before, *rows, strict=True)]
     page = compose(prompts, cells, columns)
     save(page, output)
     unreadable = {name: prompts[number - 1] for number, name in numbered(prompts).items()}
     return {"path": str(output), "width": page.width, "height": page.height, "bundles": made, "numbered": unreadable}
+
+
+def drawn_from(drawn: Output) -> list[Image]:
+    """The picture that others were drawn from, and its mask, at their size."""
+    from zimgkit.runtime.pictures.reading import flattened
+    from zimgkit.runtime.pictures.resizing import resize
+
+    request = drawn.request
+    given = (request.inputs.image, request.inputs.mask_image)
+    return [resize(flattened(entry.picture), request.width, request.height) for entry in given if entry]

@@ -65,7 +65,9 @@ TOKEN_ROWS, TOKEN_HIDDEN_ROWS = 14, 3
 WEIGHTS_AT_ONCE = 5
 """Matrices of another type that are at one time there in float32 as well."""
 PIXEL_MAPS = 4
-"""Feature maps of the VAE decoder that are there at one time, of the picture's size and its most channels there."""
+"""Feature maps of the VAE decoder that are there at one time, of the picture's size and its most channels there.
+
+Its encoder has half as many, and no picture takes less for that: the decoder follows."""
 PIXELS = 8 * 3 * FLOAT
 """Bytes of a pixel while a picture is put together, cut to bytes and saved."""
 

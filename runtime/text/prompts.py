@@ -18,12 +18,23 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         UsageError: there is no such file, or it is no text in UTF-8.
     """
-    hint = "name a text file in UTF-8, one prompt a line"
+    lines = (line.strip() for line in LINE_END.split(read_text(path, "name a text file in UTF-8, one prompt a line")))
+    return [line for line in lines if line and not line.startswith(COMMENT)]
+
+
+def read_text(path: Path, hint: str) -> str:
+    """What a text file holds, without a byte order mark.
+
+    Args:
+        path: the file.
+        hint: what to do where it cannot be read.
+
+    Raises:
+        UsageError: there is no such file, or it is no text in UTF-8.
+    """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError(f"{path} cannot be read (it is no text in UTF-8)", hint) from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror})", hint) from None
-    lines = (line.strip() for line in LINE_END.split(text))
-    return [line for line in lines if line and not line.startswith(COMMENT)]

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from zimgkit.runtime import demo_models
-from zimgkit.training.accuracy import Case, accuracy, held_out_scenes, share
-from zimgkit.training.judge import Present, Related, judge
+from zimgkit.training.accuracy import Case, accuracy, share
+from zimgkit.training.judge import Placed, Present, Related, judge
+from zimgkit.training.trials import held_out_scenes, trials
 from zimgkit.training.world.claims import claims
 from zimgkit.training.world.drawing import draw
 from zimgkit.training.world.sampling import held_out
@@ -23,6 +24,23 @@ def test_scenes_were_held_out_and_the_judge_finds_all_in_true_pictures(things: i
         told = [claim for claim in claims(scene) if isinstance(claim, Present | Related)]
         assert len(told) == things + things // 2
         assert judge(draw(scene), told).right
+
+
+@pytest.mark.parametrize("task", ["image-to-image", "inpaint"])
+def test_of_a_picture_one_thing_is_changed(task: str) -> None:
+    """The picture before does not show what is asked for; the scene that is asked for does, and is alike elsewhere."""
+    made = trials(task, 40)
+    for trial in made:
+        assert trial.before is not None
+        assert (trial.mask is not None) == (task == "inpaint")
+        assert not judge(trial.before, trial.claims).right
+        after = draw(trial.scene)
+        assert judge(after, trial.claims).right
+        assert trial.levels_changed(after) == 0
+        darker = trial.levels_changed(trial.before.point(lambda level: level // 2))
+        assert darker > 20 if trial.mask else darker == 0
+    assert any(isinstance(claim, Placed) for trial in made for claim in trial.claims)
+    assert [trial.caption for trial in trials(task, 3)] == [trial.caption for trial in made[:3]]
 
 
 def test_shares() -> None:
@@ -44,6 +62,15 @@ def test_the_carried_models_draw_what_they_are_asked_for(name: str) -> None:
     cases = accuracy(name, captions=16)
     assert share(cases, 1) >= 7 / 8, cases
     assert share(cases, 2) >= 6 / 8, cases
+
+
+@pytest.mark.parametrize("name", demo_models.NAMES)
+@pytest.mark.parametrize("task", ["image-to-image", "inpaint"])
+def test_they_change_a_picture_as_they_are_asked_to(name: str, task: str) -> None:
+    """Likewise of `python -m zimgkit.training judge --task`; docs/pictures.md has the shares in full."""
+    cases = accuracy(name, task=task, captions=8)
+    assert max(case.changed for case in cases) <= 1
+    assert sum(case.right for case in cases) >= 6, cases
 
 
 def test_the_command_says_what_went_wrong() -> None:

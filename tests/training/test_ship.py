@@ -44,7 +44,9 @@ def test_a_folder_is_checkpoint_and_bundle(checkpoint: Path, tmp_path: Path) -> 
         assert pipeline("a red square", height=32, width=32, num_inference_steps=1, seed=0).images[0].size == (32, 32)
     with pytest.raises(OutputError, match="exists"):
         ship(checkpoint, out)
-    ship(checkpoint, out, overwrite=True)
+    ship(checkpoint, out, tasks=["inpaint"], overwrite=True)
+    assert Bundle.open(out).manifest.tasks == ("text-to-image", "inpaint")
+    assert "vae_encoder" in Bundle.open(out).manifest.components
 
 
 def test_what_is_not_in_bfloat16_is_refused(checkpoint: Path, tmp_path: Path) -> None:

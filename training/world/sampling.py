@@ -68,6 +68,28 @@ def sample(seed: int, split: Split = "train", *, count: int | None = None, size:
             return scene
 
 
+def with_another(scene: Scene, index: int, seed: int, *, shape: bool = True, colour: bool = True) -> Scene:
+    """A scene of the test split with another thing in the place of one; the same for the same arguments.
+
+    Args:
+        scene: any.
+        index: which of its things.
+        seed: any integer.
+        shape: whether the shape is another one, which no thing of the scene has.
+        colour: likewise.
+    """
+    rng = random.Random(f"another {seed}")  # noqa: S311
+    old = scene.things[index]
+    shapes = [each for each in SHAPES if each not in {thing.shape for thing in scene.things}] if shape else [old.shape]
+    colours = [old.colour]
+    if colour:
+        colours = [c for c in _colours(scene.background) if c not in {thing.colour for thing in scene.things}]
+    # Beside most things there is a combination that was held out; where there is none, any will do.
+    named = [replace(old, shape=s, colour=c) for s in shapes for c in colours]
+    scenes = [replace(scene, things=(*scene.things[:index], new, *scene.things[index + 1 :])) for new in named]
+    return rng.choice([new for new in scenes if held_out(new)] or scenes)
+
+
 def held_out(scene: Scene) -> bool:
     """Whether a scene shows a combination that is kept out of training.
 
@@ -118,13 +140,18 @@ def _scene(rng: random.Random, count: int, width: int, height: int, dark_weight:
 
 def _names(rng: random.Random, count: int, background: Background) -> list[tuple[str, str]]:
     """Shapes and colours that differ and show on the background."""
-    colours = [c for c in COLOURS if not (background.ground.startswith("dark") and c in _DARK)]
+    colours = _colours(background)
     names: list[tuple[str, str]] = []
     while len(names) < count:
         name = rng.choice(SHAPES), rng.choice(colours)
         if name not in names:
             names.append(name)
     return names
+
+
+def _colours(background: Background) -> list[str]:
+    """Those that show on a background."""
+    return [colour for colour in COLOURS if not (background.ground.startswith("dark") and colour in _DARK)]
 
 
 def _background(rng: random.Random, dark_weight: float) -> Background:

@@ -144,6 +144,8 @@ def test_sizes_of_their_own_and_together(manifest):
     }  # fmt: skip
     assert [profile["width"] for profile in made["vae_decoder"]] == [(64,) * 3, (96,) * 3, (32, 64, 128)]
     assert [profile["height"] for profile in made["vae_decoder"]] == [(64,) * 3, (64,) * 3, (32, 64, 128)]
+    # Pictures go in as they are.
+    assert [entry["image_width"] for entry in made["vae_encoder"]] == [(512,) * 3, (768,) * 3, (256, 512, 1024)]
     # A picture and its turned twin are alike to the denoiser only.
     turned = shape_profiles(manifest, ServedShapes(sizes=((768, 512), (512, 768))))
     assert (len(turned["denoiser"]), len(turned["vae_decoder"])) == (1, 2)

@@ -11,7 +11,7 @@ from tests.commands import invoke
 from zimgkit.engines.errors import BundleError, OutputError, UsageError
 from zimgkit.runtime import Pipeline
 from zimgkit.runtime.commands.cli import main
-from zimgkit.runtime.commands.sheet import draw_sheet, prompts_of
+from zimgkit.runtime.commands.sheet import draw_sheet, prompts_of, rows_of
 from zimgkit.runtime.pictures.sheet import GAP, MARGIN, PAPER, compose
 
 
@@ -87,6 +87,49 @@ def test_a_sheet_of_both_models(tmp_path: Path) -> None:
             drawn = pipeline("a red circle", seed=3, num_inference_steps=2, negative_prompt=negative).images[0]
         x = MARGIN + index * (128 + GAP)
         assert np.array_equal(page[MARGIN : MARGIN + 128, x : x + 128], np.asarray(drawn))
+
+
+def test_a_table_names_a_picture_for_each_prompt(tmp_path: Path) -> None:
+    """In a cell: the picture before, the mask, what is drawn. A file's name is one from where the table lies."""
+    (before,), mask = pictures("lime", size=(64, 48)), Image.new("1", (64, 48))
+    mask.paste(1, (32, 0, 64, 48))
+    before.save(tmp_path / "before.png")
+    mask.save(tmp_path / "mask.png")
+    table, page, names = tmp_path / "t.csv", tmp_path / "s.png", [Path("zimg-tiny-z")]
+    table.write_text('\ufeffprompt,image,mask_image\n"one, two",before.png,mask.png\nthree,before.png,\n', "utf-8")
+    texts, inputs = rows_of(table)
+    assert texts == ["one, two", "three"]
+    draw_sheet(texts, page, {"num_inference_steps": 3}, bundles=names, inputs=inputs, columns=1)
+    pixels = np.asarray(Image.open(page))
+    first, second = (pixels[y : y + 48, MARGIN:] for y in (MARGIN, MARGIN + len(pixels) // 2))
+    cell = [first[:, x : x + 64] for x in range(0, 3 * (64 + GAP), 64 + GAP)]
+    assert np.array_equal(cell[0], np.asarray(before))
+    assert np.array_equal(cell[1], np.asarray(mask.convert("RGB")))
+    assert np.array_equal(cell[2][:, :32], cell[0][:, :32])
+    assert not np.array_equal(cell[2][:, 32:], cell[0][:, 32:])
+    assert np.array_equal(second[:, :64], np.asarray(before))
+    assert (second[:, 2 * (64 + GAP) : 3 * (64 + GAP)] == PAPER).all()
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("image\na.png\n", "has the columns image; name them prompt, image, mask_image"),
+        ("prompt,strength\na,1\n", "has the columns prompt, strength"),
+        ("", "has the columns ;"),
+        ("prompt,image\n", "holds 0 prompts"),
+        ("prompt,image\n,a.png\n", "row 1 of .* has no prompt"),
+        ("prompt,image\na,b,c.png\n", "row 1 of .* too many columns; quote prompts with commas"),
+        ("prompt\n\0\n" + 200_000 * "a", "cannot be read"),
+    ],
+)
+def test_tables_that_cannot_be_read(table: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(table)
+    with pytest.raises(UsageError, match=message):
+        rows_of(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text("prompt,image\na,none.png\n")
+    result = invoke(main, "sheet", tmp_path / "t.csv", "-o", tmp_path / "s.png")
+    result.assert_refused("none.png does not exist", 2)
 
 
 def test_what_cannot_be_drawn(tmp_path: Path) -> None:

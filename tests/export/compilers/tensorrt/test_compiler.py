@@ -23,7 +23,9 @@ from zimgkit.runtime.progress import silent
 pytestmark = pytest.mark.usefixtures("compiler")
 
 FAMILIES = ("z-image", "qwen-image")
-COMPONENTS = ("text_encoder", "conditioner", "denoiser", "vae_decoder")
+TASKS = ("image-to-image", "inpaint")
+VAE = ("vae_encoder", "vae_decoder")
+COMPONENTS = ("text_encoder", "conditioner", "denoiser", *VAE)
 SERVED = {
     "static": ServedShapes(sizes=((256, 256),)),
     "two sizes": ServedShapes(sizes=((256, 256), (320, 192)), batch=2),
@@ -41,8 +43,8 @@ ONE_BLOCK = {
 }
 """The real configs with one block of each kind; Z-Image does not read the text encoder's last layer."""
 ATTENTIONS = {
-    "z-image": {"text_encoder": 1, "conditioner": 1, "denoiser": 2, "vae_decoder": 1},
-    "qwen-image": {"text_encoder": 1, "conditioner": 0, "denoiser": 1, "vae_decoder": 1},
+    "z-image": {"text_encoder": 1, "conditioner": 1, "denoiser": 2} | dict.fromkeys(VAE, 1),
+    "qwen-image": {"text_encoder": 1, "conditioner": 0, "denoiser": 1} | dict.fromkeys(VAE, 1),
 }
 """How many there are then."""
 
@@ -65,7 +67,7 @@ def compile_component(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tiny(family, name, shapes, bundle_of, tmp_path):
     seen: list[tuple[str, int, int]] = []
-    bundle, file = Bundle.open(bundle_of(family, "bf16")), tmp_path / "x.plan"
+    bundle, file = Bundle.open(bundle_of(family, "bf16", tasks=TASKS)), tmp_path / "x.plan"
     _, plan = compile_component(bundle, name, SERVED[shapes], file, report=lambda *given: seen.append(given))
     assert plan.file == file
     assert [path.name for path in tmp_path.iterdir()] == ["x.plan"]
@@ -73,7 +75,7 @@ def test_tiny(family, name, shapes, bundle_of, tmp_path):
     assert file.stat().st_size > bundle.component(name).weight_bytes / 2
     assert plan.layers
     # A VAE has one head of all its channels; the others' heads are 16 wide here.
-    assert name == "vae_decoder" or plan.unfused == ()
+    assert name in VAE or plan.unfused == ()
     assert not plan.warnings
     done = [entry[1] for entry in seen]
     assert {(stage, total) for stage, _, total in seen} == {(f"compile {name}", 1000)}
@@ -110,7 +112,7 @@ def one_block_of(shared_folder: Path) -> Callable[[str], Bundle]:
                 sparse_checkpoint.write(family, checkpoint, overrides=ONE_BLOCK[family])
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr("zimgkit.export.writing.assemble_all", assemble_once())
-                    build(str(checkpoint), folder, precision="bf16")
+                    build(str(checkpoint), folder, precision="bf16", tasks=TASKS)
         return Bundle.open(folder, verify=False)
 
     return make
@@ -129,7 +131,7 @@ def test_real_width(family, one_block_of, tmp_path):
             graph, plan = compile_component(bundle, name, shapes, tmp_path / "x.plan")
             plan.file.unlink()
             # The VAE's one head of 384 or 512 numbers has no fused kernel, and that is said.
-            assert plan.unfused == (graph.attentions if name == "vae_decoder" else ())
+            assert plan.unfused == (graph.attentions if name in VAE else ())
             assert len(graph.attentions) == ATTENTIONS[family][name]
 
 

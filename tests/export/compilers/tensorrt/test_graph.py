@@ -20,15 +20,15 @@ from zimgkit.export.compilers.shape_profiles import ServedShapes, shape_profiles
 from zimgkit.export.compilers.tensorrt.graph import read_graph
 
 ATTENTIONS = {
-    "z-image": {"text_encoder": 2, "conditioner": 1, "denoiser": 3, "vae_decoder": 1},
-    "qwen-image": {"text_encoder": 2, "conditioner": 0, "denoiser": 2, "vae_decoder": 1},
+    "z-image": {"text_encoder": 2, "conditioner": 1, "denoiser": 3, "vae_encoder": 1, "vae_decoder": 1},
+    "qwen-image": {"text_encoder": 2, "conditioner": 0, "denoiser": 2, "vae_encoder": 1, "vae_decoder": 1},
 }
 """Of the tests' pipelines. Z-Image reads the second-to-last of three layers; its denoiser has a refiner."""
 
 
 @pytest.fixture(scope="module", params=list(ATTENTIONS))
 def bundle(request, bundle_of):
-    return Bundle.open(bundle_of(request.param, "bf16"))
+    return Bundle.open(bundle_of(request.param, "bf16", tasks=("inpaint",)))
 
 
 def components(bundle):
@@ -102,6 +102,7 @@ def test_weights_are_mapped_and_not_read(bundle):
 )  # fmt: skip
 def test_dimensions_of_one_length_become_static(bundle, shapes, fixed):
     ranges = shape_profiles(bundle.manifest, shapes)
+    fixed = fixed | {f"image_{side}": 8 * fixed[side] for side in ("height", "width") if side in fixed}
     if shapes.max_prompt_tokens == 1:
         drop = bundle.manifest.text.drop
         fixed = fixed | {"tokens": drop + 1, "all_tokens": 256 + (32 if bundle.manifest.family == "z-image" else 1)}

@@ -1,0 +1,107 @@
+"""What a bundle is asked for when it is judged: scenes that no model was trained on, and pictures to change.
+
+Of a picture, one thing is changed where it is: drawn from the picture its shape or colour, within a mask both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from zimgkit.training.judge import Claim, Placed, Present, Related
+from zimgkit.training.world.captions import caption
+from zimgkit.training.world.claims import claims
+from zimgkit.training.world.drawing import draw
+from zimgkit.training.world.sampling import sample, with_another
+from zimgkit.training.world.scene import Scene, Thing
+
+FIRST_SEED = 1_000_000
+"""Of the scenes."""
+MARGIN = 8
+"""Of a mask around a thing, in pixels: a latent, so that no latent that is kept holds the thing's edge."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One picture to ask for.
+
+    Attributes:
+        scene: what is to be in the picture.
+        before: the picture it is drawn from.
+        mask: white where that is drawn anew.
+    """
+
+    scene: Scene
+    before: Image.Image | None = None
+    mask: Image.Image | None = None
+
+    @property
+    def caption(self) -> str:
+        """The prompt."""
+        return caption(self.scene)
+
+    @property
+    def claims(self) -> list[Claim]:
+        """What the picture has to show: things, how they lie and, where it was drawn from another, their place."""
+        kinds = Present | Related if self.before is None else Present | Related | Placed
+        return [claim for claim in claims(self.scene) if isinstance(claim, kinds)]
+
+    @property
+    def pictures(self) -> dict[str, Any]:
+        """Arguments of a call."""
+        if self.before is None:
+            return {}
+        return {"image": self.before} | ({"mask_image": self.mask, "keep_unmasked": True} if self.mask else {})
+
+    def levels_changed(self, picture: Image.Image) -> int:
+        """By how much a picture differs at the most from the one before where the mask keeps that; 0 without one."""
+        if self.before is None or self.mask is None:
+            return 0
+        difference = np.abs(_levels(picture) - _levels(self.before))
+        return int(difference[_levels(self.mask) == 0].max(initial=0))
+
+
+def trials(task: str, count: int) -> list[Trial]:
+    """Trials of ``"text-to-image"``, ``"image-to-image"`` or ``"inpaint"``: of one thing and of two in turns."""
+    half = -(-count // 2)
+    pairs = zip(held_out_scenes(half, 1), held_out_scenes(half, 2), strict=True)
+    scenes = [scene for pair in pairs for scene in pair][:count]
+    return [_trial(task, number, scene) for number, scene in enumerate(scenes)]
+
+
+def held_out_scenes(count: int, things: int) -> list[Scene]:
+    """Scenes of the test split, 128x128 pixels, whose captions tell how two things lie."""
+    scenes: list[Scene] = []
+    seed = FIRST_SEED * things
+    while len(scenes) < count:
+        scene = sample(seed, "test", count=things, size=(128, 128))
+        if things == 1 or scene.arrangement_told:
+            scenes.append(scene)
+        seed += 1
+    return scenes
+
+
+def _trial(task: str, number: int, scene: Scene) -> Trial:
+    # One thing and two take turns, so halves of the number decide what does not depend on that.
+    index = number // 2 % len(scene.things)
+    if task == "image-to-image":
+        turns = number // 4 % 2 == 0
+        return Trial(with_another(scene, index, number, shape=turns, colour=not turns), draw(scene))
+    if task == "inpaint":
+        return Trial(with_another(scene, index, number), draw(scene), _around(scene, scene.things[index]))
+    return Trial(scene)
+
+
+def _around(scene: Scene, thing: Thing) -> Image.Image:
+    """A mask with a box around a thing."""
+    mask, reach = Image.new("L", (scene.width, scene.height)), thing.radius + MARGIN
+    ImageDraw.Draw(mask).rectangle((thing.x - reach, thing.y - reach, thing.x + reach, thing.y + reach), fill=255)
+    return mask
+
+
+def _levels(picture: Image.Image) -> NDArray[np.int64]:
+    return np.asarray(picture, np.int64)
