@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from zimgkit.engines.bundle import TEXT_TO_IMAGE, Defaults, ReferencePictures
+from zimgkit.engines.bundle import TEXT_TO_IMAGE, Defaults, Layers, ReferencePictures
 from zimgkit.engines.decoding import decoded
 from zimgkit.engines.errors import CheckpointError, UsageError
 
@@ -107,6 +107,8 @@ class Family:
     task_loras: tuple[TaskLora, ...] = ()
     editors: Mapping[str, ReferencePictures] = field(default_factory=dict)
     """What diffusers calls the pipelines of checkpoints that edit pictures -> how these take them."""
+    layered: Mapping[str, Layers] = field(default_factory=dict)
+    """Likewise of those that take a picture apart."""
     planned: tuple[str, ...] = ()
     """Hub ids of relatives that zimgkit will serve later."""
     tasks: tuple[str, ...] = (TEXT_TO_IMAGE, "image-to-image", "inpaint")
@@ -125,6 +127,8 @@ CONTEXT = "context"
 """That of drawing what another picture controls: edges, depth, a pose."""
 REGIONS = "regions"
 """That of prompts for regions of a picture."""
+LAYERS = "layers"
+"""That of taking a picture apart into layers with transparency."""
 MEGAPIXEL = 1024 * 1024
 
 Z_IMAGE = Family(
@@ -180,6 +184,7 @@ QWEN_IMAGE = Family(
                 EDIT: f"{NETWORKS}.qwen_image_variants:edit_parts",
                 CONTEXT: f"{NETWORKS}.qwen_image_variants:edit_parts",
                 REGIONS: f"{NETWORKS}.qwen_image_variants:entity_parts",
+                LAYERS: f"{NETWORKS}.qwen_image_variants:edit_parts",
             },
         ),
         "vae": CheckpointComponent(f"{NETWORKS}.qwen_image_vae", ("encoder.*", "quant_conv.*", "*.time_conv.*")),
@@ -192,6 +197,7 @@ QWEN_IMAGE = Family(
         KnownCheckpoint("Qwen/Qwen-Image-Edit", Defaults(50, 4.0, 1024, 1024, " ")),
         KnownCheckpoint("Qwen/Qwen-Image-Edit-2509", Defaults(40, 4.0, 1024, 1024, " ")),
         KnownCheckpoint("Qwen/Qwen-Image-Edit-2511", Defaults(40, 4.0, 1024, 1024, " ")),
+        KnownCheckpoint("Qwen/Qwen-Image-Layered", Defaults(50, 4.0, 640, 640, " ")),
     ),
     tasks=(TEXT_TO_IMAGE, "image-to-image", "inpaint", CONTEXT, REGIONS),
     # Their model cards, and examples/qwen_image of https://github.com/modelscope/DiffSynth-Studio.
@@ -204,6 +210,7 @@ QWEN_IMAGE = Family(
         "QwenImageEditPipeline": ReferencePictures("", MEGAPIXEL, MEGAPIXEL, 1),
         "QwenImageEditPlusPipeline": ReferencePictures("Picture {number}: ", 384 * 384, MEGAPIXEL, 3),
     },
+    layered={"QwenImageLayeredPipeline": Layers()},
     carried=KnownCheckpoint("zimg-tiny-qwen", Defaults(20, 1.5, 128, 128, " ")),
     base="Qwen-Image",
     demo=f"{NETWORKS}.qwen_image_demo",
@@ -222,7 +229,6 @@ QWEN_IMAGE = Family(
         FewStepLora(r"qwen_image_distill_3step", 1.0, 3, _same_shift(2.5)),
     ),
     planned=(
-        "Qwen/Qwen-Image-Layered",
         "DiffSynth-Studio/Qwen-Image-Distill-Full",
         "DiffSynth-Studio/Qwen-Image-Distill-LoRA",
         "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Canny",
@@ -277,6 +283,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     EDIT: ("vision_encoder", "vae_encoder"),
     CONTEXT: ("vae_encoder",),
     REGIONS: (),
+    LAYERS: ("vae_encoder",),
 }
 """What a bundle can be asked for -> the components it needs for that, beside those of every picture."""
 
@@ -315,7 +322,8 @@ def tasks_of(family: str, pipeline: str, asked: Collection[str]) -> tuple[str, .
     Raises:
         UsageError: a task that there is not, or that this checkpoint has not.
     """
-    known = (EDIT,) if pipeline in row(family).editors else row(family).tasks
+    own = row(family)
+    known = (EDIT,) if pipeline in own.editors else (LAYERS,) if pipeline in own.layered else own.tasks
     for task in asked:
         if task not in known:
             raise UsageError(f"{task!r} is no task of this checkpoint", f"choose of {', '.join(known)}")
@@ -374,7 +382,7 @@ def is_unused(family: str, component: str, config: Config, name: str) -> bool:
 
 def family_of_class(name: str) -> str | None:
     """The family whose pipeline or transformer diffusers calls so."""
-    return next((row.name for row in FAMILIES.values() if name in (*row.classes, *row.editors)), None)
+    return next((row.name for row in FAMILIES.values() if name in (*row.classes, *row.editors, *row.layered)), None)
 
 
 def is_carried(checkpoint: str) -> bool:
