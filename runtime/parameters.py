@@ -158,10 +158,11 @@ PARAMETERS = (
     Parameter(
         "image",
         Picture,
-        "A picture to start from, to edit, or to take apart; where a bundle edits, there may be several.",
+        "A picture to start from, or to edit; a bundle that edits may take several.",
         "none",
         option="image",
         recorded=True,
+        several=True,
     ),
     Parameter(
         "strength",

@@ -17,6 +17,7 @@ from zimgkit.runtime.commands.generate import completed, filled, keeping, warn_o
 from zimgkit.runtime.commands.memory import told
 from zimgkit.runtime.parameters import BY_NAME, checked
 from zimgkit.runtime.pictures.metadata import read
+from zimgkit.runtime.pictures.reading import flattened
 from zimgkit.runtime.pictures.saving import check_target, save
 from zimgkit.runtime.pictures.sheet import compose, numbered
 from zimgkit.runtime.pipeline import Pipeline
@@ -117,7 +118,8 @@ def draw_sheet(
             row = []
             for number, prompt in enumerate(prompts):
                 report(manifest.name, number, len(prompts))
-                row.append(pipeline(prompt, **wanted, num_images_per_prompt=count).images)
+                drawn = pipeline(prompt, **wanted, num_images_per_prompt=count).images
+                row.append([flattened(layer) for layers in drawn for layer in layers] if manifest.layers else drawn)
             report(manifest.name, len(prompts), len(prompts))
         rows.append(row)
         seconds = round(time.perf_counter() - started, 3)

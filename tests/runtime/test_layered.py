@@ -6,6 +6,7 @@ time.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,15 @@ class TestForms:
         call = {**self.CALL, "output_type": "np"}
         noise = ours.draw_noise(1, 3, 64, 96, frames=3)
         np.testing.assert_array_equal(ours(PROMPT, latents=noise, **call).images, ours(PROMPT, seed=3, **call).images)
+
+    def test_two_at_once(self, ours):
+        def drawn(layers: int) -> Any:
+            return ours(PROMPT, seed=layers, output_type="np", **{**self.CALL, "layers": layers}).images
+
+        with ThreadPoolExecutor() as pool:
+            together = list(pool.map(drawn, (1, 2)))
+        for layers, found in enumerate(together, start=1):
+            np.testing.assert_array_equal(found, drawn(layers))
 
     def test_diffsynths_names(self, ours):
         image, more = self.CALL["image"], {"num_inference_steps": 2, "seed": 1, "output_type": "np"}
