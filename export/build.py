@@ -279,6 +279,7 @@ def export(
         precision=precision,
         tasks=tasks,
         references=references,
+        layers=row.layered.get(checkpoint.pipeline),
         sources={CHECKPOINT: checkpoint.source},
         text=text,
         defaults=settings.defaults,

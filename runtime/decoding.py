@@ -63,7 +63,7 @@ class Decoder:
     def decode(
         self, latents: Array, height: int, width: int, device: str | None = None, progress: Progress = ignored
     ) -> Array:
-        """Latents of pictures of this size in pixels as pixels, float32 (N, H, W, 3) from 0 to 1.
+        """Latents of pictures of this size in pixels as pixels, float32 (N, H, W, 3 or 4) from 0 to 1.
 
         Args:
             latents: in the form of the family.

@@ -72,8 +72,10 @@ class Encoder:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
+        channels = self._engines.bundle.component(self.COMPONENT).inputs["image"].shape[1]
+        picture = image.picture.convert("RGBA") if channels == 4 else flattened(image.picture)
         with self._engines.engine(self.COMPONENT, device) as engine:
-            pixels = to_pixels(resize(flattened(image.picture), width, height, kernel))
+            pixels = to_pixels(resize(picture, width, height, kernel))
             moments: Array = engine.run({"image": pixels})["moments"]
         if not np.isfinite(moments).all():
             raise BackendError("the VAE encoder gave NaN or Inf", "zimg-export verify checks the bundle")

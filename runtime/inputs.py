@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ONE_OF = (
-    ("image", "input_image", "edit_image"),
+    ("image", "input_image", "edit_image", "layer_input_image"),
     ("mask_image", "inpaint_mask"),
     ("strength", "denoising_strength"),
     ("sigmas", "denoising_strength"),
+    ("layers", "layer_num"),
+    ("cfg_normalization", "cfg_normalize"),
 )
 """Names of one thing, of which a call takes one."""
 OF_IMAGE = ("strength", "denoising_strength", "mask_image", "inpaint_mask")
@@ -30,6 +32,10 @@ OF_MASK = ("mask_blur", "inpaint_blur_size", "inpaint_blur_sigma", "keep_unmaske
 """What says something of a mask."""
 OF_REFERENCES = ("edit_image_auto_resize", "edit_rope_interpolation")
 """What says something of pictures that a bundle edits."""
+OF_ENTITIES = ("eligen_entity_prompts", "eligen_entity_masks", "eligen_enable_on_negative")
+"""What says something of regions."""
+OF_LAYERS = ("layer_input_image", "layers", "layer_num", "resolution")
+"""What says something of a picture that a bundle takes apart."""
 BLUR = ("inpaint_blur_size", "inpaint_blur_sigma")
 
 
@@ -56,6 +62,8 @@ class Inputs:
 
     image: InputPicture | None = None
     """What it starts from."""
+    layered: InputPicture | None = None
+    """What is taken apart, where the bundle does that."""
     references: tuple[InputPicture, ...] = ()
     """What the prompt speaks of, where the bundle edits."""
     edit_image_auto_resize: bool = True
@@ -108,6 +116,10 @@ def read_inputs(manifest: Manifest, family: Family, given: Mapping[str, Any]) ->
         if len(found := [name for name in names if name in given]) > 1:
             raise UsageError(f"{' and '.join(found)} are both given", "give only one of them")
     source = next((given[name] for name in ONE_OF[0] if name in given), None)
+    if manifest.layers is not None:
+        return _read_layered(source, given)
+    if said := next((name for name in OF_LAYERS if name in given), None):
+        raise UsageError(f"{said} is given, and this bundle takes no picture apart", "leave it out")
     conditions = _read_context(manifest, given) | _read_entities(manifest, given)
     if {"context_image", "eligen_entity_prompts"} <= conditions.keys():
         raise UsageError("context_image and entities are both given", "give one of them")
@@ -176,6 +188,18 @@ def _read_references(source: Any, config: ReferencePictures, given: Mapping[str,
     )
 
 
+def _read_layered(source: Any, given: Mapping[str, Any]) -> Inputs:
+    """The picture of a bundle that takes it apart."""
+    others = (*OF_IMAGE, *OF_MASK, *OF_REFERENCES, "context_image", *OF_ENTITIES)
+    if said := next((name for name in others if name in given), None):
+        raise UsageError(f"{said} is given, and this bundle takes whole pictures apart", "leave it out")
+    if source is None:
+        raise UsageError("there is no picture to take apart", "give it as image")
+    if "resolution" in given and (side := next((name for name in ("height", "width") if name in given), None)):
+        raise UsageError(f"resolution and {side} are both given", "give one of them")
+    return Inputs(layered=read_input(source, "image"))
+
+
 def _read_context(manifest: Manifest, given: Mapping[str, Any]) -> dict[str, Any]:
     """The picture that controls another."""
     if "context_image" not in given:
@@ -186,7 +210,7 @@ def _read_context(manifest: Manifest, given: Mapping[str, Any]) -> dict[str, Any
 
 def _read_entities(manifest: Manifest, given: Mapping[str, Any]) -> dict[str, Any]:
     """Prompts of regions, and where these are."""
-    names = ("eligen_entity_prompts", "eligen_entity_masks", "eligen_enable_on_negative")
+    names = OF_ENTITIES
     prompts, masks = (given.get(name, ()) for name in names[:2])
     prompts = texts(names[0], prompts) if prompts else ()
     masks = tuple(masks) if isinstance(masks, list | tuple) else (masks,)
@@ -238,16 +262,17 @@ def size_like(picture: InputPicture, height: int | None, width: int | None, area
     return height, width if width is not None else _multiple(own_width * height / own_height)
 
 
-def size_of_edit(pictures: Sequence[InputPicture], config: ReferencePictures) -> tuple[int, int]:
-    """The height and width of what is drawn beside pictures where they are not given: like the last one, in its area.
+def size_in_area(picture: InputPicture, area: int) -> tuple[int, int]:
+    """The height and width of what is drawn beside a picture where they are not given: its shape, in this area.
 
-    Source: ``QwenImageEditPlusPipeline`` of diffusers 0.42.
+    Source: ``QwenImageEditPlusPipeline``, which takes the last picture, and ``QwenImageLayeredPipeline`` of diffusers
+    0.42.
 
     Raises:
         UsageError: it is more than 200 times as wide as high, or as high as wide.
     """
-    width, height = pictures[-1].size
-    width, height = calculate_dimensions(config.latents_area, width / height)
+    width, height = picture.size
+    width, height = calculate_dimensions(area, width / height)
     return _multiple(height), _multiple(width)
 
 

@@ -38,7 +38,7 @@ class Parameter:
     low: float = -math.inf
     high: float = math.inf
     multiple: int = 1
-    choices: tuple[str, ...] = ()
+    choices: tuple[str | int, ...] = ()
     option: str = ""
     """What the command line calls it; empty where it does not have it."""
     key: str = ""
@@ -268,6 +268,23 @@ PARAMETERS = (
         recorded=True,
     ),
     Parameter(
+        "layers",
+        int,
+        "Into how many layers a picture is taken apart.",
+        low=1,
+        high=64,
+        option="layers",
+        key="Layers",
+        recorded=True,
+    ),
+    Parameter(
+        "resolution",
+        int,
+        "How large the layers are: the square root of their pixels.",
+        choices=(640, 1024),
+        option="resolution",
+    ),
+    Parameter(
         "output_type",
         str,
         "PIL images, arrays or torch tensors of 0 ... 1, or latents.",
@@ -285,6 +302,9 @@ TENSORS = {
     "input_image": "DiffSynth's name of image",
     "edit_image": "DiffSynth's name of image where a bundle edits",
     "inpaint_mask": "mask_image, resized and blended as DiffSynth does it",
+    "layer_input_image": "DiffSynth's name of image where a bundle takes it apart",
+    "layer_num": "DiffSynth's name of layers",
+    "cfg_normalize": "cfg_normalization of 1, as diffusers says it of layers",
 }
 """What only a call in Python can take."""
 
@@ -313,13 +333,11 @@ INSTEAD = {
     "tile_stride": "vae_tiling of Pipeline.open, or --vae-tiling; tiles have the family's own size",
     "vram_limit": "memory of Pipeline.open, or --memory",
     "torch_dtype": "a bundle of another precision: zimg-export build --precision",
+    "use_en_prompt": "a prompt: none is written for a picture here",
     "exponential_shift_mu": "sigmas, or a bundle with another scheduler",
 }
 """Arguments of other pipelines -> what serves instead."""
-PICTURES = (
-    *("control_image", "controlnet_inputs", "blockwise_controlnet_inputs", "controlnet_conditioning_scale"),
-    "layer_num",
-)
+PICTURES = (*("control_image", "controlnet_inputs", "blockwise_controlnet_inputs", "controlnet_conditioning_scale"),)
 """Arguments of pipelines that take pictures."""
 
 
@@ -335,8 +353,8 @@ def checked(parameter: Parameter, value: Any, *, high: float | None = None) -> A
         UsageError: it is of another type or out of range; naming the parameter, and what it may be.
     """
     highest = parameter.high if high is None else high
-    if parameter.type is int:
-        return _multiple(parameter, _integer(parameter.name, value, int(parameter.low), highest), highest)
+    if parameter.type is int and not parameter.choices:
+        return _multiple(parameter, _integer(parameter.name, value, parameter.low, highest), highest)
     if parameter.type is float:
         return _number(parameter.name, value, parameter.low, highest)
     if parameter.type is tuple:
@@ -344,7 +362,7 @@ def checked(parameter: Parameter, value: Any, *, high: float | None = None) -> A
     if parameter.type is bool and not isinstance(value, bool):
         raise UsageError(f"{parameter.name} is {value!r}", "give True or False")
     if parameter.choices and value not in parameter.choices:
-        raise UsageError(f"{parameter.name} is {value!r}", f"choose one of {', '.join(parameter.choices)}")
+        raise UsageError(f"{parameter.name} is {value!r}", f"choose one of {', '.join(map(str, parameter.choices))}")
     return value
 
 
@@ -400,7 +418,7 @@ def _multiple(parameter: Parameter, number: int, highest: float) -> int:
     return number
 
 
-def _integer(name: str, value: Any, low: int, high: float) -> int:
+def _integer(name: str, value: Any, low: float, high: float) -> int:
     try:
         number = operator.index(value)
     except TypeError:

@@ -44,7 +44,8 @@ class Output:
 
     images: Any
     """A list of PIL images; pixels from 0 to 1, as a float32 array (N, H, W, 3) or a torch tensor (N, 3, H, W); or
-    latents as the reference pipeline has them."""
+    latents as the reference pipeline has them. Where a picture is taken apart: for each a list of RGBA images, or one
+    more dimension after N."""
     request: Request
     """The call, with all that was left open filled in, the seed among it."""
 
@@ -218,6 +219,11 @@ class Pipeline:
         eligen_entity_prompts: Sequence[str] | None = None,
         eligen_entity_masks: Any = None,
         eligen_enable_on_negative: bool | None = None,
+        layers: int | None = None,
+        layer_num: int | None = None,
+        layer_input_image: Any = None,
+        resolution: int | None = None,
+        cfg_normalize: bool | None = None,
         output_type: str | None = None,
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
@@ -261,6 +267,11 @@ class Pipeline:
             "eligen_entity_prompts": eligen_entity_prompts,
             "eligen_entity_masks": eligen_entity_masks,
             "eligen_enable_on_negative": eligen_enable_on_negative,
+            "layers": layers,
+            "layer_num": layer_num,
+            "layer_input_image": layer_input_image,
+            "resolution": resolution,
+            "cfg_normalize": cfg_normalize,
             "output_type": output_type,
         }
         request = check(self.bundle.manifest, self.session.family, **given, **others)
@@ -280,22 +291,26 @@ class Pipeline:
         # What a type checker knows of an output serves for the tuple as well: both are unpacked and indexed alike.
         return Output(images, request) if return_dict else cast("Output", (images,))
 
-    def draw_noise(self, pictures: int, seed: int | Sequence[int], height: int, width: int) -> Array:
+    def draw_noise(
+        self, pictures: int, seed: int | Sequence[int], height: int, width: int, *, frames: int = 1
+    ) -> Array:
         """The noise a call starts from; see :meth:`zimgkit.runtime.session.Session.draw_noise`."""
-        return self.session.draw_noise(pictures, seed, height, width)
+        return self.session.draw_noise(pictures, seed, height, width, frames=frames)
 
     def cfg_scale(self, guidance_scale: float) -> float:
         """This family's ``guidance_scale`` as DiffSynth's ``cfg_scale``."""
         return self.session.family.cfg_scale(guidance_scale)
 
-    def preview(self, latents: Array, height: int, width: int) -> list[Image]:
+    def preview(self, latents: Array, height: int, width: int, *, frames: int = 1) -> list[Image]:
         """Decode latents, such as a callback's ``"denoised"``, of pictures of this size in pixels.
+
+        Where these are taken apart, ``frames`` is how many layers there are and 1 more, and all layers are given.
 
         Raises:
             UsageError: they are not the latents of such pictures.
         """
         given = np.asarray(latents)
-        shape = (len(given) if given.ndim else 0, *self.session.family.latents_shape(height, width))
+        shape = (len(given) if given.ndim else 0, *self.session.family.latents_shape(height, width, frames))
         return to_pil(self.session.decode(check_latents(given, shape), height, width))
 
     def close(self) -> None:
@@ -343,9 +358,9 @@ class Pipeline:
         self.session.report("decode", len(jobs), len(jobs))
         pixels = np.stack(pictures)
         if request.output_type == "pil":
-            return to_pil(pixels)
+            return [to_pil(layers) for layers in pixels] if request.layers else to_pil(pixels)
         if request.output_type == "pt":
-            return _torch().from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+            return _torch().from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3)))
         return pixels
 
     def _tile_done(self, picture: int, pictures: int, done: int, tiles: int) -> None:

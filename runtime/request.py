@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.families import Family
-from zimgkit.runtime.inputs import NONE, Inputs, first_step, read_inputs, size_like, size_of_edit
+from zimgkit.runtime.inputs import NONE, Inputs, first_step, read_inputs, size_in_area, size_like
 from zimgkit.runtime.parameters import BY_NAME, TENSORS, checked, refuse_unknown, texts
 
 Array = NDArray[np.float32]
@@ -42,6 +42,8 @@ class Request:
     output_type: str
     inputs: Inputs = NONE
     """The pictures it starts from."""
+    layers: int | None = None
+    """Into how many layers its picture is taken apart; None where it is not."""
     unused_negative_prompt: bool = field(default=False, compare=False)
     """Whether a negative prompt was given, and guidance is off."""
     latents: Array | None = field(default=None, compare=False, repr=False)
@@ -54,6 +56,11 @@ class Request:
     def batch(self) -> int:
         """How many pictures."""
         return len(self.prompts) * self.num_images_per_prompt
+
+    @property
+    def frames(self) -> int:
+        """How many pictures are drawn together as one: layers, and before them the whole that they make."""
+        return 1 + (self.layers or 0)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -89,7 +96,9 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
 
     embeds = _embeds("prompt_embeds", given)
     if embeds is None:
-        prompts = texts("prompt", given.get("prompt"))
+        prompts = texts("prompt", given.get("prompt", "" if manifest.layers else None))
+        if manifest.layers and not all(text.strip() for text in prompts):
+            raise UsageError("the prompt is empty", "say what the picture shows: no caption is written for it here")
     elif "prompt" in given:
         raise UsageError("prompt and prompt_embeds are both given", "give only one of them")
     else:
@@ -105,11 +114,16 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
         tall, wide = (value(side, 0, high=family.MAX_SIDE) if side in given else None for side in size)
         size = dict(zip(size, size_like(inputs.image, tall, wide, defaults.height * defaults.width), strict=True))
     elif inputs.references and manifest.references is not None:
-        size = dict(zip(size, size_of_edit(inputs.references, manifest.references), strict=True))
+        area = manifest.references.latents_area
+        size = dict(zip(size, size_in_area(inputs.references[-1], area), strict=True))
+    elif inputs.layered is not None and manifest.layers is not None:
+        area = value("resolution", manifest.layers.resolution) ** 2
+        size = dict(zip(size, size_in_area(inputs.layered, area), strict=True))
     height = value("height", size["height"], high=family.MAX_SIDE)
     width = value("width", size["width"], high=family.MAX_SIDE)
     if inputs.strength is not None:
         first_step(len(levels) if levels else steps, inputs.strength)
+    layers = value("layers", given.get("layer_num", manifest.layers.layers)) if manifest.layers else None
     negative_embeds = _embeds("negative_prompt_embeds", given)
     negatives = _negatives(given, negative_embeds, len(prompts), family, scale)
     return Request(
@@ -121,14 +135,15 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
         num_inference_steps=len(levels) if levels else steps,
         sigmas=levels,
         guidance_scale=scale,
-        cfg_normalization=value("cfg_normalization", 0.0),
+        cfg_normalization=value("cfg_normalization", given.get("cfg_normalize", 0.0)),
         cfg_truncation=value("cfg_truncation", 1.0),
         seed=_seed(given, batch),
         max_sequence_length=value("max_sequence_length", text.max_sequence_length, high=text.max_tokens - text.drop),
         output_type=value("output_type", "pil"),
         inputs=inputs,
+        layers=layers,
         unused_negative_prompt=negatives is None and _says_something(given.get("negative_prompt")),
-        latents=check_latents(given["latents"], (batch, *family.latents_shape(height, width)))
+        latents=check_latents(given["latents"], (batch, *family.latents_shape(height, width, 1 + (layers or 0))))
         if "latents" in given
         else None,
         prompt_embeds=embeds,

@@ -31,6 +31,7 @@ from zimgkit.runtime.diffusion.schedule import (
     calculate_mu,
     euler_step,
     flow_match_sigmas,
+    layered_mu,
     read_scheduler,
     sigmas_from,
 )
@@ -227,7 +228,7 @@ class Session:
             progress: called with how many of its tiles are done, and how many there are.
 
         Returns:
-            The picture, float32 (H, W, 3) from 0 to 1.
+            The picture, float32 (H, W, 3) from 0 to 1; where one was taken apart, the layers, (layers, H, W, 4).
 
         Raises:
             CancelledError: it was cancelled.
@@ -238,11 +239,11 @@ class Session:
         if not job.is_denoised:
             raise ValueError(f"{job} has steps left")
         with self._advising(job.request):
-            picture: Array = self.decode(job.latents, job.request.height, job.request.width, progress)[0]
-        return keep_unmasked(picture, job.request.inputs)
+            pictures = self.decode(job.latents, job.request.height, job.request.width, progress)
+        return pictures if job.request.layers else keep_unmasked(pictures[0], job.request.inputs)
 
     def decode(self, latents: Array, height: int, width: int, progress: Progress = ignored) -> Array:
-        """Latents of pictures of this size in pixels as pixels, float32 (N, H, W, 3) from 0 to 1.
+        """Latents of pictures of this size in pixels as pixels, float32 (N, H, W, 3 or 4) from 0 to 1.
 
         See :meth:`.decoding.Decoder.decode`, where memory does not suffice for the whole.
         """
@@ -302,22 +303,24 @@ class Session:
         lengths = [text.drop + len(rows) for rows in embeds]
         lengths += [min(most, self._ids(request, prompt).shape[1]) for prompt in dict.fromkeys(prompts)]
         batch = min(request.batch, largest_batch(self.bundle, "denoiser", self.backend))
-        found = self._layouts(request)
+        found, inputs = self._layouts(request), request.inputs
         return Picture(
             request.height,
             request.width,
             max(lengths),
             batch,
-            reads=request.inputs.image is not None or request.inputs.context_image is not None or bool(found),
+            reads=any((inputs.image, inputs.layered, inputs.context_image, found)),
             patches=max((math.prod(layout.patches) for layout in found), default=0),
             conditions=self._condition_tokens(request),
+            frames=request.frames,
         )
 
     def _condition_tokens(self, request: Request) -> int:
         """Of pictures beside the one that is drawn."""
         own = request.height // MULTIPLE * (request.width // MULTIPLE)
-        context = own if request.inputs.context_image is not None else 0
-        return context + sum(math.prod(layout.grid) for layout in self._layouts(request))
+        inputs = request.inputs
+        same = own if inputs.context_image is not None or inputs.layered is not None else 0
+        return same + sum(math.prod(layout.grid) for layout in self._layouts(request))
 
     @contextmanager
     def _advising(self, request: Request) -> Iterator[None]:
@@ -338,6 +341,7 @@ class Session:
         index: int | None = None,
         *,
         after_posterior: bool = False,
+        frames: int = 1,
     ) -> Array:
         """The noise that pictures start from, float32 (pictures, ...), in the form their latents have.
 
@@ -348,8 +352,9 @@ class Session:
             width: as ``height``.
             index: where one seed is given, of this picture alone.
             after_posterior: whether the latents of a picture to start from are drawn from the first seed before.
+            frames: of each; layers and 1 more where a picture is taken apart.
         """
-        return self._draw(pictures, seed, height, width, index, after_posterior=after_posterior)[0]
+        return self._draw(pictures, seed, height, width, index, after_posterior=after_posterior, frames=frames)[0]
 
     def _draw(
         self,
@@ -360,9 +365,10 @@ class Session:
         index: int | None = None,
         *,
         after_posterior: bool,
+        frames: int,
     ) -> tuple[Array, Array | None]:
         """Noise as :meth:`draw_noise` gives it, and that of a picture's posterior, in the family's noise shape."""
-        shape = self.family.noise_shape(height, width)
+        shape = self.family.noise_shape(height, width, frames)
         dtype = self.family.noise_dtype(self.bundle.manifest.precision)
         sources = generator(seed) if isinstance(seed, int) else [generator(one) for one in seed]
         posterior = None
@@ -381,7 +387,7 @@ class Session:
         if request.latents is not None and not sampled:
             return request.latents, None
         noise, posterior = self._draw(
-            request.batch, request.seed, request.height, request.width, after_posterior=sampled
+            request.batch, request.seed, *request.size, after_posterior=sampled, frames=request.frames
         )
         return noise if request.latents is None else request.latents, posterior
 
@@ -444,7 +450,8 @@ class Session:
         self.engines.close()
 
     def _schedule(self, request: Request) -> Schedule:
-        mu = calculate_mu((request.height // 16) * (request.width // 16), self.scheduler)
+        tokens = (request.height // 16) * (request.width // 16)
+        mu = layered_mu(tokens) if request.layers else calculate_mu(tokens, self.scheduler)
         steps, inputs = request.num_inference_steps, request.inputs
         base = request.sigmas or self.family.base_sigmas(steps)
         if inputs.denoising_strength is not None:
@@ -505,18 +512,24 @@ class Session:
         return Conditions(partial(family.denoiser_constants, *last, *size))
 
     def _beside(self, request: Request, references: References | None) -> Beside | None:
-        """The pictures whose latents stand beside those that are drawn: what controls them, then what is edited."""
+        """The pictures whose latents stand beside those that are drawn: what controls them, then what is edited.
+
+        Or that which is taken apart.
+        """
         latents, grids, inputs = [], [], request.inputs
+        own, device = (request.height // MULTIPLE, request.width // MULTIPLE), self.device_of(self.encoder.COMPONENT)
         if inputs.context_image is not None:
-            device = self.device_of(self.encoder.COMPONENT)
             latents.append(self.encoder.encode(inputs.context_image, *request.size, device, kernel="bicubic"))
-            grids.append((request.height // MULTIPLE, request.width // MULTIPLE))
+            grids.append(own)
+        if inputs.layered is not None:
+            latents.append(self.encoder.encode(inputs.layered, *request.size, device))
+            grids.append(own)
         if references is not None:
             latents.append(references.latents)
             grids += [layout.grid for layout in references.layouts]
         if not latents:
             return None
-        return Beside(np.concatenate(latents, axis=1), tuple(grids), inputs.edit_rope_interpolation)
+        return Beside(np.concatenate(latents, axis=1), tuple(grids), inputs.edit_rope_interpolation, request.frames)
 
     def _references(self, request: Request) -> References | None:
         """The pictures that a request's prompts speak of, read."""
@@ -584,7 +597,7 @@ class Session:
 
     def _check_served(self, request: Request, tokens: int) -> None:
         conditions = self._condition_tokens(request)
-        dimensions = self.family.dynamic_dimensions(request.height, request.width, tokens, conditions)
+        dimensions = self.family.dynamic_dimensions(*request.size, tokens, conditions, request.frames)
         pictured = ".pictures" if request.inputs.references else ""
         denoiser = "denoiser.conditions" if conditions else "denoiser"
         components = [f"text_encoder{pictured}", "conditioner", denoiser, "vae_decoder"]

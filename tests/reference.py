@@ -320,7 +320,21 @@ def qwen_image_edit(seed: int = 0, *, several: bool = False, **overrides: Any) -
     return _quiet(pipeline)
 
 
+def qwen_image_layered(seed: int = 0, **overrides: Any) -> Any:
+    """A tiny ``QwenImageLayeredPipeline``. Its latents have other channels than its pictures: it tells them by that."""
+    from diffusers import QwenImageLayeredPipeline
+
+    own: dict[str, dict[str, Any]] = {
+        "transformer": {"in_channels": 32, "out_channels": 8, "use_layer3d_rope": True, "use_additional_t_cond": True},
+        "vae": {"z_dim": 8, "input_channels": 4, "latents_mean": [0.1, -0.2] * 4, "latents_std": [1.0, 1.5] * 4},
+        "scheduler": {"time_shift_type": "linear", "shift_terminal": None},
+    }
+    parts = qwen_image(seed, **{name: changes | overrides.get(name, {}) for name, changes in own.items()}).components
+    return _quiet(QwenImageLayeredPipeline(**parts, processor=None))
+
+
 FAMILIES |= {
+    "qwen-image-layered": qwen_image_layered,
     "qwen-image-edit": qwen_image_edit,
     "qwen-image-edit-plus": lambda *given, **more: qwen_image_edit(*given, several=True, **more),
 }

@@ -168,6 +168,15 @@ class ReferencePictures(msgspec.Struct, frozen=True):
     """Whether they span the positions of what is drawn where the caller does not say."""
 
 
+class Layers(msgspec.Struct, frozen=True):
+    """How a checkpoint takes a picture apart."""
+
+    resolution: Count = 640
+    """The square root of the pixels of a layer, where the caller does not say."""
+    layers: Count = 4
+    """Into how many, likewise."""
+
+
 class Defaults(msgspec.Struct, frozen=True):
     """What a call uses where the caller says nothing: the checkpoint's own recommendation."""
 
@@ -291,6 +300,8 @@ class Manifest(msgspec.Struct, frozen=True):
     """Every file of the bundle but the manifest itself."""
     references: ReferencePictures | None = None
     """How it takes pictures that a prompt speaks of, where it does."""
+    layers: Layers | None = None
+    """How it takes a picture apart, where it does."""
     tools: dict[str, str] = {}
     """Versions of what built it."""
     engines: tuple[CompiledEngine, ...] = ()

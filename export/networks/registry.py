@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from zimgkit.engines.bundle import TEXT_TO_IMAGE, Defaults, ReferencePictures
+from zimgkit.engines.bundle import TEXT_TO_IMAGE, Defaults, Layers, ReferencePictures
 from zimgkit.engines.decoding import decoded
 from zimgkit.engines.errors import CheckpointError, UsageError
 
@@ -109,6 +109,8 @@ class Family:
     """What diffusers calls a pipeline -> the short name of the checkpoint whose defaults others with it have."""
     editors: Mapping[str, ReferencePictures] = field(default_factory=dict)
     """What diffusers calls the pipelines of checkpoints that edit pictures -> how these take them."""
+    layered: Mapping[str, Layers] = field(default_factory=dict)
+    """Likewise of those that take a picture apart."""
     loras: Mapping[str, str] = field(default_factory=dict)
     """Hub ids of LoRAs that people may take for checkpoints -> the short name of the checkpoint they are for."""
     planned: tuple[str, ...] = ()
@@ -129,6 +131,8 @@ CONTEXT = "context"
 """That of drawing what another picture controls: edges, depth, a pose."""
 REGIONS = "regions"
 """That of prompts for regions of a picture."""
+LAYERS = "layers"
+"""That of taking a picture apart into layers with transparency."""
 MEGAPIXEL = 1024 * 1024
 
 Z_IMAGE = Family(
@@ -184,6 +188,7 @@ QWEN_IMAGE = Family(
                 EDIT: f"{NETWORKS}.qwen_image_variants:edit_parts",
                 CONTEXT: f"{NETWORKS}.qwen_image_variants:edit_parts",
                 REGIONS: f"{NETWORKS}.qwen_image_variants:entity_parts",
+                LAYERS: f"{NETWORKS}.qwen_image_variants:edit_parts",
             },
         ),
         "vae": CheckpointComponent(f"{NETWORKS}.qwen_image_vae", ("encoder.*", "quant_conv.*", "*.time_conv.*")),
@@ -196,6 +201,7 @@ QWEN_IMAGE = Family(
         KnownCheckpoint("Qwen/Qwen-Image-Edit", Defaults(50, 4.0, 1024, 1024, " ")),
         KnownCheckpoint("Qwen/Qwen-Image-Edit-2509", Defaults(40, 4.0, 1024, 1024, " ")),
         KnownCheckpoint("Qwen/Qwen-Image-Edit-2511", Defaults(40, 4.0, 1024, 1024, " ")),
+        KnownCheckpoint("Qwen/Qwen-Image-Layered", Defaults(50, 4.0, 640, 640, " ")),
     ),
     tasks=(TEXT_TO_IMAGE, "image-to-image", "inpaint", CONTEXT, REGIONS),
     # Their model cards, and examples/qwen_image of https://github.com/modelscope/DiffSynth-Studio.
@@ -209,6 +215,7 @@ QWEN_IMAGE = Family(
         "QwenImageEditPipeline": ReferencePictures("", MEGAPIXEL, MEGAPIXEL, 1),
         "QwenImageEditPlusPipeline": ReferencePictures("Picture {number}: ", 384 * 384, MEGAPIXEL, 3),
     },
+    layered={"QwenImageLayeredPipeline": Layers()},
     carried=KnownCheckpoint("zimg-tiny-qwen", Defaults(20, 1.5, 128, 128, " ")),
     base="Qwen-Image",
     demo=f"{NETWORKS}.qwen_image_demo",
@@ -235,7 +242,6 @@ QWEN_IMAGE = Family(
         "DiffSynth-Studio/Qwen-Image-Edit-Lowres-Fix": "Qwen-Image-Edit",
     },
     planned=(
-        "Qwen/Qwen-Image-Layered",
         "DiffSynth-Studio/Qwen-Image-Distill-Full",
         "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Canny",
         "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Depth",
@@ -289,6 +295,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     EDIT: ("vision_encoder", "vae_encoder"),
     CONTEXT: ("vae_encoder",),
     REGIONS: (),
+    LAYERS: ("vae_encoder",),
 }
 """What a bundle can be asked for -> the components it needs for that, beside those of every picture."""
 
@@ -327,7 +334,8 @@ def tasks_of(family: str, pipeline: str, asked: Collection[str]) -> tuple[str, .
     Raises:
         UsageError: a task that there is not, or that this checkpoint has not.
     """
-    known = (EDIT,) if pipeline in row(family).editors else row(family).tasks
+    own = row(family)
+    known = (EDIT,) if pipeline in own.editors else (LAYERS,) if pipeline in own.layered else own.tasks
     for task in asked:
         if task not in known:
             raise UsageError(f"{task!r} is no task of this checkpoint", f"choose of {', '.join(known)}")
@@ -386,7 +394,7 @@ def is_unused(family: str, component: str, config: Config, name: str) -> bool:
 
 def family_of_class(name: str) -> str | None:
     """The family whose pipeline or transformer diffusers calls so."""
-    return next((row.name for row in FAMILIES.values() if name in (*row.classes, *row.editors)), None)
+    return next((row.name for row in FAMILIES.values() if name in (*row.classes, *row.editors, *row.layered)), None)
 
 
 def is_carried(checkpoint: str) -> bool:

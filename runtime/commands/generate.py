@@ -104,12 +104,18 @@ def generate(
         # Before the weights are read to check them, or for anything else.
         plan = told(pipeline, pipeline.plan(**given, num_images_per_prompt=count), note)
         choice = pipeline.session.choice
+        layered = pipeline.bundle.manifest.layers
+        layers = given.get("layers", layered.layers) if layered else 1
+        paths = [path for picture in paths for path in _numbered(picture, layers)]
+        for path in paths:
+            images.check_target(path, transparent=layered is not None)
         pipeline.bundle.verify()
         index, drawn = (template.image_index, template.num_images) if template and count == 1 else (0, count)
         result = pipeline(**given, num_images_per_prompt=count)
     seconds = time.perf_counter() - started
-    made = [_record(result, pipeline, index + i, drawn) for i in range(count)]
-    for picture, path, parameters in zip(result.images, paths, made, strict=True):
+    made = [_record(result, pipeline, index + i, drawn) for i in range(count) for _ in range(layers)]
+    pictures = [layer for taken in result.images for layer in taken] if layered else result.images
+    for picture, path, parameters in zip(pictures, paths, made, strict=True):
         images.save(picture, path, parameters)
     return {
         "images": [
@@ -134,8 +140,8 @@ def completed(pipeline: Pipeline, given: Mapping[str, Any], template: Record | N
     request = check(manifest, pipeline.session.family, **given)
     size = (request.height, request.width)
     draw = pipeline.session.draw_noise
-    after = request.inputs.samples_latents
-    noise = draw(template.num_images, request.seed, *size, template.image_index, after_posterior=after)
+    more = {"after_posterior": request.inputs.samples_latents, "frames": request.frames}
+    noise = draw(template.num_images, request.seed, *size, template.image_index, **more)
     return {"latents": noise}
 
 
@@ -167,6 +173,8 @@ def filled(
     useless = [*(SCALES if any(name in given for name in SCALES) else SCALES[1:] if SCALES[0] in known else ())]
     if any(name in given for name in STRENGTHS):
         useless += STRENGTHS
+    if "resolution" in given:
+        useless += ["height", "width"]
     if "image" not in given and "image" not in known:
         useless += FROM_A_PICTURE  # Other tools write a strength without the picture that it is of.
     rest = {name: value for name, value in known.items() if name not in useless} | dict(given)
@@ -222,7 +230,7 @@ def _loras(manifest: Manifest) -> str | None:
 def _inputs(inputs: Inputs) -> dict[str, Any]:
     """What is recorded of the pictures of a call: their names and hashes, and what was said of them."""
     said = {name: getattr(inputs, name) or None for name in (*FROM_A_PICTURE, *ENTITIES)}
-    images = [inputs.image] if inputs.image else inputs.references
+    images = [inputs.image, inputs.layered, *inputs.references]
     said |= {name: getattr(inputs, name) for name in OF_EDITS} if inputs.references else {}
     said |= {"image": _named(images), "eligen_entity_masks": _named(inputs.eligen_entity_masks)}
     said |= {name: _named([getattr(inputs, name)]) for name in ("mask_image", "context_image")}

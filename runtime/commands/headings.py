@@ -37,6 +37,7 @@ class RunCommand(GroupedCommand):
             *("image", "strength", "denoising_strength", "mask_image", "mask_blur"),
             *("inpaint_blur_size", "inpaint_blur_sigma", "keep_unmasked"),
             *("edit_image_auto_resize", "edit_rope_interpolation", "context_image"),
+            *("layers", "resolution"),
         ),
         "Regions": ("entities", "eligen_enable_on_negative"),
         "Sampling": (

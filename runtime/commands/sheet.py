@@ -20,6 +20,7 @@ from zimgkit.runtime.commands.generate import completed, filled, keeping, warn_o
 from zimgkit.runtime.commands.memory import told
 from zimgkit.runtime.parameters import BY_NAME, checked
 from zimgkit.runtime.pictures.metadata import read
+from zimgkit.runtime.pictures.reading import flattened
 from zimgkit.runtime.pictures.saving import check_target, save
 from zimgkit.runtime.pictures.sheet import compose, numbered
 from zimgkit.runtime.pipeline import Output, Pipeline
@@ -158,7 +159,8 @@ def draw_sheet(
             for number, (prompt, own) in enumerate(zip(prompts, calls, strict=True)):
                 report(manifest.name, number, len(prompts))
                 drawn = pipeline(prompt, **own | more, num_images_per_prompt=count)
-                row.append(drawn.images)
+                images = drawn.images
+                row.append([flattened(layer) for layers in images for layer in layers] if manifest.layers else images)
                 before += [] if rows else [drawn_from(drawn)]
             report(manifest.name, len(prompts), len(prompts))
         rows.append(row)

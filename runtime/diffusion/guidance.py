@@ -1,10 +1,11 @@
 """Classifier-free guidance (Ho and Salimans 2022): from two predictions, with and without the prompt, to one.
 
-With ``pos`` and ``neg`` the predictions for the prompt and the negative prompt, two rules are in use:
+With ``pos`` and ``neg`` the predictions for the prompt and the negative prompt, three rules are in use:
 
 ==================  ====================  ============================  ==========
 rule                prediction            then                          off at
 ==================  ====================  ============================  ==========
+plain               neg + s (pos - neg)                                 s = 1
 norm-preserving     neg + s (pos - neg)   each token gets pos's norm    s = 1
 norm-capped         pos + g (pos - neg)   optionally a cap on its norm  g = 0
 ==================  ====================  ============================  ==========
@@ -16,6 +17,14 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+def plain_guidance(
+    positive: NDArray[np.float32], negative: NDArray[np.float32], guidance_scale: float
+) -> NDArray[np.float32]:
+    """Combine as diffusers' ``QwenImageLayeredPipeline`` does without ``cfg_normalize``; arguments as below."""
+    combined: NDArray[np.float32] = negative + np.float32(guidance_scale) * (positive - negative)
+    return combined
 
 
 def norm_preserving_guidance(
@@ -33,7 +42,7 @@ def norm_preserving_guidance(
     Returns:
         float32 of the same shape.
     """
-    combined = negative + np.float32(guidance_scale) * (positive - negative)
+    combined = plain_guidance(positive, negative, guidance_scale)
     norm = np.linalg.norm(combined, axis=-1, keepdims=True)
     wanted = np.linalg.norm(positive, axis=-1, keepdims=True)
     rescaled: NDArray[np.float32] = combined * np.divide(wanted, norm, out=np.ones_like(norm), where=norm > 0)

@@ -92,6 +92,11 @@ def calculate_mu(image_seq_len: int, scheduler: Scheduler) -> float:
     return image_seq_len * slope + (base_shift - slope * base_len)
 
 
+def layered_mu(image_seq_len: int) -> float:
+    """The shift ``mu`` for the tokens of a picture that is taken apart, as ``QwenImageLayeredPipeline`` has it."""
+    return math.sqrt(image_seq_len / 256)
+
+
 def linspace(start: float, end: float, count: int) -> NDArray[np.float32]:
     """``torch.linspace(start, end, count)`` to the last bit.
 

@@ -51,6 +51,8 @@ class Beside:
     """Rows and columns of the tokens of each."""
     interpolated: bool = False
     """Whether they span the positions of the picture that is drawn, whatever their size."""
+    frames: int = 1
+    """How many pictures are drawn together as one."""
 
 
 class Family(ABC):
@@ -88,7 +90,9 @@ class Family(ABC):
 
     @staticmethod
     @abstractmethod
-    def dynamic_dimensions(height: int, width: int, tokens: int, conditions: int = 0) -> dict[str, int]:
+    def dynamic_dimensions(
+        height: int, width: int, tokens: int, conditions: int = 0, frames: int = 1
+    ) -> dict[str, int]:
         """How long the dynamic dimensions of all graphs are, but for the batch and those of pictures that are read.
 
         Args:
@@ -96,6 +100,7 @@ class Family(ABC):
             width: of the picture.
             tokens: token ids of the prompt, template included.
             conditions: tokens of pictures beside it.
+            frames: how many pictures are drawn together as one: more than 1 where one is taken apart.
         """
 
     @abstractmethod
@@ -107,7 +112,7 @@ class Family(ABC):
         """The element type the reference pipeline draws its noise in, for weights of this precision."""
 
     @abstractmethod
-    def noise_shape(self, height: int, width: int) -> tuple[int, ...]:
+    def noise_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """The shape of one picture's noise as the reference pipeline draws it."""
 
     @abstractmethod
@@ -115,12 +120,15 @@ class Family(ABC):
         """Drawn noise (batch, ...) to latents in the form the reference pipeline keeps them."""
 
     @abstractmethod
-    def latents_shape(self, height: int, width: int) -> tuple[int, ...]:
+    def latents_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """The shape of one picture's latents in that form."""
 
     @abstractmethod
     def to_vae(self, latents: Array, height: int, width: int) -> Array:
-        """Latents to the VAE decoder's input, (batch, channels, height / 8, width / 8)."""
+        """Latents to the VAE decoder's input, (pictures, channels, height / 8, width / 8).
+
+        There is one picture for each of the batch; where it is taken apart, one for each layer.
+        """
 
     def text_encoder_widths(self) -> tuple[int, int]:
         """How wide the text encoder is, and its feed-forward."""
@@ -194,9 +202,8 @@ class Family(ABC):
     def is_guided(guidance_scale: float, sigma: float = 1.0, cfg_truncation: float | None = 1.0) -> bool:
         """Whether guidance is on at this noise level."""
 
-    @staticmethod
     @abstractmethod
-    def guide(positive: Array, negative: Array, guidance_scale: float, cfg_normalization: float = 0.0) -> Array:
+    def guide(self, positive: Array, negative: Array, guidance_scale: float, cfg_normalization: float = 0.0) -> Array:
         """Combine the velocities with and without the prompt, (batch, ...) each."""
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from zimgkit.engines.bundle import MANIFEST, TextConfig
 from zimgkit.engines.decoding import Even, Small, decoded
 from zimgkit.engines.errors import CheckpointError
-from zimgkit.runtime.diffusion.guidance import norm_preserving_guidance
+from zimgkit.runtime.diffusion.guidance import norm_preserving_guidance, plain_guidance
 from zimgkit.runtime.diffusion.latents import TokenLayout, denormalize, pack, unpack
 from zimgkit.runtime.diffusion.modulation import ModulationLayout, modulation_table
 from zimgkit.runtime.diffusion.positions import Tables, axis_tables, grid
@@ -57,6 +57,8 @@ class Transformer(msgspec.Struct, frozen=True):
     attention_head_dim: Small = 1
     zero_cond_t: bool = False
     """Whether pictures beside the drawn one are modulated as at time 0."""
+    use_layer3d_rope: bool = False
+    """Whether a picture is taken apart: it stands before the layers, not after what is drawn."""
 
 
 class Vae(msgspec.Struct, frozen=True):
@@ -95,9 +97,11 @@ class QwenImage(ConditionedFamily):
         self.vae = decoded(vae, Vae, f"{where}: config.vae", CheckpointError)
 
     @staticmethod
-    def dynamic_dimensions(height: int, width: int, tokens: int, conditions: int = 0) -> dict[str, int]:
+    def dynamic_dimensions(
+        height: int, width: int, tokens: int, conditions: int = 0, frames: int = 1
+    ) -> dict[str, int]:
         """The template's tokens are encoded, and then dropped."""
-        image, text = (height // 16) * (width // 16), max(1, tokens - QwenImage.TEXT.drop)
+        image, text = frames * (height // 16) * (width // 16), max(1, tokens - QwenImage.TEXT.drop)
         return {
             "tokens": tokens,
             "text_tokens": text,
@@ -118,21 +122,26 @@ class QwenImage(ConditionedFamily):
         """Noise is drawn in the type of the prompt embeddings, which is that of the weights."""
         return precision
 
-    def noise_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """(1 frame, channels, height / 8, width / 8)."""
-        return (1, self.transformer.in_channels // 4, height // 8, width // 8)
+    def noise_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        """(frames, channels, height / 8, width / 8)."""
+        return (frames, self.transformer.in_channels // 4, height // 8, width // 8)
 
     def from_noise(self, noise: Array) -> Array:
-        """Latents are kept packed into tokens, (batch, tokens, 4 * channels)."""
-        return pack(noise[:, 0], LAYOUT)
+        """Latents are kept packed into tokens, (batch, tokens, 4 * channels), frame after frame."""
+        packed = pack(noise.reshape(-1, *noise.shape[2:]), LAYOUT)
+        return packed.reshape(len(noise), -1, packed.shape[2])
 
-    def latents_shape(self, height: int, width: int) -> tuple[int, ...]:
+    def latents_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """(tokens, 4 * channels)."""
-        return ((height // 16) * (width // 16), self.transformer.in_channels)
+        return (frames * (height // 16) * (width // 16), self.transformer.in_channels)
 
     def to_vae(self, latents: Array, height: int, width: int) -> Array:
-        """Unpack, and undo the VAE's normalization."""
-        return denormalize(unpack(latents, LAYOUT, height // 8, width // 8), self.normalization)
+        """Unpack, and undo the VAE's normalization. Of several frames the first is the whole, which is left out."""
+        tokens, features = self.latents_shape(height, width)
+        frames = latents.reshape(len(latents), -1, tokens, features)
+        layers = frames[:, 1:] if frames.shape[1] > 1 else frames
+        packed = layers.reshape(-1, tokens, features)
+        return denormalize(unpack(packed, LAYOUT, height // 8, width // 8), self.normalization)
 
     def denoiser_widths(self) -> tuple[int, int]:
         """A feed-forward is 4 times as wide."""
@@ -161,13 +170,17 @@ class QwenImage(ConditionedFamily):
     def conditioned_constants(
         self, bundle: Bundle, conditioning: Array, tokens: int, height: int, width: int, beside: Beside
     ) -> Feeds:
-        """Likewise, with the pictures' tokens last; those are modulated as at time 0 where they were trained so."""
+        """Likewise, with the pictures' tokens last; those are modulated as at time 0 where they were trained so.
+
+        Layers have the frames 0 and on, and what is taken apart has -1: ``QwenEmbedLayer3DRope`` of diffusers.
+        """
         own = (height // 16, width // 16)
-        images = [image_positions(*own)]
-        for frame, other in enumerate(beside.grids, start=1):
+        images = [image_positions(*own, frame) for frame in range(beside.frames)]
+        for frame, other in enumerate(beside.grids, start=-1 if self.transformer.use_layer3d_rope else 1):
             sampled = beside.interpolated and other != own
             images.append(sampled_positions(*other, own, frame) if sampled else image_positions(*other, frame))
-        positions = np.concatenate([text_positions(tokens, [own, *beside.grids]), *images])
+        least = len(images) - 1 if self.transformer.use_layer3d_rope else 0
+        positions = np.concatenate([text_positions(tokens, [own, *beside.grids], least), *images])
         cos, sin = tables(positions, self.transformer)
         feeds = {"condition": beside.latents, "text": conditioning, "cos": cos, "sin": sin}
         if self.transformer.zero_cond_t:
@@ -242,9 +255,13 @@ class QwenImage(ConditionedFamily):
         """Guidance is on above 1, at every noise level."""
         return guidance_scale > 1
 
-    @staticmethod
-    def guide(positive: Array, negative: Array, guidance_scale: float, cfg_normalization: float = 0.0) -> Array:
-        """``neg + s (pos - neg)`` with the norm of each token kept, as ``QwenImagePipeline`` (``true_cfg_scale``)."""
+    def guide(self, positive: Array, negative: Array, guidance_scale: float, cfg_normalization: float = 0.0) -> Array:
+        """``neg + s (pos - neg)`` with the norm of each token kept, as ``QwenImagePipeline`` (``true_cfg_scale``).
+
+        Those of layers are kept where ``cfg_normalization`` is not 0, as ``QwenImageLayeredPipeline`` does it.
+        """
+        if self.transformer.use_layer3d_rope and not cfg_normalization:
+            return plain_guidance(positive, negative, guidance_scale)
         return norm_preserving_guidance(positive, negative, guidance_scale)
 
 
@@ -269,7 +286,7 @@ def image_positions(height: int, width: int, frame: int = 0) -> NDArray[np.int64
     Args:
         height: rows of the token grid (a sixteenth of the picture's), such as 83.
         width: columns of the token grid.
-        frame: 0 of the picture that is drawn, 1 and on of those beside it.
+        frame: 0 and on of what is drawn, 1 and on of pictures beside it, -1 of what is taken apart.
 
     Returns:
         int64 (height * width, 3).
@@ -299,17 +316,18 @@ def sampled_positions(height: int, width: int, of: tuple[int, int], frame: int) 
     return places[rows[:, None], columns].reshape(-1, 3)
 
 
-def text_positions(length: int, grids: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+def text_positions(length: int, grids: Sequence[tuple[int, int]], least: int = 0) -> NDArray[np.int64]:
     """Positions of text tokens: the same number on all axes, counting on from the edge of the largest image's grid.
 
     Args:
         length: text tokens.
         grids: rows and columns of each image's token grid.
+        least: where they begin at the least.
 
     Returns:
         int64 (length, 3).
     """
-    start = max(max(height // 2, width // 2) for height, width in grids)
+    start = max(least, *(max(height // 2, width // 2) for height, width in grids))
     return np.repeat(np.arange(start, start + length)[:, None], 3, axis=1)
 
 

@@ -69,7 +69,9 @@ class ZImage(Family):
         self.vae = decoded(vae, Vae, f"{where}: config.vae", CheckpointError)
 
     @staticmethod
-    def dynamic_dimensions(height: int, width: int, tokens: int, conditions: int = 0) -> dict[str, int]:
+    def dynamic_dimensions(
+        height: int, width: int, tokens: int, conditions: int = 0, frames: int = 1
+    ) -> dict[str, int]:
         """Image and caption each fill up to a multiple of 32 tokens."""
         image, caption = (padded_length(count) for count in ((height // 16) * (width // 16), tokens))
         return {
@@ -91,7 +93,7 @@ class ZImage(Family):
         """Noise is drawn in float32, whatever the weights are in."""
         return "float32"
 
-    def noise_shape(self, height: int, width: int) -> tuple[int, ...]:
+    def noise_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """(channels, height / 8, width / 8)."""
         return (self.transformer.in_channels, height // 8, width // 8)
 
@@ -99,7 +101,7 @@ class ZImage(Family):
         """Latents are kept as (batch, channels, height / 8, width / 8)."""
         return noise
 
-    def latents_shape(self, height: int, width: int) -> tuple[int, ...]:
+    def latents_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """(channels, height / 8, width / 8)."""
         return self.noise_shape(height, width)
 
@@ -174,8 +176,7 @@ class ZImage(Family):
             return True
         return not float(network_time(np.float32(sigma))) > cfg_truncation
 
-    @staticmethod
-    def guide(positive: Array, negative: Array, guidance_scale: float, cfg_normalization: float = 0.0) -> Array:
+    def guide(self, positive: Array, negative: Array, guidance_scale: float, cfg_normalization: float = 0.0) -> Array:
         """``pos + g (pos - neg)``, optionally with a cap on its norm, as ``ZImagePipeline``."""
         return norm_capped_guidance(positive, negative, guidance_scale, cfg_normalization)
 

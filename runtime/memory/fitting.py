@@ -54,6 +54,8 @@ class Picture:
     """Of the largest picture that the vision encoder reads."""
     conditions: int = 0
     """Tokens of pictures beside it."""
+    frames: int = 1
+    """How many pictures are drawn together as one."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,10 @@ def needs_in(where: Setting, picture: Picture, precision: str | None = None) -> 
 
 
 def _needs_of_all(where: Setting, picture: Picture, precision: str | None) -> dict[str, Need]:
-    sizes = where.family.dynamic_dimensions(picture.height, picture.width, picture.tokens, picture.conditions)
-    sizes |= {"patches": picture.patches}
+    own = (picture.height, picture.width, picture.tokens, picture.conditions, picture.frames)
+    sizes = where.family.dynamic_dimensions(*own) | {"patches": picture.patches}
+    if picture.frames > 1:
+        sizes["planes"] = 4 * (picture.frames - 1)
     if not where.host:
         return device_needs(where.bundle, where.family, where.backend, sizes, picture.batch)
     manifest = where.bundle.manifest

@@ -68,8 +68,8 @@ PIXEL_MAPS = 4
 """Feature maps of the VAE decoder that are there at one time, of the picture's size and its most channels there.
 
 Its encoder has half as many, and no picture takes less for that: the decoder follows."""
-PIXELS = 8 * 3 * FLOAT
-"""Bytes of a pixel while a picture is put together, cut to bytes and saved."""
+PIXELS = 8 * FLOAT
+"""Bytes of a pixel in one channel while a picture is put together, cut to bytes and saved."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,8 @@ def _working(family: Family, sizes: Mapping[str, int], batch: int, *, cast: bool
     """Working memory in float32, by component."""
     encoder, denoiser = family.text_encoder_widths(), family.denoiser_widths()
     pixels = 64 * sizes["height"] * sizes["width"]
-    autoencoder = pixels * (PIXEL_MAPS * FLOAT * family.vae_channels() + PIXELS)
+    # Layers are decoded one by one, and put together all at once.
+    autoencoder = pixels * (PIXEL_MAPS * FLOAT * family.vae_channels() + PIXELS * sizes.get("planes", 3))
     return {
         VISION: _transformer(family.vision_widths(), sizes.get("patches", 0), cast=cast),
         "text_encoder": _transformer(encoder, sizes["tokens"], cast=cast),

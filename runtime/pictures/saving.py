@@ -27,10 +27,10 @@ def from_vae(decoded: NDArray[np.float32]) -> NDArray[np.float32]:
     """The VAE decoder's output as pixels, as diffusers' ``VaeImageProcessor.postprocess`` gives with ``"np"``.
 
     Args:
-        decoded: (N, 3, H, W), -1 is black and 1 is white; what lies beyond is cut.
+        decoded: (N, 3 or 4, H, W), -1 is black and 1 is white; what lies beyond is cut.
 
     Returns:
-        (N, H, W, 3) from 0 to 1.
+        (N, H, W, 3 or 4) from 0 to 1.
     """
     half = np.float32(0.5)
     pixels: NDArray[np.float32] = np.clip(decoded * half + half, 0, 1)
@@ -38,21 +38,23 @@ def from_vae(decoded: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def to_pil(pixels: NDArray[np.float32]) -> list[Image]:
-    """Pixels (N, H, W, 3) from 0 to 1 as 8-bit pictures, rounded half to even as diffusers does."""
+    """Pixels (N, H, W, 3 or 4) from 0 to 1 as 8-bit pictures, rounded half to even as diffusers does."""
     from PIL import Image
 
     return [Image.fromarray(picture) for picture in (pixels * np.float32(255)).round().astype(np.uint8)]
 
 
-def check_target(path: Path) -> str:
+def check_target(path: Path, *, transparent: bool = False) -> str:
     """Check that a picture can be saved there, before any time is spent on it; returns its format.
 
     Raises:
-        UsageError: the ending names no format.
+        UsageError: the ending names no format, or one without transparency where the picture has it.
         OutputError: the folder does not exist or cannot be written to, or a folder lies there.
     """
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"{path} names no format zimgkit writes", f"end it with {', '.join(FORMATS)}")
+    if transparent and FORMATS[path.suffix.lower()] == "JPEG":
+        raise UsageError(f"{path}: JPEG holds no transparency", "end it with .png or .webp")
     if not path.parent.is_dir():
         raise OutputError(f"the folder {path.parent} does not exist", "make it first")
     if path.is_dir():

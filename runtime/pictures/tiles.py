@@ -92,26 +92,27 @@ def decode_tiled(
     """Decode one picture tile by tile.
 
     Args:
-        decode: latents (1, channels, h, w) to pixels (1, 3, 8h, 8w), float32.
+        decode: latents (1, channels, h, w) to pixels (1, 3 or 4, 8h, 8w), float32.
         latents: of the whole picture.
         tiling: the tiles.
         progress: called with how many tiles are done, and how many there are.
 
     Returns:
-        Pixels (1, 3, 8h, 8w), float32.
+        Pixels (1, 3 or 4, 8h, 8w), float32.
     """
     rows, columns = latents.shape[2:]
     size, overlap = tiling.size // SCALE, tiling.overlap // SCALE
     tops, lefts = starts(rows, size, overlap), starts(columns, size, overlap)
     down = weights(SCALE * rows, tiling.size, tiling.overlap)
     across = weights(SCALE * columns, tiling.size, tiling.overlap)
-    picture = np.zeros((1, 3, SCALE * rows, SCALE * columns), np.float32)
     places = [(row, column) for row in range(len(tops)) for column in range(len(lefts))]
     for done, (row, column) in enumerate(places):
         progress(done, len(places))
         top, left = tops[row], lefts[column]
         tile = decode(latents[:, :, top : top + size, left : left + size])
-        height, width = tile.shape[2:]
+        channels, height, width = tile.shape[1:]
+        if not done:
+            picture = np.zeros((1, channels, SCALE * rows, SCALE * columns), np.float32)
         y, x = SCALE * top, SCALE * left
         picture[:, :, y : y + height, x : x + width] += tile * down[row][:, None] * across[column]
     progress(len(places), len(places))

@@ -39,9 +39,11 @@ def test_the_call_takes_what_the_list_says():
 def test_a_request_holds_every_parameter():
     aliases = {"prompt", "negative_prompt", "true_cfg_scale", "cfg_scale", "generator"}
     plural = {"prompts", "negative_prompts"}
-    aliases |= {"input_image", "edit_image", "inpaint_mask"}
+    aliases |= {"input_image", "edit_image", "inpaint_mask", "layer_input_image", "layer_num", "cfg_normalize"}
+    aliases |= {"resolution"}  # It is a height and a width then.
+    others = {"unused_negative_prompt", "inputs", "blends_velocity", "references", "layered"}
     fields = {*Request.__dataclass_fields__, *Inputs.__dataclass_fields__}
-    assert fields - {"unused_negative_prompt", "inputs", "blends_velocity", "references"} == {*KNOWN} - aliases | plural
+    assert fields - others == {*KNOWN} - aliases | plural
 
 
 def test_pictures_carry_what_the_list_says():
@@ -85,8 +87,8 @@ def test_a_lower_bound_on_the_largest_value():
         ("timesteps", "sigmas"),
         ("promt", "did you mean prompt?"),
         ("num_inference_step", "did you mean num_inference_steps?"),
-        ("context_image", "no such picture"),
-        ("eligen_entity_masks", "no such picture"),
+        ("control_image", "no such picture"),
+        ("use_en_prompt", "a prompt"),
         ("zzz", "leave it out"),
     ],
 )
