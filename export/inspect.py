@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zimgkit.export.checkpoints.checkpoint import open_configs
-from zimgkit.export.networks.registry import FAMILIES, parts
+from zimgkit.export.networks.registry import parts, tasks_of
 
 
 def checkpoint_summary(model: str, *, revision: str | None = None, source: str = "huggingface") -> dict[str, Any]:
@@ -23,8 +23,9 @@ def checkpoint_summary(model: str, *, revision: str | None = None, source: str =
     """
     checkpoint = open_configs(model, revision=revision, source=source)
     components: dict[str, Any] = {}
-    for part_source in FAMILIES[checkpoint.family].components:
-        for name, part in parts(checkpoint.family, part_source, checkpoint.config(part_source)).items():
+    tasks = tasks_of(checkpoint.family, checkpoint.pipeline, ())
+    for part_source in checkpoint.components:
+        for name, part in parts(checkpoint.family, part_source, checkpoint.config(part_source), tasks).items():
             shapes = part.parameters()
             count = sum(math.prod(shape) for shape in shapes.values())
             components[name] = {"from": part_source, "tensors": len(shapes), "parameters": count}

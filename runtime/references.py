@@ -14,8 +14,8 @@ from zimgkit.engines.bundle import ReferencePictures
 from zimgkit.engines.errors import BackendError
 from zimgkit.runtime.encoding import Encoder
 from zimgkit.runtime.engine_pool import EnginePool
-from zimgkit.runtime.families.base import Array, ConditionedFamily
-from zimgkit.runtime.inputs import InputPicture, Inputs
+from zimgkit.runtime.families.base import Array, PictureFamily
+from zimgkit.runtime.inputs import InputPicture, Inputs, reduced_size
 from zimgkit.runtime.parameters import MULTIPLE
 from zimgkit.runtime.pictures.reading import flattened
 from zimgkit.runtime.pictures.resizing import calculate_dimensions, resize
@@ -36,9 +36,11 @@ class Layout:
     patches: Size
     """Rows and columns of its patches."""
     tokens: int
-    """Of the prompt that stand for the picture."""
+    """Rows that the vision encoder gives for the picture."""
     latents: Size
     """Pixels whose latents stand beside those that are drawn."""
+    reduced: Size | None = None
+    """Pixels that the picture is resized to before its edges are cut off for those, where they are."""
 
     @property
     def grid(self) -> Size:
@@ -52,13 +54,13 @@ class References:
     """The pictures of a call, read."""
 
     layouts: tuple[Layout, ...]
-    rows: Array
-    """Float32 (picture tokens, hidden), of all pictures."""
-    latents: Array
-    """Float32 (1, condition tokens, 4 * channels), likewise, without noise."""
+    rows: tuple[Array, ...]
+    """Of each, float32 (tokens, hidden)."""
+    latents: tuple[Array, ...]
+    """Likewise, float32 (1, ...) in the form that the family keeps them in, without noise."""
 
 
-def layouts(inputs: Inputs, config: ReferencePictures, family: ConditionedFamily) -> tuple[Layout, ...]:
+def layouts(inputs: Inputs, config: ReferencePictures, family: PictureFamily) -> tuple[Layout, ...]:
     """How large the pictures of a call are where they are read; nothing is read for that.
 
     Pictures that are not resized keep their size, in multiples of 16, as DiffSynth's ``edit_image_auto_resize=False``
@@ -69,17 +71,25 @@ def layouts(inputs: Inputs, config: ReferencePictures, family: ConditionedFamily
     """
     found = []
     for picture in inputs.references:
-        ratio = picture.size[0] / picture.size[1]
-        vision = calculate_dimensions(config.vision_area, ratio)
-        latents = calculate_dimensions(config.latents_area, ratio)
-        if not inputs.edit_image_auto_resize:
-            width, height = (max(MULTIPLE, side // MULTIPLE * MULTIPLE) for side in picture.size)
-            latents = width, height
-            vision = vision if config.introduction else latents
+        reduced = None
+        if config.crops:
+            vision = reduced = reduced_size(picture, inputs, config)
+            latents = _whole_tokens(reduced)
+        else:
+            ratio = picture.size[0] / picture.size[1]
+            vision = calculate_dimensions(config.vision_area, ratio)
+            latents = calculate_dimensions(config.latents_area, ratio)
+            if not inputs.edit_image_auto_resize:
+                latents = _whole_tokens(picture.size)
+                vision = vision if config.introduction else latents
         rows, columns = family.vision_grid(*vision)
-        merged = family.vision.spatial_merge_size**2
-        found.append(Layout(vision, (rows, columns), rows * columns // merged, latents))
+        found.append(Layout(vision, (rows, columns), rows * columns // family.merge**2, latents, reduced))
     return tuple(found)
+
+
+def _whole_tokens(size: Size) -> Size:
+    width, height = (max(MULTIPLE, side // MULTIPLE * MULTIPLE) for side in size)
+    return width, height
 
 
 class ReferenceReader:
@@ -91,7 +101,7 @@ class ReferenceReader:
         encoder: makes latents of pictures.
     """
 
-    def __init__(self, engines: EnginePool, family: ConditionedFamily, encoder: Encoder) -> None:
+    def __init__(self, engines: EnginePool, family: PictureFamily, encoder: Encoder) -> None:
         self._engines = engines
         self._family = family
         self._encoder = encoder
@@ -111,10 +121,12 @@ class ReferenceReader:
         """
         found = layouts(inputs, config, self._family)
         both = list(zip(inputs.references, found, strict=True))
-        rows = [self._rows(picture, layout, device_of(COMPONENT)) for picture, layout in both]
+        rows = tuple(self._rows(picture, layout, device_of(COMPONENT)) for picture, layout in both)
         encode, device = self._encoder.encode, device_of(self._encoder.COMPONENT)
-        latents = [encode(picture, layout.latents[1], layout.latents[0], device) for picture, layout in both]
-        return References(found, np.concatenate(rows), np.concatenate(latents, axis=1))
+        latents = tuple(
+            encode(picture, *layout.latents[::-1], device, reduced=layout.reduced) for picture, layout in both
+        )
+        return References(found, rows, latents)
 
     def _rows(self, picture: InputPicture, layout: Layout, device: str | None) -> Array:
         """What the vision encoder makes of one picture, float32 (tokens, hidden), row by row."""

@@ -105,7 +105,7 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
         tall, wide = (value(side, 0, high=family.MAX_SIDE) if side in given else None for side in size)
         size = dict(zip(size, size_like(inputs.image, tall, wide, defaults.height * defaults.width), strict=True))
     elif inputs.references and manifest.references is not None:
-        size = dict(zip(size, size_of_edit(inputs.references, manifest.references), strict=True))
+        size = dict(zip(size, size_of_edit(inputs, manifest.references), strict=True))
     height = value("height", size["height"], high=family.MAX_SIDE)
     width = value("width", size["width"], high=family.MAX_SIDE)
     if inputs.strength is not None:

@@ -30,7 +30,7 @@ FROM_A_PICTURE = (
     *("image", "mask_image", *STRENGTHS, "mask_blur", "inpaint_blur_size", "inpaint_blur_sigma", "keep_unmasked"),
 )
 """What a call says of pictures that it starts from."""
-OF_EDITS = ("edit_image_auto_resize", "edit_rope_interpolation")
+OF_EDITS = ("edit_image_auto_resize", "edit_image_area", "edit_rope_interpolation")
 """What it says of those that it edits."""
 ENTITIES = ("eligen_entity_prompts", "eligen_entity_masks", "eligen_enable_on_negative")
 """What it says of regions."""

@@ -16,6 +16,7 @@ from zimgkit.runtime.memory.machine import UNLIMITED, free_memory
 from zimgkit.runtime.memory.needs import (
     BYTES,
     ENCODER,
+    PICTURES,
     VISION,
     Need,
     device_needs,
@@ -145,7 +146,7 @@ def needs_in(where: Setting, picture: Picture, precision: str | None = None) -> 
     """What each component takes for the whole picture, of this precision or another."""
     needs = _needs_of_all(where, picture, precision)
     unused = {ENCODER} if not picture.reads else set()
-    unused |= {VISION} if not picture.patches else set()
+    unused |= {VISION, PICTURES} if not picture.patches else set()
     return {name: need for name, need in needs.items() if name not in unused}
 
 
