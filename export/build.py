@@ -237,6 +237,8 @@ def export(
     base = known.Recommendation(catalog.defaults_for(checkpoint.root, checkpoint.family, scheduler), scheduler)
     settings = known.recommendation_for(merged.loras, checkpoint.family, base, **(chosen or {}))
     parts = parts_of(checkpoint, tasks)
+    config |= {"text_encoder": language_part(config["text_encoder"], pictures=references is not None)}
+    family(config, str(checkpoint.root))  # Better missed now than at the first picture.
     wanted = {name: wanted_by(checkpoint.tensors, part, merged.addends) for name, part in parts.items()}
     quantized: dict[str, Quantized] = {}
     if quantization is not None:
@@ -281,7 +283,7 @@ def export(
         text=text,
         defaults=settings.defaults,
         scheduler=dict(settings.scheduler),
-        config=config | {"text_encoder": language_part(config["text_encoder"], pictures=references is not None)},
+        config=config,
         components=components,
         files=files,
         tools={name: metadata.version(name) for name in TOOLS},

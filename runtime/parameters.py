@@ -162,6 +162,7 @@ PARAMETERS = (
         "none",
         option="image",
         recorded=True,
+        several=True,
     ),
     Parameter(
         "strength",

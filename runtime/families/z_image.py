@@ -62,6 +62,7 @@ class Siglip(msgspec.Struct, frozen=True):
     hidden_size: Width = 768
     intermediate_size: Width = 3072
     num_patches: MostPatches = 256
+    patch_size: Small = 16
 
     @property
     def side(self) -> int:
@@ -105,8 +106,12 @@ class ZImage(SegmentedFamily):
         processor = config.get("siglip_processor", {})
         self.preprocessor = decoded(processor, PatchPreprocessor, f"{where}: config.siglip_processor", CheckpointError)
         self.merge = 1
-        if self.vision.side**2 != self.vision.num_patches:
-            raise CheckpointError(f"{where}: num_patches of config.siglip is {self.vision.num_patches}, no square")
+        width = self.transformer.siglip_feat_dim
+        if width is not None and (found := self.vision.hidden_size) != width:
+            raise CheckpointError(f"{where}: siglip_feat_dim is {width}, and hidden_size of siglip {found}")
+        if width is not None and (side := self.preprocessor.patch_size) != self.vision.patch_size:
+            message = f"{where}: patch_size of siglip is {self.vision.patch_size}, and of siglip_processor {side}"
+            raise CheckpointError(message)
 
     @staticmethod
     def dynamic_dimensions(height: int, width: int, tokens: int, conditions: int = 0) -> dict[str, int]:
