@@ -1,4 +1,4 @@
-"""SigLIP2's vision tower, which reads pictures for Z-Image.
+"""SigLIP2's vision tower, which reads pictures for a transformer that takes its rows as tokens.
 
 Source: ``Siglip2VisionModel`` of transformers 5, its last hidden state. Pictures run one at a time at their exact
 size, so that attention needs no mask. Its learned positions are those of a square grid; stretching them to a picture's
