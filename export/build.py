@@ -49,7 +49,6 @@ from zimgkit.export.writing import write_component
 from zimgkit.runtime import families
 from zimgkit.runtime.diffusion.latents import vae_normalization
 from zimgkit.runtime.diffusion.schedule import read_scheduler
-from zimgkit.runtime.families.base import ConditionedFamily
 from zimgkit.runtime.progress import Report, silent
 
 
@@ -230,8 +229,8 @@ def export(
     row = FAMILIES[checkpoint.family]
     tasks = tasks_of(checkpoint.family, checkpoint.pipeline, tasks)
     references = known.references_with(row.editors.get(checkpoint.pipeline), merged.loras, checkpoint.family)
-    config = {name: checkpoint.config(name) for name in row.components}
-    config |= {"processor": checkpoint.config("processor")} if references else {}
+    config = {name: checkpoint.config(name) for name in checkpoint.components}
+    config |= {row.processor: checkpoint.config(row.processor)} if references else {}
     scheduler = checkpoint.config("scheduler")
     read_scheduler(scheduler)
     vae_normalization(config["vae"])
@@ -239,6 +238,8 @@ def export(
     base = known.Recommendation(defaults, scheduler)
     settings = known.recommendation_for(merged.loras, checkpoint.family, base, **(chosen or {}))
     parts = parts_of(checkpoint, tasks)
+    config |= {"text_encoder": language_part(config["text_encoder"], pictures=references is not None)}
+    family(config, str(checkpoint.root))  # Better missed now than at the first picture.
     wanted = {name: wanted_by(checkpoint.tensors, part, merged.addends) for name, part in parts.items()}
     quantized: dict[str, Quantized] = {}
     if quantization is not None:
@@ -252,8 +253,8 @@ def export(
     text = export_tokenizer(
         checkpoint.root / "tokenizer",
         folder / "tokenizer",
-        family.EDIT_TEXT if references and issubclass(family, ConditionedFamily) else family.TEXT,
-        chat_template=family.USES_CHAT_TEMPLATE,
+        family.EDIT_TEXT if references else family.TEXT,
+        chat_template=family.USES_CHAT_TEMPLATE and not references,
     )
     _check_space(wanted, precision, folder, keep_base=keep_base)
     placed = export_weights(
@@ -284,7 +285,7 @@ def export(
         text=text,
         defaults=settings.defaults,
         scheduler=dict(settings.scheduler),
-        config=config | {"text_encoder": language_part(config["text_encoder"], pictures=references is not None)},
+        config=config,
         components=components,
         files=files,
         tools={name: metadata.version(name) for name in TOOLS},

@@ -19,13 +19,14 @@ def parts_of(checkpoint: Checkpoint, tasks: Collection[str] = ()) -> dict[str, P
 
     Args:
         checkpoint: an open checkpoint.
-        tasks: what it shall be asked for beside pictures from text, of :data:`.registry.TASKS`.
+        tasks: what it shall be asked for beside what it is for, of :data:`.registry.TASKS`.
 
     Raises:
         CheckpointError: naming the first tensor that is missing, unexpected or misshapen.
     """
     found: dict[str, Part] = {}
-    for source in registry.row(checkpoint.family).components:
+    tasks = registry.tasks_of(checkpoint.family, checkpoint.pipeline, tasks)
+    for source in checkpoint.components:
         config = checkpoint.config(source)
         every = registry.parts(checkpoint.family, source, config, tasks)
         own = {name: part for name, part in every.items() if registry.is_needed(name, tasks)}

@@ -19,7 +19,7 @@ from zimgkit.engines.bundle import atomic_folder
 from zimgkit.engines.errors import UsageError
 from zimgkit.engines.tensors import safetensors
 from zimgkit.export.networks.parts import Shapes
-from zimgkit.export.networks.registry import FAMILIES, WEIGHT_FILES, module
+from zimgkit.export.networks.registry import FAMILIES, WEIGHT_FILES, module, sources
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -59,7 +59,7 @@ def write_demo_checkpoint(folder: Path, family: str, *, seed: int = 0, overwrite
         _write_json(work / "model_index.json", configs["model_index"])
         _write_json(work / "scheduler" / "scheduler_config.json", configs["scheduler"])
         _write_tokenizer(work / "tokenizer")
-        for component in FAMILIES[family].components:
+        for component in sources(family):
             shapes: Shapes = module(family, component).checkpoint_shapes(configs[component])
             _write_json(work / component / "config.json", configs[component])
             safetensors.write(

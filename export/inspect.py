@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zimgkit.export.checkpoints.checkpoint import open_configs
-from zimgkit.export.networks.registry import FAMILIES, is_needed, parts, tasks_of
+from zimgkit.export.networks.registry import is_needed, parts, tasks_of
 
 
 def checkpoint_summary(model: str, *, revision: str | None = None, source: str = "huggingface") -> dict[str, Any]:
@@ -24,7 +24,7 @@ def checkpoint_summary(model: str, *, revision: str | None = None, source: str =
     checkpoint = open_configs(model, revision=revision, source=source)
     components: dict[str, Any] = {}
     tasks = tasks_of(checkpoint.family, checkpoint.pipeline, ())
-    for part_source in FAMILIES[checkpoint.family].components:
+    for part_source in checkpoint.components:
         for name, part in parts(checkpoint.family, part_source, checkpoint.config(part_source), tasks).items():
             if not is_needed(name, tasks):
                 continue

@@ -14,7 +14,7 @@ from zimgkit.runtime.families import Family
 from zimgkit.runtime.families.base import Array
 from zimgkit.runtime.inputs import InputPicture
 from zimgkit.runtime.pictures.reading import flattened
-from zimgkit.runtime.pictures.resizing import Filter, resize, to_pixels
+from zimgkit.runtime.pictures.resizing import Filter, crop, resize, to_pixels
 
 MOST_KEPT = 16
 """Encoded pictures; one of a megapixel takes 2 MB."""
@@ -34,7 +34,7 @@ class Encoder:
         self._engines = engines
         self._family = family
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, int, int, str], Array] = OrderedDict()
+        self._kept: OrderedDict[tuple[object, ...], Array] = OrderedDict()
 
     def encode(
         self,
@@ -44,6 +44,7 @@ class Encoder:
         device: str | None = None,
         noise: Array | None = None,
         kernel: Filter = "lanczos",
+        reduced: tuple[int, int] | None = None,
     ) -> Array:
         """The latents of a picture, float32 (1, ...) in the form that the family keeps them in.
 
@@ -54,20 +55,29 @@ class Encoder:
             device: where the encoder runs.
             noise: float32 (1, ...) of the family's noise shape, to draw from the posterior; its mean where None.
             kernel: what it is resized with.
+            reduced: the width and height that it is resized to, where its edges are then cut off.
 
         Raises:
             BackendError: the engine failed, or gave NaN or Inf.
         """
-        mean, log_variance = np.split(self._moments(image, height, width, device, kernel), 2, axis=1)
+        mean, log_variance = np.split(self._moments(image, height, width, device, kernel, reduced), 2, axis=1)
         if noise is not None:
             # As DiagonalGaussianDistribution of diffusers.
             mean = mean + np.exp(np.float32(0.5) * np.clip(log_variance, -30, 20)) * noise.reshape(mean.shape)
         shape = (1, *self._family.noise_shape(height, width))
         return self._family.from_noise(normalize(mean, self._family.normalization).reshape(shape))
 
-    def _moments(self, image: InputPicture, height: int, width: int, device: str | None, kernel: Filter) -> Array:
+    def _moments(
+        self,
+        image: InputPicture,
+        height: int,
+        width: int,
+        device: str | None,
+        kernel: Filter,
+        reduced: tuple[int, int] | None,
+    ) -> Array:
         """What the encoder gives, float32 (1, 2 * channels, height / 8, width / 8)."""
-        key = (image.sha256, height, width, kernel)
+        key = (image.sha256, height, width, kernel, reduced)
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -75,7 +85,8 @@ class Encoder:
         channels = self._engines.bundle.component(self.COMPONENT).inputs["image"].shape[1]
         picture = image.picture.convert("RGBA") if channels == 4 else flattened(image.picture)
         with self._engines.engine(self.COMPONENT, device) as engine:
-            pixels = to_pixels(resize(picture, width, height, kernel))
+            whole = resize(picture, *(reduced or (width, height)), kernel)
+            pixels = to_pixels(crop(whole, width, height) if reduced else whole)
             moments: Array = engine.run({"image": pixels})["moments"]
         if not np.isfinite(moments).all():
             raise BackendError("the VAE encoder gave NaN or Inf", "zimg-export verify checks the bundle")

@@ -12,7 +12,7 @@ from zimgkit.engines.bundle import Manifest, ReferencePictures
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.families import Family
 from zimgkit.runtime.parameters import BY_NAME, MULTIPLE, checked, texts
-from zimgkit.runtime.pictures.resizing import calculate_dimensions
+from zimgkit.runtime.pictures.resizing import area_dimensions, calculate_dimensions, check_aspect
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,7 +30,7 @@ OF_IMAGE = ("strength", "denoising_strength", "mask_image", "inpaint_mask")
 """What says something of a picture."""
 OF_MASK = ("mask_blur", "inpaint_blur_size", "inpaint_blur_sigma", "keep_unmasked")
 """What says something of a mask."""
-OF_REFERENCES = ("edit_image_auto_resize", "edit_rope_interpolation")
+OF_REFERENCES = ("edit_image_auto_resize", "edit_image_area", "edit_rope_interpolation")
 """What says something of pictures that a bundle edits."""
 OF_ENTITIES = ("eligen_entity_prompts", "eligen_entity_masks", "eligen_enable_on_negative")
 """What says something of regions."""
@@ -68,6 +68,8 @@ class Inputs:
     """What the prompt speaks of, where the bundle edits."""
     edit_image_auto_resize: bool = True
     """Whether those are brought to the areas that the checkpoint was trained on."""
+    edit_image_area: int | None = None
+    """The area of those that are larger than the checkpoint takes, where it is settled by the call."""
     edit_rope_interpolation: bool = False
     """Whether those span the positions of what is drawn, whatever their size."""
     context_image: InputPicture | None = None
@@ -172,20 +174,61 @@ def _read_references(source: Any, config: ReferencePictures, given: Mapping[str,
         raise UsageError(f"{said} is given, and this bundle edits whole pictures", "leave it out")
     sources = source if isinstance(source, list | tuple) else [source]
     if source is None or not sources:
-        raise UsageError("there is no picture to edit", "give it as image")
+        if config.least:
+            raise UsageError("there is no picture to edit", "give it as image")
+        if said := next((name for name in OF_REFERENCES if name in given), None):
+            raise UsageError(f"{said} is given, and no image", "give the picture to edit as image")
+        return NONE
     if len(sources) > config.most:
         takes = "one" if config.most == 1 else f"{config.most} at most"
         raise UsageError(f"image has {len(sources)} pictures", f"this bundle takes {takes}")
     names = ["image"] if len(sources) == 1 else [f"image {number}" for number in range(1, len(sources) + 1)]
-    return Inputs(
+    defaults = {
+        "edit_image_auto_resize": config.auto_resize,
+        "edit_rope_interpolation": bool(config.rope_interpolation),
+    }
+    values = {name: checked(BY_NAME[name], given.get(name, default)) for name, default in defaults.items()}
+    if values["edit_rope_interpolation"] and config.rope_interpolation is None:
+        raise UsageError("edit_rope_interpolation is given, and this bundle has nothing like it", "leave it out")
+    inputs = Inputs(
         references=tuple(read_input(one, name) for one, name in zip(sources, names, strict=True)),
-        edit_image_auto_resize=checked(
-            BY_NAME["edit_image_auto_resize"], given.get("edit_image_auto_resize", config.auto_resize)
-        ),
-        edit_rope_interpolation=checked(
-            BY_NAME["edit_rope_interpolation"], given.get("edit_rope_interpolation", config.rope_interpolation)
-        ),
+        edit_image_area=_area(config, given),
+        **values,
     )
+    for picture, name in zip(inputs.references, names, strict=True):
+        _check_reference(picture, name, inputs, config)
+    return inputs
+
+
+def _area(config: ReferencePictures, given: Mapping[str, Any]) -> int | None:
+    """What larger pictures are reduced to: as ``ZImageOmniPipeline``, to the size to draw where a call says it."""
+    if not config.crops:
+        if "edit_image_area" in given:
+            raise UsageError("edit_image_area is given, and this bundle has areas of its own", "leave it out")
+        return None
+    size = {side: checked(BY_NAME[side], given[side]) for side in ("height", "width") if side in given}
+    own = math.prod(size.values()) if len(size) == 2 else config.latents_area
+    area: int = checked(BY_NAME["edit_image_area"], given.get("edit_image_area", own))
+    return area
+
+
+def _check_reference(picture: InputPicture, name: str, inputs: Inputs, config: ReferencePictures) -> None:
+    width, height = picture.size
+    if min(width, height) < config.shortest_side:
+        hint = f"this bundle takes sides of {config.shortest_side} pixels and more"
+        raise UsageError(f"{name} is {width}x{height}", hint)
+    check_aspect(width / height, name, config.most_aspect)
+    if config.crops and min(reduced := reduced_size(picture.size, inputs, config)) < MULTIPLE:
+        sides = "x".join(map(str, reduced))
+        raise UsageError(f"{name} is {sides} at {inputs.edit_image_area} pixels", "give a larger height and width")
+
+
+def reduced_size(size: tuple[int, int], inputs: Inputs, config: ReferencePictures) -> tuple[int, int]:
+    """The width and height of a picture where a bundle reduces larger ones alone."""
+    width, height = size
+    if not inputs.edit_image_auto_resize or width * height <= config.latents_area:
+        return width, height
+    return area_dimensions(width, height, inputs.edit_image_area or config.latents_area)
 
 
 def _read_layered(source: Any, given: Mapping[str, Any]) -> Inputs:
@@ -263,16 +306,30 @@ def size_like(picture: InputPicture, height: int | None, width: int | None, area
 
 
 def size_in_area(picture: InputPicture, area: int) -> tuple[int, int]:
-    """The height and width of what is drawn beside a picture where they are not given: its shape, in this area.
+    """The height and width of a picture's shape in an area of so many pixels.
 
-    Source: ``QwenImageEditPlusPipeline``, which takes the last picture, and ``QwenImageLayeredPipeline`` of diffusers
-    0.42.
+    Source: ``QwenImageEditPlusPipeline`` and ``QwenImageLayeredPipeline`` of diffusers 0.42.
 
     Raises:
         UsageError: it is more than 200 times as wide as high, or as high as wide.
     """
     width, height = picture.size
     width, height = calculate_dimensions(area, width / height)
+    return _multiple(height), _multiple(width)
+
+
+def size_of_edit(inputs: Inputs, config: ReferencePictures) -> tuple[int, int]:
+    """The height and width of what is drawn beside pictures where they are not given: like the last one, in its area.
+
+    Source: ``QwenImageEditPlusPipeline`` and ``ZImageOmniPipeline`` of diffusers 0.42.
+
+    Raises:
+        UsageError: it is more than 200 times as wide as high, or as high as wide.
+    """
+    last = inputs.references[-1]
+    if not config.crops:
+        return size_in_area(last, config.latents_area)
+    width, height = reduced_size(last.size, inputs, config)
     return _multiple(height), _multiple(width)
 
 

@@ -243,6 +243,15 @@ PARAMETERS = (
         recorded=True,
     ),
     Parameter(
+        "edit_image_area",
+        int,
+        "What larger pictures to edit are brought to, in pixels, where a bundle reduces these alone.",
+        "height x width where both are given, else the checkpoint's",
+        low=256,
+        high=1 << 26,
+        recorded=True,
+    ),
+    Parameter(
         "edit_rope_interpolation",
         bool,
         "Let pictures to edit span what is drawn, whatever their size.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,8 @@ from zimgkit.engines.bundle import ReferencePictures
 from zimgkit.engines.errors import BackendError
 from zimgkit.runtime.encoding import Encoder
 from zimgkit.runtime.engine_pool import EnginePool
-from zimgkit.runtime.families.base import Array, ConditionedFamily
-from zimgkit.runtime.inputs import InputPicture, Inputs
+from zimgkit.runtime.families.base import Array, PictureFamily
+from zimgkit.runtime.inputs import NONE, InputPicture, Inputs, reduced_size
 from zimgkit.runtime.parameters import MULTIPLE
 from zimgkit.runtime.pictures.reading import flattened
 from zimgkit.runtime.pictures.resizing import calculate_dimensions, resize
@@ -39,9 +39,11 @@ class Layout:
     patches: Size
     """Rows and columns of its patches."""
     tokens: int
-    """Of the prompt that stand for the picture."""
+    """Rows that the vision encoder gives for the picture."""
     latents: Size
     """Pixels whose latents stand beside those that are drawn."""
+    reduced: Size | None = None
+    """Pixels that the picture is resized to before its edges are cut off for those, where they are."""
 
     @property
     def grid(self) -> Size:
@@ -55,16 +57,14 @@ class References:
     """The pictures of a call, read."""
 
     layouts: tuple[Layout, ...]
-    rows: Array
-    """Float32 (picture tokens, hidden), of all pictures."""
-    latents: Array
-    """Float32 (1, condition tokens, 4 * channels), likewise, without noise."""
+    rows: tuple[Array, ...]
+    """Of each, float32 (tokens, hidden)."""
+    latents: tuple[Array, ...]
+    """Likewise, float32 (1, ...) in the form that the family keeps them in, without noise."""
 
 
-def layouts(
-    sizes: Iterable[Size], config: ReferencePictures, family: ConditionedFamily, *, auto_resize: bool = True
-) -> tuple[Layout, ...]:
-    """How large the pictures of a call are where they are read.
+def layout(size: Size, inputs: Inputs, config: ReferencePictures, family: PictureFamily) -> Layout:
+    """How large a picture of a call is where it is read.
 
     Pictures that are not resized keep their size, in multiples of 16, as DiffSynth's ``edit_image_auto_resize=False``
     has it; those that a prompt numbers are read by the vision encoder in its own area all the same.
@@ -72,49 +72,60 @@ def layouts(
     Raises:
         UsageError: one is more than 200 times as wide as high, or as high as wide.
     """
-    found = []
-    for size in sizes:
-        ratio = size[0] / size[1]
+    ratio, reduced = size[0] / size[1], None
+    if config.crops:
+        vision = reduced = reduced_size(size, inputs, config)
+        latents = _whole_tokens(reduced)
+    else:
         vision = calculate_dimensions(config.vision_area, ratio)
         latents = calculate_dimensions(config.latents_area, ratio)
-        if not auto_resize:
-            width, height = (max(MULTIPLE, side // MULTIPLE * MULTIPLE) for side in size)
-            latents = width, height
+        if not inputs.edit_image_auto_resize:
+            latents = _whole_tokens(size)
             vision = vision if config.introduction else latents
-        rows, columns = family.vision_grid(*vision)
-        merged = family.vision.spatial_merge_size**2
-        found.append(Layout(vision, (rows, columns), rows * columns // merged, latents))
-    return tuple(found)
+    rows, columns = family.vision_grid(*vision)
+    return Layout(vision, (rows, columns), rows * columns // family.merge**2, latents, reduced)
 
 
-def layouts_of(inputs: Inputs, config: ReferencePictures, family: ConditionedFamily) -> tuple[Layout, ...]:
-    """:func:`layouts` of the pictures of a call; none is read for that."""
-    sizes = [picture.size for picture in inputs.references]
-    return layouts(sizes, config, family, auto_resize=inputs.edit_image_auto_resize)
+def layouts(inputs: Inputs, config: ReferencePictures, family: PictureFamily) -> tuple[Layout, ...]:
+    """:func:`layout` of each picture of a call; none is read for that."""
+    return tuple(layout(picture.size, inputs, config, family) for picture in inputs.references)
 
 
-def dimension_ranges(config: ReferencePictures, family: ConditionedFamily) -> dict[str, tuple[int, int, int]]:
+def _whole_tokens(size: Size) -> Size:
+    width, height = (max(MULTIPLE, side // MULTIPLE * MULTIPLE) for side in size)
+    return width, height
+
+
+def dimension_ranges(config: ReferencePictures, family: PictureFamily) -> dict[str, tuple[int, int, int]]:
     """Min, opt and max of the dynamic dimensions of what reads pictures, of :data:`RATIOS` and as many as it takes.
+
+    ``conditions`` among them is how many tokens the denoiser has of all pictures.
 
     Args:
         config: how the bundle takes pictures.
         family: of the bundle.
     """
-    found = layouts([(round(1000 * ratio), 1000) for ratio in RATIOS], config, family)
-    window = family.vision.window * family.vision.spatial_merge_size
-
-    def each(of: Callable[[Layout], int], most: int = 1) -> tuple[int, int, int]:
-        numbers = [of(layout) for layout in found]
-        return min(numbers), numbers[0], most * max(numbers)
-
-    return {
-        "patches": each(lambda layout: math.prod(layout.patches)),
-        "windows": each(lambda layout: math.prod(-(-side // window) for side in layout.patches)),
-        "picture_tokens": each(lambda layout: layout.tokens, config.most),
-        "condition_tokens": each(lambda layout: math.prod(layout.grid), config.most),
-        "image_height": each(lambda layout: layout.latents[1]),
-        "image_width": each(lambda layout: layout.latents[0]),
+    side = math.sqrt(config.latents_area)
+    sizes = [(round(side * math.sqrt(ratio)), round(side / math.sqrt(ratio))) for ratio in RATIOS]
+    if config.crops:  # Smaller ones stay as they are.
+        sizes.append((config.shortest_side, config.shortest_side))
+    found = [layout(size, NONE, config, family) for size in sizes]
+    few = [_lengths([own], family) for own in found]
+    many = [_lengths([own] * config.most, family) for own in found]
+    each = [
+        family.vision_dimensions(own.patches) | {"image_width": own.latents[0], "image_height": own.latents[1]}
+        for own in found
+    ]
+    alone = {name: (min(one[name] for one in each), each[0][name], max(one[name] for one in each)) for name in each[0]}
+    return alone | {
+        name: (min(one[name] for one in few), few[0][name], max(one[name] for one in many)) for name in few[0]
     }
+
+
+def _lengths(pictures: Sequence[Layout], family: PictureFamily) -> dict[str, int]:
+    """Of what the denoiser and the text encoder are given of these pictures together."""
+    grids, patches = ([own.grid for own in pictures], [own.patches for own in pictures])
+    return family.reading_dimensions(grids, patches) | {"conditions": family.condition_tokens(grids, patches)}
 
 
 class ReferenceReader:
@@ -126,7 +137,7 @@ class ReferenceReader:
         encoder: makes latents of pictures.
     """
 
-    def __init__(self, engines: EnginePool, family: ConditionedFamily, encoder: Encoder) -> None:
+    def __init__(self, engines: EnginePool, family: PictureFamily, encoder: Encoder) -> None:
         self._engines = engines
         self._family = family
         self._encoder = encoder
@@ -144,12 +155,14 @@ class ReferenceReader:
         Raises:
             BackendError: an engine failed, or gave NaN or Inf.
         """
-        found = layouts_of(inputs, config, self._family)
+        found = layouts(inputs, config, self._family)
         both = list(zip(inputs.references, found, strict=True))
-        rows = [self._rows(picture, layout, device_of(COMPONENT)) for picture, layout in both]
+        rows = tuple(self._rows(picture, layout, device_of(COMPONENT)) for picture, layout in both)
         encode, device = self._encoder.encode, device_of(self._encoder.COMPONENT)
-        latents = [encode(picture, layout.latents[1], layout.latents[0], device) for picture, layout in both]
-        return References(found, np.concatenate(rows), np.concatenate(latents, axis=1))
+        latents = tuple(
+            encode(picture, *layout.latents[::-1], device, reduced=layout.reduced) for picture, layout in both
+        )
+        return References(found, rows, latents)
 
     def _rows(self, picture: InputPicture, layout: Layout, device: str | None) -> Array:
         """What the vision encoder makes of one picture, float32 (tokens, hidden), row by row."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.families import Family
-from zimgkit.runtime.inputs import NONE, Inputs, first_step, read_inputs, size_in_area, size_like
+from zimgkit.runtime.inputs import NONE, Inputs, first_step, read_inputs, size_in_area, size_like, size_of_edit
 from zimgkit.runtime.parameters import BY_NAME, TENSORS, checked, refuse_unknown, texts
 
 Array = NDArray[np.float32]
@@ -114,8 +114,7 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
         tall, wide = (value(side, 0, high=family.MAX_SIDE) if side in given else None for side in size)
         size = dict(zip(size, size_like(inputs.image, tall, wide, defaults.height * defaults.width), strict=True))
     elif inputs.references and manifest.references is not None:
-        area = manifest.references.latents_area
-        size = dict(zip(size, size_in_area(inputs.references[-1], area), strict=True))
+        size = dict(zip(size, size_of_edit(inputs, manifest.references), strict=True))
     elif inputs.layered is not None and manifest.layers is not None:
         area = value("resolution", manifest.layers.resolution) ** 2
         size = dict(zip(size, size_in_area(inputs.layered, area), strict=True))

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +37,15 @@ from zimgkit.runtime.diffusion.schedule import (
 from zimgkit.runtime.encoding import Encoder
 from zimgkit.runtime.engine_pool import EnginePool, Opener
 from zimgkit.runtime.families import family_of
-from zimgkit.runtime.families.base import Beside, ConditionedFamily, Feeds, Progress
+from zimgkit.runtime.families.base import (
+    Beside,
+    ConditionedFamily,
+    Encoded,
+    Feeds,
+    PictureFamily,
+    Progress,
+    SegmentedFamily,
+)
 from zimgkit.runtime.inpainting import image_regions, keep_unmasked, latents_drawn_anew
 from zimgkit.runtime.inputs import first_step
 from zimgkit.runtime.job import Array, Conditions, Job, Schedule
@@ -58,10 +65,10 @@ from zimgkit.runtime.memory.streaming import within
 from zimgkit.runtime.parameters import MULTIPLE
 from zimgkit.runtime.pictures.tiles import ignored
 from zimgkit.runtime.progress import Report, silent
-from zimgkit.runtime.references import Layout, ReferenceReader, References, layouts_of
+from zimgkit.runtime.references import Layout, ReferenceReader, References, layouts
 from zimgkit.runtime.request import Request
 from zimgkit.runtime.served import check_served, largest_batch
-from zimgkit.runtime.text.edit_prompts import PICTURE, with_pictures
+from zimgkit.runtime.text.edit_prompts import PICTURE, around_pictures, with_pictures
 from zimgkit.runtime.text.tokenizer import PromptTokenizer, keep_rows
 
 LORA_TAG = re.compile(r"<(lora|lyco|hypernet):[^>]*>")
@@ -70,14 +77,6 @@ CONTEXT_PREFIX = "Context_Control."
 """What prompts begin with where another picture controls what is drawn."""
 Device = str | Mapping[str, str] | None
 """Of all components, or component -> its device; None and what is not named take the best one present."""
-
-
-class Encoded(NamedTuple):
-    """A text, as the conditioner gave it."""
-
-    conditioning: Array
-    tokens: int
-    """Rows of the prompt that the conditioner was given."""
 
 
 class Session:
@@ -128,7 +127,7 @@ class Session:
         self.decoder = Decoder(self.engines, self.family, vae_tiling, warn)
         self.encoder = Encoder(self.engines, self.family)
         self.references = None
-        if isinstance(self.family, ConditionedFamily):
+        if isinstance(self.family, PictureFamily):
             self.references = ReferenceReader(self.engines, self.family, self.encoder)
         self._tokenizer = PromptTokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text)
 
@@ -301,7 +300,8 @@ class Session:
         embeds = (*(request.prompt_embeds or ()), *(request.negative_prompt_embeds or ()))
         prompts = (*request.prompts, *(request.negative_prompts or ()))
         lengths = [text.drop + len(rows) for rows in embeds]
-        lengths += [min(most, self._ids(request, prompt).shape[1]) for prompt in dict.fromkeys(prompts)]
+        for prompt in dict.fromkeys(prompts):
+            lengths.append(self._length([min(most, ids.shape[1]) for ids in self._ids(request, prompt)]))
         batch = min(request.batch, largest_batch(self.bundle, "denoiser", self.backend))
         found, inputs = self._layouts(request), request.inputs
         return Picture(
@@ -317,10 +317,19 @@ class Session:
 
     def _condition_tokens(self, request: Request) -> int:
         """Of pictures beside the one that is drawn."""
-        own = request.height // MULTIPLE * (request.width // MULTIPLE)
-        inputs = request.inputs
-        same = own if inputs.context_image is not None or inputs.layered is not None else 0
-        return same + sum(math.prod(layout.grid) for layout in self._layouts(request))
+        if not isinstance(self.family, PictureFamily):
+            return 0
+        found = self._layouts(request)
+        grids = [layout.grid for layout in found]
+        if request.inputs.context_image is not None or request.inputs.layered is not None:
+            grids.append((request.height // MULTIPLE, request.width // MULTIPLE))
+        return self.family.condition_tokens(grids, [layout.patches for layout in found])
+
+    def _length(self, lengths: Sequence[int]) -> int:
+        """Tokens of a prompt, or of one in pieces."""
+        if isinstance(self.family, SegmentedFamily) and len(lengths) > 1:
+            return self.family.segments_tokens(lengths)
+        return sum(lengths)
 
     @contextmanager
     def _advising(self, request: Request) -> Iterator[None]:
@@ -469,21 +478,20 @@ class Session:
             request.negative_prompt_embeds or request.negative_prompts or (),
         )
         texts = [entry for entries in asked for entry in entries if isinstance(entry, str)]
-        rows: dict[str | int, Array] = {
-            id(entry): entry for entries in asked for entry in entries if not isinstance(entry, str)
+        rows: dict[str | int, tuple[Array, ...]] = {
+            id(entry): (entry,) for entries in asked for entry in entries if not isinstance(entry, str)
         }
-        for given in rows.values():
+        inputs = request.inputs
+        for (given,) in rows.values():
+            if inputs.references and isinstance(self.family, SegmentedFamily):
+                hint = "give prompt: pictures stand between its pieces"
+                raise UsageError("prompt_embeds are given, and pictures", hint)
             self._check_embeds(given)
             self._check_served(request, self.bundle.manifest.text.drop + len(given))
-        inputs = request.inputs
         references = self._references(request)
         rows.update(self._read(request, [*texts, *inputs.eligen_entity_prompts], references))
         beside = self._beside(request, references)
-        encoded: dict[str | int, Encoded] = {}
-        with self.engines.engine("conditioner", self.device_of("conditioner")) as engine:
-            for key, prompt_embeds in rows.items():
-                (conditioning,) = engine.run(self.family.conditioner_inputs(prompt_embeds)).values()
-                encoded[key] = Encoded(conditioning, len(prompt_embeds))
+        encoded = self._condition(rows, beside)
         self.report("encode", len(rows), len(rows))
         made: dict[tuple[str | int, ...], Conditions] = {}
 
@@ -499,6 +507,27 @@ class Session:
         negative = [conditions(*[key] * (regions + 1)) for key in unwanted]
         return [conditions(*entities, key) for key in wanted], negative or None
 
+    def _condition(self, rows: Mapping[str | int, Sequence[Array]], beside: Beside | None) -> dict[str | int, Encoded]:
+        """What the conditioner makes of each text, and of the pictures that stand between its pieces."""
+        family = self.family
+        encoded: dict[str | int, Encoded] = {}
+        with self.engines.engine("conditioner", self.device_of("conditioner")) as engine:
+            for key, pieces in rows.items():
+                if isinstance(family, SegmentedFamily):
+                    feeds = family.segments_inputs(pieces)
+                else:
+                    feeds = family.conditioner_inputs(*pieces)
+                (conditioning,) = engine.run(feeds).values()
+                encoded[key] = Encoded(conditioning, tuple(map(len, pieces)))
+        if beside is None or not isinstance(family, SegmentedFamily):
+            return encoded
+        component = "picture_conditioner"
+        with self.engines.engine(component, self.device_of(component)) as engine:
+            for key, text in encoded.items():
+                (pictures,) = engine.run(family.picture_conditioner_inputs(text.lengths, beside)).values()
+                encoded[key] = replace(text, pictures=pictures)
+        return encoded
+
     def _conditions(self, request: Request, texts: Sequence[Encoded], beside: Beside | None) -> Conditions:
         """What a prompt, the last of the texts, and those of regions add to every step."""
         family, size, last = self.family, (request.height, request.width), texts[-1]
@@ -506,17 +535,21 @@ class Session:
             segments = [text.conditioning for text in texts]
             regions = image_regions(request.inputs, *size)
             return Conditions(partial(family.masked_constants, segments, regions, *size), "denoiser.masked")
-        if isinstance(family, ConditionedFamily) and beside is not None:
-            make = partial(family.conditioned_constants, self.bundle, *last, *size, beside)
+        if isinstance(family, PictureFamily) and beside is not None:
+            make = partial(family.conditioned_constants, self.bundle, last, *size, beside)
             return Conditions(make, "denoiser.conditions")
-        return Conditions(partial(family.denoiser_constants, *last, *size))
+        return Conditions(partial(family.denoiser_constants, last.conditioning, last.tokens, *size))
 
     def _beside(self, request: Request, references: References | None) -> Beside | None:
         """The pictures whose latents stand beside those that are drawn: what controls them, then what is edited.
 
         Or that which is taken apart.
         """
-        latents, grids, inputs = [], [], request.inputs
+        latents: list[Array] = []
+        grids: list[tuple[int, int]] = []
+        rows: tuple[Array, ...] = ()
+        patches: tuple[tuple[int, int], ...] = ()
+        inputs = request.inputs
         own, device = (request.height // MULTIPLE, request.width // MULTIPLE), self.device_of(self.encoder.COMPONENT)
         if inputs.context_image is not None:
             latents.append(self.encoder.encode(inputs.context_image, *request.size, device, kernel="bicubic"))
@@ -525,31 +558,40 @@ class Session:
             latents.append(self.encoder.encode(inputs.layered, *request.size, device))
             grids.append(own)
         if references is not None:
-            latents.append(references.latents)
+            latents += references.latents
             grids += [layout.grid for layout in references.layouts]
+            rows, patches = references.rows, tuple(layout.patches for layout in references.layouts)
         if not latents:
             return None
-        return Beside(np.concatenate(latents, axis=1), tuple(grids), inputs.edit_rope_interpolation, request.frames)
+        return Beside(tuple(latents), tuple(grids), rows, patches, inputs.edit_rope_interpolation, request.frames)
 
     def _references(self, request: Request) -> References | None:
         """The pictures that a request's prompts speak of, read."""
         config = self.bundle.manifest.references
-        if config is None or self.references is None:
+        if config is None or self.references is None or not request.inputs.references:
             return None
         return self.references.read(request.inputs, config, self.device_of)
 
-    def _read(self, request: Request, texts: Iterable[str], references: References | None) -> dict[str, Array]:
-        """The text encoder's rows of each different text, float32 (tokens, hidden)."""
+    def _read(
+        self, request: Request, texts: Iterable[str], references: References | None
+    ) -> dict[str, tuple[Array, ...]]:
+        """The text encoder's rows of each different text, float32 (tokens, hidden) of each of its pieces."""
         tokens = self._tokenize(request, texts)
-        rows: dict[str, Array] = {}
+        rows: dict[str, tuple[Array, ...]] = {}
         if not tokens:
             return rows
-        component = "text_encoder.pictures" if references else "text_encoder"
+        component = "text_encoder"
+        if references and isinstance(self.family, ConditionedFamily):
+            component = "text_encoder.pictures"
+        found: dict[bytes, Array] = {}  # Of pieces, most are those of all prompts.
         with self.engines.engine(component, self.device_of(component)) as engine:
-            for index, (text, ids) in enumerate(tokens.items()):
+            for index, (text, pieces) in enumerate(tokens.items()):
                 self.report("encode", index, len(tokens))
-                hidden = engine.run(self._text_inputs(ids, references))["prompt_embeds"][0]
-                rows[text] = keep_rows(hidden, self.bundle.manifest.text, request.max_sequence_length)
+                for ids in pieces:
+                    if ids.tobytes() not in found:
+                        hidden = engine.run(self._text_inputs(ids, references))["prompt_embeds"][0]
+                        found[ids.tobytes()] = keep_rows(hidden, self.bundle.manifest.text, request.max_sequence_length)
+                rows[text] = tuple(found[ids.tobytes()] for ids in pieces)
         return rows
 
     def _text_inputs(self, ids: NDArray[np.int64], references: References | None) -> Feeds:
@@ -558,34 +600,36 @@ class Session:
         patches = [layout.patches for layout in references.layouts]
         return self.family.pictured_text_inputs(ids, self._tokenizer.id_of(PICTURE), references.rows, patches)
 
-    def _tokenize(self, request: Request, texts: Iterable[str]) -> dict[str, NDArray[np.int64]]:
-        """The token ids of each different text; what is past the limit is cut."""
+    def _tokenize(self, request: Request, texts: Iterable[str]) -> dict[str, list[NDArray[np.int64]]]:
+        """The token ids of each different text, of each of its pieces; what is past the limit is cut."""
         text = self.bundle.manifest.text
         most = min(text.drop + request.max_sequence_length, text.max_tokens)
         tokens = {}
         for prompt in dict.fromkeys(texts):
-            ids = self._ids(request, prompt)
-            if ids.shape[1] > most:
+            pieces = self._ids(request, prompt)
+            if any(ids.shape[1] > most for ids in pieces):
                 self.warn(f"the prompt has more than {most - text.drop} tokens; the rest is not read")
             # The encoder is causal: no row that is kept depends on what is cut here.
-            tokens[prompt] = ids[:, :most]
-            self._check_served(request, tokens[prompt].shape[1])
+            tokens[prompt] = [ids[:, :most] for ids in pieces]
+            self._check_served(request, self._length([ids.shape[1] for ids in tokens[prompt]]))
         return tokens
 
-    def _ids(self, request: Request, prompt: str) -> NDArray[np.int64]:
-        """The token ids of a prompt within its template, behind the pictures that it speaks of."""
-        config = self.bundle.manifest.references
-        if config is not None:
-            counts = [layout.tokens for layout in self._layouts(request)]
-            prompt = with_pictures(prompt, counts, config.introduction)
-        return self._tokenizer.encode(prompt)
+    def _ids(self, request: Request, prompt: str) -> list[NDArray[np.int64]]:
+        """The token ids of a prompt within its template, behind the pictures that it speaks of or in pieces around."""
+        config, found = self.bundle.manifest.references, self._layouts(request)
+        if config is None or not found:
+            return [self._tokenizer.encode(prompt)]
+        if isinstance(self.family, SegmentedFamily):
+            pieces = around_pictures(prompt, len(found), self.bundle.manifest.text)
+            return [self._tokenizer.encode_whole(piece) for piece in pieces]
+        return [self._tokenizer.encode(with_pictures(prompt, [one.tokens for one in found], config.introduction))]
 
     def _layouts(self, request: Request) -> tuple[Layout, ...]:
         """How large the pictures that its prompts speak of are where they are read."""
         config = self.bundle.manifest.references
-        if config is None or not isinstance(self.family, ConditionedFamily):
+        if config is None or not isinstance(self.family, PictureFamily):
             return ()
-        return layouts_of(request.inputs, config, self.family)
+        return layouts(request.inputs, config, self.family)
 
     def _check_embeds(self, embeds: Array) -> None:
         """Check that rows are those of this bundle's text encoder, and no more than it gives."""

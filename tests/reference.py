@@ -238,15 +238,19 @@ def _quiet(pipeline: Any) -> Any:
 
 def save(pipeline: Any, folder: Path, **options: Any) -> Path:
     """Save a pipeline in the diffusers layout."""
-    processor = pipeline.components.get("processor")
-    if processor is None:
+    parts = dict(pipeline.components)
+    processors = {name: parts.pop(name) for name in ("processor", "siglip_processor") if parts.get(name) is not None}
+    if not processors:
         pipeline.save_pretrained(folder, **options)
         return folder
-    # Without torchvision, transformers' own processor cannot be made, which diffusers would save.
-    QwenImagePipeline(**{k: v for k, v in pipeline.components.items() if k != "processor"}).save_pretrained(folder)
+    # Without torchvision, transformers' own processors cannot be made, which diffusers would save.
+    parts, others = {k: v for k, v in parts.items() if k != "siglip"}, {k: v for k, v in parts.items() if k == "siglip"}
+    plain = QwenImagePipeline if "processor" in processors else ZImagePipeline
+    plain(**parts).save_pretrained(folder)
     index = folder / "model_index.json"
-    index.write_text(index.read_text().replace("QwenImagePipeline", type(pipeline).__name__))
-    processor.save_pretrained(folder / "processor")
+    index.write_text(index.read_text().replace(plain.__name__, type(pipeline).__name__))
+    for name, part in (processors | others).items():
+        part.save_pretrained(folder / name)
     return folder
 
 
@@ -338,3 +342,64 @@ FAMILIES |= {
     "qwen-image-edit": qwen_image_edit,
     "qwen-image-edit-plus": lambda *given, **more: qwen_image_edit(*given, several=True, **more),
 }
+
+
+class PatchProcessor:
+    """``Siglip2ImageProcessor`` as it is where torchvision is installed: it resizes as torchvision does."""
+
+    def __init__(self, **options: Any) -> None:
+        from transformers import Siglip2ImageProcessorPil
+
+        self.pictures = Siglip2ImageProcessorPil(**options)
+
+    def __call__(self, images: list[Any], return_tensors: str) -> Any:
+        import numpy as np
+        from PIL import Image
+
+        from zimgkit.runtime.pictures.patches import patched_size
+        from zimgkit.runtime.pictures.resampling import resize_as_torchvision
+
+        own = self.pictures
+        (picture,) = (image.convert("RGB") for image in images)
+        size = patched_size(picture.height, picture.width, own.patch_size, own.max_num_patches)
+        exact = Image.fromarray(resize_as_torchvision(np.asarray(picture), *size, "bilinear"))
+        return own(images=[exact], return_tensors=return_tensors)
+
+    def save_pretrained(self, folder: Path, **options: Any) -> None:
+        self.pictures.save_pretrained(folder)
+
+
+def z_image_omni(seed: int = 0, *, siglip: dict[str, Any] | None = None, **overrides: Any) -> Any:
+    """A tiny ``ZImageOmniPipeline``; pictures stay in the VAE's own type, where the real one makes them bfloat16."""
+    from diffusers import ZImageOmniPipeline
+    from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_channels": 3,
+        "num_patches": 64,
+        "patch_size": 16,
+    } | (siglip or {})
+    transformer = {"siglip_feat_dim": vision["hidden_size"]} | overrides.pop("transformer", {})
+    parts = z_image(seed, transformer=transformer, **overrides).components
+    tower = Siglip2VisionModel(Siglip2VisionConfig(**vision)).eval()
+    randomize(tower, 10 * seed + 7)
+    pipeline = ZImageOmniPipeline(**parts, siglip=tower, siglip_processor=None)
+    pipeline.siglip_processor = PatchProcessor(patch_size=16, max_num_patches=64)
+    prepare = pipeline.prepare_image_latents
+
+    def in_its_own_type(*given: Any, **more: Any) -> Any:
+        cast, torch.Tensor.bfloat16 = torch.Tensor.bfloat16, torch.Tensor.float
+        try:
+            return prepare(*given, **more)
+        finally:
+            torch.Tensor.bfloat16 = cast
+
+    pipeline.prepare_image_latents = in_its_own_type
+    return _quiet(pipeline)
+
+
+FAMILIES["z-image-omni"] = z_image_omni

@@ -161,11 +161,19 @@ class ReferencePictures(msgspec.Struct, frozen=True):
     latents_area: Count
     """Pixels whose latents stand beside those that are drawn."""
     most: Count
-    """How many it was trained on at once."""
+    """How many it takes at once."""
     auto_resize: bool = True
     """Whether they are brought to these areas where the caller does not say."""
-    rope_interpolation: bool = False
-    """Whether they span the positions of what is drawn where the caller does not say."""
+    rope_interpolation: bool | None = False
+    """Whether they span the positions of what is drawn where the caller does not say; None where they never do."""
+    least: Annotated[int, msgspec.Meta(ge=0, le=1)] = 1
+    """How many there must be; 0 where it draws from text alone as well."""
+    crops: bool = False
+    """Whether larger ones alone are reduced, and their edges cut off; others are stretched to the areas."""
+    shortest_side: Count = 1
+    """How short a side may be, in pixels."""
+    most_aspect: Number = 200.0
+    """How many times a side may be as long as the other."""
 
 
 class Layers(msgspec.Struct, frozen=True):

@@ -21,15 +21,23 @@ from zimgkit.engines.errors import CheckpointError, UsageError
 from zimgkit.engines.tensors.safetensors import SafetensorsError, TensorInfo, read_header
 from zimgkit.export.checkpoints import catalog, hub
 from zimgkit.export.checkpoints.urls import PICKLES, parse_url
-from zimgkit.export.networks.registry import FAMILIES, STORED_PREFIXES, WEIGHT_FILES, family_of_class
+from zimgkit.export.networks.registry import (
+    FAMILIES,
+    STORED_PREFIXES,
+    WEIGHT_FILES,
+    family_of_class,
+    sources,
+    tasks_of,
+)
 from zimgkit.runtime import demo_models
 
-PROCESSOR = "processor/preprocessor_config.json"
-"""How a vision encoder's pictures are prepared."""
+PROCESSORS = tuple(dict.fromkeys(family.processor for family in FAMILIES.values()))
+"""The folders that say how a vision encoder's pictures are prepared."""
+PREPROCESSOR = "preprocessor_config.json"
 CONFIGS = (
     "model_index.json",
     "scheduler/scheduler_config.json",
-    PROCESSOR,
+    *(f"{processor}/{PREPROCESSOR}" for processor in PROCESSORS),
     *(f"{component}/*.json" for component in WEIGHT_FILES),
 )
 """Patterns of the files that say what a checkpoint is."""
@@ -41,7 +49,7 @@ FILES = (
 )
 """Patterns of the files that a build needs: no pickles, no second copies in other precisions."""
 
-CONFIG_FILES = {"scheduler": "scheduler_config.json", "processor": PROCESSOR.rpartition("/")[2]}
+CONFIG_FILES = {"scheduler": "scheduler_config.json", **dict.fromkeys(PROCESSORS, PREPROCESSOR)}
 """Component -> its config, where that is no ``config.json``."""
 FLOATS = ("float32", "bfloat16", "float16")
 
@@ -59,6 +67,11 @@ class Checkpoint:
     pipeline: str = ""
     """What diffusers calls its pipeline, or its transformer where there is no ``model_index.json``."""
 
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Those that it is read for: folders with a config and weights."""
+        return sources(self.family, tasks_of(self.family, self.pipeline, ()))
+
     @cached_property
     def _configs(self) -> dict[str, dict[str, Any]]:
         return {}
@@ -68,7 +81,7 @@ class Checkpoint:
         return {}
 
     def config(self, component: str) -> dict[str, Any]:
-        """The config of ``"transformer"``, ``"text_encoder"``, ``"vae"``, ``"scheduler"`` or ``"processor"``.
+        """The config of one of its components, of ``"scheduler"``, or of what prepares pictures.
 
         Raises:
             CheckpointError: it is missing or malformed.
@@ -79,7 +92,7 @@ class Checkpoint:
         return self._configs[component]
 
     def tensors(self, component: str) -> Mapping[str, TensorInfo]:
-        """Where the tensors of ``"transformer"``, ``"text_encoder"`` or ``"vae"`` lie; only headers are read.
+        """Where the tensors of one of its components lie; only headers are read.
 
         Returns:
             Canonical name -> its place, whose own ``name`` is the stored one. Canonical names are those of diffusers
@@ -153,7 +166,8 @@ def _open(root: Path, model: str, revision: str | None, weight_files: Callable[[
     revision = root.name if root.parent.name == "snapshots" else revision
     try:
         family, pipeline = _family(root)
-        files = [file for component in WEIGHT_FILES for file in weight_files(component)]
+        components = sources(family, tasks_of(family, pipeline, ()))
+        files = [file for component in components for file in weight_files(component)]
         sizes = {file.relative_to(root).as_posix(): file.stat().st_size for file in files}
     except OSError as error:
         raise CheckpointError(f"{root} cannot be read ({error})", "check its rights") from None

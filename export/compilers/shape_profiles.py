@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from zimgkit.engines.bundle import Component, Manifest, Range
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.families import family, family_of
-from zimgkit.runtime.families.base import ConditionedFamily
+from zimgkit.runtime.families.base import PictureFamily, SegmentedFamily
 from zimgkit.runtime.references import dimension_ranges
 
 Size = tuple[int, int]
@@ -89,12 +89,14 @@ def _ranges(
     """The range of every dynamic dimension in one component, but for the batch."""
     host = family_of(manifest)
     read: dict[str, Range] = {}
-    if manifest.references is not None and isinstance(host, ConditionedFamily):
+    if manifest.references is not None and isinstance(host, PictureFamily):
         read = dimension_ranges(manifest.references, host)
+        if isinstance(host, SegmentedFamily):  # A prompt is in so many pieces, and each is filled up.
+            tokens = (*tokens[:2], host.segments_tokens([tokens[2], *[1] * (manifest.references.most + 1)]))
     ends = []
     for index, ((width, height), count) in enumerate(zip(sizes, tokens, strict=True)):
         # What controls a picture has its size.
-        beside = read["condition_tokens"][index] if read else height // MULTIPLE * (width // MULTIPLE)
+        beside = read["conditions"][index] if read else height // MULTIPLE * (width // MULTIPLE)
         ends.append(host.dynamic_dimensions(height, width, count, beside if component.endswith(".conditions") else 0))
     return {name: (ends[0][name], ends[1][name], ends[2][name]) for name in ends[0]} | read
 

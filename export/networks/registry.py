@@ -42,6 +42,8 @@ class CheckpointComponent:
     """Patterns of canonical names of tensors that no picture needs. ``{last}`` is the number of the last layer."""
     for_tasks: Mapping[str, str] = field(default_factory=dict)
     """Task -> ``module:function``, which says what it becomes for that in the place of the network's ``parts``."""
+    only_for: str = ""
+    """The one task that needs it; all do where this is empty."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ class Family:
     """Likewise of those that take a picture apart."""
     loras: Mapping[str, str] = field(default_factory=dict)
     """Hub ids of LoRAs that people may take for checkpoints -> the short name of the checkpoint they are for."""
+    processor: str = "processor"
+    """The folder of such a checkpoint that says how pictures are prepared."""
     planned: tuple[str, ...] = ()
     """Hub ids of relatives that zimgkit will serve later."""
     tasks: tuple[str, ...] = (TEXT_TO_IMAGE, "image-to-image", "inpaint")
@@ -143,17 +147,32 @@ Z_IMAGE = Family(
         "text_encoder": CheckpointComponent(
             f"{NETWORKS}.text_encoder", ("visual.*", "lm_head.*", "norm.*", "layers.{last}.*")
         ),
-        "transformer": CheckpointComponent(f"{NETWORKS}.z_image"),
+        "transformer": CheckpointComponent(f"{NETWORKS}.z_image", (), {EDIT: f"{NETWORKS}.z_image_omni:edit_parts"}),
         "vae": CheckpointComponent(f"{NETWORKS}.autoencoder_kl", ("encoder.*", "quant_conv.*")),
+        # What it pools is not read.
+        "siglip": CheckpointComponent(f"{NETWORKS}.siglip", ("head.*",), only_for=EDIT),
     },
     served=(
         KnownCheckpoint("Tongyi-MAI/Z-Image-Turbo", Defaults(8, 0.0, 1024, 1024)),
         KnownCheckpoint("Tongyi-MAI/Z-Image", Defaults(50, 4.0, 1024, 1024)),
+        # What its pipeline takes where a call does not say, but for the guidance, which is that of the base.
+        KnownCheckpoint("Tongyi-MAI/Z-Image-Omni-Base", Defaults(50, 4.0, 1024, 1024)),
     ),
+    editors={
+        "ZImageOmniPipeline": ReferencePictures(
+            *("", MEGAPIXEL, MEGAPIXEL, 8),
+            rope_interpolation=None,
+            least=0,
+            crops=True,
+            shortest_side=64,
+            most_aspect=8,
+        ),
+    },
+    processor="siglip_processor",
     carried=KnownCheckpoint("zimg-tiny-z", Defaults(20, 0.5, 128, 128)),
     base="Z-Image",
     demo=f"{NETWORKS}.z_image_demo",
-    lora_modules=r"(layers|noise_refiner|context_refiner)_\d+_(attention|feed_forward|adaLN)|cap_embedder|final_layer",
+    lora_modules=r"(layers|(noise|context|siglip)_refiner)_\d+_(attention|feed_forward|adaLN)|(cap|siglip)_embedder|final_layer",
     shifts={3.0: "Z-Image-Turbo"},  # The base has 6.0.
     # Those of the original files, where q, k and v are one linear.
     lora_aliases=(
@@ -167,7 +186,6 @@ Z_IMAGE = Family(
     few_step_loras=(FewStepLora(r"Z-Image-Turbo-DistillPatch", 0.0, 8),),
     loras={"DiffSynth-Studio/Z-Image-Turbo-DistillPatch": "Z-Image-Turbo"},
     planned=(
-        "Tongyi-MAI/Z-Image-Omni-Base",
         "Tongyi-MAI/Z-Image-Edit",
         "DiffSynth-Studio/Z-Image-i2L",
         "DiffSynth-Studio/Z-Image-Omni-Base-i2L",
@@ -252,10 +270,19 @@ QWEN_IMAGE = Family(
 FAMILIES = {row.name: row for row in (Z_IMAGE, QWEN_IMAGE)}
 """Family -> its row."""
 
-WEIGHT_FILES = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
+WEIGHT_FILES = {
+    "transformer": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "vae": "diffusion_pytorch_model",
+    "siglip": "model",
+}
 """A checkpoint's component -> what the names of its weight files begin with."""
 
-STORED_PREFIXES = {"transformer": ("model.diffusion_model.",), "text_encoder": ("model.", "language_model.")}
+STORED_PREFIXES = {
+    "transformer": ("model.diffusion_model.",),
+    "text_encoder": ("model.", "language_model."),
+    "siglip": ("vision_model.",),
+}
 """A checkpoint's component -> what is taken off its tensors' stored names, in turn, to get the canonical ones.
 
 Text encoders are stored as the whole language model (``model.layers…``), as the whole vision-language model of
@@ -269,7 +296,7 @@ class BundleComponent:
     """One component of a bundle."""
 
     source: str
-    """The checkpoint's component that its tensors come from."""
+    """The checkpoint's component that its tensors come from; in families that have one of its own for it, that."""
     takes_loras: bool = True
     is_quantized: bool = False
     """Whether its linears are quantized in a quantized bundle."""
@@ -281,6 +308,7 @@ COMPONENTS = {
     "vision_encoder": BundleComponent("text_encoder", takes_loras=False),
     "text_encoder": BundleComponent("text_encoder", is_quantized=True),
     "conditioner": BundleComponent("transformer"),
+    "picture_conditioner": BundleComponent("transformer"),
     "modulation": BundleComponent("transformer", is_quantized=True, on_the_host=True),
     "denoiser": BundleComponent("transformer", is_quantized=True),
     "vae_decoder": BundleComponent("vae", takes_loras=False),
@@ -292,7 +320,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     TEXT_TO_IMAGE: (),
     "image-to-image": ("vae_encoder",),
     "inpaint": ("vae_encoder",),
-    EDIT: ("vision_encoder", "vae_encoder"),
+    EDIT: ("vision_encoder", "picture_conditioner", "vae_encoder"),
     CONTEXT: ("vae_encoder",),
     REGIONS: (),
     LAYERS: ("vae_encoder",),
@@ -335,11 +363,21 @@ def tasks_of(family: str, pipeline: str, asked: Collection[str]) -> tuple[str, .
         UsageError: a task that there is not, or that this checkpoint has not.
     """
     own = row(family)
-    known = (EDIT,) if pipeline in own.editors else (LAYERS,) if pipeline in own.layered else own.tasks
+    known, first = own.tasks, own.tasks[:1]
+    if pipeline in own.layered:
+        known = first = (LAYERS,)
+    elif taken := own.editors.get(pipeline):
+        known = first = (EDIT,) if taken.least else (TEXT_TO_IMAGE, EDIT)
     for task in asked:
         if task not in known:
             raise UsageError(f"{task!r} is no task of this checkpoint", f"choose of {', '.join(known)}")
-    return tuple(task for task in known if task == known[0] or task in asked)
+    return tuple(task for task in known if task in first or task in asked)
+
+
+def sources(family: str, tasks: Collection[str] = ()) -> tuple[str, ...]:
+    """The components of a checkpoint that these tasks need, or every picture."""
+    components = row(family).components.items()
+    return tuple(name for name, own in components if not own.only_for or own.only_for in tasks)
 
 
 def is_needed(component: str, tasks: Collection[str]) -> bool:
@@ -353,7 +391,7 @@ def parts(family: str, component: str, config: Config, tasks: Collection[str] = 
 
     Args:
         family: its name.
-        component: ``"transformer"``, ``"text_encoder"`` or ``"vae"``.
+        component: of :func:`sources`.
         config: the component's own.
         tasks: what the bundle is for beside pictures from text.
 

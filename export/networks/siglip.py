@@ -9,6 +9,7 @@ A network's ``forward`` only calls its children; each kind of child is traced on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -48,6 +49,8 @@ def read_config(config: Mapping[str, Any]) -> Config:
     found = decoded(config, Config, FILE, CheckpointError)
     if found.hidden_size % found.num_attention_heads:
         raise CheckpointError(f"{FILE}: hidden_size is no multiple of num_attention_heads")
+    if math.isqrt(found.num_patches) ** 2 != found.num_patches:
+        raise CheckpointError(f"{FILE}: num_patches is {found.num_patches}, no square")
     return found
 
 

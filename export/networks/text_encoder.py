@@ -101,7 +101,7 @@ def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def language_part(config: Mapping[str, Any], *, pictures: bool) -> dict[str, Any]:
     """What the host side reads of ``text_encoder/config.json``: the language model and, for pictures, the tower."""
-    tower = {"vision_config": config.get("vision_config", {})} if pictures else {}
+    tower = {"vision_config": config["vision_config"]} if pictures and "vision_config" in config else {}
     return text_part(config) | tower
 
 

@@ -30,7 +30,7 @@ FROM_A_PICTURE = (
     *("image", "mask_image", *STRENGTHS, "mask_blur", "inpaint_blur_size", "inpaint_blur_sigma", "keep_unmasked"),
 )
 """What a call says of pictures that it starts from."""
-OF_EDITS = ("edit_image_auto_resize", "edit_rope_interpolation")
+OF_EDITS = ("edit_image_auto_resize", "edit_image_area", "edit_rope_interpolation")
 """What it says of those that it edits."""
 ENTITIES = ("eligen_entity_prompts", "eligen_entity_masks", "eligen_enable_on_negative")
 """What it says of regions."""
@@ -140,8 +140,8 @@ def completed(pipeline: Pipeline, given: Mapping[str, Any], template: Record | N
     request = check(manifest, pipeline.session.family, **given)
     size = (request.height, request.width)
     draw = pipeline.session.draw_noise
-    more = {"after_posterior": request.inputs.samples_latents, "frames": request.frames}
-    noise = draw(template.num_images, request.seed, *size, template.image_index, **more)
+    sampled, frames = request.inputs.samples_latents, request.frames
+    noise = draw(template.num_images, request.seed, *size, template.image_index, after_posterior=sampled, frames=frames)
     return {"latents": noise}
 
 

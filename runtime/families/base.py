@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
@@ -45,14 +45,34 @@ class TextEncoder(msgspec.Struct, frozen=True):
 class Beside:
     """Pictures that stand beside the one that is drawn."""
 
-    latents: Array
-    """Float32 (1, tokens, ...), of all of them, without noise."""
+    latents: tuple[Array, ...]
+    """Of each, float32 (1, ...) in the form that the family keeps them in, without noise."""
     grids: tuple[tuple[int, int], ...]
     """Rows and columns of the tokens of each."""
+    rows: tuple[Array, ...] = ()
+    """What the vision encoder gave for each that a prompt speaks of, float32 (tokens, hidden)."""
+    patches: tuple[tuple[int, int], ...] = ()
+    """Rows and columns of the patches that it read of each."""
     interpolated: bool = False
     """Whether they span the positions of the picture that is drawn, whatever their size."""
     frames: int = 1
     """How many pictures are drawn together as one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A prompt, as the conditioner gave it."""
+
+    conditioning: Array
+    lengths: tuple[int, ...]
+    """Rows that the conditioner was given: of the prompt, or of each of the pieces that pictures stand between."""
+    pictures: Array = field(default_factory=lambda: np.zeros((1, 0, 0), np.float32))
+    """What the picture conditioner gave for the prompt, float32 (1, tokens, dim); none where there is no such."""
+
+    @property
+    def tokens(self) -> int:
+        """Rows in all."""
+        return sum(self.lengths)
 
 
 class Family(ABC):
@@ -70,6 +90,8 @@ class Family(ABC):
     """As manifests call it."""
     TEXT: ClassVar[TextConfig]
     """The prompt template and its limits, where the checkpoint does not bring its own."""
+    EDIT_TEXT: ClassVar[TextConfig]
+    """Likewise of checkpoints that edit pictures, where the family has some."""
     USES_CHAT_TEMPLATE: ClassVar[bool]
     """Whether the reference pipeline renders the tokenizer's own chat template."""
     MAX_SIDE: ClassVar[int]
@@ -207,13 +229,30 @@ class Family(ABC):
         """Combine the velocities with and without the prompt, (batch, ...) each."""
 
 
-class ConditionedFamily(Family):
-    """A family that takes pictures beside the one that is drawn, and prompts for regions of it."""
+class PictureFamily(Family):
+    """A family that takes pictures beside the one that is drawn."""
 
-    EDIT_TEXT: ClassVar[TextConfig]
-    """The prompt template of those."""
-    vision: VisionTower
-    """The sizes of the vision encoder."""
+    merge: int
+    """Side of a group of patches that the vision encoder makes one row of."""
+
+    @abstractmethod
+    def condition_tokens(self, grids: Sequence[tuple[int, int]], patches: Sequence[tuple[int, int]]) -> int:
+        """How many tokens the denoiser has of the pictures beside the one that is drawn.
+
+        Args:
+            grids: rows and columns of the tokens of each one's latents.
+            patches: rows and columns of the patches that the vision encoder reads of each.
+        """
+
+    @abstractmethod
+    def reading_dimensions(
+        self, grids: Sequence[tuple[int, int]], patches: Sequence[tuple[int, int]]
+    ) -> dict[str, int]:
+        """How long the dynamic dimensions are of what the graphs are given of all pictures; arguments as above."""
+
+    @abstractmethod
+    def vision_dimensions(self, patches: tuple[int, int]) -> dict[str, int]:
+        """Likewise of ``vision_encoder``, for one picture."""
 
     @abstractmethod
     def vision_grid(self, width: int, height: int) -> tuple[int, int]:
@@ -224,34 +263,59 @@ class ConditionedFamily(Family):
         """Inputs of ``vision_encoder`` for one picture, RGB, and the order of what it gives."""
 
     @abstractmethod
+    def conditioned_constants(self, bundle: Bundle, text: Encoded, height: int, width: int, beside: Beside) -> Feeds:
+        """Inputs of ``denoiser.conditions`` that stay the same over all steps.
+
+        Args:
+            bundle: an open bundle.
+            text: the prompt.
+            height: of the picture.
+            width: of the picture.
+            beside: the pictures beside it.
+        """
+
+
+class SegmentedFamily(PictureFamily):
+    """One whose prompts are encoded in pieces, which pictures stand between."""
+
+    @abstractmethod
+    def segments_tokens(self, lengths: Sequence[int]) -> int:
+        """How many caption tokens a prompt in pieces of so many tokens has."""
+
+    @abstractmethod
+    def segments_inputs(self, segments: Sequence[Array]) -> Feeds:
+        """Inputs of ``conditioner`` for one prompt's pieces, (tokens, hidden) each."""
+
+    @abstractmethod
+    def picture_conditioner_inputs(self, lengths: Sequence[int], beside: Beside) -> Feeds:
+        """Inputs of ``picture_conditioner`` for one prompt.
+
+        Args:
+            lengths: tokens of the prompt's pieces.
+            beside: the pictures that stand between them.
+        """
+
+
+class ConditionedFamily(PictureFamily):
+    """One whose text encoder reads pictures, and which takes prompts for regions of the one that is drawn."""
+
+    vision: VisionTower
+    """The sizes of the vision encoder."""
+
+    @abstractmethod
     def pictured_text_inputs(
-        self, input_ids: NDArray[np.int64], image_token: int, rows: Array, patches: Sequence[tuple[int, int]]
+        self, input_ids: NDArray[np.int64], image_token: int, rows: Sequence[Array], patches: Sequence[tuple[int, int]]
     ) -> Feeds:
         """Inputs of ``text_encoder.pictures`` for the token ids (1, tokens) of one prompt with pictures in it.
 
         Args:
             input_ids: with as many image tokens as there are rows.
             image_token: the id of those.
-            rows: float32 (picture tokens, hidden), what the vision encoder gave for all pictures.
+            rows: float32 (tokens, hidden), what the vision encoder gave for each picture.
             patches: rows and columns of each picture's patches.
 
         Raises:
             UsageError: the image tokens are not those of the pictures.
-        """
-
-    @abstractmethod
-    def conditioned_constants(
-        self, bundle: Bundle, conditioning: Array, tokens: int, height: int, width: int, beside: Beside
-    ) -> Feeds:
-        """Inputs of ``denoiser.conditions`` that stay the same over all steps; arguments as for ``denoiser``.
-
-        Args:
-            bundle: an open bundle.
-            conditioning: what the conditioner gave.
-            tokens: rows of the prompt that it was given.
-            height: of the picture.
-            width: of the picture.
-            beside: the pictures beside it.
         """
 
     @abstractmethod

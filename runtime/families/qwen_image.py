@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -18,7 +19,16 @@ from zimgkit.runtime.diffusion.modulation import ModulationLayout, modulation_ta
 from zimgkit.runtime.diffusion.positions import Tables, axis_tables, grid
 from zimgkit.runtime.diffusion.schedule import NUM_TRAIN_TIMESTEPS, Sigmas, linspace, timesteps
 from zimgkit.runtime.diffusion.time_embedding import frequencies, sinusoids
-from zimgkit.runtime.families.base import Array, Beside, ConditionedFamily, Config, Feeds, Progress, StepInputs
+from zimgkit.runtime.families.base import (
+    Array,
+    Beside,
+    ConditionedFamily,
+    Config,
+    Encoded,
+    Feeds,
+    Progress,
+    StepInputs,
+)
 from zimgkit.runtime.pictures.patches import merged_patches, preprocessor, smart_resize
 from zimgkit.runtime.pictures.tiles import Tiling
 from zimgkit.runtime.text.edit_prompts import EDIT
@@ -93,6 +103,7 @@ class QwenImage(ConditionedFamily):
         self.transformer = decoded(transformer, Transformer, f"{where}: config.transformer", CheckpointError)
         encoder = config.get("text_encoder", {})
         self.vision = vision_tower(encoder, f"{where}: config.text_encoder") if "vision_config" in encoder else TOWER
+        self.merge = self.vision.spatial_merge_size
         self.preprocessor = preprocessor(config.get("processor", {}), f"{where}: config.processor")
         self.vae = decoded(vae, Vae, f"{where}: config.vae", CheckpointError)
 
@@ -167,9 +178,11 @@ class QwenImage(ConditionedFamily):
         cos, sin = tables(positions, self.transformer)
         return {"text": conditioning, "cos": cos, "sin": sin}
 
-    def conditioned_constants(
-        self, bundle: Bundle, conditioning: Array, tokens: int, height: int, width: int, beside: Beside
-    ) -> Feeds:
+    def condition_tokens(self, grids: Sequence[tuple[int, int]], patches: Sequence[tuple[int, int]]) -> int:
+        """Those of the latents; the text encoder has the others."""
+        return sum(rows * columns for rows, columns in grids)
+
+    def conditioned_constants(self, bundle: Bundle, text: Encoded, height: int, width: int, beside: Beside) -> Feeds:
         """Likewise, with the pictures' tokens last; those are modulated as at time 0 where they were trained so.
 
         Layers have the frames 0 and on, and what is taken apart has -1: ``QwenEmbedLayer3DRope`` of diffusers.
@@ -180,9 +193,10 @@ class QwenImage(ConditionedFamily):
             sampled = beside.interpolated and other != own
             images.append(sampled_positions(*other, own, frame) if sampled else image_positions(*other, frame))
         least = len(images) - 1 if self.transformer.use_layer3d_rope else 0
-        positions = np.concatenate([text_positions(tokens, [own, *beside.grids], least), *images])
+        positions = np.concatenate([text_positions(text.tokens, [own, *beside.grids], least), *images])
         cos, sin = tables(positions, self.transformer)
-        feeds = {"condition": beside.latents, "text": conditioning, "cos": cos, "sin": sin}
+        condition = np.concatenate(beside.latents, axis=1)
+        feeds = {"condition": condition, "text": text.conditioning, "cos": cos, "sin": sin}
         if self.transformer.zero_cond_t:
             zero = np.zeros(1, np.float32)
             feeds["condition_modulation"] = self.schedule_inputs(bundle, zero)(0)["modulation"]
@@ -205,6 +219,18 @@ class QwenImage(ConditionedFamily):
         mask = np.block([[segment[:, None] == segment, seen], [seen.T, np.ones((tokens, tokens), np.bool_)]])
         return {"text": np.concatenate(segments, axis=1), "cos": cos, "sin": sin, "mask": mask}
 
+    def reading_dimensions(
+        self, grids: Sequence[tuple[int, int]], patches: Sequence[tuple[int, int]]
+    ) -> dict[str, int]:
+        """Tokens of latents, and groups of patches."""
+        of_text = sum(rows * columns for rows, columns in patches) // self.merge**2
+        return {"condition_tokens": self.condition_tokens(grids, patches), "picture_tokens": of_text}
+
+    def vision_dimensions(self, patches: tuple[int, int]) -> dict[str, int]:
+        """Patches and windows."""
+        window = self.vision.window * self.merge
+        return {"patches": math.prod(patches), "windows": math.prod(-(-side // window) for side in patches)}
+
     def vision_grid(self, width: int, height: int) -> tuple[int, int]:
         """As ``Qwen2VLImageProcessor`` resizes it."""
         own = self.preprocessor
@@ -216,7 +242,7 @@ class QwenImage(ConditionedFamily):
         return tower_inputs(merged_patches([picture], self.preprocessor), self.vision)
 
     def pictured_text_inputs(
-        self, input_ids: NDArray[np.int64], image_token: int, rows: Array, patches: Sequence[tuple[int, int]]
+        self, input_ids: NDArray[np.int64], image_token: int, rows: Sequence[Array], patches: Sequence[tuple[int, int]]
     ) -> Feeds:
         """Ids, tables of positions on three axes, the pictures' rows, and which token takes which row."""
         (ids,) = input_ids
@@ -225,7 +251,13 @@ class QwenImage(ConditionedFamily):
         cos, sin = token_tables(positions, self.rope)
         is_image = ids == image_token
         index = np.where(is_image, len(ids) + np.cumsum(is_image) - 1, np.arange(len(ids)))
-        return {"input_ids": input_ids, "cos": cos, "sin": sin, "picture_embeds": rows, "row_index": index}
+        return {
+            "input_ids": input_ids,
+            "cos": cos,
+            "sin": sin,
+            "picture_embeds": np.concatenate(rows),
+            "row_index": index,
+        }
 
     def schedule_inputs(self, bundle: Bundle, sigmas: Array, progress: Progress | None = None) -> StepInputs:
         """Each step's row of the modulation table."""

@@ -16,6 +16,7 @@ from zimgkit.runtime.memory.machine import UNLIMITED, free_memory
 from zimgkit.runtime.memory.needs import (
     BYTES,
     ENCODER,
+    PICTURES,
     VISION,
     Need,
     device_needs,
@@ -156,13 +157,13 @@ def needs_in(where: Setting, picture: Picture, precision: str | None = None) -> 
     """What each component takes for the whole picture, of this precision or another."""
     needs = _needs_of_all(where, picture, precision)
     unused = {ENCODER} if not picture.reads else set()
-    unused |= {VISION} if not picture.patches else set()
+    unused |= {VISION, PICTURES} if not picture.patches else set()
     return {name: need for name, need in needs.items() if name not in unused}
 
 
 def _needs_of_all(where: Setting, picture: Picture, precision: str | None) -> dict[str, Need]:
-    own = (picture.height, picture.width, picture.tokens, picture.conditions, picture.frames)
-    sizes = where.family.dynamic_dimensions(*own) | {"patches": picture.patches}
+    lengths = (picture.height, picture.width, picture.tokens, picture.conditions, picture.frames)
+    sizes = where.family.dynamic_dimensions(*lengths) | {"patches": picture.patches}
     if picture.frames > 1:
         sizes["planes"] = 4 * (picture.frames - 1)
     if not where.host:

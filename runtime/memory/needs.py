@@ -45,8 +45,10 @@ WIDENED = 2.4
 ENCODER = "vae_encoder"
 """What makes latents of pictures."""
 VISION = "vision_encoder"
-"""What reads pictures for the text encoder."""
-ORDER = (VISION, "text_encoder", "conditioner", ENCODER, "denoiser", "vae_decoder")
+"""What reads pictures that a prompt speaks of."""
+PICTURES = "picture_conditioner"
+"""What makes of these what the denoiser takes."""
+ORDER = (VISION, "text_encoder", "conditioner", PICTURES, ENCODER, "denoiser", "vae_decoder")
 """The components with a graph, in the order a picture uses them."""
 CONVOLUTIONS = {ENCODER, "vae_decoder"}
 """Those of convolutions."""
@@ -225,6 +227,7 @@ def _working(family: Family, sizes: Mapping[str, int], batch: int, *, cast: bool
         VISION: _transformer(family.vision_widths(), sizes.get("patches", 0), cast=cast),
         "text_encoder": _transformer(encoder, sizes["tokens"], cast=cast),
         "conditioner": _transformer(denoiser, sizes["tokens"], cast=cast),
+        PICTURES: _transformer(denoiser, sizes["all_tokens"], cast=cast),
         "denoiser": _transformer(denoiser, batch * sizes["all_tokens"], cast=cast),
         ENCODER: autoencoder,
         "vae_decoder": autoencoder,

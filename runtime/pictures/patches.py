@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Side = Annotated[int, msgspec.Meta(ge=1, le=256)]
+MostPatches = Annotated[int, msgspec.Meta(ge=1, le=1 << 14)]
 Color = tuple[Number, Number, Number]
 Deviation = tuple[Positive, Positive, Positive]
 
@@ -140,26 +141,37 @@ class PaddedPatches(NamedTuple):
     """int64 (1, 2): rows and columns of patches."""
 
 
-def padded_patches(picture: Image, patch_size: int = 16, max_num_patches: int = 256) -> PaddedPatches:
+class PatchPreprocessor(msgspec.Struct, frozen=True):
+    """What is read of SigLIP 2's ``preprocessor_config.json``; the defaults are transformers'."""
+
+    patch_size: Side = 16
+    max_num_patches: MostPatches = 256
+    """How many a picture has at most, to which it is enlarged or reduced."""
+    image_mean: Color = (0.5, 0.5, 0.5)
+    image_std: Deviation = (0.5, 0.5, 0.5)
+
+
+def padded_patches(picture: Image, config: PatchPreprocessor | None = None) -> PaddedPatches:
     """A picture as SigLIP 2 takes it in, as ``Siglip2ImageProcessor`` of transformers makes it.
 
     Args:
         picture: RGB or RGBA.
-        patch_size: side of a patch, in pixels.
-        max_num_patches: how many a picture has at most, to which it is enlarged or reduced.
+        config: of the checkpoint.
     """
-    height, width = _patched_size(picture.height, picture.width, patch_size, max_num_patches)
+    config = config or PatchPreprocessor()
+    patch_size, max_num_patches = config.patch_size, config.max_num_patches
+    height, width = patched_size(picture.height, picture.width, patch_size, max_num_patches)
     resized = resize_as_torchvision(np.asarray(flattened(picture)), height, width, "bilinear")
     rows, columns = height // patch_size, width // patch_size
-    pixels = _normalized(resized, (0.5,) * 3, (0.5,) * 3).reshape(rows, patch_size, columns, patch_size, 3)
+    pixels = _normalized(resized, config.image_mean, config.image_std).reshape(rows, patch_size, columns, patch_size, 3)
     values = np.zeros((1, max_num_patches, patch_size**2 * 3), np.float32)
     values[0, : rows * columns] = pixels.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
     mask = np.arange(max_num_patches)[None] < rows * columns
     return PaddedPatches(values, mask.astype(np.int64), np.array([[rows, columns]], np.int64))
 
 
-def _patched_size(height: int, width: int, patch_size: int, max_num_patches: int) -> tuple[int, int]:
-    """The largest size of at most so many patches, by bisection: ``get_image_size_for_max_num_patches``."""
+def patched_size(height: int, width: int, patch_size: int, max_num_patches: int) -> tuple[int, int]:
+    """The largest height and width of at most so many patches, by bisection: ``get_image_size_for_max_num_patches``."""
 
     def scaled(scale: float) -> tuple[int, int]:
         rows, columns = (max(1, math.ceil(side * scale / patch_size)) for side in (height, width))

@@ -46,6 +46,23 @@ def _along(rows: Bytes, size: int, kernel: Filter) -> Bytes:
 
 def _weights(old: int, new: int, kernel: Filter) -> tuple[NDArray[np.int64], NDArray[np.int32], int]:
     """For each new place the old ones that it is mixed of, their weights, and of how many bits one is."""
+    places, weights = _float_weights(old, new, kernel)
+    # As many bits as leave the largest weight in 16, sign included.
+    precision = next(bits for bits in range(22) if round(weights.max() * (2 << bits)) >= 1 << 15 or bits == 21)
+    whole = np.trunc(weights * (1 << precision) + np.copysign(0.5, weights)).astype(np.int32)
+    return np.minimum(places, old - 1), whole, precision
+
+
+def mixing(old: int, new: int) -> NDArray[np.float32]:
+    """How much each new place takes of each old one, bilinear: float32 (new, old), as torch with ``antialias``."""
+    places, weights = _float_weights(old, new, "bilinear")
+    found = np.zeros((new, old + places.shape[1]), np.float32)
+    np.put_along_axis(found, places, weights.astype(np.float32), axis=1)
+    return found[:, :old]
+
+
+def _float_weights(old: int, new: int, kernel: Filter) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """For each new place the old ones that it is mixed of, and their weights: 0 of those past the end."""
     scale = old / new
     support = (2 if kernel == "bicubic" else 1) * max(scale, 1.0)
     center = scale * (np.arange(new) + 0.5)
@@ -54,11 +71,7 @@ def _weights(old: int, new: int, kernel: Filter) -> tuple[NDArray[np.int64], NDA
     places = first[:, None] + np.arange((last - first).max())
     distance = np.abs((places - center[:, None] + 0.5) / max(scale, 1.0))
     weights = np.where(places < last[:, None], _FILTERS[kernel](distance), 0)
-    weights /= weights.sum(axis=1, keepdims=True)
-    # As many bits as leave the largest weight in 16, sign included.
-    precision = next(bits for bits in range(22) if round(weights.max() * (2 << bits)) >= 1 << 15 or bits == 21)
-    whole = np.trunc(weights * (1 << precision) + np.copysign(0.5, weights)).astype(np.int32)
-    return np.minimum(places, old - 1), whole, precision
+    return places, weights / weights.sum(axis=1, keepdims=True)
 
 
 def _bicubic(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -42,19 +42,21 @@ def calculate_dimensions(area: int, ratio: float) -> tuple[int, int]:
     return round(width / MULTIPLE) * MULTIPLE, round(height / MULTIPLE) * MULTIPLE
 
 
-def check_aspect(ratio: float, name: str = "image") -> None:
+def check_aspect(ratio: float, name: str = "image", most: float = MOST_ASPECT) -> None:
     """Refuse what is much longer than wide, which no vision tower takes.
 
     Args:
         ratio: width by height.
         name: what messages call the picture.
+        most: how many times a side may be as long as the other.
 
     Raises:
-        UsageError: one side is more than 200 times as long as the other.
+        UsageError: one side is longer than that.
     """
-    if not 1 / MOST_ASPECT <= ratio <= MOST_ASPECT:
-        sides = f"{max(ratio, 1 / ratio):.0f} times as {'wide as high' if ratio > 1 else 'high as wide'}"
-        raise UsageError(f"{name} is {sides}", f"crop it to {MOST_ASPECT:.0f} at most")
+    longer = max(ratio, 1 / ratio)
+    if longer > most:
+        sides = f"{longer:.{0 if longer > 10 else 1}f} times as {'wide as high' if ratio > 1 else 'high as wide'}"
+        raise UsageError(f"{name} is {sides}", f"crop it to {most:.0f} at most")
 
 
 def area_dimensions(width: int, height: int, area: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Prompts about pictures: the templates of ``QwenImageEditPipeline`` and ``QwenImageEditPlusPipeline``."""
+"""Prompts about pictures: the templates of diffusers' pipelines that edit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EDIT = TextConfig(
     max_tokens=MOST_TOKENS,
     max_sequence_length=MOST_TOKENS - 64,
 )
-"""Of both; what stands between is :func:`with_pictures`."""
+"""Of ``QwenImageEditPipeline`` and ``QwenImageEditPlusPipeline``; what stands between is :func:`with_pictures`."""
 
 
 def with_pictures(prompt: str, tokens: Sequence[int], introduction: str = "") -> str:
@@ -43,3 +43,22 @@ def with_pictures(prompt: str, tokens: Sequence[int], introduction: str = "") ->
         for number, count in enumerate(tokens, start=1)
     )
     return "".join(pictures) + prompt
+
+
+def around_pictures(prompt: str, pictures: int, text: TextConfig) -> list[str]:
+    """A prompt within its template, in the pieces that pictures stand between: as ``ZImageOmniPipeline`` has them.
+
+    Args:
+        prompt: what the user wrote.
+        pictures: how many, one or more; the last piece but one ends where the one that is drawn stands.
+        text: the template.
+
+    Returns:
+        ``pictures + 2`` pieces.
+    """
+    return [
+        f"{text.prefix}<|vision_start|>",
+        *["<|vision_end|><|vision_start|>"] * (pictures - 1),
+        f"<|vision_end|>{prompt}{text.suffix}<|vision_start|>",
+        "<|vision_end|><|im_end|>",
+    ]

@@ -39,7 +39,11 @@ class PromptTokenizer:
         self._tokenizer.enable_truncation(text.max_tokens)
 
     def encode(self, prompt: str) -> NDArray[np.int64]:
-        """Token ids of the prompt within its template, (1, T).
+        """Token ids of the prompt within its template, as :meth:`encode_whole` gives them."""
+        return self.encode_whole(f"{self._text.prefix}{prompt}{self._text.suffix}")
+
+    def encode_whole(self, text: str) -> NDArray[np.int64]:
+        """Token ids of a prompt that stands within its template, or of a piece of one, (1, T).
 
         A prompt too long is cut on the right, and the end of the template with it, as in diffusers'
         ``QwenImagePipeline._get_qwen_prompt_embeds`` and ``ZImagePipeline._encode_prompt``. Strings such as
@@ -49,12 +53,11 @@ class PromptTokenizer:
             UsageError: the prompt has characters that are no text (halves of surrogate pairs).
         """
         try:
-            prompt.encode()
+            text.encode()
         except UnicodeEncodeError:
             hint = "check the encoding of the terminal or file it comes from"
             raise UsageError("the prompt is not valid Unicode text", hint) from None
-        encoded = self._tokenizer.encode(f"{self._text.prefix}{prompt}{self._text.suffix}")
-        return np.array([encoded.ids], np.int64)
+        return np.array([self._tokenizer.encode(text).ids], np.int64)
 
     def id_of(self, token: str) -> int:
         """The id of a special token.

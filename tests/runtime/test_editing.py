@@ -109,8 +109,8 @@ def test_same_picture(kind, ours, theirs, sizes, size, steps, scale, seed):
     text = first["encoder_hidden_states"][0].numpy()
     assert rows.shape == text.shape
     assert np.abs(rows - text).max() < 1e-5 * np.abs(text).max() + 1e-5
-    image = first["hidden_states"].numpy()
-    assert np.abs(image[:, -references.latents.shape[1] :] - references.latents).max() < 1e-4
+    image, condition = first["hidden_states"].numpy(), np.concatenate(references.latents, axis=1)
+    assert np.abs(image[:, -condition.shape[1] :] - condition).max() < 1e-4
     assert [tuple(shape) for shape in first["img_shapes"][0]] == [
         (1, height // 16, width // 16), *((1, *layout.grid) for layout in references.layouts)
     ]  # fmt: skip

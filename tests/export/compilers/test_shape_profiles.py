@@ -18,7 +18,8 @@ from zimgkit.export.networks import qwen_image_demo, z_image_demo
 from zimgkit.export.networks.registry import FAMILIES, parts
 from zimgkit.export.networks.text_encoder import text_part
 from zimgkit.runtime import families
-from zimgkit.runtime.references import layouts
+from zimgkit.runtime.inputs import NONE
+from zimgkit.runtime.references import layout
 from zimgkit.runtime.text.tokenizer import PromptTokenizer, keep_rows
 
 CONFIGS = {"z-image": z_image_demo.CONFIGS, "qwen-image": qwen_image_demo.CONFIGS}
@@ -245,16 +246,16 @@ def test_pictures_beside_the_drawn_one(pipeline, seed):
             (int(rng.integers(64, 256)), 64) if rng.random() < 0.5 else (64, int(rng.integers(64, 256)))
             for _ in range(count)
         ]
-        found = layouts(sizes, references, host)
-        beside = sum(layout.grid[0] * layout.grid[1] for layout in found)
+        found = [layout(size, NONE, references, host) for size in sizes]
+        beside = sum(own.grid[0] * own.grid[1] for own in found)
         dimensions = host.dynamic_dimensions(768, 1024, 100, beside)
         assert holds(made["denoiser.conditions"], dimensions | {"batch": 1})
-        assert holds(made["text_encoder.pictures"], {"picture_tokens": sum(layout.tokens for layout in found)})
-        for layout in found:
-            rows, columns = layout.patches
-            feeds = host.vision_inputs(Image.new("RGB", layout.vision)).feeds
+        assert holds(made["text_encoder.pictures"], {"picture_tokens": sum(own.tokens for own in found)})
+        for own in found:
+            rows, columns = own.patches
+            feeds = host.vision_inputs(Image.new("RGB", own.vision)).feeds
             assert holds(made["vision_encoder"], {"patches": rows * columns, "windows": len(feeds["window_index"])})
-            assert holds(made["vae_encoder"], dict(zip(("image_width", "image_height"), layout.latents, strict=True)))
+            assert holds(made["vae_encoder"], dict(zip(("image_width", "image_height"), own.latents, strict=True)))
 
 
 def holds(profile: dict[str, tuple[int, int, int]], dimensions: dict[str, int]) -> bool:

@@ -43,7 +43,7 @@ def test_no_other_file_names_a_family() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_components_come_from_where_it_says(family: str) -> None:
     configs = registry.import_module(registry.row(family).demo).CONFIGS
-    for source in registry.row(family).components:
+    for source in registry.sources(family):
         for name, part in registry.parts(family, source, configs[source]).items():
             entry = registry.COMPONENTS[name]
             assert entry.source == source == part.source
@@ -53,10 +53,11 @@ def test_components_come_from_where_it_says(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_is_used_or_unused(family: str) -> None:
     configs = registry.import_module(registry.row(family).demo).CONFIGS
-    for source, component in registry.row(family).components.items():
-        config = configs[source]
+    for source in registry.sources(family):
+        component, config = registry.row(family).components[source], configs[source]
         whole = registry.module(family, source).checkpoint_shapes(config)
-        used = stored_shapes(registry.parts(family, source, config)).keys()
+        parts = registry.parts(family, source, config)
+        used = stored_shapes({name: part for name, part in parts.items() if registry.is_needed(name, ())}).keys()
         prefixes = registry.STORED_PREFIXES.get(source, ())
         names = set()
         for stored in whole:
@@ -91,3 +92,11 @@ def test_classes_of_diffusers() -> None:
 def test_no_such_family() -> None:
     with pytest.raises(CheckpointError, match=r"no family is called 'flux'; zimgkit serves z-image, qwen-image"):
         registry.row("flux")
+
+
+def test_what_a_checkpoint_is_for() -> None:
+    assert registry.tasks_of("z-image", "ZImagePipeline", ("inpaint",)) == ("text-to-image", "inpaint")
+    assert registry.tasks_of("z-image", "ZImageOmniPipeline", ()) == ("text-to-image", "edit")
+    assert registry.tasks_of("qwen-image", "QwenImageEditPipeline", ("edit",)) == ("edit",)
+    assert "siglip" in registry.sources("z-image", ("edit",))
+    assert "siglip" not in registry.sources("z-image", ("text-to-image", "inpaint"))

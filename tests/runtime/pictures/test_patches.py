@@ -14,9 +14,9 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_s
 from zimgkit.engines.errors import CheckpointError, UsageError
 from zimgkit.runtime.pictures.patches import (
     Preprocessor,
-    _patched_size,
     merged_patches,
     padded_patches,
+    patched_size,
     preprocessor,
     smart_resize,
 )
@@ -116,7 +116,7 @@ def test_refuses_configs_and_strips() -> None:
 def test_sizes_of_padded_patches() -> None:
     for height, width in [*RNG.integers(1, 3000, (60, 2)).tolist(), (256, 256), (1, 3000), (5000, 1)]:
         for most in (256, 64):
-            assert _patched_size(height, width, 16, most) == get_image_size_for_max_num_patches(height, width, 16, most)
+            assert patched_size(height, width, 16, most) == get_image_size_for_max_num_patches(height, width, 16, most)
 
 
 @pytest.mark.parametrize("size", [(256, 256), (240, 272), (64, 64), (333, 517), (17, 300)])
