@@ -14,7 +14,6 @@ from zimgkit.engines.files import temporary_folder
 from zimgkit.export.build import export
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from zimgkit.export.lora.merge import NOTHING, Merge
-from zimgkit.export.networks.registry import FAMILIES
 from zimgkit.export.quality.cost import References
 from zimgkit.runtime.progress import Report, silent
 
@@ -44,9 +43,7 @@ def references(
         bundle = Bundle.open(path)
         _check(bundle, checkpoint, merged.loras)
         found[bundle.manifest.precision] = bundle
-    weights = [
-        info for component in FAMILIES[checkpoint.family].components for info in checkpoint.tensors(component).values()
-    ]
+    weights = [info for component in checkpoint.components for info in checkpoint.tensors(component).values()]
     same = not merged.loras and all(info.dtype == "bfloat16" for info in weights)
     with temporary_folder(beside, "references") as folder:
         for precision in ("bfloat16", "float32"):

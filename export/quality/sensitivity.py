@@ -21,7 +21,7 @@ from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import UsageError
 from zimgkit.engines.files import replacing
 from zimgkit.engines.torch.engine import TorchEngine
-from zimgkit.export.networks.registry import FAMILIES, QUANTIZED_GRAPHS, parts
+from zimgkit.export.networks.registry import QUANTIZED_GRAPHS, parts, sources
 from zimgkit.export.quality.cost import velocity_errors
 from zimgkit.export.quality.runs import Draw, Run, Trial, drawing, open_torch_in
 from zimgkit.export.quantization.fake_quantization import quantizable, switch_quantization
@@ -204,7 +204,7 @@ def _groups(bundle: Bundle, settings: QuantizationSettings, by: str) -> list[Gro
     """Group the linears that are quantized together, in the order of the graphs."""
     manifest = bundle.manifest
     groups: list[Group] = []
-    for source in FAMILIES[manifest.family].components:
+    for source in sources(manifest.family, manifest.tasks):
         for component, part in parts(manifest.family, source, manifest.config.get(source, {})).items():
             if component not in QUANTIZED_GRAPHS:
                 continue

@@ -15,7 +15,7 @@ from zimgkit.engines.bundle import Component, Defaults, Manifest, TensorSpec
 from zimgkit.engines.errors import UsageError
 from zimgkit.export.compilers.shape_profiles import ServedShapes, parse_size, shape_profiles
 from zimgkit.export.networks import qwen_image_demo, z_image_demo
-from zimgkit.export.networks.registry import FAMILIES, parts
+from zimgkit.export.networks.registry import FAMILIES, parts, sources
 from zimgkit.export.networks.text_encoder import text_part
 from zimgkit.runtime import families
 from zimgkit.runtime.inputs import NONE
@@ -28,7 +28,7 @@ CONFIGS = {"z-image": z_image_demo.CONFIGS, "qwen-image": qwen_image_demo.CONFIG
 def manifest_of(name: str) -> Manifest:
     """What a bundle of the demo's checkpoint says of its graphs."""
     configs, components = CONFIGS[name], {}
-    for source in FAMILIES[name].components:
+    for source in sources(name):
         for component, part in parts(name, source, configs[source]).items():
             inputs = {entry.name: TensorSpec("", entry.shape) for entry in part.inputs}
             components[component] = Component((), {"bfloat16": "x.onnx"} if part.network else {}, inputs)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from zimgkit.engines.errors import CheckpointError
-from zimgkit.export.networks.registry import FAMILIES
+from zimgkit.export.networks.registry import FAMILIES, sources
 from zimgkit.training import families
 
 
@@ -11,7 +11,7 @@ from zimgkit.training import families
 def test_every_family_that_is_exported_can_be_trained(name: str) -> None:
     family = families.family(name)
     assert family.name == name
-    for component in ("pipeline", *FAMILIES[name].components):
+    for component in ("pipeline", *sources(name)):
         assert family.reference_class(component).__name__ == family.classes[component].partition(".")[2]
     assert {family.reference_class(component).__name__ for component in ("pipeline", "transformer")} == set(
         FAMILIES[name].classes
