@@ -162,7 +162,7 @@ def _settings(
     recipe = given.recipe or family_recipe(checkpoint.family, checkpoint.name)
     settings = QuantizationSettings(precision, recipe, range=given.range, smooth=given.smooth)
     settings.check()
-    parts = parts_of(checkpoint)
+    parts = parts_of(checkpoint, tasks_of(checkpoint.family, checkpoint.pipeline, ()))
     for name, part in parts.items():
         if name in QUANTIZED:
             # What is wrong is better said before hours of work.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -70,7 +71,7 @@ class Decoder:
             height: of the pictures.
             width: of the pictures.
             device: where it runs.
-            progress: called for each with how many of its tiles are done, and how many there are.
+            progress: called with how many tiles of all are done, and how many there are.
 
         Raises:
             BackendError: the engine failed.
@@ -82,7 +83,12 @@ class Decoder:
                 image: Array = engine.run({"latents": part})["image"]
                 return image
 
-            decoded = np.concatenate([self._decode_one(run, raw[i : i + 1], progress) for i in range(len(raw))])
+            def tile_done(picture: int, done: int, tiles: int) -> None:
+                progress(picture * tiles + done, len(raw) * tiles)
+
+            decoded = np.concatenate(
+                [self._decode_one(run, raw[i : i + 1], partial(tile_done, i)) for i in range(len(raw))]
+            )
         if not np.isfinite(decoded).all():
             raise BackendError("the VAE decoder gave NaN or Inf", "zimg-export verify checks the bundle")
         return from_vae(decoded)

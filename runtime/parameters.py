@@ -362,8 +362,8 @@ def checked(parameter: Parameter, value: Any, *, high: float | None = None) -> A
         UsageError: it is of another type or out of range; naming the parameter, and what it may be.
     """
     highest = parameter.high if high is None else high
-    if parameter.type is int and not parameter.choices:
-        return _multiple(parameter, _integer(parameter.name, value, parameter.low, highest), highest)
+    if parameter.type is int:
+        value = _multiple(parameter, _integer(parameter.name, value, parameter.low, highest), highest)
     if parameter.type is float:
         return _number(parameter.name, value, parameter.low, highest)
     if parameter.type is tuple:

@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.commands import heed_interrupts, invoke
-from zimgkit.engines.bundle import CPU_GRAPH, MANIFEST, Bundle
+from zimgkit.engines.bundle import CPU_GRAPH, MANIFEST, Bundle, Layers
 from zimgkit.export import build as builds
 from zimgkit.export.cli.main import main
 
@@ -176,6 +176,16 @@ def test_unexpected_tensor(checkpoint, tmp_path):
     tensors = load_file(file)
     save_file(tensors | {"control.weight": next(iter(tensors.values())).clone()}, file)
     assert_refused(checkpoint, tmp_path, "has no use for 'control.weight'")
+
+
+def test_a_checkpoint_that_takes_pictures_apart(checkpoint_of, tmp_path):
+    """Its class says so; it is quantized as others are, without the networks of other tasks."""
+    made = builds.build(str(checkpoint_of("qwen-image-layered")), tmp_path / "b", precision="int8-weights")
+    manifest = made.manifest
+    assert (manifest.tasks, manifest.layers) == (("layers",), Layers(640, 4))
+    assert {"denoiser.conditions", "vae_encoder"} <= manifest.components.keys()
+    assert not {"vision_encoder", "text_encoder.pictures"} & manifest.components.keys()
+    assert manifest.components["vae_decoder"].outputs["image"].shape[1] == 4
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8-weights"])

@@ -152,9 +152,14 @@ class TestForms:
         whole = ours(PROMPT, seed=3, output_type="np", **self.CALL).images
         monkeypatch.setattr(type(ours.session.family), "TILING", Tiling(64, 48, is_close=True))
         ours.enable_vae_tiling()
+        told: list[tuple[int, int]] = []
+        monkeypatch.setattr(ours.session, "report", lambda stage, *told_of: stage == "decode" and told.append(told_of))
         tiled = ours(PROMPT, seed=3, output_type="np", **self.CALL).images
         ours.session.decoder.set_tiling("auto")
         assert np.abs(whole - tiled).mean() < 0.05
+        done = [tile for tile, of in told if of == 6]
+        assert done == sorted(done)
+        assert done[-1] == 6
 
     def test_a_picture_without_transparency(self, ours):
         opaque = picture(80, 60)
@@ -189,6 +194,7 @@ def test_a_plan_knows_of_the_layers(ours):
         ({"layers": 65}, "layers is 65"),
         ({"layers": 2.5}, "layers is 2.5; give a whole number"),
         ({"resolution": 512}, "resolution is 512; choose one of 640, 1024"),
+        ({"resolution": np.zeros(2)}, "resolution is array.*give a whole number"),
         ({"resolution": 640, "height": 64}, "resolution and height are both given"),
         ({"layers": 2, "layer_num": 2}, "layers and layer_num are both given"),
         ({"prompt": " "}, "the prompt is empty; say what the picture shows"),
