@@ -58,10 +58,8 @@ def _parts() -> dict[str, Part]:
     from transformers import Qwen2_5_VLConfig
 
     from tests.export.networks.test_qwen_image import TINY
-    from tests.export.networks.test_siglip import TINY as SIGLIP
     from tests.export.networks.test_text_encoder import QWEN2
-    from tests.export.networks.test_z_image import TINY as OMNI
-    from zimgkit.export.networks import qwen_image_variants, siglip, text_encoder, z_image_omni
+    from zimgkit.export.networks import qwen_image_variants, text_encoder
 
     vision = {
         "depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 64, "patch_size": 6,
@@ -73,8 +71,4 @@ def _parts() -> dict[str, Part]:
     plain = qwen_image_variants.edit_parts(TINY)["denoiser"].variants
     at_zero = qwen_image_variants.edit_parts(TINY | {"zero_cond_t": True})["denoiser"].variants
     variants = {**denoiser.variants, **plain, "conditions-at-zero": at_zero["conditions"]}
-    # Of two families; a name is taken once.
-    omni = z_image_omni.edit_parts(OMNI | {"siglip_feat_dim": 24})
-    other = {"omni": omni["denoiser"], "picture_conditioner": omni["picture_conditioner"]}
-    (other["siglip"],) = siglip.parts(SIGLIP | {"hidden_size": 32}).values()
-    return {**text_encoder.edit_parts(config), "denoiser": replace(denoiser, variants=variants), **other}
+    return {**text_encoder.edit_parts(config), "denoiser": replace(denoiser, variants=variants)}

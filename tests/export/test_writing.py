@@ -24,22 +24,6 @@ SIZES = {
         {"batch": 3, "image_tokens": 1, "condition_tokens": 1, "text_tokens": 1, "all_tokens": 3},
     ),
 }
-SIZES["siglip"] = ({"patches": 12}, {"patches": 1})
-SIZES["picture_conditioner"] = ({"picture_tokens": 96}, {"picture_tokens": 33})
-SIZES["omni"] = (
-    {"batch": 1, "image_tokens": 32, "caption_tokens": 64, "all_tokens": 96},
-    {"batch": 2, "image_tokens": 64, "caption_tokens": 32, "all_tokens": 96},
-)
-SIZES["omni.conditions"] = (
-    {
-        "batch": 1, "image_tokens": 32, "condition_tokens": 64, "caption_tokens": 96, "picture_tokens": 64,
-        "all_tokens": 256,
-    },
-    {
-        "batch": 2, "image_tokens": 64, "condition_tokens": 32, "caption_tokens": 32, "picture_tokens": 96,
-        "all_tokens": 224,
-    },
-)  # fmt: skip
 SIZES["denoiser.masked"], SIZES["denoiser.conditions-at-zero"] = SIZES["denoiser"], SIZES["denoiser.conditions"]
 
 
