@@ -93,11 +93,15 @@ def _ranges(
         read = dimension_ranges(manifest.references, host)
         if isinstance(host, SegmentedFamily):  # A prompt is in so many pieces, and each is filled up.
             tokens = (*tokens[:2], host.segments_tokens([tokens[2], *[1] * (manifest.references.most + 1)]))
+    # Layers are drawn together, the first with what they make up.
+    most = manifest.layers.layers + 1 if manifest.layers else 1
+    frames = (min(2, most), most, most)
     ends = []
     for index, ((width, height), count) in enumerate(zip(sizes, tokens, strict=True)):
         # What controls a picture has its size.
         beside = read["conditions"][index] if read else height // MULTIPLE * (width // MULTIPLE)
-        ends.append(host.dynamic_dimensions(height, width, count, beside if component.endswith(".conditions") else 0))
+        conditions = beside if component.endswith(".conditions") else 0
+        ends.append(host.dynamic_dimensions(height, width, count, conditions, frames[index]))
     return {name: (ends[0][name], ends[1][name], ends[2][name]) for name in ends[0]} | read
 
 

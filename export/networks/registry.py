@@ -228,7 +228,11 @@ QWEN_IMAGE = Family(
         TaskLora(r"Qwen-Image-EliGen", (REGIONS,)),
         TaskLora(r"Qwen-Image-Edit-Lowres-Fix", references={"auto_resize": False, "rope_interpolation": True}),
     ),
-    bases={"QwenImageEditPipeline": "Qwen-Image-Edit", "QwenImageEditPlusPipeline": "Qwen-Image-Edit-2511"},
+    bases={
+        "QwenImageEditPipeline": "Qwen-Image-Edit",
+        "QwenImageEditPlusPipeline": "Qwen-Image-Edit-2511",
+        "QwenImageLayeredPipeline": "Qwen-Image-Layered",
+    },
     editors={
         "QwenImageEditPipeline": ReferencePictures("", MEGAPIXEL, MEGAPIXEL, 1),
         "QwenImageEditPlusPipeline": ReferencePictures("Picture {number}: ", 384 * 384, MEGAPIXEL, 3),

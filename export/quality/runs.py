@@ -91,7 +91,7 @@ def drawing(bundle: Bundle, opener: Opener, *, backend: str = "torch", device: s
     """
     given: list[Array] = []
     opened = partial(_open_recorded, opener, given)
-    if bundle.manifest.references is not None:
+    if "text-to-image" not in bundle.manifest.tasks:
         raise UsageError("what a precision costs where pictures are edited is not measured yet", "leave --measure out")
     with Pipeline(bundle, backend=backend, device=device, warn=lambda _: None, opener=opened) as pipeline:
 

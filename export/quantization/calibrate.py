@@ -106,7 +106,8 @@ def calibrate(
     if len(calibration_set.prompts) < FEWEST_PROMPTS:
         raise UsageError(f"a calibration needs {FEWEST_PROMPTS} prompts, not {len(calibration_set.prompts)}")
     pictures = calibration_set.pictures
-    if bundle.manifest.references is not None and not pictures:
+    takes, layers = bundle.manifest.references, bundle.manifest.layers
+    if not pictures and (layers is not None or (takes is not None and takes.least)):
         raise UsageError("a checkpoint that edits is calibrated on pictures", "name some with --calibration-image")
     source = (bundle.manifest.checkpoint, bundle.manifest.loras)
     statistics = _load(store, source, calibration_set) or Statistics(made=_made(source, calibration_set, 0))

@@ -194,7 +194,7 @@ class ZImage(SegmentedFamily):
     def condition_tokens(self, grids: Sequence[tuple[int, int]], patches: Sequence[tuple[int, int]]) -> int:
         """Each picture's latents and rows fill up to a multiple of 32; the rows that the target lacks are pads."""
         pieces = [padded_length(rows * columns) for rows, columns in (*grids, *patches)]
-        return sum(pieces) + MULTIPLE if pieces else 0
+        return sum(pieces) + (MULTIPLE if patches else 0)
 
     def reading_dimensions(
         self, grids: Sequence[tuple[int, int]], patches: Sequence[tuple[int, int]]

@@ -105,7 +105,7 @@ def test_same_picture(kind, ours, theirs, sizes, size, steps, scale, seed):
     session, first = ours.session, seen[0]
     request = check(session.bundle.manifest, session.family, prompt="make the cup blue", **call)
     references = session._references(request)
-    (rows,) = session._read(request, ["make the cup blue"], references).values()
+    ((rows,),) = session._read(request, ["make the cup blue"], references).values()
     text = first["encoder_hidden_states"][0].numpy()
     assert rows.shape == text.shape
     assert np.abs(rows - text).max() < 1e-5 * np.abs(text).max() + 1e-5
