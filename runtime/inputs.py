@@ -206,27 +206,17 @@ def _check_reference(picture: InputPicture, name: str, inputs: Inputs, config: R
         hint = f"this bundle takes sides of {config.shortest_side} pixels and more"
         raise UsageError(f"{name} is {width}x{height}", hint)
     check_aspect(width / height, name, config.most_aspect)
-    reduced = reduced_size(picture.size, config, inputs.edit_image_area, auto_resize=inputs.edit_image_auto_resize)
-    if config.crops and min(reduced) < MULTIPLE:
+    if config.crops and min(reduced := reduced_size(picture, inputs, config)) < MULTIPLE:
         sides = "x".join(map(str, reduced))
         raise UsageError(f"{name} is {sides} at {inputs.edit_image_area} pixels", "give a larger height and width")
 
 
-def reduced_size(
-    size: tuple[int, int], config: ReferencePictures, area: int | None = None, *, auto_resize: bool = True
-) -> tuple[int, int]:
-    """The width and height of a picture where a bundle reduces larger ones alone.
-
-    Args:
-        size: its own.
-        config: how the bundle takes pictures.
-        area: what larger ones are brought to, in pixels; the bundle's own where None.
-        auto_resize: whether they are.
-    """
-    width, height = size
-    if not auto_resize or width * height <= config.latents_area:
-        return size
-    return area_dimensions(width, height, area or config.latents_area)
+def reduced_size(picture: InputPicture, inputs: Inputs, config: ReferencePictures) -> tuple[int, int]:
+    """The width and height of a picture where a bundle reduces larger ones alone."""
+    width, height = picture.size
+    if not inputs.edit_image_auto_resize or width * height <= config.latents_area:
+        return width, height
+    return area_dimensions(width, height, inputs.edit_image_area or config.latents_area)
 
 
 def _read_context(manifest: Manifest, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,8 +292,7 @@ def size_of_edit(inputs: Inputs, config: ReferencePictures) -> tuple[int, int]:
     last = inputs.references[-1]
     width, height = last.size
     if config.crops:
-        area, resizes = inputs.edit_image_area, inputs.edit_image_auto_resize
-        width, height = reduced_size(last.size, config, area, auto_resize=resizes)
+        width, height = reduced_size(last, inputs, config)
     else:
         width, height = calculate_dimensions(config.latents_area, width / height)
     return _multiple(height), _multiple(width)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,15 +60,8 @@ class References:
     """Likewise, float32 (1, ...) in the form that the family keeps them in, without noise."""
 
 
-def layouts(
-    sizes: Iterable[Size],
-    config: ReferencePictures,
-    family: PictureFamily,
-    area: int | None = None,
-    *,
-    auto_resize: bool = True,
-) -> tuple[Layout, ...]:
-    """How large the pictures of a call are where they are read.
+def layouts(inputs: Inputs, config: ReferencePictures, family: PictureFamily) -> tuple[Layout, ...]:
+    """How large the pictures of a call are where they are read; nothing is read for that.
 
     Pictures that are not resized keep their size, in multiples of 16, as DiffSynth's ``edit_image_auto_resize=False``
     has it; those that a prompt numbers are read by the vision encoder in its own area all the same.
@@ -77,27 +70,21 @@ def layouts(
         UsageError: one is more than 200 times as wide as high, or as high as wide.
     """
     found = []
-    for size in sizes:
+    for picture in inputs.references:
         reduced = None
         if config.crops:
-            vision = reduced = reduced_size(size, config, area, auto_resize=auto_resize)
+            vision = reduced = reduced_size(picture, inputs, config)
             latents = _whole_tokens(reduced)
         else:
-            ratio = size[0] / size[1]
+            ratio = picture.size[0] / picture.size[1]
             vision = calculate_dimensions(config.vision_area, ratio)
             latents = calculate_dimensions(config.latents_area, ratio)
-            if not auto_resize:
-                latents = _whole_tokens(size)
+            if not inputs.edit_image_auto_resize:
+                latents = _whole_tokens(picture.size)
                 vision = vision if config.introduction else latents
         rows, columns = family.vision_grid(*vision)
         found.append(Layout(vision, (rows, columns), rows * columns // family.merge**2, latents, reduced))
     return tuple(found)
-
-
-def layouts_of(inputs: Inputs, config: ReferencePictures, family: PictureFamily) -> tuple[Layout, ...]:
-    """:func:`layouts` of the pictures of a call; none is read for that."""
-    sizes, area = [picture.size for picture in inputs.references], inputs.edit_image_area
-    return layouts(sizes, config, family, area, auto_resize=inputs.edit_image_auto_resize)
 
 
 def _whole_tokens(size: Size) -> Size:
@@ -132,7 +119,7 @@ class ReferenceReader:
         Raises:
             BackendError: an engine failed, or gave NaN or Inf.
         """
-        found = layouts_of(inputs, config, self._family)
+        found = layouts(inputs, config, self._family)
         both = list(zip(inputs.references, found, strict=True))
         rows = tuple(self._rows(picture, layout, device_of(COMPONENT)) for picture, layout in both)
         encode, device = self._encoder.encode, device_of(self._encoder.COMPONENT)

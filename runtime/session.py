@@ -64,7 +64,7 @@ from zimgkit.runtime.memory.streaming import within
 from zimgkit.runtime.parameters import MULTIPLE
 from zimgkit.runtime.pictures.tiles import ignored
 from zimgkit.runtime.progress import Report, silent
-from zimgkit.runtime.references import Layout, ReferenceReader, References, layouts_of
+from zimgkit.runtime.references import Layout, ReferenceReader, References, layouts
 from zimgkit.runtime.request import Request
 from zimgkit.runtime.served import check_served, largest_batch
 from zimgkit.runtime.text.edit_prompts import PICTURE, around_pictures, with_pictures
@@ -612,7 +612,7 @@ class Session:
         config = self.bundle.manifest.references
         if config is None or not isinstance(self.family, PictureFamily):
             return ()
-        return layouts_of(request.inputs, config, self.family)
+        return layouts(request.inputs, config, self.family)
 
     def _check_embeds(self, embeds: Array) -> None:
         """Check that rows are those of this bundle's text encoder, and no more than it gives."""
