@@ -16,12 +16,12 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zimgkit.engines.bundle import MANIFEST, Bundle
 from zimgkit.engines.choice import AUTO, Choice, choose_backend
 from zimgkit.engines.errors import BackendError, OutOfMemoryError, UsageError
 from zimgkit.engines.tensors.dtypes import round_to
+from zimgkit.runtime.conditioning import Conditioner
 from zimgkit.runtime.decoding import Decoder
 from zimgkit.runtime.diffusion.blending import Kept
 from zimgkit.runtime.diffusion.noise import Generator, generator, randn_sample, randn_tensor
@@ -38,15 +38,9 @@ from zimgkit.runtime.encoding import Encoder
 from zimgkit.runtime.engine_pool import EnginePool, Opener
 from zimgkit.runtime.families import family_of
 from zimgkit.runtime.families.base import (
-    Beside,
-    ConditionedFamily,
-    Encoded,
-    Feeds,
-    PictureFamily,
     Progress,
-    SegmentedFamily,
 )
-from zimgkit.runtime.inpainting import image_regions, keep_unmasked, latents_drawn_anew
+from zimgkit.runtime.inpainting import keep_unmasked, latents_drawn_anew
 from zimgkit.runtime.inputs import first_step
 from zimgkit.runtime.job import Array, Conditions, Job, Schedule
 from zimgkit.runtime.memory.amounts import parse_budget
@@ -62,14 +56,10 @@ from zimgkit.runtime.memory.fitting import (
 from zimgkit.runtime.memory.machine import UNLIMITED
 from zimgkit.runtime.memory.plan import Plan
 from zimgkit.runtime.memory.streaming import within
-from zimgkit.runtime.parameters import MULTIPLE
 from zimgkit.runtime.pictures.tiles import ignored
 from zimgkit.runtime.progress import Report, silent
-from zimgkit.runtime.references import Layout, ReferenceReader, References, layouts
 from zimgkit.runtime.request import Request
-from zimgkit.runtime.served import check_served, largest_batch
-from zimgkit.runtime.text.edit_prompts import PICTURE, around_pictures, with_pictures
-from zimgkit.runtime.text.tokenizer import PromptTokenizer, keep_rows
+from zimgkit.runtime.served import largest_batch
 
 LORA_TAG = re.compile(r"<(lora|lyco|hypernet):[^>]*>")
 """How web UIs ask for a LoRA within a prompt."""
@@ -126,10 +116,7 @@ class Session:
         self.engines = EnginePool(bundle, self.backend, memory_budget, opener)
         self.decoder = Decoder(self.engines, self.family, vae_tiling, warn)
         self.encoder = Encoder(self.engines, self.family)
-        self.references = None
-        if isinstance(self.family, PictureFamily):
-            self.references = ReferenceReader(self.engines, self.family, self.encoder)
-        self._tokenizer = PromptTokenizer(bundle.file("tokenizer/tokenizer.json"), bundle.manifest.text)
+        self.conditioner = Conditioner(self.engines, self.family, self.encoder, self.device_of, report, warn)
 
     def begin(self, request: Request) -> list[Job]:
         """Read a request's prompts, draw its noise and lay out its schedule.
@@ -161,7 +148,7 @@ class Session:
             self.warn(f"LoRAs for context images were trained on prompts that begin with {CONTEXT_PREFIX!r}")
         noise, posterior = self._noise(request)
         with self._advising(request):
-            positive, negative = self._encode(request)
+            positive, negative = self.conditioner.read(request)
             clean = self._clean(request, posterior)
         schedule = self._schedule(request)
         mask = self._mask(request)
@@ -295,41 +282,18 @@ class Session:
         )
 
     def _picture(self, request: Request) -> Picture:
-        text = self.bundle.manifest.text
-        most = min(text.drop + request.max_sequence_length, text.max_tokens)
-        embeds = (*(request.prompt_embeds or ()), *(request.negative_prompt_embeds or ()))
-        prompts = (*request.prompts, *(request.negative_prompts or ()))
-        lengths = [text.drop + len(rows) for rows in embeds]
-        for prompt in dict.fromkeys(prompts):
-            lengths.append(self._length([min(most, ids.shape[1]) for ids in self._ids(request, prompt)]))
         batch = min(request.batch, largest_batch(self.bundle, "denoiser", self.backend))
-        found, inputs = self._layouts(request), request.inputs
+        found, inputs = self.conditioner.layouts(request), request.inputs
         return Picture(
             request.height,
             request.width,
-            max(lengths),
+            self.conditioner.longest(request),
             batch,
             reads=any((inputs.image, inputs.layered, inputs.context_image, found)),
             patches=max((math.prod(layout.patches) for layout in found), default=0),
-            conditions=self._condition_tokens(request),
+            conditions=self.conditioner.condition_tokens(request),
             frames=request.frames,
         )
-
-    def _condition_tokens(self, request: Request) -> int:
-        """Of pictures beside the one that is drawn."""
-        if not isinstance(self.family, PictureFamily):
-            return 0
-        found = self._layouts(request)
-        grids = [layout.grid for layout in found]
-        if request.inputs.context_image is not None or request.inputs.layered is not None:
-            grids.append((request.height // MULTIPLE, request.width // MULTIPLE))
-        return self.family.condition_tokens(grids, [layout.patches for layout in found])
-
-    def _length(self, lengths: Sequence[int]) -> int:
-        """Tokens of a prompt, or of one in pieces."""
-        if isinstance(self.family, SegmentedFamily) and len(lengths) > 1:
-            return self.family.segments_tokens(lengths)
-        return sum(lengths)
 
     @contextmanager
     def _advising(self, request: Request) -> Iterator[None]:
@@ -470,184 +434,6 @@ class Session:
             sigmas = sigmas[first_step(steps, inputs.strength) :]
         progress = partial(self.report, "modulation")
         return Schedule(sigmas, self.family.schedule_inputs(self.bundle, sigmas[:-1], progress))
-
-    def _encode(self, request: Request) -> tuple[list[Conditions], list[Conditions] | None]:
-        """The conditions of each prompt and of each negative prompt; equal ones share theirs."""
-        asked = (
-            request.prompt_embeds or request.prompts,
-            request.negative_prompt_embeds or request.negative_prompts or (),
-        )
-        texts = [entry for entries in asked for entry in entries if isinstance(entry, str)]
-        rows: dict[str | int, tuple[Array, ...]] = {
-            id(entry): (entry,) for entries in asked for entry in entries if not isinstance(entry, str)
-        }
-        inputs = request.inputs
-        for (given,) in rows.values():
-            if inputs.references and isinstance(self.family, SegmentedFamily):
-                hint = "give prompt: pictures stand between its pieces"
-                raise UsageError("prompt_embeds are given, and pictures", hint)
-            self._check_embeds(given)
-            self._check_served(request, self.bundle.manifest.text.drop + len(given))
-        references = self._references(request)
-        rows.update(self._read(request, [*texts, *inputs.eligen_entity_prompts], references))
-        beside = self._beside(request, references)
-        encoded = self._condition(rows, beside)
-        self.report("encode", len(rows), len(rows))
-        made: dict[tuple[str | int, ...], Conditions] = {}
-
-        def conditions(*keys: str | int) -> Conditions:
-            if keys not in made:
-                made[keys] = self._conditions(request, [encoded[key] for key in keys], beside)
-            return made[keys]
-
-        wanted, unwanted = ([entry if isinstance(entry, str) else id(entry) for entry in entries] for entries in asked)
-        entities = inputs.eligen_entity_prompts
-        # Every region is guided away from the words that the whole is guided away from, or none is.
-        regions = len(entities) if inputs.eligen_enable_on_negative else 0
-        negative = [conditions(*[key] * (regions + 1)) for key in unwanted]
-        return [conditions(*entities, key) for key in wanted], negative or None
-
-    def _condition(self, rows: Mapping[str | int, Sequence[Array]], beside: Beside | None) -> dict[str | int, Encoded]:
-        """What the conditioner makes of each text, and of the pictures that stand between its pieces."""
-        family = self.family
-        encoded: dict[str | int, Encoded] = {}
-        with self.engines.engine("conditioner", self.device_of("conditioner")) as engine:
-            for key, pieces in rows.items():
-                if isinstance(family, SegmentedFamily):
-                    feeds = family.segments_inputs(pieces)
-                else:
-                    feeds = family.conditioner_inputs(*pieces)
-                (conditioning,) = engine.run(feeds).values()
-                encoded[key] = Encoded(conditioning, tuple(map(len, pieces)))
-        if beside is None or not isinstance(family, SegmentedFamily):
-            return encoded
-        component = "picture_conditioner"
-        with self.engines.engine(component, self.device_of(component)) as engine:
-            for key, text in encoded.items():
-                (pictures,) = engine.run(family.picture_conditioner_inputs(text.lengths, beside)).values()
-                encoded[key] = replace(text, pictures=pictures)
-        return encoded
-
-    def _conditions(self, request: Request, texts: Sequence[Encoded], beside: Beside | None) -> Conditions:
-        """What a prompt, the last of the texts, and those of regions add to every step."""
-        family, size, last = self.family, (request.height, request.width), texts[-1]
-        if isinstance(family, ConditionedFamily) and len(texts) > 1:
-            segments = [text.conditioning for text in texts]
-            regions = image_regions(request.inputs, *size)
-            return Conditions(partial(family.masked_constants, segments, regions, *size), "denoiser.masked")
-        if isinstance(family, PictureFamily) and beside is not None:
-            make = partial(family.conditioned_constants, self.bundle, last, *size, beside)
-            return Conditions(make, "denoiser.conditions")
-        return Conditions(partial(family.denoiser_constants, last.conditioning, last.tokens, *size))
-
-    def _beside(self, request: Request, references: References | None) -> Beside | None:
-        """The pictures whose latents stand beside those that are drawn: what controls them, then what is edited.
-
-        Or that which is taken apart.
-        """
-        latents: list[Array] = []
-        grids: list[tuple[int, int]] = []
-        rows: tuple[Array, ...] = ()
-        patches: tuple[tuple[int, int], ...] = ()
-        inputs = request.inputs
-        own, device = (request.height // MULTIPLE, request.width // MULTIPLE), self.device_of(self.encoder.COMPONENT)
-        if inputs.context_image is not None:
-            latents.append(self.encoder.encode(inputs.context_image, *request.size, device, kernel="bicubic"))
-            grids.append(own)
-        if inputs.layered is not None:
-            latents.append(self.encoder.encode(inputs.layered, *request.size, device))
-            grids.append(own)
-        if references is not None:
-            latents += references.latents
-            grids += [layout.grid for layout in references.layouts]
-            rows, patches = references.rows, tuple(layout.patches for layout in references.layouts)
-        if not latents:
-            return None
-        return Beside(tuple(latents), tuple(grids), rows, patches, inputs.edit_rope_interpolation, request.frames)
-
-    def _references(self, request: Request) -> References | None:
-        """The pictures that a request's prompts speak of, read."""
-        config = self.bundle.manifest.references
-        if config is None or self.references is None or not request.inputs.references:
-            return None
-        return self.references.read(request.inputs, config, self.device_of)
-
-    def _read(
-        self, request: Request, texts: Iterable[str], references: References | None
-    ) -> dict[str, tuple[Array, ...]]:
-        """The text encoder's rows of each different text, float32 (tokens, hidden) of each of its pieces."""
-        tokens = self._tokenize(request, texts)
-        rows: dict[str, tuple[Array, ...]] = {}
-        if not tokens:
-            return rows
-        component = "text_encoder"
-        if references and isinstance(self.family, ConditionedFamily):
-            component = "text_encoder.pictures"
-        found: dict[bytes, Array] = {}  # Of pieces, most are those of all prompts.
-        with self.engines.engine(component, self.device_of(component)) as engine:
-            for index, (text, pieces) in enumerate(tokens.items()):
-                self.report("encode", index, len(tokens))
-                for ids in pieces:
-                    if ids.tobytes() not in found:
-                        hidden = engine.run(self._text_inputs(ids, references))["prompt_embeds"][0]
-                        found[ids.tobytes()] = keep_rows(hidden, self.bundle.manifest.text, request.max_sequence_length)
-                rows[text] = tuple(found[ids.tobytes()] for ids in pieces)
-        return rows
-
-    def _text_inputs(self, ids: NDArray[np.int64], references: References | None) -> Feeds:
-        if references is None or not isinstance(self.family, ConditionedFamily):
-            return self.family.text_encoder_inputs(ids)
-        patches = [layout.patches for layout in references.layouts]
-        return self.family.pictured_text_inputs(ids, self._tokenizer.id_of(PICTURE), references.rows, patches)
-
-    def _tokenize(self, request: Request, texts: Iterable[str]) -> dict[str, list[NDArray[np.int64]]]:
-        """The token ids of each different text, of each of its pieces; what is past the limit is cut."""
-        text = self.bundle.manifest.text
-        most = min(text.drop + request.max_sequence_length, text.max_tokens)
-        tokens = {}
-        for prompt in dict.fromkeys(texts):
-            pieces = self._ids(request, prompt)
-            if any(ids.shape[1] > most for ids in pieces):
-                self.warn(f"the prompt has more than {most - text.drop} tokens; the rest is not read")
-            # The encoder is causal: no row that is kept depends on what is cut here.
-            tokens[prompt] = [ids[:, :most] for ids in pieces]
-            self._check_served(request, self._length([ids.shape[1] for ids in tokens[prompt]]))
-        return tokens
-
-    def _ids(self, request: Request, prompt: str) -> list[NDArray[np.int64]]:
-        """The token ids of a prompt within its template, behind the pictures that it speaks of or in pieces around."""
-        config, found = self.bundle.manifest.references, self._layouts(request)
-        if config is None or not found:
-            return [self._tokenizer.encode(prompt)]
-        if isinstance(self.family, SegmentedFamily):
-            pieces = around_pictures(prompt, len(found), self.bundle.manifest.text)
-            return [self._tokenizer.encode_whole(piece) for piece in pieces]
-        return [self._tokenizer.encode(with_pictures(prompt, [one.tokens for one in found], config.introduction))]
-
-    def _layouts(self, request: Request) -> tuple[Layout, ...]:
-        """How large the pictures that its prompts speak of are where they are read."""
-        config = self.bundle.manifest.references
-        if config is None or not isinstance(self.family, PictureFamily):
-            return ()
-        return layouts(request.inputs, config, self.family)
-
-    def _check_embeds(self, embeds: Array) -> None:
-        """Check that rows are those of this bundle's text encoder, and no more than it gives."""
-        width = self.bundle.component("conditioner").inputs["prompt_embeds"].shape[-1]
-        most = self.bundle.manifest.text.max_tokens - self.bundle.manifest.text.drop
-        if embeds.shape[1] != width or len(embeds) > most:
-            hint = f"this bundle takes at most {most} rows of {width} numbers"
-            raise UsageError(f"prompt_embeds have {len(embeds)} rows of {embeds.shape[1]} numbers", hint)
-
-    def _check_served(self, request: Request, tokens: int) -> None:
-        conditions = self._condition_tokens(request)
-        dimensions = self.family.dynamic_dimensions(*request.size, tokens, conditions, request.frames)
-        pictured = ".pictures" if request.inputs.references else ""
-        denoiser = "denoiser.conditions" if conditions else "denoiser"
-        components = [f"text_encoder{pictured}", "conditioner", denoiser, "vae_decoder"]
-        if request.inputs.image is not None:
-            components.append(self.encoder.COMPONENT)
-        check_served(self.bundle, self.backend, components, dimensions, request.width, request.height)
 
     def _step(self, group: Sequence[Job]) -> None:
         """One step of jobs that share everything but their latents."""

@@ -56,7 +56,9 @@ def small(ours, monkeypatch):
         own, vision_area=own.vision_area // SMALLER, latents_area=own.latents_area // SMALLER
     )
     manifest = msgspec.structs.replace(ours.bundle.manifest, references=less)
-    monkeypatch.setattr(ours.session, "bundle", replace(ours.bundle, manifest=manifest))
+    smaller = replace(ours.bundle, manifest=manifest)
+    monkeypatch.setattr(ours.session, "bundle", smaller)
+    monkeypatch.setattr(ours.session.conditioner, "bundle", smaller)
     for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
         known = module.calculate_dimensions
         monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio, f=known: f(area // SMALLER, ratio))
@@ -104,8 +106,8 @@ def test_same_picture(kind, ours, theirs, sizes, size, steps, scale, seed):
 
     session, first = ours.session, seen[0]
     request = check(session.bundle.manifest, session.family, prompt="make the cup blue", **call)
-    references = session._references(request)
-    ((rows,),) = session._read(request, ["make the cup blue"], references).values()
+    references = session.conditioner._references(request)
+    ((rows,),) = session.conditioner._read(request, ["make the cup blue"], references).values()
     text = first["encoder_hidden_states"][0].numpy()
     assert rows.shape == text.shape
     assert np.abs(rows - text).max() < 1e-5 * np.abs(text).max() + 1e-5

@@ -96,7 +96,7 @@ def test_same_layers(ours, theirs, size, resolution, layers, steps, scale, keeps
 
     session, first = ours.session, seen[0]
     request = check(session.bundle.manifest, session.family, prompt=PROMPT, **call)
-    latents = session._beside(request, None).latents
+    (latents,) = session.conditioner._beside(request, None).latents
     image = first["hidden_states"].numpy()
     assert image.shape[1] == (layers + 2) * latents.shape[1]
     assert np.abs(image[:, -latents.shape[1] :] - latents).max() < 1e-4

@@ -69,12 +69,12 @@ def test_larger_pictures_are_reduced(ours, theirs):
     expected = reference.draw(theirs, "x", seed=1, **call)
     found = ours("x", seed=1, output_type="np", **call)
     assert np.abs(found.images - expected).max() < BOUND
-    assert [layout.latents for layout in ours.session._layouts(found.request)] == [(80, 64), (96, 80)]
+    assert [layout.latents for layout in ours.session.conditioner.layouts(found.request)] == [(80, 64), (96, 80)]
     del call["width"]
-    (whole, small) = ours.session._layouts(asked(ours, **call))
+    (whole, small) = ours.session.conditioner.layouts(asked(ours, **call))
     assert whole.reduced == Flux2ImageProcessor._resize_to_target_area(images[0]).size == (1122, 934)
     assert (whole.latents, small.reduced) == ((1120, 928), (111, 90))
-    (whole, _) = ours.session._layouts(asked(ours, **call, edit_image_auto_resize=False))
+    (whole, _) = ours.session.conditioner.layouts(asked(ours, **call, edit_image_auto_resize=False))
     assert whole.latents == (1200, 992)
 
 
