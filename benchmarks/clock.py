@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 STEP = "denoising step"
 COMPONENTS = ("text encoder", STEP, "VAE decoder")
+READERS = ("vision encoder", "VAE encoder")
+"""What reads the pictures that are edited."""
 WHOLE = "whole pipeline"
 
 
@@ -40,14 +42,17 @@ class Clock:
         """Add what was spent."""
         self.spent[name] = Spent(*map(sum, zip(self.spent[name], spent, strict=True)))
 
-    def time(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, timed."""
+    def time(self, name: str, function: Callable[..., Any], within: str | None = None) -> Callable[..., Any]:
+        """The same function, timed; what it takes is no part of what it is called within."""
 
         def timed(*arguments: Any, **options: Any) -> Any:
             start = now()
             try:
                 return function(*arguments, **options)
             finally:
-                self.add(name, now().since(start))
+                spent = now().since(start)
+                self.add(name, spent)
+                if within:
+                    self.add(within, Spent(*(-value for value in spent)))
 
         return timed

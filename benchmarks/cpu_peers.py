@@ -7,7 +7,11 @@ one checkpoint on all cores: diffusers eager and compiled by torch.compile, in f
 machine the latter are the ones to compare. OpenVINO by hand on an exported graph is zimgkit's own openvino backend: the
 same graph, its functions inlined, and the same call.
 
+With --task edit pictures are edited instead: new ones in each turn, of the size that is drawn, which the vision encoder
+reads at 7/8 of their sides. What is computed once for a picture is thus computed in each turn.
+
     python benchmarks/cpu_peers.py
+    python benchmarks/cpu_peers.py --task edit --pictures 1 2 --size 256
     python benchmarks/cpu_peers.py --family FAMILY --contestant diffusers "zimg int8" --steps 2 --repeats 3
 """
 
@@ -22,6 +26,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,7 +35,7 @@ import common
 import families
 import numpy as np
 import stable_diffusion_cpp
-from clock import COMPONENTS, WHOLE, Spent
+from clock import WHOLE, Spent
 from contestant_processes import Contestants, FailedError
 from peer_contestants import DTYPES, Settings, image_file
 
@@ -93,7 +98,8 @@ def race(settings: Settings, folder: Path, names: Sequence[str], repeats: int, l
     ran = [name for name in names if name not in failed]
     taken = {
         kind: {
-            name: {what: [turn[kind][what] for turn in turns[name]] for what in (*COMPONENTS, WHOLE)} for name in ran
+            name: {what: [turn[kind][what] for turn in turns[name]] for what in (*settings.components, WHOLE)}
+            for name in ran
         }
         for kind in Spent._fields
     }
@@ -101,6 +107,7 @@ def race(settings: Settings, folder: Path, names: Sequence[str], repeats: int, l
         "family": settings.family,
         "size": settings.size,
         "steps": settings.steps,
+        "pictures": settings.pictures,
         "limit_bytes": limit,
         **taken,
         "first": contestants.first,
@@ -131,14 +138,15 @@ def report(result: Mapping[str, Any]) -> None:
     size = f"{result['parameters'] / 1e6:.0f} million parameters, {result['size']}x{result['size']} pixels"
     names = list(result["seconds"])
     turns = len(result["seconds"][names[0]][WHOLE]) if names else 0
-    print(f"\n{result['family']}: {size}, {result['steps']} steps, {turns} turns each")
+    edited = f", pictures edited: {result['pictures']}" if result["pictures"] else ""
+    print(f"\n{result['family']}: {size}{edited}, {result['steps']} steps, {turns} turns each")
     for kind in Spent._fields if names else ():
         median = {
             name: {component: statistics.median(times) for component, times in found.items()}
             for name, found in result[kind].items()
         }
         base = median.get(BASE, median[names[0]])
-        parts = (*COMPONENTS, WHOLE)
+        parts = tuple(base)
         rows = [
             [name, *(f"{found[part]:.3f} ({base[part] / found[part]:.2f})" for part in parts)]
             for name, found in median.items()
@@ -180,6 +188,8 @@ def chosen(wanted: Sequence[str], program: Path | None = None) -> tuple[str, ...
 def main() -> int:
     """The script."""
     parser = common.parser(__doc__)
+    parser.add_argument("--task", choices=("draw", "edit"), default="draw", help="from text alone, or from pictures")
+    parser.add_argument("--pictures", type=int, nargs="+", help="how many are edited, one or more times [default: 1]")
     parser.add_argument("--size", type=int, nargs="+", default=[512], help="height and width in pixels, one or more")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each contestant")
@@ -197,21 +207,32 @@ def main() -> int:
     program = options.stable_diffusion_cpp and options.stable_diffusion_cpp.absolute()
     if program and not os.access(program, os.X_OK):
         parser.exit(2, f"{program} is no program\n")
+    editing = options.task == "edit"
+    if options.pictures and not editing:
+        parser.error("--pictures is for --task edit")
+    if program and editing:
+        parser.error("stable-diffusion.cpp takes no part in --task edit")
+    numbers = (options.pictures or [1]) if editing else [0]
     facts, results, names = common.machine(), [], chosen(options.contestant, program)
     for family in common.families(options):
         own = families.family(family)
+        if editing and own.editing is None:
+            print(f"{family} does not edit")
+            continue
         configs = own.ggml_size if program else own.mid_size
         if configs is None:
             print(f"{family}: no size for stable-diffusion.cpp")
             continue
+        configs = {**configs, **(own.editing.configs if editing and own.editing else {})}
         with (
             tempfile.TemporaryDirectory(prefix="zimg-cpu-peers-", dir=options.folder) as folder,
             patch.dict(os.environ, common.own_cache(Path(folder))),
         ):
-            model = Settings(family, configs=configs, stable_diffusion_cpp=program and str(program))
+            cpp = program and str(program)
+            model = Settings(family, configs=configs, pictures=numbers[0], stable_diffusion_cpp=cpp)
             found = prepare(model, Path(folder), names)
-            for size in options.size:
-                settings = replace(model, size=size, steps=options.steps)
+            for size, pictures in product(options.size, numbers):
+                settings = replace(model, size=size, pictures=pictures, steps=options.steps)
                 results.append(found | race(settings, Path(folder), names, options.repeats, options.memory * 2**30))
                 report(results[-1])
                 common.save(options.json, facts, results)

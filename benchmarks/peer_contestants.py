@@ -14,8 +14,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 from unittest.mock import patch
@@ -24,12 +25,14 @@ import common
 import families
 import numpy as np
 import stable_diffusion_cpp
-from clock import COMPONENTS, STEP, WHOLE, Clock, Spent
+from clock import COMPONENTS, READERS, STEP, WHOLE, Clock, Spent
 from numpy.typing import NDArray
 
 PROMPT = "A red circle left of a blue square, on a white table by a window; morning light, long shadows."
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+VISION_PART = 7 / 8
+"""The side that the vision encoder reads pictures at, of their own: so that of a multiple of 256 is whole patches."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Settings:
     """Height and width in pixels."""
     steps: int = 4
     """Denoising steps, each of one forward."""
+    pictures: int = 0
+    """How many are edited, each of that height and width; none where a picture is drawn from text alone."""
     configs: families.Configs | None = None
     """Of the checkpoint: what differs from the tests' tiny model."""
     model: str | None = None
@@ -49,6 +54,30 @@ class Settings:
     """The folder of its bundles, each called as its precision; likewise."""
     stable_diffusion_cpp: str | None = None
     """The program."""
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """What is timed beside the whole."""
+        return (*READERS, *COMPONENTS) if self.pictures else COMPONENTS
+
+    @property
+    def editing(self) -> families.Editing | None:
+        """How the family edits, where it is to."""
+        return families.family(self.family).editing if self.pictures else None
+
+    @property
+    def areas(self) -> tuple[int, int]:
+        """Pixels that the vision encoder reads of a picture that is edited, and the VAE encoder."""
+        return round(VISION_PART * self.size) ** 2, self.size**2
+
+    def images(self) -> Iterator[dict[str, Any]]:
+        """What calls have beside the prompt: pictures to edit that no call before had, or nothing."""
+        from PIL import Image
+
+        for turn in count():
+            random = np.random.default_rng(turn)
+            small = [Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(self.pictures)]
+            yield {"image": [each.resize((self.size, self.size)) for each in small]} if small else {}
 
     def save(self, folder: Path) -> None:
         """Write ``settings.json``."""
@@ -70,8 +99,10 @@ Contestant = tuple[Draw, Clock]
 def prepare(folder: Path, precisions: Sequence[str]) -> int:
     """Save a random checkpoint and build its bundles; how many parameters text encoder, transformer and VAE have."""
     settings = Settings.load(folder)
-    pipeline = common.reference().FAMILIES[settings.family](**(settings.configs or {}))
-    pipeline.save_pretrained(settings.model)
+    reference, editing = common.reference(), settings.editing
+    made = reference.FAMILIES[editing.reference if editing else settings.family]
+    pipeline = made(**(settings.configs or {}))
+    reference.save(pipeline, Path(str(settings.model)))
     modules = (pipeline.text_encoder, pipeline.transformer, pipeline.vae)
     parameters = sum(int(parameter.numel()) for module in modules for parameter in module.parameters())
     del pipeline, modules
@@ -125,30 +156,38 @@ def contestant(folder: Path, name: str) -> Contestant:
 
 def zimg(settings: Settings, precision: str, backend: str) -> Contestant:
     """The pipeline of zimgkit. What is done once for a prompt or a schedule counts to the steps."""
+    import msgspec
+
     from zimgkit.engines.base import open_engine
     from zimgkit.engines.bundle import Bundle
     from zimgkit.runtime.families import family as host_of
     from zimgkit.runtime.pipeline import Pipeline
 
     clock = Clock()
-    names = {"text_encoder": "text encoder", "vae_decoder": "VAE decoder"}
+    names = {name.lower().replace(" ", "_"): name for name in settings.components}
 
     def opened(bundle: Any, component: str, *where: Any) -> Any:
         engine = open_engine(bundle, component, *where)
-        engine.run = clock.time(names.get(component, STEP), engine.run)  # type: ignore[method-assign]
+        name = names.get(component.partition(".")[0], STEP)
+        engine.run = clock.time(name, engine.run)  # type: ignore[method-assign]
         return engine
 
     bundle = Bundle.open(Path(str(settings.bundles)) / precision, verify=False)
+    if (references := bundle.manifest.references) is not None:
+        vision, latents = settings.areas
+        smaller = msgspec.structs.replace(references, vision_area=vision, latents_area=latents)
+        bundle = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, references=smaller))
     pipeline = Pipeline(bundle, backend=backend, opener=opened)
     host = host_of(bundle.manifest.family)
     scheduled = clock.time(STEP, host.schedule_inputs)
     call: dict[str, Any] = {"height": settings.size, "width": settings.size, "num_inference_steps": settings.steps}
     call |= {"guidance_scale": _unguided(host.NAME), "seed": 0, "output_type": "np"}
+    given = settings.images()
 
     def draw() -> NDArray[np.float32]:
         # Without its cache on disk the modulation table is computed for every picture.
         with patch.object(host, "schedule_inputs", scheduled), patch.dict(os.environ, {"ZIMG_CACHE_LIMIT": "0"}):
-            images: NDArray[np.float32] = pipeline(PROMPT, **call).images
+            images: NDArray[np.float32] = pipeline(PROMPT, **next(given), **call).images
         return images
 
     return clock.time(WHOLE, draw), clock
@@ -166,22 +205,34 @@ def diffusers(settings: Settings, dtype: str, *, compiled: bool) -> Contestant:
     import diffusers as package
     import torch
 
-    own = families.family(settings.family)
-    pipeline = getattr(package, own.pipeline).from_pretrained(settings.model, torch_dtype=getattr(torch, dtype))
+    own, editing = families.family(settings.family), settings.editing
+    options: dict[str, Any] = {"torch_dtype": getattr(torch, dtype)}
+    if editing is None:
+        pipeline = getattr(package, own.pipeline).from_pretrained(settings.model, **options)
+    else:
+        kind = getattr(package, editing.pipeline)
+        pipeline = common.reference().reading_pictures(kind.from_pretrained(settings.model, processor=None, **options))
+        for name, area in zip(editing.areas, settings.areas, strict=True):
+            setattr(sys.modules[kind.__module__], name, area)
     pipeline.set_progress_bar_config(disable=True)
     clock = Clock()
     if compiled:
         for network in (pipeline.text_encoder, pipeline.transformer, pipeline.vae.decoder):
             network.forward = torch.compile(network.forward)
+    if editing is not None:
+        tower = pipeline.text_encoder.model.visual
+        tower.forward = clock.time("vision encoder", tower.forward, within="text encoder")
+        pipeline.vae.encode = clock.time("VAE encoder", pipeline.vae.encode)
     pipeline.text_encoder.forward = clock.time("text encoder", pipeline.text_encoder.forward)
     pipeline.transformer.forward = clock.time(STEP, pipeline.transformer.forward)
     pipeline.vae.decode = clock.time("VAE decoder", pipeline.vae.decode)
     call: dict[str, Any] = {"height": settings.size, "width": settings.size, "num_inference_steps": settings.steps}
     call |= {own.scale: _unguided(settings.family), "output_type": "np"}
+    given = settings.images()
 
     def draw() -> NDArray[np.float32]:
         generator = torch.Generator("cpu").manual_seed(0)
-        images: NDArray[np.float32] = pipeline(PROMPT, generator=generator, **call).images
+        images: NDArray[np.float32] = pipeline(prompt=PROMPT, generator=generator, **next(given), **call).images
         return images
 
     return clock.time(WHOLE, draw), clock
@@ -212,12 +263,12 @@ def take_part(folder: Path, name: str, turns: Iterable[str], answers: TextIO) ->
             raise ArithmeticError("the picture is not finite")
         np.save(image_file(folder, name), image)
         answer(opening_s=round(opened - start, 2), first_picture_s=round(first, 2))
-        steps = Settings.load(folder).steps
+        settings = Settings.load(folder)
         for _ in turns:
             clock.spent.clear()
             draw()
-            each = {what: clock.spent[what] for what in (*COMPONENTS, WHOLE)}
-            each[STEP] = Spent(*(value / steps for value in each[STEP]))
+            each = {what: clock.spent[what] for what in (*settings.components, WHOLE)}
+            each[STEP] = Spent(*(value / settings.steps for value in each[STEP]))
             answer(**{kind: {what: getattr(spent, kind) for what, spent in each.items()} for kind in Spent._fields})
     except Exception as error:
         answer(failed=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")

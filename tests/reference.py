@@ -304,13 +304,21 @@ class PictureProcessor:
 def qwen_image_edit(seed: int = 0, *, several: bool = False, **overrides: Any) -> Any:
     """A tiny ``QwenImageEditPipeline``, or ``QwenImageEditPlusPipeline``, which takes several pictures.
 
-    The text encoder is told which tokens are pictures. Diffusers 0.42 does not tell it (huggingface/diffusers#14194),
-    so that transformers 5 counts their positions as those of words, as no checkpoint was trained.
+    It is made to read pictures by :func:`reading_pictures`.
     """
     from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 
-    parts = qwen_image(seed, **overrides).components
-    encoder = parts["text_encoder"]
+    kind = QwenImageEditPlusPipeline if several else QwenImageEditPipeline
+    return _quiet(reading_pictures(kind(**qwen_image(seed, **overrides).components, processor=None)))
+
+
+def reading_pictures(pipeline: Any) -> Any:
+    """An editing pipeline with a processor, whose text encoder is told which tokens are pictures.
+
+    Diffusers 0.42 does not tell it (huggingface/diffusers#14194), so that transformers 5 counts their positions as
+    those of words, as no checkpoint was trained.
+    """
+    encoder = pipeline.text_encoder
     forward = encoder.forward
 
     def with_types(input_ids: Any, **given: Any) -> Any:
@@ -318,10 +326,8 @@ def qwen_image_edit(seed: int = 0, *, several: bool = False, **overrides: Any) -
         return forward(input_ids=input_ids, mm_token_type_ids=types, **given)
 
     encoder.forward = with_types
-    kind = QwenImageEditPlusPipeline if several else QwenImageEditPipeline
-    pipeline = kind(**parts, processor=None)
-    pipeline.processor = PictureProcessor(parts["tokenizer"])
-    return _quiet(pipeline)
+    pipeline.processor = PictureProcessor(pipeline.tokenizer)
+    return pipeline
 
 
 def qwen_image_layered(seed: int = 0, **overrides: Any) -> Any:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from families.base import BenchmarkFamily, Configs, arguments
+from families.base import BenchmarkFamily, Configs, Editing, arguments
 
-__all__ = ["BenchmarkFamily", "Configs", "arguments", "family"]
+__all__ = ["BenchmarkFamily", "Configs", "Editing", "arguments", "family"]
 
 
 def family(name: str) -> BenchmarkFamily:

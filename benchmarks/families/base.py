@@ -12,6 +12,20 @@ Configs = Mapping[str, Config]
 
 
 @dataclass(frozen=True)
+class Editing:
+    """How diffusers edits pictures with a family."""
+
+    pipeline: str
+    """The name of diffusers' pipeline."""
+    reference: str
+    """The name of the tests' tiny one."""
+    configs: Configs
+    """What makes that one larger, beside ``mid_size``."""
+    areas: tuple[str, str]
+    """What the pipeline's module calls the pixels that the vision encoder reads of a picture, and the VAE encoder."""
+
+
+@dataclass(frozen=True)
 class BenchmarkFamily:
     """A family as the benchmarks know it."""
 
@@ -42,6 +56,8 @@ class BenchmarkFamily:
     (tokens, hidden), and frames, rows and columns of the image's tokens."""
     velocity: Callable[[Any], Any]
     """What that gave, as the velocity in the form of the latents; of an array."""
+    editing: Editing | None = None
+    """How it edits; None where it does not."""
 
 
 def arguments(config: Config) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from families.base import BenchmarkFamily, Config, Configs, arguments
+from families.base import BenchmarkFamily, Config, Configs, Editing, arguments
 
 CONFIGS: Configs = {
     "transformer": {
@@ -145,4 +145,18 @@ FAMILY = BenchmarkFamily(
     time=lambda sigma: sigma,
     forward=forward,
     velocity=lambda out: out,
+    editing=Editing(
+        pipeline="QwenImageEditPlusPipeline",
+        reference="qwen-image-edit-plus",
+        configs={
+            "vision": {
+                "depth": 8,
+                "hidden_size": 640,
+                "intermediate_size": 1710,
+                "num_heads": 8,
+                "fullatt_block_indexes": [3, 7],
+            }
+        },
+        areas=("CONDITION_IMAGE_SIZE", "VAE_IMAGE_SIZE"),
+    ),
 )

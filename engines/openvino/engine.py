@@ -155,7 +155,8 @@ class OpenVinoEngine(BaseEngine):
         self._graph = graph  # The model reads its weights there.
         self._compile: Callable[[], Any] = partial(_compile, core, graph, place, config)
         self._model: Any = self._compile()
-        self._types = {name: port.element_type for name, port in zip(graph.inputs, self._model.inputs, strict=True)}
+        # Of those that are read: OpenVINO drops the others.
+        self._types = {port.get_node().get_friendly_name(): port.element_type for port in self._model.inputs}
 
     def _upload(self, name: str, array: NDArray[Any], dtype: str) -> NDArray[Any]:
         in_bfloat16 = self._types.get(name) == load().Type.bf16
@@ -165,7 +166,7 @@ class OpenVinoEngine(BaseEngine):
         try:
             self._model = self._model or self._compile()
             # A request does not keep what it was given alive.
-            tensors = [self._tensor(name, feeds[name]) for name in self._graph.inputs]
+            tensors = [self._tensor(name, feeds[name]) for name in self._types]
             request = self._model.create_infer_request()
             for index, tensor in enumerate(tensors):
                 request.set_input_tensor(index, tensor)

@@ -12,7 +12,7 @@ import families
 import numpy as np
 import peer_contestants
 import pytest
-from clock import COMPONENTS, STEP, WHOLE, Clock, Spent
+from clock import COMPONENTS, READERS, STEP, WHOLE, Clock, Spent
 from peer_contestants import Settings
 
 from zimgkit.engines.tensors import safetensors
@@ -53,6 +53,34 @@ def test_contestants_draw_the_same_picture(family, settings_of, tmp_path):
     assert 0 < found["zimg fp32 onnxruntime"] < 1e-3
     assert 1e-3 < found["zimg bf16 torch"] < 0.5
     assert benchmark.differences(tmp_path, NAMES[1:]) == {}
+
+
+def test_contestants_edit_the_same_pictures(checkpoint_of, bundle_of, tmp_path):
+    names = ("diffusers fp32", "zimg fp32 onnxruntime", "zimg fp32 openvino")
+    (tmp_path / "fp32").symlink_to(bundle_of("qwen-image-edit-plus"))
+    model = checkpoint_of("qwen-image-edit-plus")
+    settings = Settings("qwen-image", 64, 2, pictures=2, model=str(model), bundles=str(tmp_path))
+    settings.save(tmp_path)
+    for name in names:
+        answers = io.StringIO()
+        peer_contestants.take_part(tmp_path, name, ["draw\n", "draw\n"], answers)
+        for turn in map(json.loads, answers.getvalue().splitlines()[1:]):
+            times = turn["seconds"]
+            # New pictures are read in each turn.
+            assert set(times) == {*READERS, *COMPONENTS, WHOLE}
+            assert min(times.values()) > 0
+            assert sum(times.values()) - times[WHOLE] + times[STEP] < times[WHOLE]
+    found = benchmark.differences(tmp_path, names)
+    assert all(0 < found[name] < 3e-5 for name in names[1:])
+
+
+def test_pictures_are_edited_by_families_that_do(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cpu_peers.py", "--task", "edit", "--family", "z-image"])
+    assert benchmark.main() == 0
+    assert capsys.readouterr().out == "z-image does not edit\n"
+    monkeypatch.setattr(sys, "argv", ["cpu_peers.py", "--pictures", "2"])
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main()
 
 
 def test_a_race_of_processes(settings_of, tmp_path, capsys):
@@ -142,6 +170,10 @@ def test_clock_adds_up():
     clock.time("a", sum)(range(100_000))
     assert clock.spent["a"].seconds > first.seconds > 0
     assert clock.spent["a"].cpu_seconds > first.cpu_seconds >= 0
+    outer = clock.spent["a"]
+    clock.time("inner", sum, within="a")(range(100_000))
+    left = clock.spent["a"].seconds + clock.spent["inner"].seconds
+    assert left == pytest.approx(outer.seconds)
     clock.add("b", Spent(1, 2))
     clock.add("b", Spent(3, 4))
     assert clock.spent["b"] == Spent(4, 6)
