@@ -158,6 +158,7 @@ Z_IMAGE = Family(
         # What its pipeline takes where a call does not say, but for the guidance, which is that of the base.
         KnownCheckpoint("Tongyi-MAI/Z-Image-Omni-Base", Defaults(50, 4.0, 1024, 1024)),
     ),
+    bases={"ZImageOmniPipeline": "Z-Image-Omni-Base"},
     editors={
         "ZImageOmniPipeline": ReferencePictures(
             *("", MEGAPIXEL, MEGAPIXEL, 8),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from tests.commands import invoke
 from tests.runtime.test_from_pictures import mask, picture
 from zimgkit.engines.errors import CheckpointError, UsageError
 from zimgkit.export.build import build
+from zimgkit.export.compilers.shape_profiles import ServedShapes, shape_profiles
 from zimgkit.export.inspect import checkpoint_summary
 from zimgkit.export.quality.verify import verify
 from zimgkit.runtime import Pipeline
@@ -244,3 +246,38 @@ class TestTheCheckpoint:
     def test_tasks_that_it_has_not(self, checkpoint_of, tmp_path):
         with pytest.raises(UsageError, match="'inpaint' is no task of this checkpoint; choose of text-to-image, edit"):
             build(str(checkpoint_of("z-image-omni")), tmp_path / "bundle", tasks=("inpaint",))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 8])
+def test_what_is_compiled_serves_it(ours, monkeypatch, count):
+    """Every length that an engine is given lies within its shape profile."""
+    served = shape_profiles(ours.bundle.manifest, ServedShapes(sizes=((96, 64),)))
+    engine_of, seen = ours.session.engines.engine, set()
+
+    @contextmanager
+    def engine(component, device=None):
+        with engine_of(component, device) as opened:
+            run = opened.run
+
+            def spy(feeds, **more):
+                inputs = ours.bundle.component(component).inputs
+                seen.add(component)
+                for name, value in feeds.items():
+                    shape = ours.bundle.component(component).inputs[name].shape
+                    for dimension, length in zip(shape, value.shape, strict=True):
+                        if isinstance(dimension, str):
+                            low, _, high = served[component][0][dimension]
+                            assert low <= length <= high, (component, name, dimension)
+                assert inputs.keys() == feeds.keys()
+                return run(feeds, **more)
+
+            monkeypatch.setattr(opened, "run", spy)
+            try:
+                yield opened
+            finally:
+                monkeypatch.setattr(opened, "run", run)
+
+    monkeypatch.setattr(ours.session.engines, "engine", engine)
+    images = [picture(64 + 20 * index, 150 - 7 * index, index) for index in range(count)]
+    ours("a cup" * (1 + 15 * count), height=64, width=96, num_inference_steps=1, guidance_scale=2.0, image=images)
+    assert ("picture_conditioner" in seen) == bool(count)
