@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-
 import numpy as np
 
 from zimgkit.engines.errors import BackendError
@@ -15,6 +12,7 @@ from zimgkit.runtime.families.base import Array
 from zimgkit.runtime.inputs import InputPicture
 from zimgkit.runtime.pictures.reading import flattened
 from zimgkit.runtime.pictures.resizing import Filter, crop, resize, to_pixels
+from zimgkit.runtime.recent import Recent
 
 MOST_KEPT = 16
 """Encoded pictures; one of a megapixel takes 2 MB."""
@@ -33,8 +31,7 @@ class Encoder:
     def __init__(self, engines: EnginePool, family: Family) -> None:
         self._engines = engines
         self._family = family
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[object, ...], Array] = OrderedDict()
+        self._kept: Recent[tuple[object, ...], Array] = Recent(MOST_KEPT)
 
     def encode(
         self,
@@ -60,7 +57,11 @@ class Encoder:
         Raises:
             BackendError: the engine failed, or gave NaN or Inf.
         """
-        mean, log_variance = np.split(self._moments(image, height, width, device, kernel, reduced), 2, axis=1)
+        moments = self._kept.get(
+            (image.sha256, height, width, kernel, reduced),
+            lambda: self._moments(image, height, width, device, kernel, reduced),
+        )
+        mean, log_variance = np.split(moments, 2, axis=1)
         if noise is not None:
             # As DiagonalGaussianDistribution of diffusers.
             mean = mean + np.exp(np.float32(0.5) * np.clip(log_variance, -30, 20)) * noise.reshape(mean.shape)
@@ -77,11 +78,6 @@ class Encoder:
         reduced: tuple[int, int] | None,
     ) -> Array:
         """What the encoder gives, float32 (1, 2 * channels, height / 8, width / 8)."""
-        key = (image.sha256, height, width, kernel, reduced)
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
         channels = self._engines.bundle.component(self.COMPONENT).inputs["image"].shape[1]
         picture = image.picture.convert("RGBA") if channels == 4 else flattened(image.picture)
         with self._engines.engine(self.COMPONENT, device) as engine:
@@ -90,8 +86,4 @@ class Encoder:
             moments: Array = engine.run({"image": pixels})["moments"]
         if not np.isfinite(moments).all():
             raise BackendError("the VAE encoder gave NaN or Inf", "zimg-export verify checks the bundle")
-        with self._lock:
-            self._kept[key] = moments
-            while len(self._kept) > MOST_KEPT:
-                self._kept.popitem(last=False)
         return moments

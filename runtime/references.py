@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from zimgkit.runtime.inputs import NONE, InputPicture, Inputs, reduced_size
 from zimgkit.runtime.parameters import MULTIPLE
 from zimgkit.runtime.pictures.reading import flattened
 from zimgkit.runtime.pictures.resizing import calculate_dimensions, resize
+from zimgkit.runtime.recent import Recent
 
 COMPONENT = "vision_encoder"
 MOST_KEPT = 16
@@ -141,8 +141,7 @@ class ReferenceReader:
         self._engines = engines
         self._family = family
         self._encoder = encoder
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, Size], Array] = OrderedDict()
+        self._kept: Recent[tuple[str, Size], Array] = Recent(MOST_KEPT)
 
     def read(self, inputs: Inputs, config: ReferencePictures, device_of: Callable[[str], str | None]) -> References:
         """Read the pictures of a call; what was read lately is not read again.
@@ -157,7 +156,11 @@ class ReferenceReader:
         """
         found = layouts(inputs, config, self._family)
         both = list(zip(inputs.references, found, strict=True))
-        rows = tuple(self._rows(picture, layout, device_of(COMPONENT)) for picture, layout in both)
+        device = device_of(COMPONENT)
+        rows = tuple(
+            self._kept.get((picture.sha256, layout.vision), partial(self._rows, picture, layout, device))
+            for picture, layout in both
+        )
         encode, device = self._encoder.encode, device_of(self._encoder.COMPONENT)
         latents = tuple(
             encode(picture, *layout.latents[::-1], device, reduced=layout.reduced) for picture, layout in both
@@ -166,18 +169,9 @@ class ReferenceReader:
 
     def _rows(self, picture: InputPicture, layout: Layout, device: str | None) -> Array:
         """What the vision encoder makes of one picture, float32 (tokens, hidden), row by row."""
-        key = (picture.sha256, layout.vision)
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
         inputs = self._family.vision_inputs(resize(flattened(picture.picture), *layout.vision))
         with self._engines.engine(COMPONENT, device) as engine:
             found: NDArray[np.float32] = engine.run(inputs.feeds)["picture_embeds"][inputs.inverse]
         if not np.isfinite(found).all():
             raise BackendError("the vision encoder gave NaN or Inf", "zimg-export verify checks the bundle")
-        with self._lock:
-            self._kept[key] = found
-            while len(self._kept) > MOST_KEPT:
-                self._kept.popitem(last=False)
         return found
