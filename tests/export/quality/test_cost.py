@@ -322,7 +322,9 @@ def test_references_are_built_and_removed(checkpoint_of, bundle_of, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "built"), [("bfloat16", ["bfloat16"]), ("float32", ["bfloat16", "float32"])])
 def test_one_bundle_of_a_bfloat16_checkpoint_serves_for_both(dtype, built, tmp_path, monkeypatch):
-    checkpoint = SimpleNamespace(family="z-image", tensors=lambda _: {"w": SimpleNamespace(dtype=dtype)})
+    checkpoint = SimpleNamespace(
+        family="z-image", components=("transformer",), tensors=lambda _: {"w": SimpleNamespace(dtype=dtype)}
+    )
     monkeypatch.setattr("zimgkit.export.quality.references._build", lambda _, __, folder, *___: folder.name)
     with references(checkpoint, NOTHING, tmp_path / "b") as found:
         assert list(dict.fromkeys((found.bfloat16, found.float32))) == built
