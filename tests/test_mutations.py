@@ -182,7 +182,8 @@ def surfaces(root: Path) -> dict[str, Surface]:
         folder = root / name
         shutil.copytree(demo_models.FOLDER / name, folder)
         found[f"{name}/bundle.json"] = folder / "bundle.json", partial(draw, folder)
-        for config in ("model_index", "scheduler/scheduler_config", *(f"{c}/config" for c in registry.WEIGHT_FILES)):
+        parts = [f"{source}/config" for source in registry.WEIGHT_FILES if (folder / source).is_dir()]
+        for config in ("model_index", "scheduler/scheduler_config", *parts):
             found[f"{name}/{config}.json"] = folder / f"{config}.json", partial(plan, folder)
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             found[f"{name}/{file}"] = folder / "tokenizer" / file, partial(tokenize, folder)

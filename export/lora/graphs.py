@@ -56,8 +56,14 @@ def point_to(graph: onnx.ModelProto, places: Mapping[str, TensorInfo], folders: 
 
 
 def _as_stored(tensor: onnx.TensorProto) -> tuple[str, tuple[int, ...]]:
-    """The element type and shape of an initializer in a weight file, where two numbers of four bits share a byte."""
+    """The element type and shape of an initializer in a weight file, where two numbers of four bits share a byte.
+
+    Where a graph takes the bytes of their blocks, (out, blocks, bytes), these are a row of the file.
+    """
     if tensor.data_type == onnx.TensorProto.INT4:
         *rows, width = tensor.dims
         return "uint8", (*rows, width // 2)
+    if tensor.data_type == onnx.TensorProto.UINT8 and len(tensor.dims) == 3:
+        rows, blocks, size = tensor.dims
+        return "uint8", (rows, blocks * size)
     return BY_ONNX[tensor.data_type].name, tuple(tensor.dims)

@@ -408,7 +408,7 @@ class TestPortedCode:
             ({"image": np.zeros((1, 3, 4, 4))}, "built for text-to-image, not for image-to-image; build one with"),
             (
                 {"edit_image": np.zeros((1, 3, 4, 4))},
-                "no argument 'edit_image' here; this bundle takes no such picture",
+                "edit_image is given, and this bundle edits nothing",
             ),
             ({"joint_attention_kwargs": {"scale": 1}}, "no argument 'joint_attention_kwargs'; use a bundle"),
             ({"clip_skip": 2}, "no argument 'clip_skip'"),

@@ -75,7 +75,7 @@ def test_what_the_denoiser_takes_in(recorded, pipeline):
     rows = session.conditioner._read(request, texts, session.conditioner._references(request))
     names = ["prompt_embeds", *(f"entity_prompt_embeds.{index}" for index in range(len(texts) - 1))]
     for text, key in zip(texts, names, strict=True):
-        np.testing.assert_allclose(rows[text], seen[key], atol=1e-4)
+        np.testing.assert_allclose(rows[text][0], seen[key], atol=1e-4)
 
 
 def test_there_are_recordings():

@@ -36,7 +36,11 @@ def test_it_opens_as_schema_2(old: Path) -> None:
     assert manifest.sources == {"checkpoint": Source(**written["source"])}
     assert manifest.checkpoint.model == "zimg-tiny-z"
     assert not any(component.variant_of for component in manifest.components.values())
-    same = Bundle.open(demo_models.locate("zimg-tiny-z")).manifest
+    # Those that come with zimgkit now have more: the components of old ones are among theirs.
+    now = Bundle.open(demo_models.locate("zimg-tiny-z")).manifest
+    components = {name: now.components[name] for name in manifest.components}
+    files = {name: now.files[name] for name in manifest.files}
+    same = msgspec.structs.replace(now, tasks=manifest.tasks, components=components, files=files)
     assert msgspec.to_builtins(manifest) == msgspec.to_builtins(same)
 
 

@@ -71,7 +71,7 @@ def errors(bundle: Bundle, reference: Bundle | None = None, **options: Any) -> d
             for key, value in wanted.items():
                 error = float(np.linalg.norm(got[key] - value) / np.linalg.norm(value))
                 found[name] = max(found.get(name, 0), error)
-    assert len(found) == 4
+    assert len(found) == sum(bool(component.graphs) for component in bundle.manifest.components.values()) >= 4
     return found
 
 

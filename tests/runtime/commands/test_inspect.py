@@ -77,6 +77,7 @@ Handmade  (z-image, bfloat16, 1.51 kB)
   path      {root.resolve()}
   source    somewhere/handmade
   built by  zimgkit 0.0.0, torch 2.13, onnx-ir 1.1
+  is for    text-to-image
   defaults  768x1024, 9 steps, guidance scale 3.5, negative prompt None
   runs on   onnxruntime: of the weather
   denoiser
