@@ -40,10 +40,11 @@ BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES}
 BY_ONNX = {dtype.onnx: dtype for dtype in DTYPES}
 
 
-def bfloat16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Widen bfloat16, given as its 16-bit patterns, to float32 exactly; any shape."""
-    wide = bits.astype(np.uint32)
-    wide <<= 16
+def bfloat16_to_float32(bits: NDArray[np.uint16], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Widen bfloat16, given as its 16-bit patterns, to float32 exactly; any shape, into ``out`` of it where given."""
+    wide = np.empty(bits.shape, np.uint32) if out is None else out.view(np.uint32)
+    np.copyto(wide, bits)
+    np.left_shift(wide, 16, out=wide)
     return wide.view(np.float32)
 
 
@@ -68,10 +69,16 @@ def round_to(values: NDArray[np.float32], name: str) -> NDArray[np.float32]:
     return bfloat16_to_float32(float32_to_bfloat16(values)) if name == "bfloat16" else values
 
 
-def to_float32(stored: NDArray[Any], name: str) -> NDArray[np.float32]:
-    """Widen stored weights of type ``name`` to float32; a view where they are float32 already."""
+def to_float32(stored: NDArray[Any], name: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Widen stored weights of type ``name`` to float32; a view where they are float32 already.
+
+    Args:
+        stored: any shape.
+        name: their element type.
+        out: float32 of that shape, where bfloat16 goes.
+    """
     if name == "bfloat16":
-        return bfloat16_to_float32(stored)
+        return bfloat16_to_float32(stored, out)
     if name.startswith("float8"):
         raise TypeError(f"{name} is stored as bit patterns, which have no widening here")
     return np.asarray(stored, dtype=np.float32)

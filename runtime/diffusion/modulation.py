@@ -97,14 +97,16 @@ def modulation_table(
     dim = _find(tensors, f"{layout.time_embedding}.linear_2.bias").shape[0]
 
     def fill(table: NDArray[Any]) -> None:
-        hidden = _linear(tensors, f"{layout.time_embedding}.linear_1", time_embedding, dim)
-        embedding = _linear(tensors, f"{layout.time_embedding}.linear_2", _silu(hidden), dim)
+        # Once for all: to fill new memory takes as long as to widen the weights.
+        wide = np.empty(max(PIECE, dim, time_embedding.shape[1]), np.float32)
+        hidden = _linear(tensors, f"{layout.time_embedding}.linear_1", time_embedding, dim, wide)
+        embedding = _linear(tensors, f"{layout.time_embedding}.linear_2", _silu(hidden), dim, wide)
         if addition := tensors.get(f"{layout.addition}.weight"):
             embedding += to_float32(safetensors.view(addition)[0], addition.dtype)
         signal = _silu(embedding)
         row = 0
         for done, (name, rows) in enumerate(linears, start=1):
-            values = _linear(tensors, name, signal, rows * dim).reshape(len(sigmas), rows, dim)
+            values = _linear(tensors, name, signal, rows * dim, wide).reshape(len(sigmas), rows, dim)
             table[:, row : row + rows] = float32_to_bfloat16(values) if precision == "bfloat16" else values
             row += rows
             if progress:
@@ -124,8 +126,10 @@ def _silu(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return activated
 
 
-def _linear(tensors: Mapping[str, TensorInfo], name: str, values: NDArray[np.float32], out: int) -> NDArray[np.float32]:
-    """``values @ weight.T + bias``, with only some rows of the weight in memory as float32: (N, in) -> (N, out)."""
+def _linear(
+    tensors: Mapping[str, TensorInfo], name: str, values: NDArray[np.float32], out: int, wide: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """``values @ weight.T + bias``: (N, in) -> (N, out). As many rows of the weight as ``wide`` holds are float32."""
     weight, bias = _find(tensors, f"{name}.weight"), _find(tensors, f"{name}.bias")
     width = values.shape[1]
     if weight.shape != (out, width) or bias.shape != (out,):
@@ -135,9 +139,10 @@ def _linear(tensors: Mapping[str, TensorInfo], name: str, values: NDArray[np.flo
         )
     stored = safetensors.view(weight)
     result = np.empty((len(values), out), np.float32)
-    rows = max(1, PIECE // width)
+    rows = max(1, len(wide) // width)
     for start in range(0, out, rows):
-        piece = to_float32(stored[start : start + rows], weight.dtype)
+        piece = stored[start : start + rows]
+        piece = to_float32(piece, weight.dtype, wide[: piece.size].reshape(piece.shape))
         np.matmul(values, piece.T, out=result[:, start : start + rows])
     if scale := tensors.get(f"{name}.weight.scale"):
         # Of each row of a weight in 8 bits.

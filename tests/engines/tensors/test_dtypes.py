@@ -53,6 +53,13 @@ def test_widening_is_exact_for_every_pattern():
     assert np.array_equal(bfloat16_to_float32(PATTERNS).view(np.uint32), expected.view(np.uint32))
 
 
+def test_widening_into_memory_that_was_used():
+    out = np.full((256, 256), np.nan, np.float32)
+    found = bfloat16_to_float32(np.arange(1 << 16, dtype=np.uint16).reshape(256, 256), out)
+    assert np.shares_memory(found, out)
+    np.testing.assert_array_equal(out.view(np.uint32).ravel(), np.arange(1 << 16, dtype=np.uint32) << 16)
+
+
 def test_every_bfloat16_is_rounded_to_itself():
     values = bfloat16_to_float32(PATTERNS)
     nan = np.isnan(values)
