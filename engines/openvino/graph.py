@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from zimgkit.engines.errors import BackendError, BundleError, install
 from zimgkit.engines.openvino.api import load
+from zimgkit.engines.openvino.rotation import rotate_halves
 
 if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle
@@ -67,6 +68,7 @@ def read_graph(bundle: Bundle, file: str) -> Graph:
         raise broken  # It would make OpenVINO read any address.
     try:
         model = inline_local_functions(onnx.load_from_string(data))
+        rotate_halves(model)
         inputs = [value.name for value in model.graph.input]
         files: dict[str, NDArray[np.uint8]] = {}
         weights: dict[str, NDArray[np.uint8]] = {}
