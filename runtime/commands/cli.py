@@ -249,6 +249,13 @@ def list_command(folders: tuple[Path, ...], as_json: bool) -> None:
 )
 @click.option("--allow-host", "hosts", multiple=True, help="Another name that the server is called by. Repeatable.")
 @click.option(
+    "--allow-url-prefix",
+    "url_prefixes",
+    multiple=True,
+    metavar="URL",
+    help="Fetch pictures that clients send as addresses below this one. Repeatable. [default: none is fetched]",
+)
+@click.option(
     "--max-queue-seconds",
     type=click.FloatRange(0, 1e6),
     default=600.0,
@@ -281,6 +288,7 @@ def serve(
     aliases: tuple[str, ...],
     origins: tuple[str, ...],
     hosts: tuple[str, ...],
+    url_prefixes: tuple[str, ...],
     max_queue_seconds: float,
     max_body_mb: int,
     quiet: bool,
@@ -294,6 +302,7 @@ def serve(
         aliases=aliases,
         allow_origins=origins,
         allow_hosts=hosts,
+        allow_url_prefixes=url_prefixes,
         max_queue_seconds=max_queue_seconds,
         max_body_bytes=max_body_mb << 20,
         note=partial(console.note, quiet=quiet),

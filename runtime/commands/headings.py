@@ -46,6 +46,6 @@ class RunCommand(GroupedCommand):
         ),
         "Bundle and device": ("bundle", "bundles", "backend", "device", "devices", "memory", "vae_tiling", "verify"),
         "Server": ("aliases", "host", "port", "max_queue_seconds", "max_body_mb", "grace_seconds", "warm_up"),
-        "Who may ask": ("api_key_file", "no_auth", "origins", "hosts"),
+        "Who may ask": ("api_key_file", "no_auth", "origins", "hosts", "url_prefixes"),
         "Output": ("output", "columns", "access_log", "quiet", "as_json"),
     }

@@ -25,6 +25,7 @@ except ImportError as missing:
 
 from zimgkit.runtime.serve.app import LOOPBACK, Access, create_app
 from zimgkit.runtime.serve.catalog import Catalog, Model, open_models
+from zimgkit.runtime.serve.fetching import Fetcher
 from zimgkit.runtime.serve.service import Limits, Service
 
 CONNECTIONS = 1000
@@ -41,6 +42,7 @@ def serve(
     no_auth: bool = False,
     allow_origins: Sequence[str] = (),
     allow_hosts: Sequence[str] = (),
+    allow_url_prefixes: Sequence[str] = (),
     max_queue_seconds: float = 600.0,
     max_body_bytes: int = 64 << 20,
     grace_seconds: float = 30.0,
@@ -63,6 +65,7 @@ def serve(
         no_auth: whether clients need none although other machines can reach the server.
         allow_origins: pages of other hosts that may ask, ``*`` for any.
         allow_hosts: more names that the server may be called by.
+        allow_url_prefixes: below which pictures are fetched that clients send as addresses.
         max_queue_seconds: how much work may wait.
         max_body_bytes: of a request.
         grace_seconds: how long what was asked for may take once the server is told to end.
@@ -82,6 +85,7 @@ def serve(
     if not keys and not no_auth and not _is_loopback(host):
         hint = "give --api-key-file FILE, or --no-auth to let everybody in"
         raise UsageError(f"{host} can be reached from other machines, and no key is asked for", hint)
+    fetcher = Fetcher(tuple(allow_url_prefixes), max_body_bytes)
     catalog = Catalog(open_models(bundles), dict(map(_alias, aliases)))
     _log(note)
 
@@ -96,7 +100,8 @@ def serve(
         )
 
     limits = Limits(max_queue_seconds, max_body_bytes)
-    service = Service(catalog, [partial(open_session, device) for device in devices or (None,)], limits, warm_up)
+    opens = [partial(open_session, device) for device in devices or (None,)]
+    service = Service(catalog, opens, limits, warm_up, fetcher)
     hosts = (*LOOPBACK, host, *allow_hosts) if _is_loopback(host) else ()
     app = create_app(service, Access(keys, tuple(allow_origins), hosts, access_log))
     with _listening(host, port) as listener:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -17,10 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from zimgkit.runtime.parameters import BY_NAME, INSTEAD, PARAMETERS, Parameter, Picture
 from zimgkit.runtime.serve.errors import ApiError
+from zimgkit.runtime.serve.fetching import Fetcher
 
 ELSEWHERE = ("prompt", "num_images_per_prompt", "image", "output_type")
 """Parameters that have OpenAI's own names here, or that a client has no use for."""
 DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+(;[\w=.+-]+)*;base64,", re.ASCII)
+ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 MOST_IMAGES = 16
 """Pictures in one request, as OpenAI's API has it."""
 
@@ -74,16 +77,17 @@ class Common(BaseModel):
 def _field(parameter: Parameter) -> tuple[Any, Any]:
     """A parameter of a call as a field of a body."""
     kind: Any = {tuple: list[float], Picture: str}.get(parameter.type, parameter.type)
-    if parameter.several:
-        kind = list[kind] | kind
-    if parameter.choices and parameter.type is not Picture:
+    text = parameter.help
+    if parameter.type is Picture:
+        text += " Base64, a data URL, or a file."
+    elif parameter.choices:
         kind = Literal.__getitem__(parameter.choices)
-    text = parameter.help + (" Base64, a data URL, or a file." if parameter.type is Picture else "")
-    bounds = (
-        {"ge": parameter.low, "le": parameter.high} if parameter.type in (int, float) and not parameter.choices else {}
-    )
-    finite: dict[str, Any] = {name: value for name, value in bounds.items() if abs(value) != float("inf")}
-    return kind | None, Field(None, description=text, **finite)
+    elif parameter.type in (int, float):
+        low, high = (bound if math.isfinite(bound) else None for bound in (parameter.low, parameter.high))
+        kind = Annotated[kind, Field(ge=low, le=high)]
+    if parameter.several or parameter.name == "seed":  # A seed for each picture.
+        kind = list[kind] | kind
+    return kind | None, Field(None, description=text)
 
 
 EXTENSIONS: dict[str, Any] = {
@@ -105,7 +109,11 @@ Edit: Any = pydantic.create_model(
 PICTURES = {parameter.name for parameter in PARAMETERS if parameter.type is Picture} | {"mask"}
 OF_CALL = frozenset(EXTENSIONS)
 """Fields that are parameters of a call."""
-NAMES = {name: name for name in (*OF_CALL, "prompt", "image")} | {"num_images_per_prompt": "n", "mask_image": "mask"}
+NAMES = {name: name for name in (*OF_CALL, "prompt", "image", "mask")} | {
+    "num_images_per_prompt": "n",
+    "mask_image": "mask",
+    "seeds": "seed",
+}
 """What messages call a field -> its name here."""
 
 
@@ -148,19 +156,24 @@ def _has_bytes(value: Any) -> bool:
     return isinstance(value, bytes) or (isinstance(value, list) and any(isinstance(one, bytes) for one in value))
 
 
-def picture_bytes(value: Any, name: str) -> Any:
-    """The bytes of a picture, or of each of several, that came as a file, base64 or a data URL.
+def picture_bytes(value: Any, name: str, fetcher: Fetcher) -> Any:
+    """The bytes of a picture, or of each of several, that came as a file, base64, a data URL, or an address.
+
+    Args:
+        value: what came.
+        name: the field it came in.
+        fetcher: of addresses.
 
     Raises:
-        ApiError: it is an address, which is not fetched, or no base64.
+        ApiError: it is an address that is not fetched, or no base64.
     """
     if isinstance(value, list):
-        return [picture_bytes(one, name) for one in value]
+        return [picture_bytes(one, name, fetcher) for one in value]
     if isinstance(value, bytes):
         return value
     text = value.image_url if isinstance(value, ImageUrl) else value
-    if re.match(r"(?i)\s*[a-z][a-z0-9+.-]*://", text):
-        raise ApiError(400, f"{name} is an address, and none is fetched; send the picture itself", param=name)
+    if ADDRESS.match(text):
+        return fetcher.fetch(text.strip(), name)
     text = text[match.end() :] if (match := DATA_URL.match(text)) else text
     try:
         return base64.b64decode("".join(text.split()), validate=True)

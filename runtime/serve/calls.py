@@ -14,6 +14,7 @@ from zimgkit.runtime.request import Request, check
 from zimgkit.runtime.serve.bodies import OF_CALL, PICTURES, picture_bytes
 from zimgkit.runtime.serve.catalog import Catalog, Model
 from zimgkit.runtime.serve.errors import ApiError
+from zimgkit.runtime.serve.fetching import Fetcher
 
 SIZE = re.compile(r"([1-9][0-9]{0,5})[xX\u00d7]([1-9][0-9]{0,5})")
 QUALITIES = {"low": 0.5, "high": 1.5, "hd": 1.5}
@@ -44,12 +45,13 @@ class Answer:
         return f"image/{self.output_format}"
 
 
-def read_body(catalog: Catalog, body: Mapping[str, Any]) -> tuple[Model, Request, Answer]:
+def read_body(catalog: Catalog, body: Mapping[str, Any], fetcher: Fetcher) -> tuple[Model, Request, Answer]:
     """Check all that a body says.
 
     Args:
         catalog: the models there are.
         body: what :func:`.bodies.parse` gave.
+        fetcher: of pictures that came as addresses.
 
     Raises:
         ApiError: the model is not served, or a field is wrong.
@@ -59,8 +61,8 @@ def read_body(catalog: Catalog, body: Mapping[str, Any]) -> tuple[Model, Request
     model = catalog.find(body.get("model"), loras)
     answer = _answer(model, body)
     call: dict[str, Any] = {name: value for name, value in body.items() if name in OF_CALL}
-    call |= {name: picture_bytes(value, name) for name, value in call.items() if name in PICTURES}
-    call |= _pictures(body)
+    call |= {name: picture_bytes(value, name, fetcher) for name, value in call.items() if name in PICTURES}
+    call |= _pictures(body, fetcher)
     if not body.get("prompt", "").strip() and model.manifest.layers is None:
         raise ApiError(400, "prompt is empty; say what to draw", param="prompt", code="invalid_value")
     call["prompt"] = body.get("prompt", "")
@@ -117,19 +119,19 @@ def _size(body: Mapping[str, Any]) -> dict[str, int]:
     return {"width": width, "height": height}
 
 
-def _pictures(body: Mapping[str, Any]) -> dict[str, Any]:
+def _pictures(body: Mapping[str, Any], fetcher: Fetcher) -> dict[str, Any]:
     """The pictures of an edit, and its mask as diffusers has them: white where it is drawn anew."""
     found: dict[str, Any] = {}
     if "image" in body and "images" in body:
         raise ApiError(400, "image and images are both given; give one of them", param="images")
-    pictures = picture_bytes(body.get("image", body.get("images", [])), "image")
+    pictures = picture_bytes(body.get("image", body.get("images", [])), "image", fetcher)
     pictures = pictures if isinstance(pictures, list) else [pictures]
     if pictures:
         found["image"] = pictures if len(pictures) > 1 else pictures[0]
     if "mask" in body:
         if "mask_image" in body:
             raise ApiError(400, "mask and mask_image are both given; give one of them", param="mask")
-        found["mask_image"] = _mask(picture_bytes(body["mask"], "mask"))
+        found["mask_image"] = _mask(picture_bytes(body["mask"], "mask", fetcher))
     if "mask" in body or "mask_image" in body:
         # Who sends a mask expects the rest to stay; it counts as given, so a request can say otherwise.
         found["keep_unmasked"] = body.get("keep_unmasked", True)

@@ -157,7 +157,7 @@ async def _read_form(request: Request, kind: str) -> dict[str, Any]:
 async def _answered(service: Service, request: Request, body: Mapping[str, Any], event: str) -> Response:
     """The answer to a checked body."""
     service.check_ready()
-    model, call, answer = await asyncio.to_thread(read_body, service.catalog, body)
+    model, call, answer = await asyncio.to_thread(read_body, service.catalog, body, service.fetcher)
     request.state.log = {"model": model.name, "pictures": call.batch, "size": f"{call.width}x{call.height}"}
     reply = _Reply(service, request, model, call, answer, event)
     if answer.stream:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 STEP_SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -31,10 +33,15 @@ class Metrics:
             "zimg:step_time_seconds", "One step, both branches.", label, buckets=STEP_SECONDS, registry=registry
         )
         self._pictures = Counter("zimg:images_generated", "Pictures sent.", label, registry=registry)
+        ProcessCollector(registry=registry)  # Memory, CPU seconds and open files of the process.
 
     def observe(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a gauge that is asked when it is read."""
         Gauge(name, text, registry=self.registry).set_function(value)
+
+    def observe_count(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Add a count that is kept elsewhere, and asked when it is read."""
+        self.registry.register(_Count(name, text, value))
 
     def begun(self, model: str, waited: float) -> None:
         """A request left the queue after so many seconds."""
@@ -67,3 +74,14 @@ class Metrics:
     def text(self) -> bytes:
         """All of them, in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class _Count(Collector):
+    """A counter whose value is kept elsewhere."""
+
+    def __init__(self, name: str, text: str, value: Callable[[], float]) -> None:
+        self._name, self._text, self._value = name, text, value
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """Ask for it."""
+        yield CounterMetricFamily(self._name, self._text, value=self._value())

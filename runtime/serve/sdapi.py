@@ -30,6 +30,7 @@ from zimgkit.runtime.serve.calls import Answer
 from zimgkit.runtime.serve.catalog import Model
 from zimgkit.runtime.serve.drawing import Drawing, Finished
 from zimgkit.runtime.serve.errors import ApiError
+from zimgkit.runtime.serve.fetching import Fetcher
 from zimgkit.runtime.serve.images_api import read_json, takes, unless_gone
 from zimgkit.runtime.serve.service import Service
 
@@ -101,7 +102,7 @@ def router(service: Service) -> APIRouter:
         body = parse(ImageToImage, await read_json(request))
         if not body.get("init_images"):
             raise ApiError(400, "init_images is empty; give the picture to start from", param="init_images")
-        return await draw(request, body, await asyncio.to_thread(_inputs, body))
+        return await draw(request, body, await asyncio.to_thread(_inputs, body, service.fetcher))
 
     @routes.get("/progress")
     async def progress(request: Request, skip_current_image: bool = False) -> dict[str, Any]:
@@ -172,7 +173,7 @@ def _add_lists(routes: APIRouter, service: Service) -> None:
     @routes.post("/png-info")
     async def png_info(request: Request) -> dict[str, Any]:
         """What made a picture."""
-        data = picture_bytes(str((await read_json(request)).get("image", "")), "image")
+        data = picture_bytes(str((await read_json(request)).get("image", "")), "image", service.fetcher)
         try:
             record = await asyncio.to_thread(metadata.read, BytesIO(data))
         except UsageError:
@@ -200,11 +201,10 @@ def _checked(model: Model, body: Mapping[str, Any], call: Mapping[str, Any]) -> 
     return check(model.manifest, model.family, prompt=prompt, **given, **call)
 
 
-def _inputs(body: Mapping[str, Any]) -> dict[str, Any]:
+def _inputs(body: Mapping[str, Any], fetcher: Fetcher) -> dict[str, Any]:
     """The pictures of a body and what it says of them, as diffusers has them."""
-    pictures = [
-        flattened(read_picture(data, "init_images")) for data in picture_bytes(body["init_images"], "init_images")
-    ]
+    files = picture_bytes(body["init_images"], "init_images", fetcher)
+    pictures = [flattened(read_picture(data, "init_images")) for data in files]
     if "width" in body and "height" in body and len(pictures) == 1:
         size = [max(MULTIPLE, round(body[side] / MULTIPLE) * MULTIPLE) for side in ("width", "height")]
         make = crop_and_resize if body.get("resize_mode") else resize
@@ -215,7 +215,7 @@ def _inputs(body: Mapping[str, Any]) -> dict[str, Any]:
     if "mask" in body:
         from PIL import ImageOps
 
-        mask = flattened(read_picture(picture_bytes(body["mask"], "mask"), "mask"), 0).convert("L")
+        mask = flattened(read_picture(picture_bytes(body["mask"], "mask", fetcher), "mask"), 0).convert("L")
         found["mask_image"] = ImageOps.invert(mask) if body.get("inpainting_mask_invert") else mask
         found |= {"keep_unmasked": True, "mask_blur": body.get("mask_blur")}
     return found

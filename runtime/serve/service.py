@@ -19,6 +19,7 @@ from zimgkit.runtime.serve.calls import Answer
 from zimgkit.runtime.serve.catalog import Catalog, Model
 from zimgkit.runtime.serve.drawing import Done, Drawing, Event, Failed, Pixels
 from zimgkit.runtime.serve.errors import ApiError, closing, loading
+from zimgkit.runtime.serve.fetching import Fetcher
 from zimgkit.runtime.serve.metrics import Metrics
 from zimgkit.runtime.serve.rates import Rates
 from zimgkit.runtime.serve.store import Store
@@ -51,12 +52,14 @@ class Service:
         devices: for each device a function that opens a model there.
         limits: what is taken.
         warm_up: whether each model draws a picture before the first request.
+        fetcher: of pictures that come as addresses.
     """
 
     catalog: Catalog
     devices: Sequence[Open]
     limits: Limits = field(default_factory=Limits)
     warm_up: bool = True
+    fetcher: Fetcher = field(default_factory=Fetcher)
 
     def __post_init__(self) -> None:
         self.metrics, self.rates = Metrics(), Rates()
@@ -64,8 +67,18 @@ class Service:
         self.store = Store(self.limits.keep_seconds)
         make = partial(Worker, self.catalog, self.waiting, self.rates, self.metrics, warm_up=self.warm_up)
         self.workers = [make(open_session) for open_session in self.devices]
-        self.metrics.observe("zimg:num_requests_waiting", "Requests that wait for a device.", self.waiting.__len__)
-        self.metrics.observe("zimg:queue_seconds", "Seconds of work that wait.", lambda: self.waiting.seconds)
+        self._observe()
+
+    def _observe(self) -> None:
+        gauge, count = self.metrics.observe, self.metrics.observe_count
+        gauge("zimg:num_requests_waiting", "Requests that wait for a device.", self.waiting.__len__)
+        gauge("zimg:queue_seconds", "Seconds of work that wait.", lambda: self.waiting.seconds)
+        count("zimg:image_cache_queries", "Input pictures to encode.", lambda: self._cached("asked"))
+        count("zimg:image_cache_hits", "Those encoded before.", lambda: self._cached("found"))
+
+    def _cached(self, count: str) -> int:
+        sessions = [session for worker in self.workers for session in worker.sessions.values()]
+        return sum(getattr(session.encoder.kept, count) for session in sessions)
 
     def start(self) -> None:
         """Open the models, in the background."""
