@@ -73,6 +73,22 @@ class ImageToImage(TextToImage):
     resize_mode: int | None = Field(None, ge=0, le=3, description="0 stretches, and others cut the edges off.")
 
 
+class Options(BaseModel):
+    """What of ``options`` has."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    sd_model_checkpoint: str | None = Field(None, max_length=300)
+
+
+class PngInfo(BaseModel):
+    """A picture to read."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    image: str = Field("", description="Base64, or a data URL.")
+
+
 def router(service: Service) -> APIRouter:
     """The routes below ``/sdapi/v1``."""
     routes = APIRouter(prefix=PREFIX)
@@ -122,11 +138,10 @@ def router(service: Service) -> APIRouter:
         """What is set."""
         return {"sd_model_checkpoint": model_of(request).name, "samples_format": "png", "CLIP_stop_at_last_layers": 1}
 
-    @routes.post("/options")
+    @routes.post("/options", openapi_extra=takes(Options, JSON))
     async def set_options(request: Request) -> dict[str, Any]:
         """Choose a model for this client; the rest is not read."""
-        name = (await read_json(request)).get("sd_model_checkpoint")
-        if name:
+        if name := parse(Options, await read_json(request)).get("sd_model_checkpoint"):
             chosen[request.state.client] = model_of(request, name).name
             chosen.move_to_end(request.state.client)
             while len(chosen) > MOST_CLIENTS:
@@ -170,11 +185,11 @@ def _add_lists(routes: APIRouter, service: Service) -> None:
         """None."""
         return []
 
-    @routes.post("/png-info")
+    @routes.post("/png-info", openapi_extra=takes(PngInfo, JSON))
     async def png_info(request: Request) -> dict[str, Any]:
         """What made a picture."""
-        image = (await read_json(request)).get("image")
-        if not image or not isinstance(image, str):
+        image = parse(PngInfo, await read_json(request)).get("image")
+        if not image:
             raise ApiError(400, "image is missing; send the picture in base64", param="image")
         data = picture_bytes(image, "image", service.fetcher)
         try:

@@ -166,9 +166,9 @@ def test_png_info(ask):
         ("img2img", {"prompt": PROMPT, "init_images": ["%%%"]}, "base64"),
         ("img2img", {"prompt": PROMPT, "init_images": ["http://127.0.0.1/a.png"]}, "no address is fetched"),
         ("img2img", {"prompt": PROMPT, "init_images": [""]}, "empty"),
-        ("png-info", {"image": 3}, "image is missing"),
+        ("png-info", {"image": 3}, "valid string"),
         ("png-info", {}, "image is missing"),
-        ("options", {"sd_model_checkpoint": ["x"]}, "no model"),
+        ("options", {"sd_model_checkpoint": ["x"]}, "valid string"),
     ],
 )
 def test_what_is_wrong_is_told(ask, path, body, told):
