@@ -284,7 +284,10 @@ def list_command(folders: tuple[Path, ...], as_json: bool) -> None:
 @click.option("--access-log/--no-access-log", default=True, show_default=True, help="Log each request as JSON.")
 @BACKEND
 @click.option(
-    "--device", "devices", multiple=True, help="As for generate; repeated, each device draws. [default: the best one]"
+    "--device",
+    "devices",
+    multiple=True,
+    help="Where it runs, as with generate; repeated, each device draws. [default: the best one]",
 )
 @MEMORY
 @VAE_TILES
