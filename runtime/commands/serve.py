@@ -24,7 +24,8 @@ except ImportError as missing:
     raise BackendError(f"zimg-run serve needs {missing.name}", install("serve")) from None
 
 from zimgkit.runtime.commands.console import ended_by_interruption
-from zimgkit.runtime.serve.app import LOOPBACK, Access, create_app
+from zimgkit.runtime.serve.access import LOOPBACK, Access, read_keys
+from zimgkit.runtime.serve.app import create_app
 from zimgkit.runtime.serve.catalog import Catalog, Model, open_models
 from zimgkit.runtime.serve.fetching import Fetcher
 from zimgkit.runtime.serve.local import LocalService
@@ -83,7 +84,7 @@ def serve(
         UsageError: an argument is wrong, or the address cannot be listened on.
         ZimgError: a bundle cannot be opened.
     """
-    keys = _keys(api_key_file) if api_key_file else ()
+    keys = read_keys(api_key_file) if api_key_file else ()
     if not keys and not no_auth and not _is_loopback(host):
         hint = "give --api-key-file FILE, or --no-auth to let everybody in"
         raise UsageError(f"{host} can be reached from other machines, and no key is asked for", hint)
@@ -163,18 +164,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _keys(path: Path) -> tuple[str, ...]:
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        told = getattr(error, "strerror", None) or "it is no text"
-        raise UsageError(f"{path} cannot be read ({told})", "give a text file with a key in each line") from None
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
-    if not keys:
-        raise UsageError(f"{path} has no key", "write one in each line")
-    return keys
 
 
 def _alias(text: str) -> tuple[str, str]:

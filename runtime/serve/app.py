@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -20,23 +19,12 @@ from starlette.requests import ClientDisconnect
 import zimgkit
 from zimgkit.engines.errors import CancelledError, ZimgError
 from zimgkit.runtime.serve import bodies, images_api, sdapi
+from zimgkit.runtime.serve.access import Access
 from zimgkit.runtime.serve.errors import ApiError, told
 from zimgkit.runtime.serve.http import Door, RequestIds
 from zimgkit.runtime.serve.service import Service
 
 LOG = logging.getLogger("zimgkit.serve")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-@dataclass(frozen=True)
-class Access:
-    """Who may ask."""
-
-    keys: Collection[str] = ()
-    origins: Collection[str] = ()
-    hosts: Collection[str] = ()
-    log: bool = True
-    """Whether each request is logged."""
 
 
 def create_app(service: Service, access: Access | None = None) -> Any:

@@ -92,6 +92,11 @@ class Drawing:
             if self.cancelled:
                 self._cancel()
 
+    def update(self, progress: Progress) -> None:
+        """Take over how far it is, where another process draws it."""
+        self.steps, self.total = progress.steps, progress.total
+        self.begun = self.begun or time.monotonic()
+
     def cancel(self) -> None:
         """Draw no further."""
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -38,6 +39,7 @@ class LocalService(Service):
         limits: what is taken.
         fetcher: of pictures that come as addresses.
         warm_up: whether each model draws a picture before the first request.
+        device: held while something is drawn, where several services have one device.
     """
 
     def __init__(
@@ -48,10 +50,11 @@ class LocalService(Service):
         fetcher: Fetcher | None = None,
         *,
         warm_up: bool = True,
+        device: threading.Lock | None = None,
     ) -> None:
         super().__init__(catalog, limits, fetcher)
         self.rates, self.waiting = Rates(), Waiting(self.limits.max_queue_seconds)
-        make = partial(Worker, catalog, self.waiting, self.rates, self.metrics, warm_up=warm_up)
+        make = partial(Worker, catalog, self.waiting, self.rates, self.metrics, warm_up=warm_up, device=device)
         self.workers = [make(open_session) for open_session in devices]
         gauge, count = self.metrics.observe, self.metrics.observe_count
         gauge("zimg:num_requests_waiting", "Requests that wait for a device.", self.waiting.__len__)

@@ -37,6 +37,7 @@ class Worker(threading.Thread):
         metrics: told what happens.
         open_session: opens a model on this worker's device.
         warm_up: whether to draw a picture with each model before the first request.
+        device: held while something is drawn, where several workers have one device.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class Worker(threading.Thread):
         open_session: Open,
         *,
         warm_up: bool = True,
+        device: threading.Lock | None = None,
     ) -> None:
         super().__init__(name="zimg-device", daemon=True)
         self._catalog, self._waiting, self._rates, self._metrics = catalog, waiting, rates, metrics
         self._open, self._warm_up = open_session, warm_up
+        self._device = device or threading.Lock()
         self._sessions: dict[str, Session] = {}
         self.ready = threading.Event()
         self.failure: ZimgError | None = None
@@ -102,7 +105,8 @@ class Worker(threading.Thread):
         try:
             if drawing.cancelled:
                 raise CancelledError("it was cancelled while it waited")
-            self._draw(drawing)
+            with self._device:
+                self._draw(drawing)
             outcome = "succeeded"
             drawing.tell(Done())
         except CancelledError as error:

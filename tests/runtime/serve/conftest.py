@@ -19,7 +19,8 @@ from zimgkit.runtime.session import Session
 
 uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
-from zimgkit.runtime.serve.app import Access, create_app  # noqa: E402
+from zimgkit.runtime.serve.access import Access  # noqa: E402
+from zimgkit.runtime.serve.app import create_app  # noqa: E402
 from zimgkit.runtime.serve.catalog import Catalog, open_models  # noqa: E402
 from zimgkit.runtime.serve.local import LocalService  # noqa: E402
 from zimgkit.runtime.serve.service import Limits  # noqa: E402

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 
 from tests.runtime.serve.conftest import SECONDS, make_service, serving
-from zimgkit.runtime.serve.app import Access, create_app
+from zimgkit.runtime.serve.access import Access
+from zimgkit.runtime.serve.app import create_app
 
 EXAMPLES = int(os.environ.get("ZIMG_FUZZ_EXAMPLES", "5"))
 """Of each kind, for each route."""
