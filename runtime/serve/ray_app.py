@@ -43,6 +43,8 @@ ATTEMPTS = 3
 """How many replicas may die under one request."""
 MOST_REQUESTS, MOST_WAITING = 100, 200
 """At one replica, where they queue by seconds of work, and before all replicas."""
+MOST_CONNECTIONS = 1000
+"""At once, of the one replica that has them."""
 LOAD_SECONDS = 0.05
 """How often it is looked whether a model is open."""
 
@@ -91,9 +93,7 @@ def app(arguments: Arguments) -> Any:
         hint = "give api_key_file=FILE, or no_auth=true to let everybody in"
         raise UsageError("a cluster can be reached from other machines, and no key is asked for", hint)
     arguments.catalog()  # What is wrong with a bundle is told here, not by replicas that do not start.
-    keeping = serve.multiplexed(max_num_models_per_replica=arguments.models_per_replica)
-    painter = serve.deployment(
-        type(Painter.__name__, (Painter,), {"model": keeping(Painter.model)}),
+    deployed = serve.deployment(
         max_ongoing_requests=MOST_REQUESTS,
         max_queued_requests=MOST_WAITING,
         ray_actor_options={"num_gpus": arguments.gpus, "num_cpus": arguments.cpus},
@@ -105,7 +105,9 @@ def app(arguments: Arguments) -> Any:
                 "policy_kwargs": {"target_seconds": arguments.target_seconds},
             },
         },
-    ).bind(arguments.model_dump(mode="json"))
+    )
+    keeping = serve.multiplexed(max_num_models_per_replica=arguments.models_per_replica)
+    painter = deployed(type(Painter.__name__, (Painter,), {"model": keeping(Painter.model)}))
 
     def build() -> Any:
         handle = serve.get_deployment_handle(Painter.__name__, serve.get_replica_context().app_name)
@@ -115,8 +117,8 @@ def app(arguments: Arguments) -> Any:
         access = Access(keys, tuple(arguments.allow_origins))
         return create_app(ReplicaService(arguments.catalog(), handle, limits, fetcher), access)
 
-    ingress = serve.deployment(serve.ingress(build)(), name="Ingress", max_ongoing_requests=1000)
-    return ingress.bind(painter)
+    ingress = serve.deployment(name="Ingress", max_ongoing_requests=MOST_CONNECTIONS)(serve.ingress(build)())
+    return ingress.bind(painter.bind(arguments.model_dump(mode="json")))
 
 
 class Painter:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.runtime.serve.conftest import MODELS, pixels
+from tests.runtime.serve.conftest import MODELS, pixels, until
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
 
@@ -76,6 +76,23 @@ def test_pictures_are_those_of_a_pipeline(cluster, pipelines):
         negative = pipeline.bundle.manifest.defaults.negative_prompt
         expected = pipeline(PROMPT, negative_prompt=negative, seed=seed, num_inference_steps=4).images[0]
         assert np.array_equal(drawn(answer), pixels(expected)), seed
+
+
+def test_a_request_goes_where_its_model_is_open(cluster):
+    def opened() -> list[list[str]]:
+        running = ray.get(serve.context._get_global_client()._controller._all_running_replicas.remote())
+        painters = next(replicas for name, replicas in running.items() if name.name == "Painter")
+        return sorted(sorted(replica.multiplexed_model_ids) for replica in painters)
+
+    def each_has_one() -> bool:
+        for model in MODELS:
+            drawn(draw(cluster, model=model))
+        return opened() == sorted([name] for name in MODELS)
+
+    until(each_has_one, "each replica has opened one")
+    for seed in range(8):
+        drawn(draw(cluster, seed=seed, model=MODELS[seed % 2]))
+    assert opened() == sorted([name] for name in MODELS), "none was closed for another"
 
 
 def test_a_stream_comes_through(cluster):
