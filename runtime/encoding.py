@@ -31,7 +31,7 @@ class Encoder:
     def __init__(self, engines: EnginePool, family: Family) -> None:
         self._engines = engines
         self._family = family
-        self._kept: Recent[tuple[object, ...], Array] = Recent(MOST_KEPT)
+        self.kept: Recent[tuple[object, ...], Array] = Recent(MOST_KEPT)
 
     def encode(
         self,
@@ -57,7 +57,7 @@ class Encoder:
         Raises:
             BackendError: the engine failed, or gave NaN or Inf.
         """
-        moments = self._kept.get(
+        moments = self.kept.get(
             (image.sha256, height, width, kernel, reduced),
             lambda: self._moments(image, height, width, device, kernel, reduced),
         )

@@ -24,11 +24,17 @@ class Recent(Generic[Key, Value]):
         self._most = most
         self._lock = threading.Lock()
         self._kept: OrderedDict[Key, Value] = OrderedDict()
+        self.asked = 0
+        """How often a value was asked for."""
+        self.found = 0
+        """How often it was kept."""
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
         """The value of a key, which is made where it is not kept."""
         with self._lock:
+            self.asked += 1
             if key in self._kept:
+                self.found += 1
                 self._kept.move_to_end(key)
                 return self._kept[key]
         value = make()

@@ -225,6 +225,100 @@ def list_command(folders: tuple[Path, ...], as_json: bool) -> None:
         console.say("no bundles there; zimg-export build makes them", err=True)
 
 
+@cli.command()
+@click.option(
+    "--bundle",
+    "bundles",
+    multiple=True,
+    default=[demo_models.DEFAULT],
+    show_default=True,
+    metavar="[NAME=]BUNDLE",
+    help="A bundle, and what clients call it where that is not its folder's name. Repeatable.",
+)
+@click.option("--alias", "aliases", multiple=True, metavar="NAME=MODEL", help="Another name of a model. Repeatable.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="The port to listen on, or 0 for any free one.",
+)
+@click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path),
+    help="A text file with a key in each line; clients need one of them.",
+)
+@click.option("--no-auth", is_flag=True, help="Ask for no key although other machines can reach the address.")
+@click.option(
+    "--allow-origin", "origins", multiple=True, help="A page that may ask, such as https://a.com. Repeatable."
+)
+@click.option("--allow-host", "hosts", multiple=True, help="Another name that the server is called by. Repeatable.")
+@click.option(
+    "--allow-url-prefix",
+    "url_prefixes",
+    multiple=True,
+    metavar="URL",
+    help="Fetch pictures that clients send as addresses below this one. Repeatable. [default: none is fetched]",
+)
+@click.option(
+    "--max-queue-seconds",
+    type=click.FloatRange(0, 1e6),
+    default=600.0,
+    show_default=True,
+    help="How much work may wait; more is refused with 429.",
+)
+@click.option(
+    "--max-body-mb", type=click.IntRange(1, 4096), default=64, show_default=True, help="The size of a request."
+)
+@click.option(
+    "--grace-seconds",
+    type=click.FloatRange(1, 1e5),
+    default=30.0,
+    show_default=True,
+    help="How long pictures may still take after SIGTERM.",
+)
+@click.option(
+    "--warm-up/--no-warm-up", default=True, show_default=True, help="Draw a picture before the first request."
+)
+@click.option("--access-log/--no-access-log", default=True, show_default=True, help="Log each request as JSON.")
+@BACKEND
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    help="Where it runs, as with generate; repeated, each device draws. [default: the best one]",
+)
+@MEMORY
+@VAE_TILES
+@QUIET
+def serve(
+    bundles: tuple[str, ...],
+    aliases: tuple[str, ...],
+    origins: tuple[str, ...],
+    hosts: tuple[str, ...],
+    url_prefixes: tuple[str, ...],
+    max_queue_seconds: float,
+    max_body_mb: int,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Serve pictures over HTTP: OpenAI's images API, the API of AUTOMATIC1111's web UI, and a page."""
+    from zimgkit.runtime.commands.serve import serve as serve_bundles
+
+    serve_bundles(
+        bundles,
+        aliases=aliases,
+        allow_origins=origins,
+        allow_hosts=hosts,
+        allow_url_prefixes=url_prefixes,
+        max_queue_seconds=max_queue_seconds,
+        max_body_bytes=max_body_mb << 20,
+        note=partial(console.note, quiet=quiet),
+        **options,
+    )
+
+
 def main() -> None:
     """The console script."""
     console.run(cli)

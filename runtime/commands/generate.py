@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-import zimgkit
 from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.choice import AUTO
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.commands.memory import told
-from zimgkit.runtime.inputs import InputPicture, Inputs, read_input
-from zimgkit.runtime.parameters import BY_NAME, PARAMETERS, checked
+from zimgkit.runtime.inputs import InputPicture, read_input
+from zimgkit.runtime.parameters import BY_NAME, checked
 from zimgkit.runtime.pictures import saving as images
-from zimgkit.runtime.pictures.metadata import InputFile, Parameters, Record, read
-from zimgkit.runtime.pipeline import Output, Pipeline
+from zimgkit.runtime.pictures.metadata import InputFile, Record, read
+from zimgkit.runtime.pipeline import Pipeline
 from zimgkit.runtime.progress import Report, silent
+from zimgkit.runtime.recording import FROM_A_PICTURE, merged_loras, record
 from zimgkit.runtime.request import check
 
 SCALES = ("guidance_scale", "true_cfg_scale", "cfg_scale")
 """Names of one thing, of which a call takes one."""
 STRENGTHS = ("strength", "denoising_strength")
 """Likewise."""
-FROM_A_PICTURE = (
-    *("image", "mask_image", *STRENGTHS, "mask_blur", "inpaint_blur_size", "inpaint_blur_sigma", "keep_unmasked"),
-)
-"""What a call says of pictures that it starts from."""
-OF_EDITS = ("edit_image_auto_resize", "edit_image_area", "edit_rope_interpolation")
-"""What it says of those that it edits."""
-ENTITIES = ("eligen_entity_prompts", "eligen_entity_masks", "eligen_enable_on_negative")
-"""What it says of regions."""
 
 
 def generate(
@@ -113,7 +105,7 @@ def generate(
         index, drawn = (template.image_index, template.num_images) if template and count == 1 else (0, count)
         result = pipeline(**given, num_images_per_prompt=count)
     seconds = time.perf_counter() - started
-    made = [_record(result, pipeline, index + i, drawn) for i in range(count) for _ in range(layers)]
+    made = [record(pipeline.session, result.request, index + i, drawn) for i in range(count) for _ in range(layers)]
     pictures = [layer for taken in result.images for layer in taken] if layered else result.images
     for picture, path, parameters in zip(pictures, paths, made, strict=True):
         images.save(picture, path, parameters)
@@ -149,8 +141,8 @@ def warn_of_others(template: Record, path: str, manifest: Manifest, warn: Callab
     """Warn where a picture was made by another model, or with other LoRAs."""
     if template.model not in (None, manifest.name):
         warn(f"{path} was made by {template.model}, and this bundle is {manifest.name}")
-    elif template.model and template.loras != _loras(manifest):
-        had, has = template.loras or "no LoRA", _loras(manifest) or "no LoRA"
+    elif template.model and template.loras != merged_loras(manifest):
+        had, has = template.loras or "no LoRA", merged_loras(manifest) or "no LoRA"
         warn(f"{path} was made with {had}, and this bundle has {has}")
 
 
@@ -221,48 +213,3 @@ def _numbered(output: Path, count: int) -> list[Path]:
     if count == 1:
         return [output]
     return [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(1, count + 1)]
-
-
-def _loras(manifest: Manifest) -> str | None:
-    return ", ".join(f"{lora.file}:{lora.scale:g} ({lora.sha256[:10]})" for lora in manifest.loras) or None
-
-
-def _inputs(inputs: Inputs) -> dict[str, Any]:
-    """What is recorded of the pictures of a call: their names and hashes, and what was said of them."""
-    said = {name: getattr(inputs, name) or None for name in (*FROM_A_PICTURE, *ENTITIES)}
-    images = [inputs.image, inputs.layered, *inputs.references]
-    said |= {name: getattr(inputs, name) for name in OF_EDITS} if inputs.references else {}
-    said |= {"image": _named(images), "eligen_entity_masks": _named(inputs.eligen_entity_masks)}
-    said |= {name: _named([getattr(inputs, name)]) for name in ("mask_image", "context_image")}
-    one = {name: files[0] for name in ("mask_image", "context_image") if (files := said[name])}
-    return said | one
-
-
-def _named(pictures: Iterable[InputPicture | None]) -> tuple[InputFile, ...] | None:
-    return tuple(InputFile(one.name, one.sha256) for one in pictures if one) or None
-
-
-def _record(result: Output, pipeline: Pipeline, index: int, drawn: int) -> Record:
-    """What made one of a call's pictures."""
-    request, manifest = result.request, pipeline.bundle.manifest
-    call = {p.name: getattr(request, p.name) for p in PARAMETERS if p.recorded and hasattr(request, p.name)}
-    call |= _inputs(request.inputs)
-    call |= {
-        "prompt": request.prompts[0],
-        "negative_prompt": request.negative_prompts[0] if request.negative_prompts else None,
-        "cfg_scale": pipeline.cfg_scale(request.guidance_scale),
-        "seed": request.seed if isinstance(request.seed, int) else None,
-    }
-    record: Record = Parameters(
-        **call,
-        num_images=drawn,
-        image_index=index,
-        model=manifest.name,
-        family=manifest.family,
-        precision=manifest.precision,
-        loras=_loras(manifest),
-        backend=pipeline.backend,
-        vae_tiling=pipeline.session.decoder.tiles(request.height, request.width),
-        version=f"zimgkit {zimgkit.__version__}",
-    )
-    return record

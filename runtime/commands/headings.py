@@ -44,6 +44,8 @@ class RunCommand(GroupedCommand):
             *("num_inference_steps", "guidance_scale", "cfg_scale", "cfg_normalization", "cfg_truncation"),
             "max_sequence_length",
         ),
-        "Bundle and device": ("bundle", "bundles", "backend", "device", "memory", "vae_tiling", "verify"),
-        "Output": ("output", "columns", "quiet", "as_json"),
+        "Bundle and device": ("bundle", "bundles", "backend", "device", "devices", "memory", "vae_tiling", "verify"),
+        "Server": ("aliases", "host", "port", "max_queue_seconds", "max_body_mb", "grace_seconds", "warm_up"),
+        "Who may ask": ("api_key_file", "no_auth", "origins", "hosts", "url_prefixes"),
+        "Output": ("output", "columns", "access_log", "quiet", "as_json"),
     }

@@ -21,7 +21,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
@@ -242,11 +242,11 @@ def embedded(parameters: Record, kind: str) -> dict[str, Any]:
     return {}
 
 
-def read(path: Path, warn: Callable[[str], None] = lambda message: None) -> Record:
+def read(path: Path | IO[bytes], warn: Callable[[str], None] = lambda message: None) -> Record:
     """Read what made a picture from its file: the exact copy if zimgkit wrote one, else the text of another tool.
 
     Args:
-        path: the file.
+        path: the file, or one that is open.
         warn: called with what another tool has written that is not taken over, if anything.
 
     Raises:

@@ -64,6 +64,23 @@ def check_target(path: Path, *, transparent: bool = False) -> str:
     return FORMATS[path.suffix.lower()]
 
 
+def encoded(image: Image, kind: str, parameters: Record | None = None, quality: int | None = None) -> bytes:
+    """A picture as the bytes of a file.
+
+    Args:
+        image: the picture.
+        kind: ``"PNG"``, ``"JPEG"`` or ``"WEBP"``.
+        parameters: what made it, written into the file; see :func:`zimgkit.runtime.pictures.metadata.embedded`.
+        quality: of JPEG and WebP, from 0 to 100.
+
+    Raises:
+        OSError, ValueError: the format cannot hold it.
+    """
+    data, options = BytesIO(), QUALITY[kind] | ({"quality": quality} if quality is not None and kind != "PNG" else {})
+    image.save(data, kind, **options, **(embedded(parameters, kind) if parameters else {}))
+    return data.getvalue()
+
+
 def save(image: Image, path: Path, parameters: Record | None = None) -> None:
     """Write a picture in the format its file's ending names: PNG, JPEG or WebP. The file is whole or absent.
 
@@ -78,15 +95,14 @@ def save(image: Image, path: Path, parameters: Record | None = None) -> None:
             picture of this size.
     """
     kind = check_target(path)
-    encoded = BytesIO()
     try:
-        image.save(encoded, kind, **QUALITY[kind], **(embedded(parameters, kind) if parameters else {}))
+        data = encoded(image, kind, parameters)
     except (OSError, ValueError) as error:
         width, height = image.size
         raise OutputError(f"{path}: {kind} cannot hold this {width}x{height} picture ({error})", "use .png") from None
     try:
         with replacing(path) as part:
-            part.write_bytes(encoded.getbuffer())
+            part.write_bytes(data)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "free some space, or name a folder on another disk" if full else "check the path and its rights"

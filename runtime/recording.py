@@ -1,0 +1,77 @@
+"""What is recorded of a call in the pictures that it makes, so that they can be made again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import zimgkit
+from zimgkit.engines.bundle import Manifest
+from zimgkit.runtime.inputs import InputPicture, Inputs
+from zimgkit.runtime.parameters import PARAMETERS
+from zimgkit.runtime.pictures.metadata import InputFile, Parameters, Record
+from zimgkit.runtime.request import Request
+from zimgkit.runtime.session import Session
+
+FROM_A_PICTURE = (
+    *("image", "mask_image", "strength", "denoising_strength"),
+    *("mask_blur", "inpaint_blur_size", "inpaint_blur_sigma", "keep_unmasked"),
+)
+"""What a call says of pictures that it starts from."""
+OF_EDITS = ("edit_image_auto_resize", "edit_image_area", "edit_rope_interpolation")
+"""What it says of those that it edits."""
+ENTITIES = ("eligen_entity_prompts", "eligen_entity_masks", "eligen_enable_on_negative")
+"""What it says of regions."""
+
+
+def record(session: Session, request: Request, index: int, drawn: int) -> Record:
+    """What made one of a call's pictures.
+
+    Args:
+        session: what drew it.
+        request: the call.
+        index: which of the pictures whose noise was drawn together.
+        drawn: how many these are.
+    """
+    manifest = session.bundle.manifest
+    call = {p.name: getattr(request, p.name) for p in PARAMETERS if p.recorded and hasattr(request, p.name)}
+    call |= _inputs(request.inputs)
+    call |= {
+        "prompt": request.prompts[0],
+        "negative_prompt": request.negative_prompts[0] if request.negative_prompts else None,
+        "cfg_scale": session.family.cfg_scale(request.guidance_scale),
+        "seed": request.seed if isinstance(request.seed, int) else None,
+    }
+    found: Record = Parameters(
+        **call,
+        num_images=drawn,
+        image_index=index,
+        model=manifest.name,
+        family=manifest.family,
+        precision=manifest.precision,
+        loras=merged_loras(manifest),
+        backend=session.backend,
+        vae_tiling=session.decoder.tiles(request.height, request.width),
+        version=f"zimgkit {zimgkit.__version__}",
+    )
+    return found
+
+
+def merged_loras(manifest: Manifest) -> str | None:
+    """The LoRAs in a bundle's weights, as pictures name them."""
+    return ", ".join(f"{lora.file}:{lora.scale:g} ({lora.sha256[:10]})" for lora in manifest.loras) or None
+
+
+def _inputs(inputs: Inputs) -> dict[str, Any]:
+    """What is recorded of the pictures of a call: their names and hashes, and what was said of them."""
+    said = {name: getattr(inputs, name) or None for name in (*FROM_A_PICTURE, *ENTITIES)}
+    images = [inputs.image, inputs.layered, *inputs.references]
+    said |= {name: getattr(inputs, name) for name in OF_EDITS} if inputs.references else {}
+    said |= {"image": _named(images), "eligen_entity_masks": _named(inputs.eligen_entity_masks)}
+    said |= {name: _named([getattr(inputs, name)]) for name in ("mask_image", "context_image")}
+    one = {name: files[0] for name in ("mask_image", "context_image") if (files := said[name])}
+    return said | one
+
+
+def _named(pictures: Iterable[InputPicture | None]) -> tuple[InputFile, ...] | None:
+    return tuple(InputFile(one.name, one.sha256) for one in pictures if one) or None

@@ -1,0 +1,1 @@
+"""Pictures over HTTP: OpenAI's images API, the API of AUTOMATIC1111's web UI, a page, metrics."""
