@@ -93,8 +93,6 @@ class ControlKind:
     """``module:function`` that makes the :class:`.parts.ControlNet` of a file: called with the config of the
     checkpoint's transformer, the file's tensors and their shapes, and the config beside it, empty where there is none.
     """
-    prefixes: tuple[str, ...] = ()
-    """What may stand before the names of all tensors in a file."""
 
 
 @dataclass(frozen=True)
@@ -468,7 +466,7 @@ def control_net(
     Args:
         family: of the checkpoint that it shall control.
         config: of that one's transformer.
-        shapes: the file's tensors, by their names without prefixes, and their shapes.
+        shapes: the file's tensors, by their names, and their shapes.
         own: the config beside the file; empty where there is none.
         where: what to call the file in messages.
 
