@@ -7,9 +7,10 @@ from typing import Any
 
 import zimgkit
 from zimgkit.engines.bundle import Manifest
+from zimgkit.runtime.controls import PICTURES, ControlInput
 from zimgkit.runtime.inputs import InputPicture, Inputs
 from zimgkit.runtime.parameters import PARAMETERS
-from zimgkit.runtime.pictures.metadata import InputFile, Parameters, Record
+from zimgkit.runtime.pictures.metadata import ControlRecord, InputFile, Parameters, Record
 from zimgkit.runtime.request import Request
 from zimgkit.runtime.session import Session
 
@@ -35,7 +36,7 @@ def record(session: Session, request: Request, index: int, drawn: int) -> Record
     """
     manifest = session.bundle.manifest
     call = {p.name: getattr(request, p.name) for p in PARAMETERS if p.recorded and hasattr(request, p.name)}
-    call |= _inputs(request.inputs)
+    call |= _inputs(request.inputs) | {"controls": tuple(map(_control, request.controls)) or None}
     call |= {
         "prompt": request.prompts[0],
         "negative_prompt": request.negative_prompts[0] if request.negative_prompts else None,
@@ -71,6 +72,12 @@ def _inputs(inputs: Inputs) -> dict[str, Any]:
     said |= {name: _named([getattr(inputs, name)]) for name in ("mask_image", "context_image")}
     one = {name: files[0] for name in ("mask_image", "context_image") if (files := said[name])}
     return said | one
+
+
+def _control(one: ControlInput) -> ControlRecord:
+    """What is recorded of a ControlNet."""
+    files = {key: files[0] for key in PICTURES if (files := _named([getattr(one, key)]))}
+    return ControlRecord(one.name, **files, scale=one.scale, start=one.start, end=one.end, counts_down=one.counts_down)
 
 
 def _named(pictures: Iterable[InputPicture | None]) -> tuple[InputFile, ...] | None:

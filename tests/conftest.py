@@ -98,7 +98,8 @@ def recorded_bundle_of(shared_folder: Path, recorded_checkpoint_of: Callable[[st
             if not folder.exists():
                 file = folder.with_suffix(".safetensors")
                 loras = [str(checkpoints.write_lora(lora, checkpoint, file))] if lora else []
-                build(str(checkpoint), folder, precision="fp32", tasks=tasks, loras=loras)
+                nets = [*map(str, sorted((checkpoint / "controlnet").glob("*.safetensors")))]
+                build(str(checkpoint), folder, precision="fp32", tasks=tasks, loras=loras, controlnets=nets)
         return folder
 
     return make

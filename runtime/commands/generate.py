@@ -13,10 +13,11 @@ from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.choice import AUTO
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.commands.memory import told
+from zimgkit.runtime.controls import PICTURES
 from zimgkit.runtime.inputs import InputPicture, read_input
 from zimgkit.runtime.parameters import BY_NAME, checked
 from zimgkit.runtime.pictures import saving as images
-from zimgkit.runtime.pictures.metadata import InputFile, Record, read
+from zimgkit.runtime.pictures.metadata import ControlRecord, InputFile, Record, read
 from zimgkit.runtime.pipeline import Pipeline
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.runtime.recording import FROM_A_PICTURE, merged_loras, record
@@ -180,6 +181,8 @@ def filled(
             else:
                 pictures = [_beside(file, name, path) for file in files]
         rest[name] = pictures
+    if "controls" in known and "controls" not in given:
+        rest["controls"] = [_recalled(one, path) for one in known["controls"]]
     return rest
 
 
@@ -205,8 +208,14 @@ def _beside(recorded: InputFile, name: str, path: Path) -> InputPicture:
         beside = folder / Path(recorded.name).name
         if recorded.name and beside.is_file() and (found := read_input(beside, name)).sha256 == recorded.sha256:
             return found
-    option = BY_NAME[name].option or "entity PROMPT"
+    option = BY_NAME[name].option or ("control NAME=" if name == "controls" else "entity PROMPT")
     raise UsageError(f"{path} was drawn from {recorded}, which is not beside it", f"give --{option} PICTURE")
+
+
+def _recalled(recorded: ControlRecord, path: Path) -> dict[str, Any]:
+    """A ControlNet's entry in a call, with its pictures, which lie beside another one or here."""
+    pictures = {key: _beside(file, "controls", path) for key in PICTURES if (file := getattr(recorded, key))}
+    return msgspec.structs.asdict(recorded) | pictures
 
 
 def _numbered(output: Path, count: int) -> list[Path]:

@@ -33,6 +33,8 @@ class Checkpoint(NamedTuple):
     config: dict[str, dict[str, Any]]
     edits: bool = False
     """Whether it is one of ``QwenImageEditPipeline``, with a processor of pictures."""
+    blockwise: dict[str, int] = {}  # noqa: RUF012
+    """The Blockwise ControlNets in its folder ``controlnet`` -> the features of a token that each takes."""
 
 
 # DiffSynth has 16 channels of latents, and the numbers of the VAEs' blocks, written into its code.
@@ -49,6 +51,7 @@ CHECKPOINTS = {
     "z-image": Checkpoint("z-image", {"vae": {"block_out_channels": (16, 8, 16, 16), "layers_per_block": 2}}),
     "qwen-image": Checkpoint("qwen-image", QWEN_IMAGE),
     "qwen-image-edit": Checkpoint("qwen-image", QWEN_IMAGE, edits=True),
+    "qwen-image-control": Checkpoint("qwen-image", QWEN_IMAGE, blockwise={"canny": 64, "depth": 64, "inpaint": 68}),
 }
 
 
@@ -74,6 +77,8 @@ def write(name: str, folder: Path) -> Path:
         save_file(weights, file, metadata={"format": "pt"})
     if checkpoint.edits:
         _add_processor(folder)
+    for net, features in checkpoint.blockwise.items():
+        write_blockwise(net, folder, folder / "controlnet" / f"{net}.safetensors", features)
     return folder
 
 
@@ -94,6 +99,29 @@ def write_lora(name: str, checkpoint: Path, file: Path) -> Path:
             weights[down] = drawn(name + down, (LORA_RANK, columns)) * columns**-0.5
             weights[up] = drawn(name + up, (rows, LORA_RANK)) * 0.3 * LORA_RANK**-0.5
     save_file({key: torch.from_numpy(value.astype(np.float32)) for key, value in weights.items()}, file)
+    return file
+
+
+def write_blockwise(name: str, checkpoint: Path, file: Path, features: int) -> Path:
+    """Write a Blockwise ControlNet for a checkpoint's transformer.
+
+    Args:
+        name: another name is another net.
+        checkpoint: the folder of the checkpoint.
+        file: where to.
+        features: of a token that it takes: 64, or 68 with a mask.
+    """
+    config = json.loads((checkpoint / "transformer/config.json").read_text())
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    shapes = {"img_in.weight": (dim, features), "img_in.bias": (dim,)}
+    for index in range(config["num_layers"]):
+        block = f"controlnet_blocks.{index}."
+        shapes |= {f"{block}{norm}.weight": (dim,) for norm in ("x_rms", "y_rms")}
+        for linear in ("input_proj", "output_proj"):
+            shapes |= {f"{block}{linear}.weight": (dim, dim), f"{block}{linear}.bias": (dim,)}
+    file.parent.mkdir(exist_ok=True)
+    weights = {key: reference.scaled(key, drawn(f"{name}.{key}", shape)) for key, shape in shapes.items()}
+    save_file({key: torch.from_numpy(value).contiguous() for key, value in weights.items()}, file)
     return file
 
 

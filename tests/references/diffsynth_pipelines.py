@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from diffsynth.models import qwen_image_dit, z_image_dit
 from diffsynth.models.flux_vae import FluxVAEDecoder, FluxVAEEncoder
+from diffsynth.models.qwen_image_controlnet import QwenImageBlockWiseControlNet
 from diffsynth.models.qwen_image_text_encoder import QwenImageTextEncoder
 from diffsynth.models.qwen_image_vae import QwenImageVAE
 from diffsynth.models.z_image_text_encoder import ZImageTextEncoder
-from diffsynth.pipelines.qwen_image import QwenImagePipeline
+from diffsynth.pipelines.qwen_image import ControlNetInput, QwenImageBlockwiseMultiControlNet, QwenImagePipeline
 from diffsynth.pipelines.z_image import ZImagePipeline
 from diffsynth.utils.state_dict_converters import flux_vae as flux_keys
 from diffsynth.utils.state_dict_converters.qwen_image_text_encoder import QwenImageTextEncoderStateDictConverter
@@ -89,8 +90,20 @@ def qwen_image(folder: Path) -> QwenImagePipeline:
     pipe.tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     if (folder / "processor").is_dir():
         pipe.processor = Qwen2VLProcessor.from_pretrained(folder / "processor")
+    if files := sorted((folder / "controlnet").glob("*.safetensors")):
+        pipe.blockwise_controlnet = QwenImageBlockwiseMultiControlNet([blockwise_controlnet(file) for file in files])
     pipe.cfg_guided_model_fn = norm_preserving_guidance
     return pipe.eval().requires_grad_(False)
+
+
+def blockwise_controlnet(file: Path) -> QwenImageBlockWiseControlNet:
+    """The net in a file, of the file's sizes."""
+    weights = load_file(file)
+    dim, features = weights["img_in.weight"].shape
+    layers = sum(name.endswith(".x_rms.weight") for name in weights)
+    net = QwenImageBlockWiseControlNet(layers, 64, features - 64, dim)
+    net.load_state_dict(weights)
+    return net
 
 
 def z_image(folder: Path) -> ZImagePipeline:
@@ -178,6 +191,8 @@ def observe(pipe: Any, call: Mapping[str, Any], tensors: bool) -> dict[str, np.n
         return to_image(picture)
 
     pipe.model_fn, pipe.vae_output_to_image = see_forward, see_image
+    if given := call.get("blockwise_controlnet_inputs"):
+        call = {**call, "blockwise_controlnet_inputs": [ControlNetInput(**one) for one in given]}
     if tensors:
         pipe.dit.img_in.register_forward_pre_hook(see_tokens)
         pipe.dit.transformer_blocks[0].register_forward_pre_hook(see_block, with_kwargs=True)
@@ -202,6 +217,10 @@ def observe(pipe: Any, call: Mapping[str, Any], tensors: bool) -> dict[str, np.n
 
 def taken_in(forward: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What a forward of the transformer took in, and its velocity."""
+    if latents := forward.get("blockwise_controlnet_conditioning"):
+        conditions = {f"condition.{index}": one.numpy() for index, one in enumerate(latents)}
+        rows = forward["prompt_emb"][0].numpy()
+        return conditions | {"prompt_embeds": rows, "velocity": forward["velocity"].numpy()}
     image, text = (torch.view_as_real(table).numpy() for table in forward["image_rotary_emb"])
     arrays = {
         "hidden_states": forward["hidden_states"][0].numpy(),
