@@ -207,6 +207,7 @@ def test_base(environment: Environment, wheel: Path, tmp_path: Path) -> None:
         "tensorrt-rtx": "zimg-export compile bundle --backend tensorrt-rtx",
         "export": "zimg-export swap-lora bundle",
         "modelscope": "zimg-export inspect a/b/style.safetensors --source modelscope",
+        "serve": "zimg-run serve",
         "train": "python -m zimgkit.training lora zimg-tiny-z data style.safetensors",
     }
     assert set(lacking) == set(EXTRAS) - {"dev"}, "a new extra needs a line here and a test below"

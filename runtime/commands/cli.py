@@ -237,7 +237,13 @@ def list_command(folders: tuple[Path, ...], as_json: bool) -> None:
 )
 @click.option("--alias", "aliases", multiple=True, metavar="NAME=MODEL", help="Another name of a model. Repeatable.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any free one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="The port to listen on, or 0 for any free one.",
+)
 @click.option(
     "--api-key-file",
     type=click.Path(path_type=Path),
@@ -278,7 +284,10 @@ def list_command(folders: tuple[Path, ...], as_json: bool) -> None:
 @click.option("--access-log/--no-access-log", default=True, show_default=True, help="Log each request as JSON.")
 @BACKEND
 @click.option(
-    "--device", "devices", multiple=True, help="As for generate; repeated, each device draws. [default: the best one]"
+    "--device",
+    "devices",
+    multiple=True,
+    help="Where it runs, as with generate; repeated, each device draws. [default: the best one]",
 )
 @MEMORY
 @VAE_TILES

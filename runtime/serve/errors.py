@@ -72,6 +72,12 @@ def queue_full(seconds: float, retry_after: float) -> ApiError:
     return ApiError(429, message, code="queue_full", kind="rate_limit_error", retry_after=retry_after)
 
 
+def too_long(seconds: float, most: float) -> ApiError:
+    """It alone takes longer than all that wait may."""
+    message = f"this takes about {seconds:.0f} seconds, and {most:.0f} is the most here"
+    return ApiError(400, f"{message}; ask for fewer pictures, fewer steps or a smaller size", code="takes_too_long")
+
+
 def unknown_model(name: str, known: list[str]) -> ApiError:
     """No such model is served."""
     message = f"there is no model {name[:100]!r}; served: {', '.join(known)}"

@@ -123,7 +123,7 @@ class Door:
             raise ApiError(403, f"pages of {origin[:100]!r} may not ask here", code="wrong_origin")
         scope.setdefault("state", {})["client"] = scope["client"][0] if scope.get("client") else ""
         if self.digests and scope["method"] != "OPTIONS" and not OPEN.fullmatch(scope["path"]):
-            digest = _digest(_key(_header(scope, b"authorization")))
+            digest = _digest(_key(_header(scope, b"authorization", "utf-8")))
             # All of them are compared, so that the time tells nothing.
             found = [hmac.compare_digest(digest, known) for known in self.digests]
             if not any(found):
@@ -174,9 +174,9 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def _header(scope: Scope, name: bytes) -> str:
+def _header(scope: Scope, name: bytes, encoding: str = "latin-1") -> str:
     """A header's value; empty where there is none."""
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
+    return next((value.decode(encoding, "surrogateescape") for key, value in scope["headers"] if key == name), "")
 
 
 async def respond(error: ApiError, send: Send) -> None:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from zimgkit.engines.errors import UsageError
+from zimgkit.engines.errors import CancelledError, UsageError
 from zimgkit.runtime.pictures import metadata
 from zimgkit.runtime.pictures.reading import flattened, read_picture
 from zimgkit.runtime.pictures.resizing import crop_and_resize, resize
@@ -36,7 +36,7 @@ from zimgkit.runtime.serve.service import Service
 
 PREFIX = "/sdapi/v1"
 JSON = "application/json"
-TAG = re.compile(r"<lora:([^:<>]{1,200})(?::(-?[0-9.]{1,10}))?>")
+TAG = re.compile(r"<lora:([^:<>]{1,200})(?::(-?\d{0,6}\.?\d{1,6}))?>", re.ASCII)
 """How a prompt asks for a LoRA."""
 MOST_CLIENTS = 1000
 """Whose choice of a model is kept."""
@@ -73,6 +73,22 @@ class ImageToImage(TextToImage):
     resize_mode: int | None = Field(None, ge=0, le=3, description="0 stretches, and others cut the edges off.")
 
 
+class Options(BaseModel):
+    """What of ``options`` has."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    sd_model_checkpoint: str | None = Field(None, max_length=300)
+
+
+class PngInfo(BaseModel):
+    """A picture to read."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    image: str = Field("", description="Base64, or a data URL.")
+
+
 def router(service: Service) -> APIRouter:
     """The routes below ``/sdapi/v1``."""
     routes = APIRouter(prefix=PREFIX)
@@ -85,7 +101,7 @@ def router(service: Service) -> APIRouter:
 
     async def draw(request: Request, body: Mapping[str, Any], call: dict[str, Any]) -> dict[str, Any]:
         service.check_ready()
-        tags = {name: float(scale or 1) for name, scale in TAG.findall(body.get("prompt", ""))}
+        tags = _loras(body.get("prompt", ""))
         settings = body.get("override_settings", {})
         model = model_of(request, settings.get("sd_model_checkpoint"), tags or None)
         checked = await asyncio.to_thread(_checked, model, body, call)
@@ -122,11 +138,10 @@ def router(service: Service) -> APIRouter:
         """What is set."""
         return {"sd_model_checkpoint": model_of(request).name, "samples_format": "png", "CLIP_stop_at_last_layers": 1}
 
-    @routes.post("/options")
+    @routes.post("/options", openapi_extra=takes(Options, JSON))
     async def set_options(request: Request) -> dict[str, Any]:
         """Choose a model for this client; the rest is not read."""
-        name = (await read_json(request)).get("sd_model_checkpoint")
-        if name:
+        if name := parse(Options, await read_json(request)).get("sd_model_checkpoint"):
             chosen[request.state.client] = model_of(request, name).name
             chosen.move_to_end(request.state.client)
             while len(chosen) > MOST_CLIENTS:
@@ -170,16 +185,26 @@ def _add_lists(routes: APIRouter, service: Service) -> None:
         """None."""
         return []
 
-    @routes.post("/png-info")
+    @routes.post("/png-info", openapi_extra=takes(PngInfo, JSON))
     async def png_info(request: Request) -> dict[str, Any]:
         """What made a picture."""
-        data = picture_bytes(str((await read_json(request)).get("image", "")), "image", service.fetcher)
+        image = parse(PngInfo, await read_json(request)).get("image")
+        if not image:
+            raise ApiError(400, "image is missing; send the picture in base64", param="image")
+        data = picture_bytes(image, "image", service.fetcher)
         try:
             record = await asyncio.to_thread(metadata.read, BytesIO(data))
         except UsageError:
             return {"info": "", "items": {}, "parameters": {}}
         text = record.to_text()
         return {"info": text, "items": {"parameters": text}, "parameters": json.loads(record.to_json())}
+
+
+def _loras(prompt: str) -> dict[str, float]:
+    """The LoRAs that a prompt asks for, and their scales."""
+    if "<lora:" in TAG.sub("", prompt):
+        raise ApiError(400, "the prompt asks for a LoRA in another form than <lora:NAME:SCALE>", param="prompt")
+    return {name: float(scale or 1) for name, scale in TAG.findall(prompt)}
 
 
 def _checked(model: Model, body: Mapping[str, Any], call: Mapping[str, Any]) -> Call:
@@ -227,11 +252,17 @@ async def _drawn(
     """Pictures in the form of the web UI."""
     request.state.log = {"model": model.name, "pictures": call.batch, "size": f"{call.width}x{call.height}"}
     found: dict[int, list[bytes]] = {}
-    state, answer = request.state, Answer()
-    async with aclosing(service.draw(model, call, client=state.client, request_id=state.request_id)) as events:
-        async for event in events:
-            if isinstance(event, Finished):
-                found[event.picture] = await service.files(model, call, event.picture, event.pixels, answer)
+    state, answer, begun = request.state, Answer(), list[Drawing]()
+    drawn = service.draw(model, call, client=state.client, request_id=state.request_id, begun=begun.append)
+    try:
+        async with aclosing(drawn) as events:
+            async for event in events:
+                if isinstance(event, Finished):
+                    found[event.picture] = await service.files(model, call, event.picture, event.pixels, answer)
+    except CancelledError:  # Interrupted: its clients expect what there is by then.
+        preview = begun[0].preview
+        if not found and preview is not None:
+            found[0] = await service.files(model, call, 0, preview, answer)
     files = [data for picture in sorted(found) for data in found[picture]]
     service.metrics.sent(model.name, len(files))
     texts = [service.recorded(model, call, picture).to_text() for picture in sorted(found)]

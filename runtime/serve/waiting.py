@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
-from zimgkit.runtime.serve.errors import closing, queue_full
+from zimgkit.runtime.serve.errors import closing, queue_full, too_long
 
 if TYPE_CHECKING:
     from zimgkit.runtime.serve.drawing import Drawing
@@ -16,7 +16,7 @@ class Waiting:
     """Drawings that wait for a device. A client with many waits behind one with few, and each keeps its own order.
 
     Args:
-        max_seconds: how much work may wait; one drawing always may.
+        max_seconds: how much work may wait; what would take longer alone is refused.
     """
 
     def __init__(self, max_seconds: float) -> None:
@@ -31,12 +31,14 @@ class Waiting:
         """Add one at the end of its client's.
 
         Raises:
-            ApiError: more waits than may, or nothing is begun any more.
+            ApiError: it takes too long, more waits than may, or nothing is begun any more.
         """
         with self._changed:
             if self.closed:
                 raise closing()
-            if self._clients and self._seconds + drawing.seconds > self.max_seconds:
+            if drawing.seconds > self.max_seconds:
+                raise too_long(drawing.seconds, self.max_seconds)
+            if self._seconds + drawing.seconds > self.max_seconds:
                 raise queue_full(self._seconds, min(120.0, self._seconds + drawing.seconds - self.max_seconds))
             self._clients.setdefault(drawing.client, deque()).append(drawing)
             self._seconds += drawing.seconds
