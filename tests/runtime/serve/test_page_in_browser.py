@@ -5,6 +5,7 @@ With ``ZIMG_SCREENSHOTS=docs`` it writes the pictures of docs/serving.md.
 
 from __future__ import annotations
 
+import ast
 import base64
 import io
 import json
@@ -380,6 +381,14 @@ def test_a_key_is_asked_for_and_kept(context):
         assert "sk-secret" not in copied
 
 
+def test_a_full_queue_is_told_with_when_to_try_again(page):
+    full = {"error": {"message": "600 seconds of work are waiting; try again later", "param": None}}
+    page.route("**/v1/images/*", lambda route: route.fulfill(status=429, headers={"Retry-After": "40"}, json=full))
+    write(page, prompt=PROMPT)
+    page.click("#draw")
+    expect(page.locator("#notice")).to_contain_text("600 seconds of work are waiting; try again later (40 s)")
+
+
 def test_a_server_that_is_gone_is_told(context):
     with serving(make_service(warm_up=False)) as server:
         page = opened(context, server.url)
@@ -395,7 +404,7 @@ def test_what_is_copied_draws_the_same(page, tmp_path, monkeypatch, masked):
         page,
         prompt='it\'s "a" red $HOME circle\nabove -- a square',
         num_inference_steps=2,
-        more='{"cfg_normalization": 1}',
+        more='{"cfg_normalization": 1, "keep_unmasked": false}' if masked else '{"cfg_truncation": 0.9}',
     )
     keep_seed(page, 12345)
     if masked:
@@ -428,6 +437,22 @@ def test_what_is_copied_draws_the_same(page, tmp_path, monkeypatch, masked):
         answer = subprocess.run(["sh", "-c", copied("Copy curl")], capture_output=True, check=True)
         data = base64.b64decode(json.loads(answer.stdout)["data"][0]["b64_json"])
         assert np.array_equal(pixels(Image.open(io.BytesIO(data))), expected)
+
+
+def test_values_are_written_as_python_and_curl_read_them(page):
+    value = {"a": [1, 2.5, True, None, {"b": "it's \"\n\u00e9"}], "c": False}
+    assert ast.literal_eval(page.evaluate("(value) => python(value)", value)) == value
+    request = {"fields": {"sigmas": [1, 0.5], "prompt": "@x"}, "files": {"image": ['a"\\b.png']}}
+    words = shlex.split(page.evaluate("(request) => curlOf(request)", request))
+    assert words[2:] == [
+        *("--form-string", "sigmas[]=1", "--form-string", "sigmas[]=0.5", "--form-string", "prompt=@x"),
+        *("-F", 'image=@"a\\"\\\\b.png"'),
+    ]
+    told = "Copied without sigmas, which no option takes."
+    page.click("summary")
+    write(page, prompt=PROMPT, more='{"sigmas": [1, 0.5]}')
+    page.click("details >> text=Copy command")
+    expect(page.locator("#notice")).to_contain_text(told)
 
 
 def served_as(page: Any, server: Any, *changes: dict[str, Any]) -> None:
