@@ -97,7 +97,6 @@ def server(*command: str | Path) -> Iterator[str]:
 async def rate(url: str, clients: int, seconds: float, steps: int) -> tuple[float, list[float]]:
     """Pictures a second of a server, and how long each took."""
     times: list[float] = []
-    deadline = time.perf_counter() + seconds
 
     async def one(client: httpx.AsyncClient, number: int) -> None:
         while time.perf_counter() < deadline:
@@ -106,8 +105,9 @@ async def rate(url: str, clients: int, seconds: float, steps: int) -> tuple[floa
             (await client.post(f"{url}/v1/images/generations", json=body)).raise_for_status()
             times.append(time.perf_counter() - before)
 
-    started = time.perf_counter()
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=clients)) as client:
+        started = time.perf_counter()
+        deadline = started + seconds
         await asyncio.gather(*(one(client, number) for number in range(clients)))
     return len(times) / (time.perf_counter() - started), times
 
@@ -127,8 +127,8 @@ class Crowd:
     async def run(self, clients: int, seconds: float) -> None:
         """So many at once, for so long."""
         self.times = []
-        deadline = time.perf_counter() + seconds
         async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=2 * clients)) as client:
+            deadline = time.perf_counter() + seconds
 
             async def one() -> None:
                 while time.perf_counter() < deadline:

@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import click
+import httpx
 import pytest
 from filelock import FileLock
 from PIL import Image
@@ -55,6 +56,8 @@ NOT_RUN = {
     'zimg-run generate --bundle z-image-turbo --prompt "…" --backend torch': "test_torch_and_train draws less",
     "pip install '.[openvino]'": "test_openvino does",
     "pip install '.[tensorrt]'": "gigabytes of CUDA; test_tensorrt_and_tensorrt_rtx installs the rest",
+    "pip install '.[serve]'": "test_serve does",
+    "zimg-run serve --bundle z-image-turbo": "it goes on until it is told to end; test_serve ends it",
     "zimg-export compile z-image-turbo --size 1024x1024 --size 832x1216": "likewise; it compiles a smaller size",
     "zimg-run generate --bundle z-image-turbo --backend tensorrt"
     ' --prompt "a red fox in fresh snow, early light"': "needs a GPU",
@@ -92,6 +95,12 @@ class Environment:
         return subprocess.run(
             whole, cwd=cwd, env=kept | {"PATH": path} | variables, capture_output=True, text=True, check=False
         )
+
+    def start(self, name: str, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
+        """Start a command in it that goes on."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
+        whole = [str(self.folder / "bin" / name), *arguments]
+        return subprocess.Popen(whole, cwd=cwd, env=kept, stderr=subprocess.PIPE, text=True)
 
     def refuses(self, *command: str, cwd: Path, says: str, **variables: str) -> None:
         """Type a command that ends in one line with ``says`` in it."""
@@ -276,6 +285,21 @@ def test_modelscope(environment: Environment, wheel: Path, tmp_path: Path) -> No
         where |= {"MODELSCOPE_CACHE": str(tmp_path / "hub"), "MODELSCOPE_HOME": str(tmp_path / "home")}
         inspect = ("zimg-export", "inspect", "a/b/style.safetensors", "--source", "modelscope")
         assert "z-image" in environment.run(*inspect, cwd=tmp_path, **where).stdout
+
+
+def test_serve(environment: Environment, wheel: Path, tmp_path: Path) -> None:
+    """Installed alone, it answers, draws, and ends when it is told to."""
+    environment.install(f"{wheel}[serve]")
+    (here := tmp_path / "here").mkdir()
+    with environment.start("zimg-run", "serve", "--port", "0", cwd=here) as process:
+        assert process.stderr
+        address = next(found[1] for line in process.stderr if (found := re.search(r"ready: (http://[^\s/]+)", line)))
+        body = {"prompt": "a red circle", "num_inference_steps": 2}
+        answer = httpx.post(f"{address}/v1/images/generations", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        process.terminate()
+        assert process.wait(60) == 0
+    assert not list(here.iterdir())
 
 
 def test_the_readme(environment: Environment, clone: Path) -> None:

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import click
@@ -78,6 +80,14 @@ def _interrupt(number: int, frame: object) -> None:
     _remind(AGAIN)
     if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
         raise KeyboardInterrupt
+
+
+@contextmanager
+def ended_by_interruption() -> Iterator[None]:
+    """For what ends itself, in order, when it is interrupted: an interruption within is no error, and comes once."""
+    with suppress(KeyboardInterrupt):
+        yield
+    _remind(0)
 
 
 def _remind(seconds: float) -> None:

@@ -23,10 +23,12 @@ try:
 except ImportError as missing:
     raise BackendError(f"zimg-run serve needs {missing.name}", install("serve")) from None
 
+from zimgkit.runtime.commands.console import ended_by_interruption
 from zimgkit.runtime.serve.app import LOOPBACK, Access, create_app
 from zimgkit.runtime.serve.catalog import Catalog, Model, open_models
 from zimgkit.runtime.serve.fetching import Fetcher
-from zimgkit.runtime.serve.service import Limits, Service
+from zimgkit.runtime.serve.local import LocalService
+from zimgkit.runtime.serve.service import Limits
 
 CONNECTIONS = 1000
 """At once; more are refused with 503."""
@@ -101,7 +103,7 @@ def serve(
 
     limits = Limits(max_queue_seconds, max_body_bytes)
     opens = [partial(open_session, device) for device in devices or (None,)]
-    service = Service(catalog, opens, limits, warm_up, fetcher)
+    service = LocalService(catalog, opens, limits, fetcher, warm_up=warm_up)
     hosts = (*LOOPBACK, host, *allow_hosts) if _is_loopback(host) else ()
     app = create_app(service, Access(keys, tuple(allow_origins), hosts, access_log))
     with _listening(host, port) as listener:
@@ -119,7 +121,9 @@ def serve(
         raise service.failure
 
 
-async def _run(server: uvicorn.Server, service: Service, listener: socket.socket, note: Callable[[str], None]) -> None:
+async def _run(
+    server: uvicorn.Server, service: LocalService, listener: socket.socket, note: Callable[[str], None]
+) -> None:
     """Run until a signal comes, or no model can be opened."""
     address = listener.getsockname()
     where = f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
@@ -134,7 +138,7 @@ async def _run(server: uvicorn.Server, service: Service, listener: socket.socket
         note(f"ready: http://{where} is the page, http://{where}/v1 OpenAI's API, http://{where}/sdapi/v1 the web UI's")
 
     watching = asyncio.create_task(watch())
-    with contextlib.suppress(KeyboardInterrupt):  # The signal that ended it, raised again.
+    with ended_by_interruption():  # The server raises the signal that ended it again.
         await server.serve(sockets=[listener])
     watching.cancel()
 

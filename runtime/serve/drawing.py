@@ -14,21 +14,14 @@ from numpy.typing import NDArray
 from zimgkit.runtime.job import Job
 from zimgkit.runtime.request import Request
 from zimgkit.runtime.serve.catalog import Model
+from zimgkit.runtime.serve.events import Progress
 
 Pixels = NDArray[np.float32]
 _numbers = itertools.count(1)
 
 
 @dataclass(frozen=True)
-class Progress:
-    """So many of all steps of all pictures are taken."""
-
-    steps: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Preview:
+class PreviewPixels:
     """What a picture would be now, float32 (H, W, 3) from 0 to 1."""
 
     picture: int
@@ -36,7 +29,7 @@ class Preview:
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedPixels:
     """A picture is there, float32 (H, W, 3), or (layers, H, W, 4) where one is taken apart."""
 
     picture: int
@@ -55,7 +48,8 @@ class Done:
     """All pictures are there."""
 
 
-Event = Progress | Preview | Finished | Failed | Done
+Event = Progress | PreviewPixels | FinishedPixels | Failed | Done
+"""What a device's thread tells."""
 
 
 @dataclass(eq=False)

@@ -21,8 +21,8 @@ from zimgkit.runtime.request import Request as Call
 from zimgkit.runtime.serve import bodies
 from zimgkit.runtime.serve.calls import Answer, read_body
 from zimgkit.runtime.serve.catalog import Model
-from zimgkit.runtime.serve.drawing import Drawing, Event, Finished, Preview, Progress
 from zimgkit.runtime.serve.errors import ApiError, told
+from zimgkit.runtime.serve.events import Event, Finished, Preview, Queued
 from zimgkit.runtime.serve.service import Service
 
 Result = TypeVar("Result")
@@ -181,19 +181,8 @@ class _Reply:
     ) -> None:
         self.service, self.model, self.call, self.answer, self.event = service, model, call, answer, event
         self.base_url = str(request.base_url)
-        self.request_id = request.state.request_id
-        self.drawing: Drawing | None = None
-        self.events = service.draw(
-            model,
-            call,
-            client=request.state.client,
-            request_id=self.request_id,
-            partial_images=answer.partial_images,
-            begun=self._begun,
-        )
-
-    def _begun(self, drawing: Drawing) -> None:
-        self.drawing = drawing
+        state = request.state
+        self.events = service.draw(model, call, answer, client=state.client, request_id=state.request_id)
 
     def _form(self) -> dict[str, Any]:
         return {
@@ -208,20 +197,20 @@ class _Reply:
         seed = self.call.seed
         return {"seed": seed, "image_index": picture} if isinstance(seed, int) else {"seed": seed[picture]}
 
+    def _entries(self, event: Finished) -> list[dict[str, Any]]:
+        self.service.metrics.sent(self.model.name, len(event.files))
+        seed = self._seed(event.picture)
+        return [self.service.entry(data, self.answer, self.base_url) | seed for data in event.files]
+
     async def whole(self) -> dict[str, Any]:
         """All pictures in one body."""
         entries: dict[int, list[dict[str, Any]]] = {}
+        usage: Mapping[str, Any] = {}
         async with aclosing(self.events) as events:
             async for event in events:
                 if isinstance(event, Finished):
-                    files = await self.service.files(self.model, self.call, event.picture, event.pixels, self.answer)
-                    entries[event.picture] = [
-                        self.service.entry(data, self.answer, self.base_url) | self._seed(event.picture)
-                        for data in files
-                    ]
+                    entries[event.picture], usage = self._entries(event), event.usage
         data = [entry for picture in sorted(entries) for entry in entries[picture]]
-        self.service.metrics.sent(self.model.name, len(data))
-        usage = await asyncio.to_thread(self.service.usage, self.model, self.call)
         return {"created": int(time.time()), "data": data, **self._form(), "usage": usage}
 
     async def first(self) -> Event | None:
@@ -237,20 +226,19 @@ class _Reply:
         partials = 0
         try:
             async with aclosing(self.events) as events:
-                async for event in _with_first(first, self._with_queue(events)):
-                    if isinstance(event, int):
-                        yield _event("progress", {"queue_position": event})
-                    elif isinstance(event, Progress) and self.answer.progress:
-                        yield _event("progress", {"queue_position": 0, "step": event.steps, "steps": event.total})
+                async for event in _with_first(first, events):
+                    if isinstance(event, Finished):
+                        for entry in self._entries(event):
+                            yield _event(f"{self.event}.completed", entry | self._stamped() | {"usage": event.usage})
                     elif isinstance(event, Preview):
-                        data = await self.service.preview(event.pixels, self.answer)
-                        text = base64.b64encode(data).decode()
+                        text = base64.b64encode(event.file).decode()
                         body = {"b64_json": text, "partial_image_index": partials, "image_index": event.picture}
                         yield _event(f"{self.event}.partial_image", body | self._stamped())
                         partials += 1
-                    elif isinstance(event, Finished):
-                        async for chunk in self._completed(event):
-                            yield chunk
+                    elif isinstance(event, Queued):
+                        yield _event("progress", {"queue_position": event.position})
+                    elif self.answer.progress:
+                        yield _event("progress", {"queue_position": 0, "step": event.steps, "steps": event.total})
             yield b"data: [DONE]\n\n"
         except CancelledError:
             yield _error(ApiError(400, "the picture was cancelled", code="cancelled"))
@@ -260,46 +248,8 @@ class _Reply:
     def _stamped(self) -> dict[str, Any]:
         return {"created_at": int(time.time()), **self._form()}
 
-    async def _completed(self, event: Finished) -> AsyncIterator[bytes]:
-        files = await self.service.files(self.model, self.call, event.picture, event.pixels, self.answer)
-        usage = await asyncio.to_thread(self.service.usage, self.model, self.call)
-        for data in files:
-            entry = self.service.entry(data, self.answer, self.base_url) | self._seed(event.picture)
-            yield _event(f"{self.event}.completed", entry | self._stamped() | {"usage": usage})
-        self.service.metrics.sent(self.model.name, len(files))
 
-    async def _with_queue(self, events: AsyncIterator[Event]) -> AsyncIterator[Event | int]:
-        """The events, and before them the place in the queue whenever it changes."""
-        if not self.answer.progress:
-            async for event in events:
-                yield event
-            return
-        pending: asyncio.Future[Event] | None = None
-        told_of = -1
-        try:
-            while True:
-                pending = asyncio.ensure_future(_next(events))
-                while not (await asyncio.wait({pending}, timeout=0.5))[0]:
-                    position = self.service.position(self.drawing) if self.drawing else 0
-                    if position and position != told_of:
-                        told_of = position
-                        yield position
-                try:
-                    yield pending.result()
-                except StopAsyncIteration:
-                    return
-        finally:
-            if pending is not None and not pending.done():
-                pending.cancel()
-                with suppress(asyncio.CancelledError):
-                    await pending
-
-
-async def _next(events: AsyncIterator[Event]) -> Event:
-    return await anext(events)
-
-
-async def _with_first(first: Event | None, events: AsyncIterator[Event | int]) -> AsyncIterator[Event | int]:
+async def _with_first(first: Event | None, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
     if first is not None:
         yield first
     async for event in events:

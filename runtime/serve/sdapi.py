@@ -28,8 +28,9 @@ from zimgkit.runtime.request import check
 from zimgkit.runtime.serve.bodies import parse, picture_bytes
 from zimgkit.runtime.serve.calls import Answer
 from zimgkit.runtime.serve.catalog import Model
-from zimgkit.runtime.serve.drawing import Drawing, Finished
+from zimgkit.runtime.serve.drawing import Drawing
 from zimgkit.runtime.serve.errors import ApiError
+from zimgkit.runtime.serve.events import Finished
 from zimgkit.runtime.serve.fetching import Fetcher
 from zimgkit.runtime.serve.images_api import read_json, takes, unless_gone
 from zimgkit.runtime.serve.service import Service
@@ -251,21 +252,21 @@ async def _drawn(
 ) -> dict[str, Any]:
     """Pictures in the form of the web UI."""
     request.state.log = {"model": model.name, "pictures": call.batch, "size": f"{call.width}x{call.height}"}
-    found: dict[int, list[bytes]] = {}
-    state, answer, begun = request.state, Answer(), list[Drawing]()
-    drawn = service.draw(model, call, client=state.client, request_id=state.request_id, begun=begun.append)
+    found: dict[int, Finished] = {}
+    state, begun = request.state, list[Drawing]()
+    drawn = service.draw(model, call, Answer(), client=state.client, request_id=state.request_id, begun=begun.append)
+    files: list[bytes] = []
     try:
         async with aclosing(drawn) as events:
             async for event in events:
                 if isinstance(event, Finished):
-                    found[event.picture] = await service.files(model, call, event.picture, event.pixels, answer)
+                    found[event.picture] = event
     except CancelledError:  # Interrupted: its clients expect what there is by then.
         preview = begun[0].preview
-        if not found and preview is not None:
-            found[0] = await service.files(model, call, 0, preview, answer)
-    files = [data for picture in sorted(found) for data in found[picture]]
+        files = [] if preview is None else [await asyncio.to_thread(_file, preview)]
+    files = [data for picture in sorted(found) for data in found[picture].files] or files
     service.metrics.sent(model.name, len(files))
-    texts = [service.recorded(model, call, picture).to_text() for picture in sorted(found)]
+    texts = [found[picture].text for picture in sorted(found)]
     seeds = list(call.seed) if isinstance(call.seed, tuple) else [call.seed] * call.batch
     info = {
         "prompt": call.prompts[0],

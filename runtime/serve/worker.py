@@ -13,7 +13,8 @@ from zimgkit.engines.errors import CancelledError, ZimgError
 from zimgkit.runtime.job import Job
 from zimgkit.runtime.request import Request, check
 from zimgkit.runtime.serve.catalog import Catalog, Model
-from zimgkit.runtime.serve.drawing import Done, Drawing, Failed, Finished, Preview, Progress
+from zimgkit.runtime.serve.drawing import Done, Drawing, Failed, FinishedPixels, PreviewPixels
+from zimgkit.runtime.serve.events import Progress
 from zimgkit.runtime.serve.metrics import Metrics
 from zimgkit.runtime.serve.rates import Rates
 from zimgkit.runtime.serve.tracing import span
@@ -141,7 +142,7 @@ class Worker(threading.Thread):
             before = time.monotonic()
             with span("decode", model=name, pictures=len(group)):
                 for job in group:
-                    drawing.tell(Finished(job.index, session.finish(job)))
+                    drawing.tell(FinishedPixels(job.index, session.finish(job)))
             decoding += time.monotonic() - before
         rest = begun - started + decoding
         self._rates.measured(name, request, drawing.steps, time.monotonic() - started - rest, rest)
@@ -155,7 +156,7 @@ class Worker(threading.Thread):
         for job, pixels in zip(group, session.decode(latents, request.height, request.width), strict=True):
             drawing.preview = pixels
             if told:
-                drawing.tell(Preview(job.index, pixels))
+                drawing.tell(PreviewPixels(job.index, pixels))
 
 
 def _warm_up_request(model: Model) -> Request | None:

@@ -81,8 +81,8 @@ def test_it_draws_and_what_was_begun_outlives_sigterm(start):
         answers = [
             pool.submit(httpx.post, f"{server.url}/v1/images/generations", json=body, timeout=SECONDS) for _ in range(2)
         ]
-        while 'zimg:step_time_seconds_count{model_name="red"} ' not in httpx.get(f"{server.url}/metrics").text:
-            time.sleep(0.01)
+        while "zimg:num_requests_waiting 1.0" not in httpx.get(f"{server.url}/metrics").text:
+            time.sleep(0.01)  # One is drawn, and one waits.
         server.process.send_signal(signal.SIGTERM)
         first, second = (answer.result() for answer in answers)
     assert first.status_code == second.status_code == 200

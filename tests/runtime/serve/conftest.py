@@ -21,10 +21,11 @@ uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installe
 
 from zimgkit.runtime.serve.app import Access, create_app  # noqa: E402
 from zimgkit.runtime.serve.catalog import Catalog, open_models  # noqa: E402
-from zimgkit.runtime.serve.service import Limits, Service  # noqa: E402
+from zimgkit.runtime.serve.local import LocalService  # noqa: E402
+from zimgkit.runtime.serve.service import Limits  # noqa: E402
 
 MODELS = ("zimg-tiny-z", "zimg-tiny-qwen")
-SECONDS = 30
+SECONDS = 60
 """After which a test gives up waiting."""
 
 
@@ -40,9 +41,9 @@ def open_session(model: Any) -> Session:
     return Session(model.bundle, backend="onnxruntime", warn=lambda message: None)
 
 
-def make_service(models: tuple[str, ...] = MODELS[:1], devices: int = 1, **options: Any) -> Service:
+def make_service(models: tuple[str, ...] = MODELS[:1], devices: int = 1, **options: Any) -> LocalService:
     limits = Limits(**options.pop("limits", {}))
-    return Service(Catalog(open_models(models)), [open_session] * devices, limits, **options)
+    return LocalService(Catalog(open_models(models)), [open_session] * devices, limits, **options)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Server:
     """A server that listens."""
 
     url: str
-    service: Service
+    service: LocalService
     process: Any
 
     @property
@@ -62,10 +63,10 @@ class Server:
 
 
 @contextmanager
-def serving(service: Service, *, ready: bool = True, **access: Any) -> Iterator[Server]:
+def serving(service: LocalService, *, ready: bool = True, **access: Any) -> Iterator[Server]:
     """Serve in a thread of this process."""
     app = create_app(service, Access(log=False, **access))
-    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=SECONDS)
     process = uvicorn.Server(config)
     thread = threading.Thread(target=process.run)
     thread.start()

@@ -16,8 +16,10 @@ import pytest
 
 from tests.runtime.serve.conftest import SECONDS, Server, make_service, open_session, serving, until
 from zimgkit.engines.errors import BackendError, OutOfMemoryError
+from zimgkit.runtime.serve.calls import Answer
 from zimgkit.runtime.serve.catalog import Catalog, open_models
-from zimgkit.runtime.serve.service import Limits, Service
+from zimgkit.runtime.serve.local import LocalService
+from zimgkit.runtime.serve.service import Limits
 from zimgkit.runtime.session import Session
 
 PROMPT = "a red circle left of a blue square"
@@ -52,7 +54,7 @@ def slow():
         sessions.append(Slow(model.bundle))
         return sessions[-1]
 
-    service = Service(Catalog(open_models([MODEL])), [make], Limits(max_queue_seconds=4.5), warm_up=False)
+    service = LocalService(Catalog(open_models([MODEL])), [make], Limits(max_queue_seconds=4.5), warm_up=False)
     with serving(service) as server:
         try:
             yield server, sessions[0]
@@ -120,7 +122,7 @@ def test_clients_take_turns(slow):
         call = check(
             request.manifest, request.family, prompt=PROMPT, seed=number, num_inference_steps=1, width=32, height=32
         )
-        async for _ in server.service.draw(request, call, client=client):
+        async for _ in server.service.draw(request, call, Answer(), client=client):
             pass
         drawn.append(f"{client}{number}")
 
@@ -190,7 +192,7 @@ def test_nothing_is_drawn_before_the_models_are_open():
         assert gate.wait(SECONDS)
         return open_session(model)
 
-    service = Service(Catalog(open_models([MODEL])), [late], warm_up=False)
+    service = LocalService(Catalog(open_models([MODEL])), [late], warm_up=False)
     with serving(service, ready=False) as server:
         assert httpx.get(f"{server.url}/health/live").status_code == 200
         for answer in (httpx.get(f"{server.url}/health/ready"), draw(server)):
@@ -206,7 +208,7 @@ def test_a_model_that_cannot_be_opened_is_told():
     def fails(model: Any) -> Session:
         raise BackendError("there is no GPU")
 
-    service = Service(Catalog(open_models([MODEL])), [fails])
+    service = LocalService(Catalog(open_models([MODEL])), [fails])
     service.start()
     until(lambda: service.failure, "it failed")
     assert str(service.failure) == "there is no GPU"
@@ -228,7 +230,7 @@ def test_what_fails_on_the_device_fails_one_request(raised, status, told):
                 raise raised
             super().step(jobs)
 
-    service = Service(
+    service = LocalService(
         Catalog(open_models([MODEL])), [lambda model: Fails(model.bundle, backend="onnxruntime")], warm_up=False
     )
     with serving(service) as server:
@@ -252,7 +254,7 @@ def test_two_devices_draw_at_once():
             super().step(jobs)
 
     make = lambda model: Meets(model.bundle, backend="onnxruntime")  # noqa: E731
-    service = Service(Catalog(open_models([MODEL])), [make, make], warm_up=False)
+    service = LocalService(Catalog(open_models([MODEL])), [make, make], warm_up=False)
     with serving(service) as server, ThreadPoolExecutor(2) as pool:
         until(lambda: all(worker.ready.is_set() for worker in service.workers), "both are ready")
         answers = list(pool.map(lambda seed: draw(server, seed=seed, num_inference_steps=3), (1, 2)))
