@@ -219,7 +219,7 @@ def test_base(environment: Environment, wheel: Path, tmp_path: Path) -> None:
         "serve": "zimg-run serve",
         "train": "python -m zimgkit.training lora zimg-tiny-z data style.safetensors",
     }
-    others = {"dev", "ray"}  # Ray's own command starts the server on a cluster.
+    others = {"browser", "dev", "ray"}  # For tests, and for Ray's own command.
     assert set(lacking) == set(EXTRAS) - others, "a new extra needs a line here and a test below"
     shutil.copytree(demo_models.locate("zimg-tiny-z"), tmp_path / "bundle")
     for extra, line in lacking.items():

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from zimgkit.runtime.parameters import BY_NAME, INSTEAD, PARAMETERS, Parameter, Picture
+from zimgkit.runtime.parameters import BY_NAME, INSTEAD, PARAMETERS, ControlPicture, Parameter, Picture
 from zimgkit.runtime.serve.errors import ApiError
 from zimgkit.runtime.serve.fetching import Fetcher
 
@@ -35,6 +35,20 @@ class Lora(BaseModel):
 
     name: str = Field(description="Its file, without the ending.", max_length=300)
     weight: float = Field(1.0, description="Its scale.")
+
+
+class Control(BaseModel):
+    """A ControlNet that acts, with its pictures."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str | None = Field(None, description="Which; the model's only one where it is left out.", max_length=300)
+    image: str | None = Field(None, description="What it follows: base64, or a data URL.")
+    mask: str | None = Field(None, description="White where the picture is drawn anew.")
+    inpaint_image: str | None = Field(None, description="What stays outside the mask.")
+    scale: float | None = Field(None, description="How strongly it acts.")
+    start: float | None = Field(None, description="The share of the steps after which it acts.")
+    end: float | None = Field(None, description="The share of the steps up to which it acts.")
 
 
 class ImageUrl(BaseModel):
@@ -76,7 +90,7 @@ class Common(BaseModel):
 
 def _field(parameter: Parameter) -> tuple[Any, Any]:
     """A parameter of a call as a field of a body."""
-    kind: Any = {tuple: list[float], Picture: str}.get(parameter.type, parameter.type)
+    kind: Any = {tuple: list[float], Picture: str, ControlPicture: Control}.get(parameter.type, parameter.type)
     text = parameter.help
     if parameter.type is Picture:
         text += " Base64, a data URL, or a file."
@@ -107,6 +121,8 @@ Edit: Any = pydantic.create_model(
 )
 """The body of ``POST /v1/images/edits``."""
 PICTURES = {parameter.name for parameter in PARAMETERS if parameter.type is Picture} | {"mask"}
+STRUCTURED = ("controls", "loras")
+"""Fields that forms have as JSON."""
 OF_CALL = frozenset(EXTENSIONS)
 """Fields that are parameters of a call."""
 NAMES = {name: name for name in (*OF_CALL, "prompt", "image", "mask")} | {

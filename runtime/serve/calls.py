@@ -9,9 +9,10 @@ from typing import Any
 
 from zimgkit.engines.bundle import Defaults
 from zimgkit.engines.errors import UsageError
+from zimgkit.runtime.controls import PICTURES as OF_CONTROLS
 from zimgkit.runtime.pictures.reading import flattened, read_picture
 from zimgkit.runtime.request import Request, check
-from zimgkit.runtime.serve.bodies import OF_CALL, PICTURES, picture_bytes
+from zimgkit.runtime.serve.bodies import OF_CALL, PICTURES, Control, picture_bytes
 from zimgkit.runtime.serve.catalog import Catalog, Model
 from zimgkit.runtime.serve.errors import ApiError
 from zimgkit.runtime.serve.fetching import Fetcher
@@ -63,6 +64,9 @@ def read_body(catalog: Catalog, body: Mapping[str, Any], fetcher: Fetcher) -> tu
     call: dict[str, Any] = {name: value for name, value in body.items() if name in OF_CALL}
     call |= {name: picture_bytes(value, name, fetcher) for name, value in call.items() if name in PICTURES}
     call |= _pictures(body, fetcher)
+    if "controls" in call:
+        controls = call["controls"] if isinstance(call["controls"], list) else [call["controls"]]
+        call["controls"] = [_control(one, fetcher) for one in controls]
     if not body.get("prompt", "").strip() and model.manifest.layers is None:
         raise ApiError(400, "prompt is empty; say what to draw", param="prompt", code="invalid_value")
     call["prompt"] = body.get("prompt", "")
@@ -137,6 +141,13 @@ def _pictures(body: Mapping[str, Any], fetcher: Fetcher) -> dict[str, Any]:
         found["keep_unmasked"] = body.get("keep_unmasked", True)
         found["image"] = flattened(read_picture(pictures[0], "image")) if len(pictures) == 1 else found.get("image")
     return found
+
+
+def _control(control: Control, fetcher: Fetcher) -> dict[str, Any]:
+    """What a request says of a ControlNet, its pictures read."""
+    said = control.model_dump(exclude_none=True)
+    pictures = {key: picture_bytes(said[key], "controls", fetcher) for key in OF_CONTROLS if key in said}
+    return said | pictures
 
 
 def _mask(data: bytes) -> Any:

@@ -82,7 +82,7 @@ def router(service: Service) -> APIRouter:
 
 def described(model: Model) -> dict[str, Any]:
     """A model as OpenAI lists it, and what a page needs to know."""
-    manifest, defaults = model.manifest, model.manifest.defaults
+    manifest, defaults, family = model.manifest, model.manifest.defaults, model.family
     return {
         "id": model.name,
         "object": "model",
@@ -93,12 +93,21 @@ def described(model: Model) -> dict[str, Any]:
             "family": manifest.family,
             "precision": manifest.quantized or manifest.precision,
             "tasks": list(manifest.tasks),
+            "least_images": manifest.references.least if manifest.references else int(manifest.layers is not None),
             "most_images": manifest.references.most if manifest.references else 1,
+            "strengths": dict(family.STRENGTHS),
+            "layers": manifest.layers.layers if manifest.layers else None,
             "loras": [{"name": name, "weight": scale} for name, scale in model.loras.items()],
+            "controls": [
+                {"name": control.name, "takes": list(control.takes), "scale": control.scale}
+                for control in manifest.controls
+            ],
             "width": defaults.width,
             "height": defaults.height,
             "num_inference_steps": defaults.num_inference_steps,
             "guidance_scale": defaults.guidance_scale,
+            "unguided_scale": family.guidance_scale(1.0),
+            "max_sequence_length": manifest.text.max_sequence_length,
             "negative_prompt": defaults.negative_prompt,
         },
     }
@@ -151,6 +160,11 @@ async def _read_form(request: Request, kind: str) -> dict[str, Any]:
                 values[name] = [*(former if isinstance(former, list) else [former]), read]
             else:
                 values[name] = read
+    for name in set(bodies.STRUCTURED) & values.keys():
+        try:
+            values[name] = json.loads(values[name])
+        except (TypeError, ValueError, RecursionError):
+            raise ApiError(400, f"{name} is no JSON", param=name, code="invalid_json") from None
     return values
 
 
