@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import base64
-import io
 import json
 import os
 import shlex
@@ -436,7 +435,7 @@ def test_what_is_copied_draws_the_same(page, tmp_path, monkeypatch, masked):
     if shutil.which("curl"):
         answer = subprocess.run(["sh", "-c", copied("Copy curl")], capture_output=True, check=True)
         data = base64.b64decode(json.loads(answer.stdout)["data"][0]["b64_json"])
-        assert np.array_equal(pixels(Image.open(io.BytesIO(data))), expected)
+        assert np.array_equal(pixels(Image.open(BytesIO(data))), expected)
 
 
 def test_values_are_written_as_python_and_curl_read_them(page):
@@ -670,7 +669,7 @@ def test_screenshots(browser, server):
     folder = Path(os.environ["ZIMG_SCREENSHOTS"])
     prompts = ("a red circle left of a blue square", "a green triangle above a yellow circle", "a blue star")
     for name, scheme, options in (
-        ("serve-page", "dark", {"viewport": {"width": 1280, "height": 1000}}),
+        ("serve-page", "dark", {"viewport": {"width": 1280, "height": 1070}}),
         ("serve-page-phone", "light", {"viewport": PHONE, "device_scale_factor": 2, "is_mobile": True}),
     ):
         context = browser.new_context(color_scheme=scheme, **options)
