@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffsynth.diffusion.base_pipeline import ControlNetInput
 from diffsynth.models import qwen_image_dit, z_image_dit
 from diffsynth.models.flux_vae import FluxVAEDecoder, FluxVAEEncoder
 from diffsynth.models.qwen_image_text_encoder import QwenImageTextEncoder
 from diffsynth.models.qwen_image_vae import QwenImageVAE
+from diffsynth.models.z_image_controlnet import ZImageControlNet, ZImageControlTransformerBlock
 from diffsynth.models.z_image_text_encoder import ZImageTextEncoder
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.pipelines.z_image import ZImagePipeline
@@ -23,6 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2Tokenizer, Qwen2VLProcessor, Qwen3Config, Qwen3Model
 
+from tests.references.checkpoints import CONTROLNET
 from tests.references.recordings import LEVELS
 
 # Where DiffSynth departs from what the models were trained with, diffusers is followed, as the project does.
@@ -54,6 +57,21 @@ class Transformer(qwen_image_dit.QwenImageDiT):
         )
         self.norm_out = qwen_image_dit.AdaLayerNorm(dim, single=True)
         self.proj_out = nn.Linear(dim, config["in_channels"])
+
+
+class ControlNet(ZImageControlNet):
+    """Likewise, on every second layer of the transformer."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        nn.Module.__init__(self)
+        sizes = {key: config[key] for key in ("dim", "n_heads", "n_kv_heads", "norm_eps")}
+        places = range(0, config["n_layers"], 2)
+        self.control_layers_mapping = {place: index for index, place in enumerate(places)}
+        self.control_all_x_embedder = nn.ModuleDict({"2-1": nn.Linear(4 * 33, config["dim"])})
+        self.control_layers, self.control_noise_refiner = (
+            nn.ModuleList(ZImageControlTransformerBlock(block_id=index, **sizes) for index in numbers)
+            for numbers in (places, range(config["n_refiner_layers"]))
+        )
 
 
 class TextEncoder(QwenImageTextEncoder):
@@ -109,6 +127,9 @@ def z_image(folder: Path) -> ZImagePipeline:
     shrink(pipe.vae_encoder, flux_keys.FluxVAEEncoderStateDictConverterDiffusers(weights), config)
     shrink(pipe.vae_decoder, flux_keys.FluxVAEDecoderStateDictConverterDiffusers(weights), config)
     pipe.tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
+    if (folder / CONTROLNET).exists():
+        pipe.controlnet = ControlNet(config_of(folder / "transformer"))
+        pipe.controlnet.load_state_dict(load_file(folder / CONTROLNET))
     return pipe.eval().requires_grad_(False)
 
 
@@ -178,7 +199,9 @@ def observe(pipe: Any, call: Mapping[str, Any], tensors: bool) -> dict[str, np.n
         return to_image(picture)
 
     pipe.model_fn, pipe.vae_output_to_image = see_forward, see_image
-    if tensors:
+    if given := call.get("controlnet_inputs"):
+        call = {**call, "controlnet_inputs": [ControlNetInput(**one) for one in given]}
+    if tensors and isinstance(pipe, QwenImagePipeline):
         pipe.dit.img_in.register_forward_pre_hook(see_tokens)
         pipe.dit.transformer_blocks[0].register_forward_pre_hook(see_block, with_kwargs=True)
     pipe(**call, progress_bar_cmd=iter)
@@ -202,6 +225,8 @@ def observe(pipe: Any, call: Mapping[str, Any], tensors: bool) -> dict[str, np.n
 
 def taken_in(forward: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What a forward of the transformer took in, and its velocity."""
+    if "control_context" in forward:
+        return {"condition": forward["control_context"][:, :, 0].numpy(), "velocity": forward["velocity"].numpy()}
     image, text = (torch.view_as_real(table).numpy() for table in forward["image_rotary_emb"])
     arrays = {
         "hidden_states": forward["hidden_states"][0].numpy(),

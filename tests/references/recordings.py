@@ -64,12 +64,18 @@ def write(name: str, recording: Recording) -> None:
 def _with_pictures(value: Any, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, list):
         return [_with_pictures(item, arrays) for item in value]
-    return Image.fromarray(arrays.pop(value["picture"])) if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"picture"}:
+        return Image.fromarray(arrays.pop(value["picture"]))
+    return {key: _with_pictures(item, arrays) for key, item in value.items()}
 
 
 def _without_pictures(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, list):
         return [_without_pictures(item, f"{name}.{index}", arrays) for index, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {key: _without_pictures(item, f"{name}.{key}", arrays) for key, item in value.items()}
     if not isinstance(value, Image.Image):
         return value
     arrays[name] = np.asarray(value)

@@ -22,7 +22,7 @@ def test_the_call_of_a_case(name):
     assert recorded.pixels.shape == (case.call["height"], case.call["width"], 3)
     assert len(recorded.arrays["sigmas"]) == case.call["num_inference_steps"] + 1
     assert all(np.isfinite(array).all() for array in recorded.arrays.values())
-    assert ("hidden_states" in recorded.arrays) == case.tensors
+    assert ("velocity" in recorded.arrays) == case.tensors
 
 
 def test_they_are_small():
