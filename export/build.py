@@ -32,6 +32,8 @@ from zimgkit.export.checkpoints import catalog
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from zimgkit.export.checkpoints.tokenizer import export_tokenizer
 from zimgkit.export.components import parts_of, wanted_by
+from zimgkit.export.controls.graphs import groups, write_controlled
+from zimgkit.export.controls.nets import ENCODED, OpenNet, open_nets, places, role
 from zimgkit.export.lora import known
 from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
 from zimgkit.export.lora.names import names_of
@@ -95,6 +97,7 @@ def build(
     guidance_scale: float | None = None,
     cut_denoiser: bool = False,
     tasks: Collection[str] = (),
+    controlnets: Sequence[str] = (),
     report: Report = silent,
 ) -> Bundle:
     """Build a bundle.
@@ -116,6 +119,7 @@ def build(
         cut_denoiser: write the denoiser's head, body and tail as components of their own as well, over the same
             weights, for caches of blocks.
         tasks: what it shall be asked for beside pictures from text: ``"image-to-image"``, ``"inpaint"``.
+        controlnets: ControlNets that it shall have, as :func:`zimgkit.export.controls.source.find_control` takes them.
         report: called with (stage, done, total) as the work goes on.
 
     Raises:
@@ -131,6 +135,7 @@ def build(
             merge(read, names_of(checkpoint), checkpoint.family, allow_unmatched=allow_unmatched) if read else NOTHING
         )
         tasks = [*tasks, *known.tasks_for(found.loras, checkpoint.family)]
+        nets = open_nets(controlnets, checkpoint.family, checkpoint.config("transformer"), source)
         tasks = tasks_of(checkpoint.family, checkpoint.pipeline, tasks)
         scheme = None
         if precision in SCHEMES:
@@ -147,6 +152,7 @@ def build(
             chosen=chosen,
             cut_denoiser=cut_denoiser,
             tasks=tasks,
+            nets=nets,
         )
         if scheme is not None and quantization is not None and quantization.check is not None:
             quantization.check(folder, checkpoint, found, report)
@@ -204,6 +210,7 @@ def export(
     chosen: Mapping[str, Any] | None = None,
     cut_denoiser: bool = False,
     tasks: Collection[str] = (),
+    nets: Sequence[OpenNet] = (),
 ) -> None:
     """Write a whole bundle into an empty folder.
 
@@ -218,6 +225,7 @@ def export(
         chosen: the user's own defaults, see :func:`zimgkit.export.lora.known.recommendation_for`.
         cut_denoiser: write the denoiser's head, body and tail as components as well.
         tasks: what it shall be asked for beside pictures from text.
+        nets: ControlNets that it shall have.
 
     Raises:
         UsageError: the settings do not fit each other or the checkpoint.
@@ -237,10 +245,11 @@ def export(
     defaults = catalog.defaults_for(checkpoint.root, checkpoint.family, scheduler, checkpoint.pipeline)
     base = known.Recommendation(defaults, scheduler)
     settings = known.recommendation_for(merged.loras, checkpoint.family, base, **(chosen or {}))
-    parts = parts_of(checkpoint, tasks)
+    parts = parts_of(checkpoint, tasks, ENCODED if nets else ())
     config |= {"text_encoder": language_part(config["text_encoder"], pictures=references is not None)}
     family(config, str(checkpoint.root))  # Better missed now than at the first picture.
     wanted = {name: wanted_by(checkpoint.tensors, part, merged.addends) for name, part in parts.items()}
+    wanted |= {role(net.name): net.wanted() for net in nets}
     quantized: dict[str, Quantized] = {}
     if quantization is not None:
         quantization.check()
@@ -258,7 +267,12 @@ def export(
     )
     _check_space(wanted, precision, folder, keep_base=keep_base)
     placed = export_weights(
-        wanted, precision, folder, lambda done, total: report("weights", done, total), keep_base=keep_base
+        wanted,
+        precision,
+        folder,
+        lambda done, total: report("weights", done, total),
+        keep_base=keep_base,
+        places=places(nets),
     )
     components: dict[str, Component] = {}
     for index, (name, part) in enumerate(parts.items()):
@@ -268,6 +282,14 @@ def export(
             rewrite = partial(_quantize_graph, quantization.scheme, quantized[name].quantized, placed[name], folder)
         is_cut = cut_denoiser and name == DENOISER
         components |= write_component(name, part, placed[name], precision, folder, rewrite, is_cut=is_cut)
+        if name == DENOISER and nets:
+            own = {net.name: net.net for net in nets}
+            components |= write_controlled(
+                *(part, own, groups(own), components[name], placed[name]),
+                {net.name: placed[role(net.name)] for net in nets},
+                *(precision, folder, rewrite),
+                is_cut=is_cut,
+            )
     report("graphs", len(parts), len(parts))
     linked = LinkedTensors(linked_from(wanted, placed))
     files = record_files(folder, linked.look)
@@ -281,13 +303,14 @@ def export(
         tasks=tasks,
         references=references,
         layers=row.layered.get(checkpoint.pipeline),
-        sources={CHECKPOINT: checkpoint.source},
+        sources={CHECKPOINT: checkpoint.source} | {role(net.name): net.source for net in nets},
         text=text,
         defaults=settings.defaults,
         scheduler=dict(settings.scheduler),
         config=config,
         components=components,
         files=files,
+        controls=tuple(net.control() for net in nets),
         tools={name: metadata.version(name) for name in TOOLS},
         quantization=_record(quantization, quantized) if quantization is not None else None,
         loras=merged.loras,

@@ -14,12 +14,13 @@ from zimgkit.export.weights.addends import Addends
 from zimgkit.export.weights.stream import Wanted
 
 
-def parts_of(checkpoint: Checkpoint, tasks: Collection[str] = ()) -> dict[str, Part]:
+def parts_of(checkpoint: Checkpoint, tasks: Collection[str] = (), more: Collection[str] = ()) -> dict[str, Part]:
     """The components a checkpoint becomes, after checking that its tensors are those they take.
 
     Args:
         checkpoint: an open checkpoint.
         tasks: what it shall be asked for beside what it is for, of :data:`.registry.TASKS`.
+        more: components that are needed whatever it is asked for.
 
     Raises:
         CheckpointError: naming the first tensor that is missing, unexpected or misshapen.
@@ -29,7 +30,7 @@ def parts_of(checkpoint: Checkpoint, tasks: Collection[str] = ()) -> dict[str, P
     for source in checkpoint.components:
         config = checkpoint.config(source)
         every = registry.parts(checkpoint.family, source, config, tasks)
-        own = {name: part for name, part in every.items() if registry.is_needed(name, tasks)}
+        own = {name: part for name, part in every.items() if name in more or registry.is_needed(name, tasks)}
         is_unused = partial(registry.is_unused, checkpoint.family, source, config)
         check_tensors(checkpoint.tensors(source), stored_shapes(own), source, ignore=is_unused)
         found |= own

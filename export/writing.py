@@ -15,7 +15,7 @@ from onnx_ir.passes import common as passes
 from zimgkit.engines.bundle import CPU_GRAPH, Component
 from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.attachments.cut import cut
-from zimgkit.export.graphs.assemble import assemble_all
+from zimgkit.export.graphs.assemble import Assembled, assemble_all
 from zimgkit.export.graphs.flash_attention import FlashAttention
 from zimgkit.export.graphs.plan import Plan, record
 from zimgkit.export.graphs.weights_first import WeightsFirst
@@ -68,28 +68,59 @@ def write_component(
     sizes = {info.name: info.nbytes for info in tensors.values()}
     found: dict[str, Component] = {}
     for compute in dict.fromkeys((precision, "float32")):
-        plans = _plans(name, part, compute, is_cut=is_cut)
+        plans = plans_of(name, part, compute, is_cut=is_cut)
         for (key, plan), assembled in zip(plans.items(), assemble_all([*plans.values()], plain, folder), strict=True):
-            model, parameters_of = assembled.model, plan.parameters()
-            if rewrite is not None:
-                rewrite(model, compute, parameters_of)
-            file = graph_name(key, compute, precision)
-            ir.save(model, folder / file)
-            graphs = {compute: file}
-            if compute == "float32":
-                graphs[CPU_GRAPH] = graph_name(key, CPU_GRAPH, precision)
-                ir.save(_for_cpu(model), folder / graphs[CPU_GRAPH])
-            # What goes in and comes out is described once: of the graph that computes in the bundle's own precision.
-            entry = found.get(key) or msgspec.structs.replace(
-                whole,
-                inputs=assembled.inputs,
-                outputs=assembled.outputs,
-                parameters=_count(parameters_of.values()),
-                weight_bytes=sum(sizes[tensor] for tensor in model.graph.initializers),
-                variant_of=None if key == name else name,
-            )
-            found[key] = msgspec.structs.replace(entry, graphs=entry.graphs | graphs)
+            entry = found.get(key) or msgspec.structs.replace(whole, variant_of=None if key == name else name)
+            found[key] = write_graphs(key, plan, assembled, entry, (compute, precision), folder, sizes, rewrite)
     return found
+
+
+def write_graphs(
+    name: str,
+    plan: Plan,
+    assembled: Assembled,
+    entry: Component,
+    types: tuple[str, str],
+    folder: Path,
+    sizes: Mapping[str, int],
+    rewrite: Rewrite | None = None,
+    suffix: str = "",
+) -> Component:
+    """Write a plan's graph, and that for ONNX Runtime on CPUs where it computes in float32.
+
+    Args:
+        name: of the component.
+        plan: what was assembled.
+        assembled: its model.
+        entry: of the component in the manifest, with the graphs that were written before.
+        types: the element type that it computes in, and that of the bundle's weights.
+        folder: the bundle's.
+        sizes: a tensor's name -> its bytes.
+        rewrite: called with the graph before it is saved.
+        suffix: of the files' names.
+
+    Returns:
+        The entry with these graphs.
+    """
+    (compute, precision), model, parameters = types, assembled.model, plan.parameters()
+    if rewrite is not None:
+        rewrite(model, compute, parameters)
+    file = graph_name(name, compute, precision, suffix)
+    ir.save(model, folder / file)
+    graphs = {compute: file}
+    if not entry.graphs:
+        # What goes in and comes out is described once: of the graph that computes in the bundle's own precision.
+        entry = msgspec.structs.replace(
+            entry,
+            inputs=assembled.inputs,
+            outputs=assembled.outputs,
+            parameters=_count(parameters.values()),
+            weight_bytes=sum(sizes[tensor] for tensor in model.graph.initializers),
+        )
+    if compute == "float32":
+        graphs[CPU_GRAPH] = graph_name(name, CPU_GRAPH, precision, suffix)
+        ir.save(_for_cpu(model), folder / graphs[CPU_GRAPH])
+    return msgspec.structs.replace(entry, graphs=entry.graphs | graphs)
 
 
 def _for_cpu(model: ir.Model) -> ir.Model:
@@ -110,8 +141,18 @@ def _for_cpu(model: ir.Model) -> ir.Model:
     return model
 
 
-def _plans(name: str, part: Part, compute: str, *, is_cut: bool) -> dict[str, Plan]:
-    """The plan of a component's graph, those of its variants and, where it is cut, those of its pieces."""
+def plans_of(name: str, part: Part, compute: str, *, is_cut: bool) -> dict[str, Plan]:
+    """The plan of a component's graph, those of its variants and, where it is cut, those of its pieces.
+
+    Args:
+        name: of the component.
+        part: what it is.
+        compute: the element type that they compute in.
+        is_cut: whether it is cut.
+
+    Raises:
+        CheckpointError: it has too few blocks to be cut.
+    """
     plan, *others = (
         record(own.build(getattr(torch, compute)), own.inputs, own.outputs, own.sizes)
         for own in (part, *part.variants.values())

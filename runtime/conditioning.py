@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.engines.errors import UsageError
+from zimgkit.runtime.control_conditions import component_of, controls_of
 from zimgkit.runtime.encoding import Encoder
 from zimgkit.runtime.engine_pool import EnginePool
 from zimgkit.runtime.families import Family
@@ -23,7 +24,7 @@ from zimgkit.runtime.families.base import (
     SegmentedFamily,
 )
 from zimgkit.runtime.inpainting import image_regions
-from zimgkit.runtime.job import Conditions
+from zimgkit.runtime.job import Conditions, Controls
 from zimgkit.runtime.parameters import MULTIPLE
 from zimgkit.runtime.progress import Report
 from zimgkit.runtime.references import Layout, ReferenceReader, References, layouts
@@ -65,8 +66,11 @@ class Conditioner:
         tokenizer = self.bundle.file("tokenizer/tokenizer.json")
         self._tokenizer = PromptTokenizer(tokenizer, self.bundle.manifest.text)
 
-    def read(self, request: Request) -> tuple[list[Conditions], list[Conditions] | None]:
-        """The conditions of each prompt and of each negative prompt; equal ones share theirs."""
+    def read(self, request: Request) -> tuple[list[Conditions], list[Conditions] | None, list[Controls] | None]:
+        """The conditions of each prompt, those of each negative prompt, and what ControlNets add to each prompt.
+
+        Equal ones share theirs.
+        """
         asked = (
             request.prompt_embeds or request.prompts,
             request.negative_prompt_embeds or request.negative_prompts or (),
@@ -99,7 +103,9 @@ class Conditioner:
         # Every region is guided away from the words that the whole is guided away from, or none is.
         regions = len(entities) if inputs.eligen_enable_on_negative else 0
         negative = [conditions(*[key] * (regions + 1)) for key in unwanted]
-        return [conditions(*entities, key) for key in wanted], negative or None
+        controls = {key: self._controls(request, encoded[key]) for key in dict.fromkeys(wanted)}
+        found = [one for key in wanted if (one := controls[key])]
+        return [conditions(*entities, key) for key in wanted], negative or None, found or None
 
     def longest(self, request: Request) -> int:
         """Tokens of the longest prompt, template included."""
@@ -159,6 +165,10 @@ class Conditioner:
             make = partial(family.conditioned_constants, self.bundle, last, *size, beside)
             return Conditions(make, "denoiser.conditions")
         return Conditions(partial(family.denoiser_constants, last.conditioning, last.tokens, *size))
+
+    def _controls(self, request: Request, text: Encoded) -> Controls | None:
+        """What ControlNets add to every step of a prompt."""
+        return controls_of(request, text, self._family, self.bundle, self._encoder, self._device_of)
 
     def _beside(self, request: Request, references: References | None) -> Beside | None:
         """The pictures whose latents stand beside those that are drawn: what controls them, then what is edited.
@@ -263,8 +273,8 @@ class Conditioner:
         conditions = self.condition_tokens(request)
         dimensions = self._family.dynamic_dimensions(*request.size, tokens, conditions, request.frames)
         pictured = ".pictures" if request.inputs.references else ""
-        denoiser = "denoiser.conditions" if conditions else "denoiser"
+        denoiser = "denoiser.conditions" if conditions else component_of(self.bundle, request)
         components = [f"text_encoder{pictured}", "conditioner", denoiser, "vae_decoder"]
-        if request.inputs.image is not None:
+        if request.inputs.image is not None or request.controls:
             components.append(self._encoder.COMPONENT)
         check_served(self.bundle, self._engines.backend, components, dimensions, request.width, request.height)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 
 from zimgkit.engines.errors import BackendError
@@ -80,9 +82,25 @@ class Encoder:
         """What the encoder gives, float32 (1, 2 * channels, height / 8, width / 8)."""
         channels = self._engines.bundle.component(self.COMPONENT).inputs["image"].shape[1]
         picture = image.picture.convert("RGBA") if channels == 4 else flattened(image.picture)
+        whole = resize(picture, *(reduced or (width, height)), kernel)
+        return self._run(to_pixels(crop(whole, width, height) if reduced else whole), device)
+
+    def encode_pixels(self, pixels: Array, device: str | None = None) -> Array:
+        """The latents of pixels, float32 (1, channels, height / 8, width / 8), as the denoiser knows them.
+
+        Args:
+            pixels: float32 (1, 3, height, width) from -1 to 1.
+            device: where the encoder runs.
+
+        Raises:
+            BackendError: the engine failed, or gave NaN or Inf.
+        """
+        key = ("pixels", pixels.shape, hashlib.sha256(pixels.tobytes()).hexdigest())
+        moments = self._kept.get(key, lambda: self._run(pixels, device))
+        return normalize(np.split(moments, 2, axis=1)[0], self._family.normalization)
+
+    def _run(self, pixels: Array, device: str | None) -> Array:
         with self._engines.engine(self.COMPONENT, device) as engine:
-            whole = resize(picture, *(reduced or (width, height)), kernel)
-            pixels = to_pixels(crop(whole, width, height) if reduced else whole)
             moments: Array = engine.run({"image": pixels})["moments"]
         if not np.isfinite(moments).all():
             raise BackendError("the VAE encoder gave NaN or Inf", "zimg-export verify checks the bundle")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from zimgkit.engines.base import Feeds, Handle
 from zimgkit.engines.errors import CancelledError
+from zimgkit.runtime.controls import ControlInput, scales
 from zimgkit.runtime.diffusion.blending import Kept
 from zimgkit.runtime.request import Request
 
@@ -55,6 +56,23 @@ class Conditions:
 
 
 @dataclass(frozen=True, eq=False)
+class Controls:
+    """What ControlNets add to the steps of a prompt's pictures, in both branches of guidance."""
+
+    conditions: Conditions
+    """Inputs of the denoiser that has them which stay the same."""
+    nets: tuple[ControlInput, ...]
+    silent: Feeds
+    """The scales, 0, of those that it has and that are not asked for: name -> float32 (1,)."""
+
+    def at(self, step: int, steps: int) -> Feeds | None:
+        """The scale of each net in a step of so many; None where none acts, and the plain denoiser does."""
+        if not any(net.acts(step, steps) for net in self.nets):
+            return None
+        return {f"scale.{name}": value for name, value in {**scales(self.nets, step, steps), **self.silent}.items()}
+
+
+@dataclass(frozen=True, eq=False)
 class Schedule:
     """The noise levels of a run, and what follows from them alone. All jobs of a request share it."""
 
@@ -84,6 +102,7 @@ class Job:
     positive: Conditions | None
     """None once nothing is left to denoise."""
     negative: Conditions | None
+    controls: Controls | None = None
     kept: Kept | None = None
     """What a mask keeps of the picture it starts from."""
     on_release: Callable[[], object] = field(default=_nothing, repr=False)
@@ -127,5 +146,5 @@ class Job:
 
     def release(self) -> None:
         """Let go of the conditions and the denoiser; a second call does nothing."""
-        self.positive = self.negative = None
+        self.positive = self.negative = self.controls = None
         self.on_release()

@@ -25,13 +25,18 @@ class Picture:
     """The type of parameters that are pictures: what :func:`.pictures.reading.read_picture` takes."""
 
 
+class ControlPicture:
+    """The type of the parameter that says which ControlNet acts with which pictures, see :mod:`.controls`."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One parameter of a call."""
 
     name: str
     type: type
-    """``str``, ``int``, ``float``, ``bool``, ``tuple`` for several numbers, or :class:`Picture`."""
+    """``str``, ``int``, ``float``, ``bool``, ``tuple`` for several numbers, :class:`Picture` or
+    :class:`ControlPicture`."""
     help: str
     default: str = ""
     """What is used where it is not given, in words; empty where the value is the bundle's own recommendation."""
@@ -277,6 +282,14 @@ PARAMETERS = (
         recorded=True,
     ),
     Parameter(
+        "controls",
+        ControlPicture,
+        "Which ControlNets act, each a mapping with its name, image, scale, start, end, mask and inpaint_image.",
+        "none",
+        recorded=True,
+        several=True,
+    ),
+    Parameter(
         "layers",
         int,
         "Into how many layers a picture is taken apart.",
@@ -311,6 +324,14 @@ TENSORS = {
     "input_image": "DiffSynth's name of image",
     "edit_image": "DiffSynth's name of image where a bundle edits",
     "inpaint_mask": "mask_image, resized and blended as DiffSynth does it",
+    "control_image": "a picture for each of the bundle's ControlNets, in their order or by name",
+    "control_images": "another name of control_image",
+    "control_mask": "likewise masks, of nets that take some: white where the picture is drawn anew",
+    "controlnet_conditioning_scale": "how strongly they act, one for all or one for each",
+    "control_guidance_start": "the share of the steps after which they act, one for all or one for each",
+    "control_guidance_end": "the share of the steps up to which they act, one for all or one for each",
+    "controlnet_inputs": "DiffSynth's ControlNetInputs: controls whose start and end count down from 1 to 0",
+    "blockwise_controlnet_inputs": "another name of controlnet_inputs",
     "layer_input_image": "DiffSynth's name of image where a bundle takes it apart",
     "layer_num": "DiffSynth's name of layers",
     "cfg_normalize": "cfg_normalization of 1, as diffusers says it of layers",
@@ -346,8 +367,6 @@ INSTEAD = {
     "exponential_shift_mu": "sigmas, or a bundle with another scheduler",
 }
 """Arguments of other pipelines -> what serves instead."""
-PICTURES = (*("control_image", "controlnet_inputs", "blockwise_controlnet_inputs", "controlnet_conditioning_scale"),)
-"""Arguments of pipelines that take pictures."""
 
 
 def checked(parameter: Parameter, value: Any, *, high: float | None = None) -> Any:
@@ -399,8 +418,6 @@ def refuse_unknown(given: Iterable[str], known: Collection[str]) -> None:
     for name in given:
         if name in known:
             continue
-        if name in PICTURES:
-            raise UsageError(f"there is no argument {name!r} here", "this bundle takes no such picture")
         if name in INSTEAD:
             raise UsageError(f"there is no argument {name!r}", f"use {INSTEAD[name]}")
         close = difflib.get_close_matches(name, known, n=1)

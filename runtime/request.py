@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.errors import UsageError
+from zimgkit.runtime.controls import ControlInput, check_sizes, read_controls
 from zimgkit.runtime.families import Family
 from zimgkit.runtime.inputs import NONE, Inputs, first_step, read_inputs, size_in_area, size_like, size_of_edit
 from zimgkit.runtime.parameters import BY_NAME, TENSORS, checked, refuse_unknown, texts
@@ -42,6 +43,8 @@ class Request:
     output_type: str
     inputs: Inputs = NONE
     """The pictures it starts from."""
+    controls: tuple[ControlInput, ...] = ()
+    """The ControlNets that act."""
     layers: int | None = None
     """Into how many layers its picture is taken apart; None where it is not."""
     unused_negative_prompt: bool = field(default=False, compare=False)
@@ -123,6 +126,8 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
     if inputs.strength is not None:
         first_step(len(levels) if levels else steps, inputs.strength)
     layers = value("layers", given.get("layer_num", manifest.layers.layers)) if manifest.layers else None
+    controls = read_controls(manifest, inputs, given)
+    check_sizes(controls, height, width)
     negative_embeds = _embeds("negative_prompt_embeds", given)
     negatives = _negatives(given, negative_embeds, len(prompts), family, scale)
     return Request(
@@ -140,6 +145,7 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
         max_sequence_length=value("max_sequence_length", text.max_sequence_length, high=text.max_tokens - text.drop),
         output_type=value("output_type", "pil"),
         inputs=inputs,
+        controls=controls,
         layers=layers,
         unused_negative_prompt=negatives is None and _says_something(given.get("negative_prompt")),
         latents=check_latents(given["latents"], (batch, *family.latents_shape(height, width, 1 + (layers or 0))))

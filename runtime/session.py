@@ -148,7 +148,7 @@ class Session:
             self.warn(f"LoRAs for context images were trained on prompts that begin with {CONTEXT_PREFIX!r}")
         noise, posterior = self._noise(request)
         with self._advising(request):
-            positive, negative = self.conditioner.read(request)
+            positive, negative, controls = self.conditioner.read(request)
             clean = self._clean(request, posterior)
         schedule = self._schedule(request)
         mask = self._mask(request)
@@ -161,8 +161,10 @@ class Session:
                 if mask is not None:
                     kept = Kept(clean, latents, mask, request.inputs.blends_velocity)
                 latents = add_noise(clean, latents, schedule.sigmas[0])
-            job = Job(request, index, latents, schedule, positive[prompt], away, kept)
-            components = {conditions.component for conditions in (positive[prompt], away) if conditions}
+            control = controls[prompt] if controls else None
+            job = Job(request, index, latents, schedule, positive[prompt], away, control, kept)
+            used = (positive[prompt], away, control.conditions if control else None)
+            components = {conditions.component for conditions in used if conditions}
             kept_open = [(component, self.device_of(component)) for component in sorted(components)]
             for where in kept_open:
                 self.engines.keep(*where)
@@ -439,16 +441,21 @@ class Session:
         """One step of jobs that share everything but their latents."""
         first, family = group[0], self.family
         schedule, request = first.schedule, first.request
-        positive, negative = first.positive, first.negative
+        positive, negative, controls = first.positive, first.negative, first.controls
         sigma, sigma_next = schedule.sigmas[first.step : first.step + 2]
         latents = np.concatenate([job.latents for job in group])
         inputs = {**schedule.inputs(first.step), **family.denoiser_inputs(latents)}
         if positive is None:
             return  # It was cancelled meanwhile.
 
+        scales = controls.at(first.step, len(schedule)) if controls else None
+        control = controls.conditions if controls and scales else None
+
         def velocity_of(conditions: Conditions) -> Array:
-            with self.engines.engine(conditions.component, self.device_of(conditions.component)) as engine:
-                output = engine.run({**conditions.on(engine), **inputs})["velocity"]
+            component = (control or conditions).component
+            with self.engines.engine(component, self.device_of(component)) as engine:
+                more = {**control.on(engine), **(scales or {})} if control else {}
+                output = engine.run({**conditions.on(engine), **more, **inputs})["velocity"]
             if not np.isfinite(output).all():
                 hint = "a broken checkpoint or LoRA, or float16, may overflow: zimg-export verify checks the bundle"
                 raise BackendError(f"step {first.step + 1} of {len(schedule)} gave NaN or Inf", hint)

@@ -58,6 +58,8 @@ class Component(msgspec.Struct, frozen=True, omit_defaults=True):
     """A file beside ``weights``: tensors that LoRAs touch, as the checkpoint has them, for the next set of LoRAs."""
     variant_of: str | None = None
     """The component whose weights these are: a variant is more graphs over the same files."""
+    prefixes: dict[str, str] = {}
+    """Of ``weights``, those with tensors of another network -> what goes before their names here."""
 
 
 Length = Annotated[int, msgspec.Meta(ge=1, le=(1 << 31) - 1)]
@@ -185,6 +187,29 @@ class Layers(msgspec.Struct, frozen=True):
     """Into how many, likewise."""
 
 
+class Control(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A ControlNet that a bundle has: what pictures it takes, and the denoiser with it."""
+
+    name: str
+    """What calls say; no other net of the bundle has it."""
+    kind: str
+    """As the family calls nets of its architecture."""
+    source: str
+    """The role of its weights in :attr:`Manifest.sources`."""
+    component: str
+    """The variant of the denoiser that has this net alone."""
+    takes: tuple[str, ...]
+    """Of ``"image"``, ``"mask"`` and ``"inpaint_image"``, those that it may be given."""
+    needs: tuple[str, ...] = ()
+    """Of these, what it cannot do without."""
+    scale: Number = 1.0
+    """How strongly it acts where a call does not say."""
+    combines: str = ""
+    """The variant that has all nets with the same here, where the bundle has several; none where it acts alone."""
+    settings: dict[str, Any] = {}
+    """What else the host side has to know, as the family has it."""
+
+
 class Defaults(msgspec.Struct, frozen=True):
     """What a call uses where the caller says nothing: the checkpoint's own recommendation."""
 
@@ -310,6 +335,8 @@ class Manifest(msgspec.Struct, frozen=True):
     """How it takes pictures that a prompt speaks of, where it does."""
     layers: Layers | None = None
     """How it takes a picture apart, where it does."""
+    controls: tuple[Control, ...] = ()
+    """Its ControlNets, in the order in which calls number them."""
     tools: dict[str, str] = {}
     """Versions of what built it."""
     engines: tuple[CompiledEngine, ...] = ()
@@ -327,6 +354,8 @@ class Manifest(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if CHECKPOINT not in self.sources:
             raise ValueError(f"sources has no {CHECKPOINT!r}")
+        if len({control.name for control in self.controls}) < len(self.controls):
+            raise ValueError("two controls have one name")
 
     @property
     def quantized(self) -> str:

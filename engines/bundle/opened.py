@@ -7,7 +7,7 @@ import hashlib
 import os
 import shlex
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -147,10 +147,13 @@ class Bundle:
     def tensors(self, component: str) -> dict[str, safetensors.TensorInfo]:
         """Where the tensors in a component's weight files lie, by name."""
         found: dict[str, safetensors.TensorInfo] = {}
-        for name in self.component(component).weights:
+        entry = self.component(component)
+        for name in entry.weights:
             if name not in self._headers:
                 self._headers[name] = safetensors.read_header(self.file(name))
-            found.update(self._headers[name])
+            before = entry.prefixes.get(name, "")
+            own = ((before + key, info) for key, info in self._headers[name].items())
+            found.update((key, replace(info, name=key) if before else info) for key, info in own)
         return found
 
     def verify(

@@ -33,6 +33,14 @@ def add_input(plan: Plan, entry: Input, sizes: Sizes = ({}, {})) -> Plan:
     return replace(plan, graph=graph, inputs=(*plan.inputs, entry), sizes=(first, second))
 
 
+def add_call(plan: Plan, name: str, module: nn.Module, arguments: Sequence[Value]) -> Plan:
+    """Add a call of a module with one result, which nothing takes yet.
+
+    The arguments and errors are those of :func:`insert_call`.
+    """
+    return _with_call(plan, name, module, arguments, None)
+
+
 def insert_call(plan: Plan, name: str, module: nn.Module, arguments: Sequence[Value], replaces: Value) -> Plan:
     """Add a call of a module, whose result all that follows takes in the place of another value.
 
@@ -50,14 +58,22 @@ def insert_call(plan: Plan, name: str, module: nn.Module, arguments: Sequence[Va
         ValueError: the plan calls something of this name.
         KeyError: there is no such value.
     """
+    return _with_call(plan, name, module, arguments, replaces)
+
+
+def _with_call(plan: Plan, name: str, module: nn.Module, arguments: Sequence[Value], replaces: Value | None) -> Plan:
     if name in plan.modules:
         raise ValueError(f"the plan calls {name!r} already")
     graph = copied(plan)
-    given, old = [find(graph, value) for value in arguments], find(graph, replaces)
+    given = [find(graph, value) for value in arguments]
+    old = None if replaces is None else find(graph, replaces)
     order = {node: index for index, node in enumerate(graph.nodes)}
-    last = max((*given, old), key=order.__getitem__)
+    last = max((*given, *([old] if old else [])), key=order.__getitem__)
+    if last.op == "placeholder":  # Inputs stand before all calls.
+        last = max(graph.find_nodes(op="placeholder"), key=order.__getitem__)
     with graph.inserting_after(last):
         new = graph.create_node("call_module", name, tuple(given))
-    old.replace_all_uses_with(new, lambda user: user is not new and order[user] > order[last])
+    if old is not None:
+        old.replace_all_uses_with(new, lambda user: user is not new and order[user] > order[last])
     modules: Mapping[str, nn.Module] = {**plan.modules, name: module}
     return replace(plan, graph=graph, modules=modules)

@@ -18,6 +18,8 @@ PLANNED = tuple(hub_id for family in FAMILIES.values() for hub_id in family.plan
 """Hub ids of relatives of theirs that zimgkit will serve later."""
 LORAS = {hub_id: name for family in FAMILIES.values() for hub_id, name in family.loras.items()}
 """Hub ids of LoRAs -> the short name of the checkpoint they are for."""
+CONTROLNETS = {known.hub_id: known for family in FAMILIES.values() for known in reversed(family.known_controls)}
+"""Likewise of ControlNets -> the first of its files."""
 
 
 def resolve(model: str) -> str:
@@ -27,13 +29,17 @@ def resolve(model: str) -> str:
         model: a short name or a hub id. A hub id the catalog does not know is taken as is.
 
     Raises:
-        CheckpointError: a short name that is not known, a LoRA's, or a model that zimgkit does not serve yet.
+        CheckpointError: a short name that is not known, no checkpoint, or a model that zimgkit does not serve yet.
     """
     wanted = model.casefold()
     for hub_id, checkpoint in LORAS.items():
         if wanted in (hub_id.casefold(), _last(hub_id).casefold()):
             hint = f"build it with --model {checkpoint} --lora {hub_id}/model.safetensors"
             raise CheckpointError(f"{_last(hub_id)} is a LoRA", hint)
+    for hub_id, known in CONTROLNETS.items():
+        if wanted in (hub_id.casefold(), _last(hub_id).casefold()):
+            hint = f"build it with --model {known.checkpoint} --controlnet {hub_id}/{known.file}"
+            raise CheckpointError(f"{_last(hub_id)} is a ControlNet", hint)
     names = ", ".join(entry.name for entry in SERVED)
     for hub_id in (*(entry.hub_id for entry in SERVED), *PLANNED):
         if wanted in (hub_id.casefold(), _last(hub_id).casefold()):
@@ -42,8 +48,8 @@ def resolve(model: str) -> str:
             return hub_id
     if "/" in model:
         return model
-    known = {_last(hub_id).casefold(): _last(hub_id) for hub_id in (*PLANNED, *(entry.hub_id for entry in SERVED))}
-    close = [known[match] for match in difflib.get_close_matches(wanted, known, n=3)]
+    short = {_last(hub_id).casefold(): _last(hub_id) for hub_id in (*PLANNED, *(entry.hub_id for entry in SERVED))}
+    close = [short[match] for match in difflib.get_close_matches(wanted, short, n=3)]
     guess = f"did you mean {' or '.join(close)}? " if close else ""
     raise CheckpointError(
         f"no checkpoint is called {model!r}", f"{guess}name a local folder, a hub id (owner/name), or one of {names}"

@@ -15,6 +15,7 @@ from zimgkit.export.cli.headings import ExportCommand
 from zimgkit.export.cli.options import (
     ALLOW_UNMATCHED,
     COMPILED_BACKENDS,
+    CONTROLNETS,
     FILE,
     GUIDANCE,
     KEEP_BASE,
@@ -58,6 +59,7 @@ from zimgkit.runtime.commands.options import AS_JSON, QUIET
 @STEPS
 @GUIDANCE
 @TASKS
+@CONTROLNETS
 @click.option(
     "--cut-denoiser", is_flag=True, help="Also write the denoiser's head, body and tail as graphs, for block caching."
 )
@@ -85,6 +87,7 @@ def build_command(
     num_inference_steps: int | None,
     guidance_scale: float | None,
     tasks: tuple[str, ...],
+    controlnets: tuple[str, ...],
     cut_denoiser: bool,
     backend: str,
     detailed: bool,
@@ -124,6 +127,7 @@ def build_command(
             guidance_scale=guidance_scale,
             cut_denoiser=cut_denoiser,
             tasks=tasks,
+            controlnets=controlnets,
             report=report,
         )
         if backend in COMPILED_BACKENDS:

@@ -14,6 +14,7 @@ class ExportCommand(GroupedCommand):
     headings: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "Checkpoint": ("model", "revision", "source", "family", "tasks"),
         "LoRA": ("loras", "keep_base", "allow_unmatched"),
+        "ControlNets": ("controlnets",),
         "Precision": ("precision", "card", "recipe", "range_", "smooth", "target", "by"),
         "Calibration, for fp8 and int8": (
             *("prompts", "calibration", "from_bundle", "calibration_size", "calibration_steps", "calibration_image"),

@@ -75,6 +75,15 @@ TASKS = click.option(
     help="What to ask of it beside pictures from text: image-to-image, inpaint. [default: what the checkpoint is for]",
 )
 
+CONTROLNETS = click.option(
+    "--controlnet",
+    "controlnets",
+    multiple=True,
+    metavar="[NAME=]NET",
+    help="A ControlNet to add: a file, a folder, a hub id, a file on a hub (owner/name/file.safetensors) or its URL, "
+    "and what calls shall name it. Repeatable.",
+)
+
 
 def add_options(options: Iterable[Option], command: Command) -> Command:
     """Add options to a command's function, in the order in which ``--help`` lists them."""

@@ -42,17 +42,30 @@ def assemble(plan: Plan, tensors: Mapping[str, TensorInfo], folder: Path | None 
 
 
 def assemble_all(
-    plans: Sequence[Plan], tensors: Mapping[str, TensorInfo], folder: Path | None = None
+    plans: Sequence[Plan],
+    tensors: Mapping[str, TensorInfo],
+    folder: Path | None = None,
+    before: Sequence[Plan] = (),
 ) -> list[Assembled]:
     """Build the ONNX models of plans that share modules: each kind of module is traced once for all of them.
 
-    The arguments are those of :func:`assemble`.
+    Args:
+        plans: what is called.
+        tensors: see :func:`assemble`.
+        folder: likewise.
+        before: plans that were assembled together before: of what they have in common with these, the traces of then
+            are taken, as long as they are kept.
     """
-    assemblies = [_Assembly(plan, tensors, folder) for plan in plans]
     kinds: dict[_Key, tuple[Kind, Sequence[str]]] = {}
+    for plan in before:
+        _Assembly(plan, tensors, folder).collect(kinds)
+    first = len(kinds)
+    assemblies = [_Assembly(plan, tensors, folder) for plan in plans]
     for assembly in assemblies:
         assembly.collect(kinds)
-    functions = dict(zip(kinds, traced([kind for kind, _ in kinds.values()]), strict=True))
+    every = [kind for kind, _ in kinds.values()]
+    made = [function for some in (every[:first], every[first:]) if some for function in traced(some)]
+    functions = dict(zip(kinds, made, strict=True))
     for key, (kind, stored) in kinds.items():
         cast_parameters(functions[key], kind, stored)
     return [assembly.finish(functions) for assembly in assemblies]

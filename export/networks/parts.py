@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,53 @@ class Cut:
     """What is called, ``blocks`` for any of the blocks -> names for its results, where they cross."""
     repeated: tuple[str, ...] = ()
     """Calls without parameters that each piece makes for itself: their arguments cross, and not their results."""
+
+
+@dataclass(frozen=True)
+class ControlNet:
+    """A network beside the denoiser that lets pictures control what is drawn, for one file of weights.
+
+    Its blocks are called after some of the denoiser's and add to what these give, scaled; or it is so woven into the
+    denoiser that both together are one network.
+    """
+
+    kind: str
+    """What the family calls nets of this architecture."""
+    network: Callable[[], nn.Module]
+    """Makes the net alone, whose parameters its file has."""
+    inputs: tuple[Input, ...]
+    """What the denoiser with it takes beside its own inputs, the last of them :data:`SCALE`."""
+    sizes: tuple[Mapping[str, int], Mapping[str, int]] = ({}, {})
+    """Two lengths of each dynamic dimension of the inputs that is none of the denoiser's."""
+    condition: str = ""
+    """The child that makes of all inputs but the scale what each of its blocks takes."""
+    blocks: Mapping[str, str | tuple[str, int]] = field(default_factory=dict)
+    """A child, called with a value of the denoiser, the condition and the scale -> that value, to which it adds."""
+    woven: Callable[[str], nn.Module] | None = None
+    """Makes the denoiser with the net in it, by the net's name, where that has a ``forward`` of its own: it takes the
+    denoiser's inputs and then the net's, and has the net's parameters under ``control.<name>``."""
+    takes: tuple[str, ...] = ("image",)
+    """Of ``"image"``, ``"mask"`` and ``"inpaint_image"``, the pictures that it may be given."""
+    needs: tuple[str, ...] = ("image",)
+    """Of these, what it cannot do without."""
+    scale: float = 1.0
+    """How strongly it acts where a call does not say."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What else the host side has to know."""
+
+    @property
+    def combines(self) -> bool:
+        """Whether it may act in one step with others that do."""
+        return self.woven is None
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of its own parameters."""
+        with torch.device("meta"):
+            return {name: tuple(value.shape) for name, value in self.network().state_dict().items()}
+
+
+SCALE = Input("scale", torch.float32, (1,))
+"""How strongly a ControlNet acts in a step."""
 
 
 @dataclass(frozen=True)

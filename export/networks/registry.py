@@ -26,7 +26,7 @@ from zimgkit.engines.errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from zimgkit.export.networks.parts import Part
+    from zimgkit.export.networks.parts import ControlNet, Part
 
 Config = Mapping[str, Any]
 """A component's ``config.json``."""
@@ -84,6 +84,32 @@ class TaskLora:
 
 
 @dataclass(frozen=True)
+class ControlKind:
+    """An architecture of ControlNets, known by what its files hold and never by their names."""
+
+    marks: tuple[str, ...]
+    """Tensors that its files have, and those of no other architecture."""
+    net: str
+    """``module:function`` that makes the :class:`.parts.ControlNet` of a file: called with the config of the
+    checkpoint's transformer, the file's tensors and their shapes, and the config beside it, empty where there is none.
+    """
+    prefixes: tuple[str, ...] = ()
+    """What may stand before the names of all tensors in a file."""
+
+
+@dataclass(frozen=True)
+class KnownControl:
+    """A ControlNet on a hub, by the file."""
+
+    hub_id: str
+    file: str
+    name: str
+    """What it is called in a bundle where the user does not say."""
+    checkpoint: str
+    """The short name of the one that it is for."""
+
+
+@dataclass(frozen=True)
 class Family:
     """All that is known about a family before its networks are built."""
 
@@ -117,6 +143,9 @@ class Family:
     """Hub ids of LoRAs that people may take for checkpoints -> the short name of the checkpoint they are for."""
     processor: str = "processor"
     """The folder of such a checkpoint that says how pictures are prepared."""
+    controls: Mapping[str, ControlKind] = field(default_factory=dict)
+    """What its ControlNets are called by architecture -> how they are known."""
+    known_controls: tuple[KnownControl, ...] = ()
     planned: tuple[str, ...] = ()
     """Hub ids of relatives that zimgkit will serve later."""
     tasks: tuple[str, ...] = (TEXT_TO_IMAGE, "image-to-image", "inpaint")
@@ -186,11 +215,19 @@ Z_IMAGE = Family(
     # Its model card: gives a LoRA that was trained on Z-Image-Turbo the settings of Turbo back.
     few_step_loras=(FewStepLora(r"Z-Image-Turbo-DistillPatch", 0.0, 8),),
     loras={"DiffSynth-Studio/Z-Image-Turbo-DistillPatch": "Z-Image-Turbo"},
+    known_controls=tuple(
+        KnownControl(
+            "PAI/Z-Image-Turbo-Fun-Controlnet-Union-2.1",
+            f"Z-Image-Turbo-Fun-Controlnet-{file}.safetensors",
+            name,
+            "Z-Image-Turbo",
+        )
+        for file, name in (("Union-2.1", "union"), ("Union-2.1-8steps", "union_8steps"), ("Tile-2.1-8steps", "tile"))
+    ),
     planned=(
         "Tongyi-MAI/Z-Image-Edit",
         "DiffSynth-Studio/Z-Image-i2L",
         "DiffSynth-Studio/Z-Image-Omni-Base-i2L",
-        "PAI/Z-Image-Turbo-Fun-Controlnet-Union-2.1",
     ),
 )
 
@@ -264,12 +301,18 @@ QWEN_IMAGE = Family(
         "DiffSynth-Studio/Qwen-Image-In-Context-Control-Union": "Qwen-Image",
         "DiffSynth-Studio/Qwen-Image-Edit-Lowres-Fix": "Qwen-Image-Edit",
     },
-    planned=(
-        "DiffSynth-Studio/Qwen-Image-Distill-Full",
-        "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Canny",
-        "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Depth",
-        "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Inpaint",
+    controls={
+        "blockwise": ControlKind(
+            ("controlnet_blocks.0.x_rms.weight", "img_in.weight"), f"{NETWORKS}.qwen_image_control:blockwise"
+        ),
+    },
+    known_controls=tuple(
+        KnownControl(
+            f"DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-{name}", "model.safetensors", name.lower(), "Qwen-Image"
+        )
+        for name in ("Canny", "Depth", "Inpaint")
     ),
+    planned=("DiffSynth-Studio/Qwen-Image-Distill-Full",),
 )
 
 FAMILIES = {row.name: row for row in (Z_IMAGE, QWEN_IMAGE)}
@@ -415,6 +458,41 @@ def parts(family: str, component: str, config: Config, tasks: Collection[str] = 
             variants = {**found[key].variants, **part.variants} if key in found else part.variants
             found[key] = replace(part, variants=variants)
     return found
+
+
+def control_net(
+    family: str, config: Config, shapes: Mapping[str, tuple[int, ...]], own: Config, where: str
+) -> ControlNet:
+    """The ControlNet that a file of weights is.
+
+    Args:
+        family: of the checkpoint that it shall control.
+        config: of that one's transformer.
+        shapes: the file's tensors, by their names without prefixes, and their shapes.
+        own: the config beside the file; empty where there is none.
+        where: what to call the file in messages.
+
+    Raises:
+        CheckpointError: it is none, or one of another family or of another size.
+    """
+    kinds = [(name, *item) for name, each in FAMILIES.items() for item in each.controls.items()]
+    found = [(of, kind) for of, kind, known in kinds if all(mark in shapes for mark in known.marks)]
+    if not found:
+        what = "it is a LoRA: name it with --lora" if _is_lora(shapes) else "fetch it again, or name another file"
+        raise CheckpointError(f"{where} is no ControlNet that zimgkit knows", what)
+    if family not in (of for of, _ in found):
+        raise CheckpointError(f"{where} is a ControlNet of {found[0][0]}, and this is {family}", "name one of its own")
+    kind = next(kind for of, kind in found if of == family)
+    name, _, function = FAMILIES[family].controls[kind].net.partition(":")
+    try:
+        net: ControlNet = getattr(import_module(name), function)(config, shapes, own)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error.message}", error.hint) from None
+    return net
+
+
+def _is_lora(names: Collection[str]) -> bool:
+    return any(part in name for name in names for part in (".lora_", "lora_A", "lora_down", ".alpha"))
 
 
 class _Depth(msgspec.Struct, frozen=True):

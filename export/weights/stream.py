@@ -88,6 +88,7 @@ def export_weights(
     report: Callable[[int, int], None] = lambda done, total: None,
     *,
     keep_base: bool = False,
+    places: Mapping[Path, str] = {},
 ) -> dict[str, dict[str, TensorInfo]]:
     """Bring all parameters of a bundle into its folder.
 
@@ -97,6 +98,7 @@ def export_weights(
         folder: the bundle's folder.
         report: called with bytes written so far, and bytes to write.
         keep_base: bring what LoRAs touch without them as well, as the checkpoint has it.
+        places: files -> where they are linked to, if not under their own paths in the checkpoint.
 
     Returns:
         component -> parameter -> where it lies in the bundle. ``TensorInfo.name`` is the name in the checkpoint, with
@@ -107,13 +109,15 @@ def export_weights(
         LoraError: a tensor has them with what LoRAs add.
         OSError: the disk is full or a file cannot be written.
     """
-    linked = _link_unchanged(wanted, precision, folder, keep_base=keep_base)
+    linked = _link_unchanged(wanted, precision, folder, places, keep_base=keep_base)
     placed: dict[str, dict[str, TensorInfo]] = {}
     files: dict[str, dict[str, Wanted]] = defaultdict(dict)
+    owners: dict[str, str] = {}
     for component, wants in wanted.items():
         placed[component] = {}
         for name, want in wants.items():
             is_linked = want.source.file in linked
+            owners |= {lora_name(component): component, weights_name(component): component}
             if want.addends:
                 files[lora_name(component)][name] = want
                 if keep_base and not is_linked and not want.suffix:
@@ -134,7 +138,7 @@ def export_weights(
     for file, job in jobs.items():
         written = write_wanted(folder / file, job, progress)
         if file not in bases:
-            placed[file.partition(".")[0]] |= {name: written[want.name] for name, (want, _) in job.items()}
+            placed[owners[file]] |= {name: written[want.name] for name, (want, _) in job.items()}
     return placed
 
 
@@ -175,7 +179,12 @@ def linkable(
 
 
 def _link_unchanged(
-    wanted: Mapping[str, Mapping[str, Wanted]], precision: str, folder: Path, *, keep_base: bool
+    wanted: Mapping[str, Mapping[str, Wanted]],
+    precision: str,
+    folder: Path,
+    places: Mapping[Path, str],
+    *,
+    keep_base: bool,
 ) -> dict[Path, Path]:
     """Hard-link the files of which every wanted tensor stays as it is; map them to their links.
 
@@ -185,13 +194,14 @@ def _link_unchanged(
     linked = {}
     for file, may in linkable(wanted, precision, keep_base=keep_base).items():
         if may:
-            target = folder / file.parent.name / file.name
+            target = folder / places.get(file, f"{file.parent.name}/{file.name}")
             try:
-                target.parent.mkdir(exist_ok=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
                 os.link(file.resolve(), target)
             except OSError:
                 with contextlib.suppress(OSError):
-                    target.parent.rmdir()  # Where it is empty.
+                    for empty in target.relative_to(folder).parents[:-1]:
+                        (folder / empty).rmdir()
                 continue  # On another disk, or not ours to link: its tensors are copied.
             linked[file] = target
     return linked

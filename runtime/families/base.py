@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from zimgkit.engines.bundle import MANIFEST
 from zimgkit.engines.decoding import Width, decoded
-from zimgkit.engines.errors import CheckpointError
+from zimgkit.engines.errors import CheckpointError, UsageError
 from zimgkit.runtime.diffusion.latents import vae_normalization
 from zimgkit.runtime.diffusion.positions import text_encoder_rope, text_encoder_tables
 from zimgkit.runtime.pictures.tiles import Tiling
@@ -21,7 +21,7 @@ from zimgkit.runtime.pictures.tiles import Tiling
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from zimgkit.engines.bundle import Bundle, TextConfig
+    from zimgkit.engines.bundle import Bundle, Control, TextConfig
     from zimgkit.runtime.text.qwen_vision import TowerInputs, VisionTower
 
 Array = NDArray[np.float32]
@@ -73,6 +73,25 @@ class Encoded:
     def tokens(self) -> int:
         """Rows in all."""
         return sum(self.lengths)
+
+
+Encode = Callable[[Array], Array]
+"""Pixels of a picture, float32 (1, 3, height, width) from -1 to 1 -> its latents as the denoiser knows them, float32
+(1, channels, height / 8, width / 8)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ControlPictures:
+    """What a ControlNet is given for a picture, in RGB; None where it is not given."""
+
+    image: Image | None = None
+    """Of the size that is drawn."""
+    mask: Image | None = None
+    """White where it is drawn anew, of any size."""
+    inpaint_image: Image | None = None
+    """Of the size that is drawn."""
+    as_diffsynth: bool = False
+    """Whether DiffSynth-Studio's words were used, where it differs from diffusers."""
 
 
 class Family(ABC):
@@ -187,6 +206,28 @@ class Family(ABC):
             height: of the picture.
             width: of the picture.
         """
+
+    def control_inputs(
+        self, net: Control, given: ControlPictures, encode: Encode, text: Encoded, height: int, width: int
+    ) -> Feeds:
+        """Inputs of the denoiser with a ControlNet that stay the same over all steps, its scale apart.
+
+        Args:
+            net: which.
+            given: its pictures.
+            encode: the VAE encoder.
+            text: the prompt, also where guidance is away from another one.
+            height: of the picture that is drawn.
+            width: likewise.
+
+        Returns:
+            By the names that they have before the net's.
+
+        Raises:
+            UsageError: the pictures are none that it takes.
+        """
+        hint = "upgrade zimgkit, or build the bundle again with this one"
+        raise UsageError(f"{self.NAME} has no ControlNet of the kind {net.kind!r}", hint)
 
     @abstractmethod
     def schedule_inputs(self, bundle: Bundle, sigmas: Array, progress: Progress | None = None) -> StepInputs:

@@ -24,12 +24,15 @@ from zimgkit.runtime.families.base import (
     Beside,
     ConditionedFamily,
     Config,
+    ControlPictures,
+    Encode,
     Encoded,
     Feeds,
     Progress,
     StepInputs,
 )
 from zimgkit.runtime.pictures.patches import merged_patches, preprocessor, smart_resize
+from zimgkit.runtime.pictures.resizing import to_pixels
 from zimgkit.runtime.pictures.tiles import Tiling
 from zimgkit.runtime.text.edit_prompts import EDIT
 from zimgkit.runtime.text.qwen_vision import (
@@ -44,7 +47,7 @@ from zimgkit.runtime.text.qwen_vision import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from zimgkit.engines.bundle import Bundle
+    from zimgkit.engines.bundle import Bundle, Control
 
 LAYOUT: TokenLayout = "c ph pw"
 THETA = 10000.0
@@ -218,6 +221,27 @@ class QwenImage(ConditionedFamily):
         tokens = regions.shape[1]
         mask = np.block([[segment[:, None] == segment, seen], [seen.T, np.ones((tokens, tokens), np.bool_)]])
         return {"text": np.concatenate(segments, axis=1), "cos": cos, "sin": sin, "mask": mask}
+
+    def control_inputs(
+        self, net: Control, given: ControlPictures, encode: Encode, text: Encoded, height: int, width: int
+    ) -> Feeds:
+        """The packed latents of a net's picture; with a mask, what it covers is black, and it is a channel more.
+
+        Source: ``QwenImageUnit_BlockwiseControlNet`` of DiffSynth-Studio 2.1.
+        """
+        if given.image is None:
+            return {}
+        if given.mask is None:
+            return {"control": pack(encode(to_pixels(given.image)), LAYOUT)}
+        covered = to_pixels(given.mask.resize(given.image.size)).mean(axis=1, keepdims=True) > 0
+        latents = encode(np.where(covered, np.float32(-1), to_pixels(given.image)))
+        mask = (to_pixels(given.mask).mean(axis=1, keepdims=True) + 1) / 2
+        # The nearest of its pixels, as torch counts them.
+        rows, columns = (
+            np.arange(few) * many // few for few, many in zip(latents.shape[2:], mask.shape[2:], strict=True)
+        )
+        kept = 1 - mask[:, :, rows[:, None], columns]
+        return {"control": pack(np.concatenate([latents, kept], axis=1), LAYOUT)}
 
     def reading_dimensions(
         self, grids: Sequence[tuple[int, int]], patches: Sequence[tuple[int, int]]

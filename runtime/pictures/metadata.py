@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from zimgkit.engines.errors import UsageError
-from zimgkit.runtime.parameters import PARAMETERS, Parameter, Picture
+from zimgkit.runtime.parameters import PARAMETERS, ControlPicture, Parameter, Picture
 from zimgkit.runtime.pictures import foreign
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ INPUT_FILES = {
     "Mask": "mask_image",
     "Context image": "context_image",
     "Entity masks": "eligen_entity_masks",
+    "ControlNets": "controls",
 }
 """Key in the text -> parameter that is a picture; it is read from the exact copy alone."""
 READ = {*KEYS, *INPUT_FILES, "Size", "Sampler", "Model hash"}
@@ -89,6 +90,24 @@ class InputFile(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"{self.name or 'a picture'} ({self.sha256[:10]})"
+
+
+class ControlRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A ControlNet that acted, see :class:`.controls.ControlInput`."""
+
+    name: str
+    image: InputFile | None = None
+    mask: InputFile | None = None
+    inpaint_image: InputFile | None = None
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    counts_down: bool = False
+
+    def __str__(self) -> str:
+        pictures = " and ".join(str(file) for file in (self.image, self.inpaint_image, self.mask) if file)
+        window = f" from {self.start:g} to {self.end:g}" if abs(self.end - self.start) < 1 else ""
+        return f"{self.name} {self.scale:g}{window}: {pictures}"
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -134,7 +153,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return msgspec.json.encode(self).decode()
 
 
-RECORDED: dict[Any, Any] = {tuple: tuple[float, ...], Picture: InputFile}
+RECORDED: dict[Any, Any] = {tuple: tuple[float, ...], Picture: InputFile, ControlPicture: ControlRecord}
 """The type of a parameter -> what is written of it, where that is another."""
 
 
@@ -189,7 +208,7 @@ def from_json(text: str | bytes) -> Record:
     return record
 
 
-def _listed(files: InputFile | Sequence[InputFile] | None) -> str | None:
+def _listed(files: InputFile | Sequence[InputFile | ControlRecord] | None) -> str | None:
     """One file, or several, in words."""
     if files is None or isinstance(files, InputFile):
         return str(files) if files else None

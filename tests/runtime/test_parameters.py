@@ -10,8 +10,9 @@ import pytest
 
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.commands.cli import cli
+from zimgkit.runtime.controls import OF_DIFFUSERS, WAYS
 from zimgkit.runtime.inputs import Inputs
-from zimgkit.runtime.parameters import BY_NAME, INSTEAD, PARAMETERS, PICTURES, TENSORS, checked, refuse_unknown
+from zimgkit.runtime.parameters import BY_NAME, INSTEAD, PARAMETERS, TENSORS, checked, refuse_unknown
 from zimgkit.runtime.pictures.metadata import KEYS, Parameters
 from zimgkit.runtime.pipeline import CALLBACK_ARGUMENTS, Pipeline
 from zimgkit.runtime.request import KNOWN, Request
@@ -41,6 +42,7 @@ def test_a_request_holds_every_parameter():
     plural = {"prompts", "negative_prompts"}
     aliases |= {"input_image", "edit_image", "inpaint_mask", "layer_input_image", "layer_num", "cfg_normalize"}
     aliases |= {"resolution"}  # It is a height and a width then.
+    aliases |= {*WAYS, *OF_DIFFUSERS} - {"controls"}
     others = {"unused_negative_prompt", "inputs", "blends_velocity", "references", "layered"}
     fields = {*Request.__dataclass_fields__, *Inputs.__dataclass_fields__}
     assert fields - others == {*KNOWN} - aliases | plural
@@ -87,7 +89,6 @@ def test_a_lower_bound_on_the_largest_value():
         ("timesteps", "sigmas"),
         ("promt", "did you mean prompt?"),
         ("num_inference_step", "did you mean num_inference_steps?"),
-        ("control_image", "no such picture"),
         ("use_en_prompt", "a prompt"),
         ("zzz", "leave it out"),
     ],
@@ -98,5 +99,4 @@ def test_what_there_is_not_is_named_with_what_serves_instead(name, hint):
 
 
 def test_no_name_stands_for_two_things():
-    assert not {*INSTEAD, *PICTURES} & {*BY_NAME, *TENSORS}
-    assert not {*INSTEAD} & {*PICTURES}
+    assert not {*INSTEAD} & {*BY_NAME, *TENSORS}

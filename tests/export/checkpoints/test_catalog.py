@@ -36,7 +36,7 @@ def test_names_stand_for_hub_ids(model: str, hub_id: str) -> None:
     [
         "Z-Image-i2L",
         "z-image-edit",
-        "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Canny",
+        "DiffSynth-Studio/Qwen-Image-Distill-Full",
     ],
 )
 def test_what_is_planned_is_refused(model: str) -> None:
@@ -51,6 +51,14 @@ def test_a_lora_is_no_checkpoint(model: str) -> None:
     message = "EliGen-V2 is a LoRA; build it with --model Qwen-Image --lora DiffSynth-Studio/Qwen-Image-EliGen-V2/model"
     with pytest.raises(CheckpointError, match=message):
         catalog.resolve(model)
+
+
+@pytest.mark.parametrize("hub_id", catalog.CONTROLNETS)
+def test_a_controlnet_is_no_checkpoint(hub_id: str) -> None:
+    name = hub_id.rpartition("/")[2]
+    for model in (hub_id, name.lower()):
+        with pytest.raises(CheckpointError, match=rf"{name} is a ControlNet; .* --controlnet {hub_id}"):
+            catalog.resolve(model)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +78,7 @@ def test_an_unknown_name_gets_the_list() -> None:
 
 def test_names_are_unique() -> None:
     names = [entry.name.casefold() for entry in catalog.SERVED] + [
-        i.rpartition("/")[2].casefold() for i in (*catalog.PLANNED, *catalog.LORAS)
+        i.rpartition("/")[2].casefold() for i in (*catalog.PLANNED, *catalog.LORAS, *catalog.CONTROLNETS)
     ]
     assert len(set(names)) == len(names)
 

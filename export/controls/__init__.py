@@ -1,0 +1,1 @@
+"""ControlNets of a bundle: found, recognised, put beside its denoiser, and taken out again."""
