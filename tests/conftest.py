@@ -86,7 +86,8 @@ def recorded_checkpoint_of(shared_folder: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def recorded_bundle_of(shared_folder: Path, recorded_checkpoint_of: Callable[[str], Path]) -> Callable[..., Path]:
-    """``recorded_bundle_of(name, tasks=(), lora="")``: that checkpoint's bundle in float32, built once."""
+    """``recorded_bundle_of(name, tasks=(), lora="")``: that checkpoint's bundle in float32, with the ControlNets beside
+    it, built once."""
 
     def make(name: str, tasks: tuple[str, ...] = (), lora: str = "") -> Path:
         from tests.references import checkpoints
@@ -98,7 +99,8 @@ def recorded_bundle_of(shared_folder: Path, recorded_checkpoint_of: Callable[[st
             if not folder.exists():
                 file = folder.with_suffix(".safetensors")
                 loras = [str(checkpoints.write_lora(lora, checkpoint, file))] if lora else []
-                build(str(checkpoint), folder, precision="fp32", tasks=tasks, loras=loras)
+                nets = [f"{net.stem}={net}" for net in sorted(checkpoint.glob("controlnet/*.safetensors"))]
+                build(str(checkpoint), folder, precision="fp32", tasks=tasks, loras=loras, controlnets=nets)
         return folder
 
     return make

@@ -9,12 +9,12 @@ from typing import Any
 
 from zimgkit.engines.bundle import Control, Source
 from zimgkit.engines.errors import CheckpointError, UsageError
-from zimgkit.engines.tensors.safetensors import SafetensorsError, TensorInfo, read_header
+from zimgkit.engines.tensors.safetensors import SafetensorsError, TensorInfo, read_header, view
 from zimgkit.export.attachments.control import prefix
 from zimgkit.export.checkpoints.checkpoint import check_tensors
 from zimgkit.export.controls.source import ControlFile, find_control
 from zimgkit.export.networks.parts import ControlNet
-from zimgkit.export.networks.registry import control_net
+from zimgkit.export.networks.registry import FAMILIES, control_net
 from zimgkit.export.weights.stream import Wanted
 
 ENCODED = ("vae_encoder",)
@@ -113,9 +113,12 @@ def _open(file: ControlFile, family: str, transformer: Mapping[str, Any]) -> Ope
         header = read_header(file.path)
     except SafetensorsError as error:
         raise CheckpointError(error.message, error.hint) from None
-    shapes = {name: info.shape for name, info in header.items()}
+    kinds = FAMILIES[family].controls.values()
+    absent = [name for kind in kinds for name in kind.absent_if_zero if name in header and not view(header[name]).any()]
+    shapes = {name: info.shape for name, info in header.items() if name not in absent}
     net = control_net(family, transformer, shapes, file.config, str(file.path))
-    check_tensors(header, net.parameters(), f"ControlNet {file.name}")
+    unused = [name for name in header if net.unused and name.startswith(net.unused)]
+    check_tensors(header, net.parameters(), f"ControlNet {file.name}", ignore=unused.__contains__)
     return OpenNet(file, net, header)
 
 

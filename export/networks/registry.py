@@ -95,6 +95,8 @@ class ControlKind:
     """
     prefixes: tuple[str, ...] = ()
     """What may stand before the names of all tensors in a file."""
+    absent_if_zero: tuple[str, ...] = ()
+    """Tensors that were never trained where they hold nothing but zeros: the file is read as if it had none."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,13 @@ Z_IMAGE = Family(
     # Its model card: gives a LoRA that was trained on Z-Image-Turbo the settings of Turbo back.
     few_step_loras=(FewStepLora(r"Z-Image-Turbo-DistillPatch", 0.0, 8),),
     loras={"DiffSynth-Studio/Z-Image-Turbo-DistillPatch": "Z-Image-Turbo"},
+    controls={
+        "fun": ControlKind(
+            ("control_all_x_embedder.2-1.weight", "control_layers.0.before_proj.weight"),
+            f"{NETWORKS}.z_image_control:fun",
+            absent_if_zero=("control_noise_refiner.0.before_proj.weight",),
+        ),
+    },
     known_controls=tuple(
         KnownControl(
             "PAI/Z-Image-Turbo-Fun-Controlnet-Union-2.1",
@@ -468,7 +477,8 @@ def control_net(
     Args:
         family: of the checkpoint that it shall control.
         config: of that one's transformer.
-        shapes: the file's tensors, by their names without prefixes, and their shapes.
+        shapes: the file's tensors, by their names without prefixes, and their shapes; see
+            :attr:`ControlKind.absent_if_zero`.
         own: the config beside the file; empty where there is none.
         where: what to call the file in messages.
 

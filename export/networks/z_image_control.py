@@ -6,22 +6,22 @@ refiners' hints go into the transformer's own refiners; ``ZImageControlNetModel`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zimgkit.engines.errors import CheckpointError
-from zimgkit.export.networks.parts import Shapes
-from zimgkit.export.networks.z_image import Config, PatchEmbedding, ZImageBlock, ZImageDenoiser
+from zimgkit.export.networks.parts import SCALE, ControlNet, Input, Shapes
+from zimgkit.export.networks.z_image import Config, PatchEmbedding, ZImageBlock, ZImageDenoiser, read_config
 
 EMBEDDER = "control_all_x_embedder.2-1.weight"
 """What files of this kind are known by."""
 PATCH = 4
 """Latents in a patch."""
-CHANNELS = (16, 33)
-"""Of the condition: latents of a control picture; and beside these a mask and the latents of what it leaves."""
 PLAIN, SHARED, OWN = "", "control_layers", "control_noise_refiner"
 """What refines the condition's tokens: plain blocks (1.0), the control layers themselves (2.0), control blocks (2.1).
 
@@ -44,7 +44,8 @@ def read_control(shapes: Shapes, config: Config) -> ControlConfig:
     """Tell which ControlNet a file's tensors are.
 
     Args:
-        shapes: of all of its tensors that were trained.
+        shapes: of all of its tensors, without the first refiner's ``before_proj`` where that is nothing but zeros:
+            release 2.0 has refiners that were never trained.
         config: of the transformer that it is for.
 
     Raises:
@@ -52,22 +53,24 @@ def read_control(shapes: Shapes, config: Config) -> ControlConfig:
     """
     if EMBEDDER not in shapes:
         raise CheckpointError(f"the ControlNet has no {EMBEDDER}", "name a ControlNet for this family")
-    width, features = (*shapes[EMBEDDER], 0)[:2]
+    width, features = (*shapes[EMBEDDER], 0, 0)[:2]
     if width != config.dim:
         message = f"the ControlNet is {width} wide, and the transformer {config.dim}"
         raise CheckpointError(message, "name one that was trained for this checkpoint")
-    if features not in [PATCH * channels for channels in CHANNELS]:
-        known = " or ".join(str(PATCH * channels) for channels in CHANNELS)
+    plain = config.in_channels
+    if features not in (PATCH * plain, PATCH * (2 * plain + 1)):  # With a mask, and latents of what it leaves.
+        known = f"{PATCH * plain} or {PATCH * (2 * plain + 1)}"
         raise CheckpointError(f"the ControlNet's {EMBEDDER} takes {features} features; zimgkit supports {known}")
     layers, refiners = _count(shapes, "control_layers"), _count(shapes, OWN)
     if not layers or len(places(config, layers)) != layers:
         raise CheckpointError(f"the ControlNet has {layers} control layers, and the transformer {config.n_layers}")
-    if not refiners:
-        refiner, refiners = SHARED, min(layers, config.n_refiner_layers)
+    if f"{OWN}.0.before_proj.weight" in shapes:
+        refiner = OWN
     else:
-        refiner = OWN if f"{OWN}.0.after_proj.weight" in shapes else PLAIN
-    if refiners != config.n_refiner_layers:
-        message = f"the ControlNet has {refiners} refiners, and the transformer {config.n_refiner_layers}"
+        refiner = PLAIN if refiners and features == PATCH * plain else SHARED
+    has = min(layers, config.n_refiner_layers) if refiner == SHARED else refiners
+    if has != config.n_refiner_layers:
+        message = f"the ControlNet has {has} refiners, and the transformer {config.n_refiner_layers}"
         raise CheckpointError(message, "name one that was trained for this checkpoint")
     return ControlConfig(features // PATCH, layers, refiner)
 
@@ -179,30 +182,32 @@ class ControlledDenoiser(ZImageDenoiser):
         time = self.t_embedder(sinusoids)
         x = self.pad_rows(self.all_x_embedder["2-1"](hidden_states), pad, self.x_pad_token)
         control = self.pad_rows(net.control_all_x_embedder["2-1"](condition), pad, self.x_pad_token)
-        tables = self.tables(x, cos, sin)
-        image_tables = self.leading(x, *tables)
+        wide_cos, wide_sin = self.tables(x, cos, sin)
+        image_cos, image_sin = self.leading(x, wide_cos, wide_sin)
         if self.refiner == PLAIN:
-            own_tables = self.leading(control, *self.tables(control, cos, sin))
+            # One condition serves the whole batch, and tables for one.
+            own_cos, own_sin = self.tables(control, cos, sin)
+            own_cos, own_sin = self.leading(control, own_cos, own_sin)
             for block in net.control_noise_refiner:
-                control = block(control, *own_tables, time)
+                control = block(control, own_cos, own_sin, time)
             for block in self.noise_refiner:
-                x = block(x, *image_tables, time)
+                x = block(x, image_cos, image_sin, time)
         else:
             blocks = net.control_layers if self.refiner == SHARED else net.control_noise_refiner
-            steps = _walk(blocks, control, x, *image_tables, time)
+            steps = _walk(blocks, control, x, image_cos, image_sin, time)
             for block in self.noise_refiner:
                 control, hint = next(steps)
-                x = self.add_hint(block(x, *image_tables, time), hint, scale)
+                x = self.add_hint(block(x, image_cos, image_sin, time), hint, scale)
             for step in steps:  # Shared blocks are more than there are refiners.
                 control = step[0]
         x, control = self.join(x, caption), self.join(control, caption)
-        steps = _walk(net.control_layers, control, x, *tables, time)
+        steps = _walk(net.control_layers, control, x, wide_cos, wide_sin, time)
         for index, block in enumerate(self.layers):
             if index not in self.places:
-                x = block(x, *tables, time)
+                x = block(x, wide_cos, wide_sin, time)
                 continue
             _, hint = next(steps)
-            x = self.add_hint(block(x, *tables, time), hint, scale)
+            x = self.add_hint(block(x, wide_cos, wide_sin, time), hint, scale)
         out: Tensor = self.all_final_layer["2-1"](x, time, pad)
         return out
 
@@ -213,3 +218,28 @@ def _walk(blocks: Iterable[nn.Module], control: Tensor, x: Tensor, *others: Tens
         joined = (control, x) if isinstance(block, FirstControlBlock) else (control,)
         control, hint = block(*joined, *others)
         yield control, hint
+
+
+def fun(config: Mapping[str, Any], shapes: Shapes, own: Mapping[str, Any]) -> ControlNet:
+    """Nets of all releases; those of 1.0 take no picture to inpaint.
+
+    Args:
+        config: of the checkpoint's transformer.
+        shapes: see :func:`read_control`.
+        own: the config beside the file, which says nothing that its tensors do not.
+
+    Raises:
+        CheckpointError: the net is of no kind that is implemented, or of another transformer.
+    """
+    transformer = read_config(config)
+    found = read_control(shapes, transformer)
+    inpaints = found.channels > transformer.in_channels
+    return ControlNet(
+        "fun",
+        partial(FunControlNet, transformer, found),
+        inputs=(Input("condition", torch.float32, (1, "image_tokens", PATCH * found.channels)), SCALE),
+        woven=partial(ControlledDenoiser, transformer, found),
+        takes=("image", "mask", "inpaint_image") if inpaints else ("image",),
+        needs=() if inpaints else ("image",),
+        unused=f"{OWN}." if found.refiner == SHARED else "",
+    )

@@ -49,8 +49,8 @@ QWEN_IMAGE: dict[str, dict[str, Any]] = {
     "vision": {"depth": 2, "fullatt_block_indexes": [1]},
 }
 Z_IMAGE: dict[str, dict[str, Any]] = {"vae": {"block_out_channels": (16, 8, 16, 16), "layers_per_block": 2}}
-CONTROLNET = "controlnet/diffusion_pytorch_model.safetensors"
-"""Where a ControlNet lies in the folder of its checkpoint."""
+CONTROLNET = "controlnet/union.safetensors"
+"""Where a ControlNet lies in the folder of its checkpoint; bundles call it as the file."""
 CHECKPOINTS = {
     "z-image": Checkpoint("z-image", Z_IMAGE),
     "z-image-control": Checkpoint(
