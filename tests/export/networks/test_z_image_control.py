@@ -12,16 +12,21 @@ import pytest
 import torch
 from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
 
+from safetensors.torch import save_file
+
 from tests.export.networks.test_z_image import TINY, WIDE
 from tests.reference import randomize
 from zimgkit.engines.errors import CheckpointError
-from zimgkit.export.networks.z_image import ZImageConditioner, read_config
+from zimgkit.export.attachments.control import controlled
+from zimgkit.export.controls.nets import open_nets
+from zimgkit.export.networks.z_image import ZImageConditioner, plain_parts, read_config
 from zimgkit.export.networks.z_image_control import (
     OWN,
     PLAIN,
     SHARED,
     ControlConfig,
     ControlledDenoiser,
+    fun,
     places,
     read_control,
 )
@@ -168,6 +173,33 @@ def test_releases_are_known_by_their_keys(name):
         if key.startswith("control.edges.")
     }
     assert own == shapes
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_release_2_0_has_refiners_that_were_never_trained(tmp_path, zeros):
+    """They are told by what they hold, or lack; then the control layers refine, and no tensor is missing or left."""
+    control = nets(DEEP, ControlConfig(33, 2, OWN), 0)[1].state_dict()
+    key = "control_noise_refiner.0.before_proj.weight"
+    control[key] = torch.zeros(48, 48)
+    control["control_layers.0.before_proj.weight"] = torch.ones(48, 48)
+    if not zeros:
+        del control[key]
+    save_file(control, tmp_path / "net.safetensors")
+    (found,) = open_nets([f"net={tmp_path / 'net.safetensors'}"], "z-image", DEEP)
+    shared = ControlledDenoiser(read_config(DEEP), ControlConfig(33, 2, SHARED), "net").control["net"]
+    assert found.net.parameters() == {name: tuple(value.shape) for name, value in shared.state_dict().items()}
+
+
+@pytest.mark.parametrize("refiner", VERSIONS)
+def test_its_plan(refiner):
+    control = ControlConfig(VERSIONS[refiner][0], 2, refiner)
+    shapes = {name: tuple(value.shape) for name, value in nets(DEEP, control, 0)[1].state_dict().items()}
+    denoiser = plain_parts(read_config(DEEP))["denoiser"]
+    plan = controlled(denoiser, {"edges": fun(DEEP, shapes, {})}, torch.float32)
+    assert [entry.name for entry in plan.inputs][-2:] == ["condition.edges", "scale.edges"]
+    called = [node.target for node in plan.graph.nodes if node.op == "call_module"]
+    assert called.count("add_hint") == 2 + (0 if refiner == PLAIN else 2)
+    assert [called.count(f"control.edges.control_layers.{index}") for index in (0, 1)] == [1 + (refiner == SHARED)] * 2
 
 
 @pytest.mark.parametrize(
