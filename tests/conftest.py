@@ -86,8 +86,7 @@ def recorded_checkpoint_of(shared_folder: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def recorded_bundle_of(shared_folder: Path, recorded_checkpoint_of: Callable[[str], Path]) -> Callable[..., Path]:
-    """``recorded_bundle_of(name, tasks=(), lora="")``: that checkpoint's bundle in float32, with the ControlNets beside
-    it, built once."""
+    """``recorded_bundle_of(name, tasks=(), lora="")``: that checkpoint's bundle in float32, built once."""
 
     def make(name: str, tasks: tuple[str, ...] = (), lora: str = "") -> Path:
         from tests.references import checkpoints
@@ -99,7 +98,7 @@ def recorded_bundle_of(shared_folder: Path, recorded_checkpoint_of: Callable[[st
             if not folder.exists():
                 file = folder.with_suffix(".safetensors")
                 loras = [str(checkpoints.write_lora(lora, checkpoint, file))] if lora else []
-                nets = [f"{net.stem}={net}" for net in sorted(checkpoint.glob("controlnet/*.safetensors"))]
+                nets = [*map(str, sorted((checkpoint / "controlnet").glob("*.safetensors")))]
                 build(str(checkpoint), folder, precision="fp32", tasks=tasks, loras=loras, controlnets=nets)
         return folder
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
-
 from safetensors.torch import save_file
 
 from tests.export.networks.test_z_image import TINY, WIDE
