@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.engines.errors import UsageError
-from zimgkit.runtime.control_conditions import component_of, controls_of
+from zimgkit.runtime.control_conditions import acting, component_of, controls_of
 from zimgkit.runtime.encoding import Encoder
 from zimgkit.runtime.engine_pool import EnginePool
 from zimgkit.runtime.families import Family
@@ -275,6 +275,6 @@ class Conditioner:
         pictured = ".pictures" if request.inputs.references else ""
         denoiser = "denoiser.conditions" if conditions else component_of(self.bundle, request)
         components = [f"text_encoder{pictured}", "conditioner", denoiser, "vae_decoder"]
-        if request.inputs.image is not None or request.controls:
+        if request.inputs.image is not None or acting(request):
             components.append(self._encoder.COMPONENT)
         check_served(self.bundle, self._engines.backend, components, dimensions, request.width, request.height)

@@ -23,9 +23,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+def acting(request: Request) -> tuple[ControlInput, ...]:
+    """The nets of a request whose scale is not 0."""
+    return tuple(one for one in request.controls if one.scale)
+
+
 def component_of(bundle: Bundle, request: Request) -> str:
-    """The denoiser that has the nets of a request; the plain one where it asks for none."""
-    nets = [net_of(bundle.manifest, one.name) for one in request.controls]
+    """The denoiser that has the nets of a request; the plain one where none acts."""
+    nets = [net_of(bundle.manifest, one.name) for one in acting(request)]
     if not nets:
         return "denoiser"
     return nets[0].component if len(nets) == 1 else nets[0].combines
@@ -39,7 +44,7 @@ def controls_of(
     encoder: Encoder,
     device_of: Callable[[str], str | None],
 ) -> Controls | None:
-    """What the nets of a request add to the steps of one prompt; None where it asks for none.
+    """What the nets of a request add to the steps of one prompt; None where none acts.
 
     Args:
         request: the call.
@@ -52,11 +57,12 @@ def controls_of(
     Raises:
         BackendError: an engine failed.
     """
-    if not request.controls:
+    nets = acting(request)
+    if not nets:
         return None
     component = component_of(bundle, request)
     feeds: Feeds = {}
-    for one in request.controls:
+    for one in nets:
         net = net_of(bundle.manifest, one.name)
         encode = partial(encoder.encode_pixels, device=device_of(encoder.COMPONENT))
         given = family.control_inputs(net, _pictures(one, request), encode, text, *request.size)
@@ -64,12 +70,12 @@ def controls_of(
     silent = _silent(bundle, component, request, feeds)
     conditions = Conditions(lambda: feeds | silent, component)
     absent = {name: np.zeros(1, np.float32) for name in silent_names(bundle, component, request)}
-    return Controls(conditions, request.controls, absent)
+    return Controls(conditions, nets, absent)
 
 
 def silent_names(bundle: Bundle, component: str, request: Request) -> tuple[str, ...]:
     """The nets of a denoiser that a request does not ask for."""
-    asked = {one.name for one in request.controls}
+    asked = {one.name for one in acting(request)}
     has = [net for net in bundle.manifest.controls if component in (net.component, net.combines)]
     return tuple(net.name for net in has if net.name not in asked)
 

@@ -59,6 +59,11 @@ class ControlInput:
         return not (step / steps < self.start or (step + 1) / steps > self.end)
 
     @property
+    def is_windowed(self) -> bool:
+        """Whether there may be steps in which it does not act."""
+        return abs(self.end - self.start) < 1
+
+    @property
     def exact(self) -> bool:
         """Whether its pictures have to have the size that is drawn: DiffSynth-Studio resizes masks alone."""
         return self.counts_down
@@ -178,8 +183,9 @@ def _checked(manifest: Manifest, entry: Mapping[str, Any]) -> ControlInput:
     """One entry, against what its net takes."""
     if unknown := [key for key in entry if key not in KEYS]:
         raise UsageError(f"a ControlNet is given {unknown[0]!r}", f"give of {', '.join(KEYS)}")
-    name = entry.get("name", manifest.controls[0].name if len(manifest.controls) == 1 else None)
-    net = net_of(manifest, name)
+    if "name" not in entry and len(manifest.controls) > 1:
+        raise UsageError("a ControlNet is given without its name", f"this bundle has {_names(manifest)}")
+    net = net_of(manifest, entry.get("name", manifest.controls[0].name))
     pictures = [key for key in PICTURES if entry.get(key) is not None]
     for key in pictures:
         if key not in net.takes:

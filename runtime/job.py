@@ -64,10 +64,12 @@ class Controls:
     nets: tuple[ControlInput, ...]
     silent: Feeds
     """The scales, 0, of those that it has and that are not asked for: name -> float32 (1,)."""
+    alternates: bool = True
+    """Whether the plain denoiser takes the steps in which none acts; else they act at 0, which gives the same."""
 
     def at(self, step: int, steps: int) -> Feeds | None:
-        """The scale of each net in a step of so many; None where none acts, and the plain denoiser does."""
-        if not any(net.acts(step, steps) for net in self.nets):
+        """The scale of each net in a step of so many; None where the plain denoiser takes it."""
+        if self.alternates and not any(net.acts(step, steps) for net in self.nets):
             return None
         return {f"scale.{name}": value for name, value in {**scales(self.nets, step, steps), **self.silent}.items()}
 
@@ -114,6 +116,15 @@ class Job:
     velocity: Array | None = None
     """After a step: what it moved along."""
     cancelled: bool = False
+
+    @property
+    def components(self) -> list[str]:
+        """The denoisers that it takes steps with."""
+        control = self.controls
+        used = [control.conditions] if control else []
+        if control is None or control.alternates:
+            used += [conditions for conditions in (self.positive, self.negative) if conditions]
+        return sorted({conditions.component for conditions in used})
 
     @property
     def is_denoised(self) -> bool:

@@ -22,6 +22,7 @@ from zimgkit.engines.choice import AUTO, Choice, choose_backend
 from zimgkit.engines.errors import BackendError, OutOfMemoryError, UsageError
 from zimgkit.engines.tensors.dtypes import round_to
 from zimgkit.runtime.conditioning import Conditioner
+from zimgkit.runtime.control_conditions import acting, component_of
 from zimgkit.runtime.decoding import Decoder
 from zimgkit.runtime.diffusion.blending import Kept
 from zimgkit.runtime.diffusion.noise import Generator, generator, randn_sample, randn_tensor
@@ -52,6 +53,7 @@ from zimgkit.runtime.memory.fitting import (
     fit,
     needs_in,
     setting,
+    try_to_fit,
 )
 from zimgkit.runtime.memory.machine import UNLIMITED
 from zimgkit.runtime.memory.plan import Plan
@@ -161,11 +163,9 @@ class Session:
                 if mask is not None:
                     kept = Kept(clean, latents, mask, request.inputs.blends_velocity)
                 latents = add_noise(clean, latents, schedule.sigmas[0])
-            control = controls[prompt] if controls else None
+            control = replace(controls[prompt], alternates=plan.alternates) if controls else None
             job = Job(request, index, latents, schedule, positive[prompt], away, control, kept)
-            used = (positive[prompt], away, control.conditions if control else None)
-            components = {conditions.component for conditions in used if conditions}
-            kept_open = [(component, self.device_of(component)) for component in sorted(components)]
+            kept_open = [(component, self.device_of(component)) for component in job.components]
             for where in kept_open:
                 self.engines.keep(*where)
             # Once: when the job is denoised or cancelled, or when nobody refers to it any more.
@@ -199,12 +199,12 @@ class Session:
 
     def groups(self, jobs: Iterable[Job]) -> Iterator[list[Job]]:
         """Jobs that can take a step together, in the order given, no more at once than the denoiser takes."""
-        most = largest_batch(self.bundle, "denoiser", self.backend)
         groups: dict[tuple[int, ...], list[Job]] = {}
         for job in jobs:
             key = (id(job.positive), id(job.negative), id(job.schedule), job.step)
             groups.setdefault(key, []).append(job)
         for group in groups.values():
+            most = min((largest_batch(self.bundle, name, self.backend) for name in group[0].components), default=1)
             for start in range(0, len(group), most):
                 yield group[start : start + most]
 
@@ -266,7 +266,13 @@ class Session:
         opened = [needs[name] for name in self.engines.opened if name in needs]
         held = sum(need.held for need in opened)
         addresses = sum(need.addresses for need in opened)
-        found = fit(where, picture, budget_of(self.memory, host=where.host, addresses=addresses, held=held))
+        budget = budget_of(self.memory, host=where.host, addresses=addresses, held=held)
+        if picture.alternates:
+            # A second denoiser is worth nothing else: with its nets at 0 the first one gives the same.
+            both = try_to_fit(where, picture, budget) if where.host else None
+            fits = isinstance(both, Plan) and not both.tiled and not both.in_place
+            picture = replace(picture, alternates=fits)
+        found = replace(fit(where, picture, budget), alternates=picture.alternates)
         if found.in_place and not self.bundle.in_place:
             self.engines.close()
             self.bundle = self.engines.bundle = replace(self.bundle, in_place=True)
@@ -284,17 +290,20 @@ class Session:
         )
 
     def _picture(self, request: Request) -> Picture:
-        batch = min(request.batch, largest_batch(self.bundle, "denoiser", self.backend))
+        denoiser, nets = component_of(self.bundle, request), acting(request)
+        batch = min(request.batch, largest_batch(self.bundle, denoiser, self.backend))
         found, inputs = self.conditioner.layouts(request), request.inputs
         return Picture(
             request.height,
             request.width,
             self.conditioner.longest(request),
             batch,
-            reads=any((inputs.image, inputs.layered, inputs.context_image, found)),
+            reads=any((inputs.image, inputs.layered, inputs.context_image, found, nets)),
             patches=max((math.prod(layout.patches) for layout in found), default=0),
             conditions=self.conditioner.condition_tokens(request),
             frames=request.frames,
+            denoiser=denoiser,
+            alternates=any(one.is_windowed for one in nets),
         )
 
     @contextmanager

@@ -23,12 +23,11 @@ MASK_FEATURES = 4
 
 
 class ControlEmbedding(nn.Linear):
-    """Packed latents of a picture to tokens, without their length: each block weighs them in its own way."""
+    """Packed latents of a picture to tokens."""
 
     def forward(self, control: Tensor) -> Tensor:
-        """(1, tokens, 64 or 68) float32 -> (1, tokens, dim), of root mean square 1."""
-        x = super().forward(control.to(self.weight.dtype))
-        return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        """(1, tokens, 64 or 68) float32 -> (1, tokens, dim)."""
+        return super().forward(control.to(self.weight.dtype))
 
 
 class BlockwiseBlock(nn.Module):
@@ -40,8 +39,8 @@ class BlockwiseBlock(nn.Module):
         self.input_proj, self.output_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
 
     def forward(self, image: Tensor, condition: Tensor, scale: Tensor) -> Tensor:
-        """(batch, tokens, dim), (1, tokens, dim) of root mean square 1, (1,) float32 -> (batch, tokens, dim)."""
-        x = self.x_rms(image) + condition * self.y_rms.weight
+        """(batch, tokens, dim), (1, tokens, dim), (1,) float32 -> (batch, tokens, dim)."""
+        x = self.x_rms(image) + self.y_rms(condition)
         out = self.output_proj(F.gelu(self.input_proj(x)))
         return (out.float() * scale).to(image.dtype)
 

@@ -12,6 +12,7 @@ import zimgkit
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.commands import console
+from zimgkit.runtime.commands.control_options import control_options, with_controls
 from zimgkit.runtime.commands.headings import RunCommand
 from zimgkit.runtime.commands.options import (
     AS_JSON,
@@ -49,6 +50,7 @@ cli.command_class = RunCommand
 )
 @call_options(defaults={"keep_unmasked": "keep"})
 @ENTITIES
+@control_options
 @FROM_IMAGE
 @BACKEND
 @DEVICE
@@ -85,7 +87,7 @@ def generate(
     if text is not None and call["prompt"] is not None:
         raise UsageError("the prompt is given twice", "leave --prompt out")
     call["prompt"] = text if call["prompt"] is None else call["prompt"]
-    call |= regions(entities)
+    call = with_controls(call | regions(entities))
     with bar(enabled=not quiet) as report:
         result = generate_pictures(
             bundle,
@@ -121,6 +123,7 @@ def generate(
 @click.option("--columns", type=int, default=4, show_default=True, help="How many prompts stand side by side.")
 @call_options(leave_out=("prompt",), defaults={"seed": "0", "keep_unmasked": "keep"})
 @ENTITIES
+@control_options
 @FROM_IMAGE
 @BACKEND
 @DEVICE
@@ -163,7 +166,7 @@ def sheet(
         result = draw_sheet(
             texts,
             output,
-            call | regions(entities),
+            with_controls(call | regions(entities)),
             bundles=bundles,
             inputs=inputs,
             from_image=from_image,

@@ -14,10 +14,11 @@ from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.choice import AUTO
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.commands.memory import told
+from zimgkit.runtime.controls import PICTURES, ControlInput
 from zimgkit.runtime.inputs import InputPicture, Inputs, read_input
 from zimgkit.runtime.parameters import BY_NAME, PARAMETERS, checked
 from zimgkit.runtime.pictures import saving as images
-from zimgkit.runtime.pictures.metadata import InputFile, Parameters, Record, read
+from zimgkit.runtime.pictures.metadata import ControlRecord, InputFile, Parameters, Record, read
 from zimgkit.runtime.pipeline import Output, Pipeline
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.runtime.request import check
@@ -188,6 +189,8 @@ def filled(
             else:
                 pictures = [_beside(file, name, path) for file in files]
         rest[name] = pictures
+    if "controls" in known and "controls" not in given:
+        rest["controls"] = [_recalled(one, path) for one in known["controls"]]
     return rest
 
 
@@ -213,8 +216,14 @@ def _beside(recorded: InputFile, name: str, path: Path) -> InputPicture:
         beside = folder / Path(recorded.name).name
         if recorded.name and beside.is_file() and (found := read_input(beside, name)).sha256 == recorded.sha256:
             return found
-    option = BY_NAME[name].option or "entity PROMPT"
+    option = BY_NAME[name].option or ("control NAME=" if name == "controls" else "entity PROMPT")
     raise UsageError(f"{path} was drawn from {recorded}, which is not beside it", f"give --{option} PICTURE")
+
+
+def _recalled(recorded: ControlRecord, path: Path) -> dict[str, Any]:
+    """A ControlNet's entry in a call, with its pictures, which lie beside another one or here."""
+    pictures = {key: _beside(file, "controls", path) for key in PICTURES if (file := getattr(recorded, key))}
+    return msgspec.structs.asdict(recorded) | pictures
 
 
 def _numbered(output: Path, count: int) -> list[Path]:
@@ -238,6 +247,12 @@ def _inputs(inputs: Inputs) -> dict[str, Any]:
     return said | one
 
 
+def _control(one: ControlInput) -> ControlRecord:
+    """What is recorded of a ControlNet."""
+    files = {key: files[0] for key in PICTURES if (files := _named([getattr(one, key)]))}
+    return ControlRecord(one.name, **files, scale=one.scale, start=one.start, end=one.end, counts_down=one.counts_down)
+
+
 def _named(pictures: Iterable[InputPicture | None]) -> tuple[InputFile, ...] | None:
     return tuple(InputFile(one.name, one.sha256) for one in pictures if one) or None
 
@@ -246,7 +261,7 @@ def _record(result: Output, pipeline: Pipeline, index: int, drawn: int) -> Recor
     """What made one of a call's pictures."""
     request, manifest = result.request, pipeline.bundle.manifest
     call = {p.name: getattr(request, p.name) for p in PARAMETERS if p.recorded and hasattr(request, p.name)}
-    call |= _inputs(request.inputs)
+    call |= _inputs(request.inputs) | {"controls": tuple(map(_control, request.controls)) or None}
     call |= {
         "prompt": request.prompts[0],
         "negative_prompt": request.negative_prompts[0] if request.negative_prompts else None,

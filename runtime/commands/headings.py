@@ -39,6 +39,7 @@ class RunCommand(GroupedCommand):
             *("edit_image_auto_resize", "edit_rope_interpolation", "context_image"),
             *("layers", "resolution"),
         ),
+        "ControlNets": ("control_images", "control_masks", "control_inpaint_images"),
         "Regions": ("entities", "eligen_enable_on_negative"),
         "Sampling": (
             *("num_inference_steps", "guidance_scale", "cfg_scale", "cfg_normalization", "cfg_truncation"),

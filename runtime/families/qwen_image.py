@@ -236,9 +236,10 @@ class QwenImage(ConditionedFamily):
         covered = to_pixels(given.mask.resize(given.image.size)).mean(axis=1, keepdims=True) > 0
         latents = encode(np.where(covered, np.float32(-1), to_pixels(given.image)))
         mask = (to_pixels(given.mask).mean(axis=1, keepdims=True) + 1) / 2
-        # The nearest of its pixels, as torch counts them.
+        # The nearest of its pixels, as torch counts them: in float32.
         rows, columns = (
-            np.arange(few) * many // few for few, many in zip(latents.shape[2:], mask.shape[2:], strict=True)
+            (np.arange(few, dtype=np.float32) * np.float32(many / few)).astype(np.int64)
+            for few, many in zip(latents.shape[2:], mask.shape[2:], strict=True)
         )
         kept = 1 - mask[:, :, rows[:, None], columns]
         return {"control": pack(np.concatenate([latents, kept], axis=1), LAYOUT)}

@@ -57,6 +57,10 @@ class Picture:
     """Tokens of pictures beside it."""
     frames: int = 1
     """How many pictures are drawn together as one."""
+    denoiser: str = "denoiser"
+    """The component that denoises: one with ControlNets has their weights too."""
+    alternates: bool = False
+    """Whether the plain one is open beside it."""
 
 
 @dataclass(frozen=True)
@@ -167,13 +171,19 @@ def _needs_of_all(where: Setting, picture: Picture, precision: str | None) -> di
     if picture.frames > 1:
         sizes["planes"] = 4 * (picture.frames - 1)
     if not where.host:
-        return device_needs(where.bundle, where.family, where.backend, sizes, picture.batch)
+        return device_needs(where.bundle, where.family, where.backend, sizes, picture.batch, picture.denoiser)
     manifest = where.bundle.manifest
-    stored = stored_bytes(manifest, precision)
+    stored = stored_bytes(manifest, precision, picture.denoiser)
     own = precision or precision_of(manifest)
     widened = {} if precision else widened_bytes(manifest, where.backend)
     in_place = where.bundle.in_place and where.backend == "onnxruntime"
-    return host_needs(stored, own, where.family, where.backend, sizes, picture.batch, widened, in_place=in_place)
+    needs = host_needs(stored, own, where.family, where.backend, sizes, picture.batch, widened, in_place=in_place)
+    if picture.alternates:
+        # What it maps are files that the other has mapped too.
+        plain = replace(picture, denoiser="denoiser", alternates=False)
+        other = _needs_of_all(where, plain, precision)["denoiser"]
+        needs["denoiser"] = replace(needs["denoiser"], held=needs["denoiser"].held + other.held)
+    return needs
 
 
 def choices_that_fit(where: Setting, picture: Picture, budget: Budget) -> Iterator[str]:

@@ -48,11 +48,13 @@ VISION = "vision_encoder"
 """What reads pictures that a prompt speaks of."""
 PICTURES = "picture_conditioner"
 """What makes of these what the denoiser takes."""
-ORDER = (VISION, "text_encoder", "conditioner", PICTURES, ENCODER, "denoiser", "vae_decoder")
+DENOISER = "denoiser"
+"""What takes the steps."""
+ORDER = (VISION, "text_encoder", "conditioner", PICTURES, ENCODER, DENOISER, "vae_decoder")
 """The components with a graph, in the order a picture uses them."""
 CONVOLUTIONS = {ENCODER, "vae_decoder"}
 """Those of convolutions."""
-QUANTIZED = ("text_encoder", "denoiser")
+QUANTIZED = ("text_encoder", DENOISER)
 """Those that a quantized bundle quantizes."""
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.03, "int8": 1.03, "int8-weights": 1.03, "int4-weights": 0.6}
 """Precision -> bytes of a weight, scales included."""
@@ -119,14 +121,16 @@ def on_host(backend: str, device: str | None) -> bool:
     return backend == "onnxruntime" and not has_cuda_provider()
 
 
-def stored_bytes(manifest: Manifest, precision: str | None = None) -> dict[str, int]:
+def stored_bytes(manifest: Manifest, precision: str | None = None, denoiser: str = DENOISER) -> dict[str, int]:
     """Bytes of the weights of each component with a graph, in the order a picture uses them.
 
     Args:
         manifest: of a bundle.
         precision: another one than the bundle's, of which it is reckoned.
+        denoiser: the component that denoises, whose bytes stand under the plain one's name.
     """
     components = {name: manifest.components[name] for name in ORDER if name in manifest.components}
+    components |= {DENOISER: manifest.components[denoiser]} if DENOISER in components else {}
     if precision is None:
         return {name: component.weight_bytes for name, component in components.items() if component.graphs}
     of_weight = {name: BYTES[precision] if name in QUANTIZED else BYTES["bfloat16"] for name in ORDER}
@@ -193,16 +197,17 @@ def host_needs(
 
 
 def device_needs(
-    bundle: Bundle, family: Family, backend: str, sizes: Mapping[str, int], batch: int = 1
+    bundle: Bundle, family: Family, backend: str, sizes: Mapping[str, int], batch: int = 1, denoiser: str = DENOISER
 ) -> dict[str, Need]:
     """Likewise on a device of its own. A plan's working memory, for its largest shapes, is among its bytes."""
     working = _working(family, sizes, batch, cast=False)
     return {
         name: Need(
-            held=engine_bytes(bundle, name, backend),
-            working=0 if bundle.engines(name, backend) else math.ceil(MARGIN * working[name]),
+            held=engine_bytes(bundle, component, backend),
+            working=0 if bundle.engines(component, backend) else math.ceil(MARGIN * working[name]),
         )
         for name in stored_bytes(bundle.manifest)
+        for component in [denoiser if name == DENOISER else name]
     }
 
 

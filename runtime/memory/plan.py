@@ -50,6 +50,8 @@ class Plan:
     """Components whose weights do not all fit: they are read from the disk again in every run."""
     in_place: bool = False
     """Whether engines are to compute on mapped weights, for the copies that are faster to compute with do not fit."""
+    alternates: bool = False
+    """Whether the plain denoiser is open beside the one with ControlNets, for the steps in which none acts."""
 
 
 @dataclass(frozen=True)

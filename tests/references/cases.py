@@ -56,6 +56,7 @@ FEW = {"num_inference_steps": 2}
 BLURRED = {"inpaint_blur_size": 2, "inpaint_blur_sigma": 1.5}
 EDITED = {"edit_image_auto_resize": False, "edit_rope_interpolation": True}
 CONTEXT = {"prompt": "Context_Control. a red cup on a table"}
+SOFT = Image.merge("RGB", [picture(96, 128, 17).getchannel(0)] * 3)
 LEFT_HALF, RIGHT_CORNER = mask(96, 64, (0, 0.1, 0.4, 0.9)), mask(200, 100, (0.55, 0.2, 0.95, 0.7))
 TWO_THINGS = {
     "eligen_entity_prompts": ["a red cup", "a tall green bottle"],
@@ -75,6 +76,13 @@ def controlled(call: dict[str, Any], **given: Any) -> Case:
     """A call with a ControlNet, and what that is given."""
     return Case("z-image-control", call | {"controlnet_inputs": [given]}, tensors=True)
 
+
+def blockwise(call: dict[str, Any], *given: dict[str, Any]) -> Case:
+    """A call with Blockwise ControlNets, and what each of them is given."""
+    return Case("qwen-image-control", call | {"blockwise_controlnet_inputs": [*given]}, tensors=True)
+
+
+CANNY, DEPTH, INPAINT = ({"controlnet_id": number} for number in range(3))
 
 CASES = {
     "qwen-image-img2img.guided": Case("qwen-image", GUIDED | WIDE | FROM_WIDE | {"denoising_strength": 0.6}),
@@ -119,5 +127,21 @@ CASES = {
     ),
     "z-image-control.both": controlled(
         GUIDED | SMALL_FEW, image=EDGES, inpaint_image=FILLED, inpaint_mask=HOLE, scale=0.65
+    ),
+    "qwen-image-control.guided": blockwise(GUIDED | WIDE | FEW, CANNY | {"image": picture(96, 64, 11), "scale": 0.8}),
+    "qwen-image-control.window": blockwise(
+        UNGUIDED | ODD | {"num_inference_steps": 5}, DEPTH | {"image": picture(48, 80, 12), "start": 0.9, "end": 0.3}
+    ),
+    "qwen-image-control.inpaint": blockwise(
+        UNGUIDED | ODD | FEW,
+        INPAINT | {"image": picture(48, 80, 13), "inpaint_mask": mask(150, 70, (0.2, 0.1, 0.7, 0.9))},
+    ),
+    "qwen-image-control.soft-inpaint": blockwise(
+        GUIDED | ODD | FEW, INPAINT | {"image": picture(48, 80, 14), "inpaint_mask": SOFT, "scale": 1.3}
+    ),
+    "qwen-image-control.together": blockwise(
+        GUIDED | ODD | {"num_inference_steps": 3},
+        CANNY | {"image": picture(48, 80, 15), "scale": 0.6},
+        DEPTH | {"image": picture(48, 80, 16), "scale": -0.4, "end": 0.6},
     ),
 }

@@ -36,6 +36,8 @@ class Checkpoint(NamedTuple):
     """Whether it is one of ``QwenImageEditPipeline``, with a processor of pictures."""
     controlnet: dict[str, Any] | None = None
     """What ``ZImageControlNetModel`` of diffusers is made with that lies beside it, in the release's keys."""
+    blockwise: dict[str, int] = {}  # noqa: RUF012
+    """The Blockwise ControlNets in its folder ``controlnet`` -> the features of a token that each takes."""
 
 
 # DiffSynth has 16 channels of latents, and the numbers of the VAEs' blocks, written into its code.
@@ -68,6 +70,7 @@ CHECKPOINTS = {
     ),
     "qwen-image": Checkpoint("qwen-image", QWEN_IMAGE),
     "qwen-image-edit": Checkpoint("qwen-image", QWEN_IMAGE, edits=True),
+    "qwen-image-control": Checkpoint("qwen-image", QWEN_IMAGE, blockwise={"canny": 64, "depth": 64, "inpaint": 68}),
 }
 
 
@@ -95,6 +98,8 @@ def write(name: str, folder: Path) -> Path:
         _add_processor(folder)
     if checkpoint.controlnet is not None:
         _add_controlnet(name, checkpoint.controlnet, folder / CONTROLNET)
+    for net, features in checkpoint.blockwise.items():
+        write_blockwise(net, folder, folder / "controlnet" / f"{net}.safetensors", features)
     return folder
 
 
@@ -125,6 +130,29 @@ def _add_controlnet(name: str, config: dict[str, Any], file: Path) -> None:
         key: torch.from_numpy(reference.scaled(key, drawn(f"{name}.{key}", shape))) for key, shape in shapes.items()
     }
     save_file({key: value.contiguous() for key, value in weights.items()}, file, metadata={"format": "pt"})
+
+
+def write_blockwise(name: str, checkpoint: Path, file: Path, features: int) -> Path:
+    """Write a Blockwise ControlNet for a checkpoint's transformer.
+
+    Args:
+        name: another name is another net.
+        checkpoint: the folder of the checkpoint.
+        file: where to.
+        features: of a token that it takes: 64, or 68 with a mask.
+    """
+    config = json.loads((checkpoint / "transformer/config.json").read_text())
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    shapes = {"img_in.weight": (dim, features), "img_in.bias": (dim,)}
+    for index in range(config["num_layers"]):
+        block = f"controlnet_blocks.{index}."
+        shapes |= {f"{block}{norm}.weight": (dim,) for norm in ("x_rms", "y_rms")}
+        for linear in ("input_proj", "output_proj"):
+            shapes |= {f"{block}{linear}.weight": (dim, dim), f"{block}{linear}.bias": (dim,)}
+    file.parent.mkdir(exist_ok=True)
+    weights = {key: reference.scaled(key, drawn(f"{name}.{key}", shape)) for key, shape in shapes.items()}
+    save_file({key: torch.from_numpy(value).contiguous() for key, value in weights.items()}, file)
+    return file
 
 
 def _add_processor(folder: Path) -> None:

@@ -12,11 +12,12 @@ import torch
 from diffsynth.diffusion.base_pipeline import ControlNetInput
 from diffsynth.models import qwen_image_dit, z_image_dit
 from diffsynth.models.flux_vae import FluxVAEDecoder, FluxVAEEncoder
+from diffsynth.models.qwen_image_controlnet import QwenImageBlockWiseControlNet
 from diffsynth.models.qwen_image_text_encoder import QwenImageTextEncoder
 from diffsynth.models.qwen_image_vae import QwenImageVAE
 from diffsynth.models.z_image_controlnet import ZImageControlNet, ZImageControlTransformerBlock
 from diffsynth.models.z_image_text_encoder import ZImageTextEncoder
-from diffsynth.pipelines.qwen_image import QwenImagePipeline
+from diffsynth.pipelines.qwen_image import QwenImageBlockwiseMultiControlNet, QwenImagePipeline
 from diffsynth.pipelines.z_image import ZImagePipeline
 from diffsynth.utils.state_dict_converters import flux_vae as flux_keys
 from diffsynth.utils.state_dict_converters.qwen_image_text_encoder import QwenImageTextEncoderStateDictConverter
@@ -107,8 +108,20 @@ def qwen_image(folder: Path) -> QwenImagePipeline:
     pipe.tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     if (folder / "processor").is_dir():
         pipe.processor = Qwen2VLProcessor.from_pretrained(folder / "processor")
+    if files := sorted((folder / "controlnet").glob("*.safetensors")):
+        pipe.blockwise_controlnet = QwenImageBlockwiseMultiControlNet([blockwise_controlnet(file) for file in files])
     pipe.cfg_guided_model_fn = norm_preserving_guidance
     return pipe.eval().requires_grad_(False)
+
+
+def blockwise_controlnet(file: Path) -> QwenImageBlockWiseControlNet:
+    """The net in a file, of the file's sizes."""
+    weights = load_file(file)
+    dim, features = weights["img_in.weight"].shape
+    layers = sum(name.endswith(".x_rms.weight") for name in weights)
+    net = QwenImageBlockWiseControlNet(layers, 64, features - 64, dim)
+    net.load_state_dict(weights)
+    return net
 
 
 def z_image(folder: Path) -> ZImagePipeline:
@@ -199,8 +212,9 @@ def observe(pipe: Any, call: Mapping[str, Any], tensors: bool) -> dict[str, np.n
         return to_image(picture)
 
     pipe.model_fn, pipe.vae_output_to_image = see_forward, see_image
-    if given := call.get("controlnet_inputs"):
-        call = {**call, "controlnet_inputs": [ControlNetInput(**one) for one in given]}
+    for name in ("controlnet_inputs", "blockwise_controlnet_inputs"):
+        if given := call.get(name):
+            call = {**call, name: [ControlNetInput(**one) for one in given]}
     if tensors and isinstance(pipe, QwenImagePipeline):
         pipe.dit.img_in.register_forward_pre_hook(see_tokens)
         pipe.dit.transformer_blocks[0].register_forward_pre_hook(see_block, with_kwargs=True)
@@ -227,6 +241,10 @@ def taken_in(forward: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What a forward of the transformer took in, and its velocity."""
     if "control_context" in forward:
         return {"condition": forward["control_context"][:, :, 0].numpy(), "velocity": forward["velocity"].numpy()}
+    if latents := forward.get("blockwise_controlnet_conditioning"):
+        conditions = {f"condition.{index}": one.numpy() for index, one in enumerate(latents)}
+        rows = forward["prompt_emb"][0].numpy()
+        return conditions | {"prompt_embeds": rows, "velocity": forward["velocity"].numpy()}
     image, text = (torch.view_as_real(table).numpy() for table in forward["image_rotary_emb"])
     arrays = {
         "hidden_states": forward["hidden_states"][0].numpy(),

@@ -18,6 +18,7 @@ TASKS = {
     "qwen-image-in-context": ("context",),
     "qwen-image-eligen": ("regions",),
     "qwen-image-edit-lowres-fix": (),
+    "qwen-image-control": (),
 }
 NAMES = [name for system in TASKS for name in recordings.names(system)]
 
@@ -79,4 +80,4 @@ def test_what_the_denoiser_takes_in(recorded, pipeline):
 
 
 def test_there_are_recordings():
-    assert len(NAMES) == 16
+    assert len(NAMES) == 21
