@@ -10,8 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 import zimgkit
 from zimgkit.engines.bundle import (
     CHECKPOINT,
@@ -27,21 +25,20 @@ from zimgkit.engines.bundle import (
 from zimgkit.engines.bundle.locks import only_writer_of
 from zimgkit.engines.errors import OutputError, UsageError
 from zimgkit.engines.files import temporary_folder
-from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.checkpoints import catalog
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from zimgkit.export.checkpoints.tokenizer import export_tokenizer
 from zimgkit.export.components import parts_of, wanted_by
 from zimgkit.export.controls.graphs import groups, write_controlled
-from zimgkit.export.controls.nets import ENCODED, OpenNet, open_nets, places, role
+from zimgkit.export.controls.nets import ENCODED, OpenNet, open_nets, places, role, unquantized
 from zimgkit.export.lora import known
 from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
 from zimgkit.export.lora.names import names_of
 from zimgkit.export.networks.registry import FAMILIES, QUANTIZED, tasks_of
 from zimgkit.export.networks.text_encoder import language_part
 from zimgkit.export.quantization.calibrate import CalibrationSet, calibrate, load_finished, statistics_path
-from zimgkit.export.quantization.formats import SCHEMES, Scheme
-from zimgkit.export.quantization.graph_pass import Quantize
+from zimgkit.export.quantization.formats import SCHEMES
+from zimgkit.export.quantization.graph_pass import quantize_graph
 from zimgkit.export.quantization.quantize import QuantizationSettings, Quantized, linear_weights, quantize
 from zimgkit.export.quantization.recipe import Recipe, family_recipe
 from zimgkit.export.quantization.statistics import Statistics
@@ -239,6 +236,7 @@ def export(
     references = known.references_with(row.editors.get(checkpoint.pipeline), merged.loras, checkpoint.family)
     config = {name: checkpoint.config(name) for name in checkpoint.components}
     config |= {row.processor: checkpoint.config(row.processor)} if references else {}
+    config |= {role(net.name): dict(net.file.config) for net in nets if net.file.config}
     scheduler = checkpoint.config("scheduler")
     read_scheduler(scheduler)
     vae_normalization(config["vae"])
@@ -279,7 +277,7 @@ def export(
         report("graphs", index, len(parts))
         rewrite = None
         if quantization is not None and name in quantized:
-            rewrite = partial(_quantize_graph, quantization.scheme, quantized[name].quantized, placed[name], folder)
+            rewrite = partial(quantize_graph, quantization.scheme, quantized[name].quantized, placed[name], folder)
         is_cut = cut_denoiser and name == DENOISER
         components |= write_component(name, part, placed[name], precision, folder, rewrite, is_cut=is_cut)
         if name == DENOISER and nets:
@@ -312,26 +310,12 @@ def export(
         files=files,
         controls=tuple(net.control() for net in nets),
         tools={name: metadata.version(name) for name in TOOLS},
-        quantization=_record(quantization, quantized) if quantization is not None else None,
+        quantization=unquantized(_record(quantization, quantized), nets) if quantization is not None else None,
         loras=merged.loras,
         base_defaults=base.defaults if settings != base else None,
         base_scheduler=scheduler if settings != base else None,
     )
     write_manifest(folder, manifest)
-
-
-def _quantize_graph(
-    scheme: Scheme,
-    weights: Sequence[str],
-    tensors: Mapping[str, TensorInfo],
-    folder: Path,
-    model: ir.Model,
-    compute: str,
-    parameters: Collection[str],
-) -> None:
-    """Quantize those of some weights that a graph takes."""
-    by_name = {info.name: info for info in tensors.values()}
-    Quantize(scheme, by_name, [tensors[name].name for name in weights if name in parameters], compute, folder)(model)
 
 
 def _record(settings: QuantizationSettings, quantized: Mapping[str, Quantized]) -> Quantization:

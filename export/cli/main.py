@@ -8,6 +8,7 @@ import zimgkit
 from zimgkit.export.cli.build import build_command
 from zimgkit.export.cli.calibrate import calibrate_command
 from zimgkit.export.cli.compile import compile_command
+from zimgkit.export.cli.controlnets import add_controlnet_command, remove_controlnet_command
 from zimgkit.export.cli.demo_checkpoint import demo_checkpoint_command
 from zimgkit.export.cli.inspect import inspect_command
 from zimgkit.export.cli.sensitivity import sensitivity_command
@@ -28,6 +29,8 @@ for command in (
     calibrate_command,
     compile_command,
     swap_lora_command,
+    add_controlnet_command,
+    remove_controlnet_command,
     inspect_command,
     verify_command,
     sensitivity_command,

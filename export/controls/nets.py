@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zimgkit.engines.bundle import Control, Source
+import msgspec
+
+from zimgkit.engines.bundle import Control, Quantization, Source
 from zimgkit.engines.errors import CheckpointError, UsageError
 from zimgkit.engines.tensors.safetensors import SafetensorsError, TensorInfo, read_header, view
 from zimgkit.export.attachments.control import prefix
@@ -76,6 +78,12 @@ def component_of(name: str) -> str:
 def places(nets: Sequence[OpenNet]) -> dict[Path, str]:
     """The files of nets -> where they are linked to in a bundle."""
     return {net.file.path: f"control/{net.name}/{net.file.path.name}" for net in nets}
+
+
+def unquantized(quantization: Quantization, nets: Sequence[OpenNet]) -> Quantization:
+    """What a manifest says of how linears were quantized, with those of nets: they are left as they are."""
+    kept = {role(net.name): dict.fromkeys(net.net.linears(), "of a ControlNet") for net in nets}
+    return msgspec.structs.replace(quantization, unquantized=quantization.unquantized | kept)
 
 
 def open_nets(

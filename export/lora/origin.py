@@ -30,13 +30,27 @@ class Origin:
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
-        hint = "name it with --model; bundles that keep their base weights (--keep-base) need none"
+        return self.checkpoint_for(
+            "not all base weights", "; bundles that keep their base weights (--keep-base) need none"
+        )
+
+    def checkpoint_for(self, lack: str, otherwise: str = "") -> Checkpoint:
+        """The checkpoint.
+
+        Args:
+            lack: what of it the bundle has not.
+            otherwise: how that can be had without it, for the hint.
+
+        Raises:
+            CheckpointError: it is not there, or another one is.
+        """
+        hint = f"name it with --model{otherwise}"
         try:
             revision = None if os.path.lexists(self._model) else self._revision
             checkpoint = open_checkpoint(self._model, revision=revision, source=self._hub)
         except ZimgError as error:
             raise CheckpointError(
-                f"{self._root} has not all base weights, and its checkpoint cannot be opened ({error.message})", hint
+                f"{self._root} has {lack}, and its checkpoint cannot be opened ({error.message})", hint
             ) from None
         if checkpoint.source.files != self._manifest.checkpoint.files:
             raise CheckpointError(f"{self._model} is not the checkpoint that {self._root} was built from", hint)

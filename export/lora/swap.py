@@ -35,7 +35,7 @@ from zimgkit.export.weights.stream import Progress, Wanted, write_wanted, writte
 from zimgkit.runtime.progress import Report, silent
 
 OWN = re.compile(
-    rf"({'|'.join(LORA_SOURCES)})(\.\w+){{0,2}}(-[0-9a-f]{{8}})?\.(safetensors|onnx)|\.bundle\.json\.[0-9a-f]{{8}}\.part"
+    rf"({'|'.join(LORA_SOURCES)})(\.\w+){{0,3}}(-[0-9a-f]{{8}})?\.(safetensors|onnx)|\.bundle\.json\.[0-9a-f]{{8}}\.part"
 )
 """Files that a swap writes, or replaces."""
 

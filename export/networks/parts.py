@@ -82,6 +82,12 @@ class ControlNet:
         """Whether it may act in one step with others that do."""
         return self.woven is None
 
+    def linears(self) -> list[str]:
+        """The names of the weights of its linears."""
+        with torch.device("meta"):
+            modules = self.network().named_modules()
+            return [f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)]
+
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """The names and shapes of its own parameters."""
         with torch.device("meta"):

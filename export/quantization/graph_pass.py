@@ -8,7 +8,7 @@ ONNX Runtime fuse these with the product into one in integers or float8.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,3 +195,27 @@ class Quantize(ir.passes.InPlacePass):
 def _first_user(function: ir.Function, value: ir.Value) -> ir.Node:
     users = {use.node for use in value.uses()}
     return next(node for node in function if node in users)
+
+
+def quantize_graph(
+    scheme: Scheme,
+    weights: Sequence[str],
+    tensors: Mapping[str, TensorInfo],
+    folder: Path,
+    model: ir.Model,
+    compute: str,
+    parameters: Collection[str],
+) -> None:
+    """Quantize those of some weights that a graph takes.
+
+    Args:
+        scheme: how linears are quantized.
+        weights: the parameters that are quantized.
+        tensors: parameter or scale -> where it lies in the bundle.
+        folder: the bundle's.
+        model: the graph, which is changed.
+        compute: the element type that it computes in.
+        parameters: those that it takes.
+    """
+    by_name = {info.name: info for info in tensors.values()}
+    Quantize(scheme, by_name, [tensors[name].name for name in weights if name in parameters], compute, folder)(model)
