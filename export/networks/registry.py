@@ -93,8 +93,6 @@ class ControlKind:
     """``module:function`` that makes the :class:`.parts.ControlNet` of a file: called with the config of the
     checkpoint's transformer, the file's tensors and their shapes, and the config beside it, empty where there is none.
     """
-    prefixes: tuple[str, ...] = ()
-    """What may stand before the names of all tensors in a file."""
     absent_if_zero: tuple[str, ...] = ()
     """Tensors that were never trained where they hold nothing but zeros: the file is read as if it had none."""
 
@@ -477,8 +475,7 @@ def control_net(
     Args:
         family: of the checkpoint that it shall control.
         config: of that one's transformer.
-        shapes: the file's tensors, by their names without prefixes, and their shapes; see
-            :attr:`ControlKind.absent_if_zero`.
+        shapes: the file's tensors, by their names, and their shapes; see :attr:`ControlKind.absent_if_zero`.
         own: the config beside the file; empty where there is none.
         where: what to call the file in messages.
 

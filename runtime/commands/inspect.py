@@ -78,6 +78,10 @@ def bundle_summary(path: Path) -> dict[str, Any]:
         "defaults": msgspec.to_builtins(manifest.defaults),
         "scheduler": manifest.scheduler,
         "loras": [msgspec.to_builtins(lora) for lora in manifest.loras],
+        "controls": [
+            msgspec.to_builtins(control) | {"model": manifest.sources[control.source].model}
+            for control in manifest.controls
+        ],
         "components": components,
         "engines": [
             msgspec.json.decode(msgspec.json.encode(engine))
@@ -114,6 +118,9 @@ def bundle_text(summary: dict[str, Any]) -> str:
     ]
     lines.append(f"  runs on   {summary['backend']['backend']}: {summary['backend']['reason']}")
     lines.extend(f"  LoRA      {lora['source']} at {lora['scale']:g}" for lora in summary["loras"])
+    for control in summary["controls"]:
+        takes = " and ".join(control["takes"])
+        lines.append(f"  ControlNet {control['name']} ({control['kind']}), of {takes}, from {control['model']}")
     lines.extend(_quantization_lines(quantization, summary["precision"]) if quantization else ())
     lines.extend(f"  {line}" for line in (cost_lines(summary["cost"]) if summary["cost"] else ()))
     for name, component in summary["components"].items():
