@@ -25,7 +25,16 @@ from zimgkit.export.attachments.control import prefix
 from zimgkit.export.checkpoints.checkpoint import canonical
 from zimgkit.export.components import parts_of, wanted_by
 from zimgkit.export.controls.graphs import groups, write_controlled
-from zimgkit.export.controls.nets import COMPONENT, ENCODED, open_nets, places, role, trained_shapes, unquantized
+from zimgkit.export.controls.nets import (
+    COMPONENT,
+    DENOISER,
+    ENCODED,
+    open_nets,
+    places,
+    role,
+    trained_shapes,
+    unquantized,
+)
 from zimgkit.export.lora.origin import Origin
 from zimgkit.export.networks.parts import ControlNet, Part
 from zimgkit.export.networks.registry import control_net, is_needed, parts
@@ -37,7 +46,6 @@ from zimgkit.export.weights.stream import Wanted, export_weights, linked_from
 from zimgkit.export.writing import Rewrite, write_component
 from zimgkit.runtime.progress import Report, silent
 
-DENOISER = "denoiser"
 OWN = re.compile(
     r"control/.*|(denoiser\.control|control|vae_encoder)\b.*\.(safetensors|onnx)(\.\w+\.part)?|\.bundle\.json\..*\.part"
 )

@@ -16,12 +16,10 @@ import torch
 from zimgkit.engines.bundle import Component
 from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.attachments.control import controlled, prefix
-from zimgkit.export.controls.nets import COMPONENT, component_of, named
+from zimgkit.export.controls.nets import COMPONENT, DENOISER, component_of, named
 from zimgkit.export.graphs.assemble import assemble_all
 from zimgkit.export.networks.parts import ControlNet, Part
 from zimgkit.export.writing import Rewrite, plans_of, write_graphs
-
-DENOISER = "denoiser"
 
 
 def groups(nets: Mapping[str, ControlNet]) -> dict[str, tuple[str, ...]]:

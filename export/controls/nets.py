@@ -21,7 +21,9 @@ from zimgkit.export.weights.stream import Wanted
 
 ENCODED = ("vae_encoder",)
 """What a bundle needs for nets beside what it has for its tasks."""
-COMPONENT = "denoiser.control"
+DENOISER = "denoiser"
+"""What they control."""
+COMPONENT = f"{DENOISER}.control"
 """The denoiser with all nets that combine, and the beginning of the names of those with one."""
 
 

@@ -47,6 +47,14 @@ class Plan:
             run.run(*(entry.example(self.sizes[which]) for entry in self.inputs))
         return run.results
 
+    def module(self) -> fx.GraphModule:
+        """All of it as one module, whose parameters have the names that they have here."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        for node in graph.find_nodes(op="placeholder"):
+            node.target = node.name  # It becomes the name of an argument, which has no dots.
+        return fx.GraphModule({**self.modules, **self.own}, graph)
+
     @property
     def results(self) -> tuple[fx.Node, ...]:
         """The nodes whose values are returned."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from zimgkit.engines.base import open_engine
-from zimgkit.engines.bundle import Bundle, Cost, write_manifest
+from zimgkit.engines.bundle import Bundle, Control, Cost, write_manifest
 from zimgkit.engines.bundle.locks import only_writer_of
 from zimgkit.engines.errors import BundleError
+from zimgkit.export.attachments.control import controlled, prefix
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from zimgkit.export.components import parts_of, wanted_by
+from zimgkit.export.controls.nets import DENOISER, ENCODED, open_nets
 from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
 from zimgkit.export.lora.names import names_of
 from zimgkit.export.networks.parts import Part
@@ -131,7 +133,7 @@ def verify(
         )
     merged = _merged(bundle, checkpoint, source)
     components: dict[str, Any] = {}
-    parts = parts_of(checkpoint, bundle.manifest.tasks)
+    parts = parts_of(checkpoint, bundle.manifest.tasks, ENCODED if bundle.manifest.controls else ())
     for index, (name, part) in enumerate(parts.items()):
         report("verify", index, len(parts))
         wanted = wanted_by(checkpoint.tensors, part, merged.addends)
@@ -147,6 +149,12 @@ def verify(
             own = {parameter: wanted[parameter] for parameter in variant.parameters()}
             compared = _compare(bundle, f"{name}.{key}", variant, own, seed)
             components[f"{name}.{key}"] = {"tensors": len(own), "different": 0} | compared
+        for control in bundle.manifest.controls if name == DENOISER else ():
+            own, network = _controlled(bundle, control, part, checkpoint)
+            kept = {key: result[key] for key in ("not_run",) if key in result}
+            compared = kept or _compare(bundle, control.component, network, wanted | own, seed)
+            different = _different(bundle, control.component, own)
+            components[control.component] = {"tensors": len(own), "different": different} | compared
     report("verify", len(parts), len(parts))
     bound = BOUNDS[precision]
     passed = all(not c["different"] and c.get("relative_max_error", 0.0) <= bound for c in components.values())
@@ -162,6 +170,24 @@ def verify(
         "bound": bound,
         "passed": passed,
     } | found
+
+
+def _controlled(
+    bundle: Bundle, control: Control, denoiser: Part, checkpoint: Checkpoint
+) -> tuple[dict[str, Wanted], Part]:
+    """What a ControlNet's file has, under its names beside the denoiser's, and both as one network."""
+    name, before = control.name, prefix(control.name)
+    place = bundle.manifest.sources[control.source].model
+    (net,) = open_nets([f"{name}={place}"], checkpoint.family, checkpoint.config("transformer"))
+    own = {
+        before + key: replace(want, source=replace(want.source, name=before + want.source.name))
+        for key, want in net.wanted().items()
+    }
+    plan = controlled(denoiser, {name: net.net}, torch.float32)
+    network = replace(
+        denoiser, network=plan.module, inputs=plan.inputs, outputs=plan.outputs, sizes=plan.sizes, variants={}
+    )
+    return own, network
 
 
 def _merged(bundle: Bundle, checkpoint: Checkpoint, hub: str) -> Merge:
