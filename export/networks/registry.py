@@ -312,12 +312,22 @@ QWEN_IMAGE = Family(
         "blockwise": ControlKind(
             ("controlnet_blocks.0.x_rms.weight", "img_in.weight"), f"{NETWORKS}.qwen_image_control:blockwise"
         ),
+        "residual": ControlKind(
+            ("controlnet_blocks.0.weight", "controlnet_x_embedder.weight", "txt_in.weight"),
+            f"{NETWORKS}.qwen_image_control:residual",
+        ),
     },
     known_controls=tuple(
         KnownControl(
             f"DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-{name}", "model.safetensors", name.lower(), "Qwen-Image"
         )
         for name in ("Canny", "Depth", "Inpaint")
+    )
+    + tuple(
+        KnownControl(
+            f"InstantX/Qwen-Image-ControlNet-{name}", "diffusion_pytorch_model.safetensors", short, "Qwen-Image"
+        )
+        for name, short in (("Union", "union"), ("Inpainting", "inpainting"))
     ),
     planned=("DiffSynth-Studio/Qwen-Image-Distill-Full",),
 )
