@@ -144,7 +144,7 @@ class Conditioner:
                 else:
                     feeds = family.conditioner_inputs(*pieces)
                 (conditioning,) = engine.run(feeds).values()
-                encoded[key] = Encoded(conditioning, tuple(map(len, pieces)))
+                encoded[key] = Encoded(conditioning, tuple(map(len, pieces)), rows=tuple(pieces))
         if beside is None or not isinstance(family, SegmentedFamily):
             return encoded
         component = "picture_conditioner"

@@ -70,7 +70,7 @@ def controls_of(
     silent = _silent(bundle, component, request, feeds)
     conditions = Conditions(lambda: feeds | silent, component)
     absent = {name: np.zeros(1, np.float32) for name in silent_names(bundle, component, request)}
-    return Controls(conditions, nets, absent)
+    return Controls(conditions, nets, absent, tuple(net_of(bundle.manifest, one.name) for one in nets))
 
 
 def silent_names(bundle: Bundle, component: str, request: Request) -> tuple[str, ...]:

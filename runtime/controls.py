@@ -195,6 +195,10 @@ def _checked(manifest: Manifest, entry: Mapping[str, Any]) -> ControlInput:
             raise UsageError(f"the ControlNet {net.name} is given no {key}", f"it takes {_all_said(net.takes)}")
     if not pictures:
         raise UsageError(f"the ControlNet {net.name} is given no picture", f"it takes {_all_said(net.takes)}")
+    both = [key for key in ("mask", "inpaint_image") if key in net.takes]
+    if len(both) == 2 and len(given := [key for key in both if key in pictures]) == 1:
+        (missing,) = {*both} - {*given}
+        raise UsageError(f"the ControlNet {net.name} is given {_said(given[0])} and no {missing}", "give both")
     numbers = {}
     for key, parameter in NUMBERS.items():
         default = {"scale": net.scale, "start": 0.0, "end": 1.0}[key]

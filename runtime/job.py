@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.engines.base import Feeds, Handle
+from zimgkit.engines.bundle import Control
 from zimgkit.engines.errors import CancelledError
 from zimgkit.runtime.controls import ControlInput, scales
 from zimgkit.runtime.diffusion.blending import Kept
+from zimgkit.runtime.families import Family
 from zimgkit.runtime.request import Request
 
 Array = NDArray[np.float32]
@@ -64,8 +66,18 @@ class Controls:
     nets: tuple[ControlInput, ...]
     silent: Feeds
     """The scales, 0, of those that it has and that are not asked for: name -> float32 (1,)."""
+    entries: tuple[Control, ...] = ()
+    """Theirs in the manifest."""
     alternates: bool = True
     """Whether the plain denoiser takes the steps in which none acts; else they act at 0, which gives the same."""
+
+    def timed(self, family: Family, sigma: float) -> Feeds:
+        """What the nets take at a noise level."""
+        return {
+            f"{key}.{net.name}": value
+            for net in self.entries
+            for key, value in family.control_step_inputs(net, sigma).items()
+        }
 
     def at(self, step: int, steps: int) -> Feeds | None:
         """The scale of each net in a step of so many; None where the plain denoiser takes it."""

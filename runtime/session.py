@@ -460,10 +460,12 @@ class Session:
         scales = controls.at(first.step, len(schedule)) if controls else None
         control = controls.conditions if controls and scales else None
 
+        timed = controls.timed(family, float(sigma)) if controls and control else {}
+
         def velocity_of(conditions: Conditions) -> Array:
             component = (control or conditions).component
             with self.engines.engine(component, self.device_of(component)) as engine:
-                more = {**control.on(engine), **(scales or {})} if control else {}
+                more = {**control.on(engine), **timed, **(scales or {})} if control else {}
                 output = engine.run({**conditions.on(engine), **more, **inputs})["velocity"]
             if not np.isfinite(output).all():
                 hint = "a broken checkpoint or LoRA, or float16, may overflow: zimg-export verify checks the bundle"

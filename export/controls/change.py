@@ -25,7 +25,16 @@ from zimgkit.export.attachments.control import prefix
 from zimgkit.export.checkpoints.checkpoint import canonical
 from zimgkit.export.components import parts_of, wanted_by
 from zimgkit.export.controls.graphs import groups, write_controlled
-from zimgkit.export.controls.nets import COMPONENT, DENOISER, ENCODED, open_nets, places, role, unquantized
+from zimgkit.export.controls.nets import (
+    COMPONENT,
+    DENOISER,
+    ENCODED,
+    open_nets,
+    places,
+    role,
+    trained_shapes,
+    unquantized,
+)
 from zimgkit.export.lora.origin import Origin
 from zimgkit.export.networks.parts import ControlNet, Part
 from zimgkit.export.networks.registry import control_net, is_needed, parts
@@ -190,7 +199,7 @@ def _nets(bundle: Bundle) -> dict[str, ControlNet]:
     """The nets that a bundle has."""
     manifest, found = bundle.manifest, {}
     for control in manifest.controls:
-        shapes = {name: info.shape for name, info in _tensors(bundle, control.name).items()}
+        shapes = trained_shapes(manifest.family, _tensors(bundle, control.name))
         own = manifest.config.get(role(control.name), {})
         found[control.name] = control_net(
             manifest.family, manifest.config["transformer"], shapes, own, f"the ControlNet {control.name}"

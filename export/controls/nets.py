@@ -11,12 +11,12 @@ import msgspec
 
 from zimgkit.engines.bundle import Control, Quantization, Source
 from zimgkit.engines.errors import CheckpointError, UsageError
-from zimgkit.engines.tensors.safetensors import SafetensorsError, TensorInfo, read_header
+from zimgkit.engines.tensors.safetensors import SafetensorsError, TensorInfo, read_header, view
 from zimgkit.export.attachments.control import prefix
 from zimgkit.export.checkpoints.checkpoint import check_tensors
 from zimgkit.export.controls.source import ControlFile, find_control
 from zimgkit.export.networks.parts import ControlNet
-from zimgkit.export.networks.registry import control_net
+from zimgkit.export.networks.registry import FAMILIES, control_net
 from zimgkit.export.weights.stream import Wanted
 
 ENCODED = ("vae_encoder",)
@@ -123,10 +123,22 @@ def _open(file: ControlFile, family: str, transformer: Mapping[str, Any]) -> Ope
         header = read_header(file.path)
     except SafetensorsError as error:
         raise CheckpointError(error.message, error.hint) from None
-    shapes = {name: info.shape for name, info in header.items()}
-    net = control_net(family, transformer, shapes, file.config, str(file.path))
-    check_tensors(header, net.parameters(), f"ControlNet {file.name}")
+    net = control_net(family, transformer, trained_shapes(family, header), file.config, str(file.path))
+    unused = [name for name in header if net.unused and name.startswith(net.unused)]
+    check_tensors(header, net.parameters(), f"ControlNet {file.name}", ignore=unused.__contains__)
     return OpenNet(file, net, header)
+
+
+def trained_shapes(family: str, tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's tensors, without those that were never trained: see :attr:`.ControlKind.absent_if_zero`.
+
+    Args:
+        family: of the checkpoint that the net shall control.
+        tensors: where they lie, by name.
+    """
+    marks = {name for kind in FAMILIES[family].controls.values() for name in kind.absent_if_zero}
+    absent = {name for name in marks if name in tensors and not view(tensors[name]).any()}
+    return {name: info.shape for name, info in tensors.items() if name not in absent}
 
 
 def named(tensors: Mapping[str, TensorInfo], name: str) -> dict[str, TensorInfo]:

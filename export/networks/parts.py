@@ -74,6 +74,8 @@ class ControlNet:
     """How strongly it acts where a call does not say."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What else the host side has to know."""
+    unused: str = ""
+    """What the names of tensors begin with that its file may have, and that it has no use for."""
 
     @property
     def combines(self) -> bool:

@@ -93,6 +93,8 @@ class ControlKind:
     """``module:function`` that makes the :class:`.parts.ControlNet` of a file: called with the config of the
     checkpoint's transformer, the file's tensors and their shapes, and the config beside it, empty where there is none.
     """
+    absent_if_zero: tuple[str, ...] = ()
+    """Tensors that were never trained where they hold nothing but zeros: the file is read as if it had none."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,13 @@ Z_IMAGE = Family(
     # Its model card: gives a LoRA that was trained on Z-Image-Turbo the settings of Turbo back.
     few_step_loras=(FewStepLora(r"Z-Image-Turbo-DistillPatch", 0.0, 8),),
     loras={"DiffSynth-Studio/Z-Image-Turbo-DistillPatch": "Z-Image-Turbo"},
+    controls={
+        "fun": ControlKind(
+            ("control_all_x_embedder.2-1.weight", "control_layers.0.before_proj.weight"),
+            f"{NETWORKS}.z_image_control:fun",
+            absent_if_zero=("control_noise_refiner.0.before_proj.weight",),
+        ),
+    },
     known_controls=tuple(
         KnownControl(
             "PAI/Z-Image-Turbo-Fun-Controlnet-Union-2.1",
@@ -303,12 +312,22 @@ QWEN_IMAGE = Family(
         "blockwise": ControlKind(
             ("controlnet_blocks.0.x_rms.weight", "img_in.weight"), f"{NETWORKS}.qwen_image_control:blockwise"
         ),
+        "residual": ControlKind(
+            ("controlnet_blocks.0.weight", "controlnet_x_embedder.weight", "txt_in.weight"),
+            f"{NETWORKS}.qwen_image_control:residual",
+        ),
     },
     known_controls=tuple(
         KnownControl(
             f"DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-{name}", "model.safetensors", name.lower(), "Qwen-Image"
         )
         for name in ("Canny", "Depth", "Inpaint")
+    )
+    + tuple(
+        KnownControl(
+            f"InstantX/Qwen-Image-ControlNet-{name}", "diffusion_pytorch_model.safetensors", short, "Qwen-Image"
+        )
+        for name, short in (("Union", "union"), ("Inpainting", "inpainting"))
     ),
     planned=("DiffSynth-Studio/Qwen-Image-Distill-Full",),
 )
@@ -466,7 +485,7 @@ def control_net(
     Args:
         family: of the checkpoint that it shall control.
         config: of that one's transformer.
-        shapes: the file's tensors, by their names, and their shapes.
+        shapes: the file's tensors, by their names, and their shapes; see :attr:`ControlKind.absent_if_zero`.
         own: the config beside the file; empty where there is none.
         where: what to call the file in messages.
 

@@ -69,6 +69,9 @@ class Encoded:
     pictures: Array = field(default_factory=lambda: np.zeros((1, 0, 0), np.float32))
     """What the picture conditioner gave for the prompt, float32 (1, tokens, dim); none where there is no such."""
 
+    rows: tuple[Array, ...] = ()
+    """Those, float32 (rows, hidden) each."""
+
     @property
     def tokens(self) -> int:
         """Rows in all."""
@@ -228,6 +231,10 @@ class Family(ABC):
         """
         hint = "upgrade zimgkit, or build the bundle again with this one"
         raise UsageError(f"{self.NAME} has no ControlNet of the kind {net.kind!r}", hint)
+
+    def control_step_inputs(self, net: Control, sigma: float) -> Feeds:
+        """Likewise those that follow from a step's noise level, its scale apart."""
+        return {}
 
     @abstractmethod
     def schedule_inputs(self, bundle: Bundle, sigmas: Array, progress: Progress | None = None) -> StepInputs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import msgspec
@@ -32,7 +33,7 @@ from zimgkit.runtime.families.base import (
     StepInputs,
 )
 from zimgkit.runtime.pictures.patches import merged_patches, preprocessor, smart_resize
-from zimgkit.runtime.pictures.resizing import to_pixels
+from zimgkit.runtime.pictures.resizing import resize, to_pixels
 from zimgkit.runtime.pictures.tiles import Tiling
 from zimgkit.runtime.text.edit_prompts import EDIT
 from zimgkit.runtime.text.qwen_vision import (
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle, Control
 
 LAYOUT: TokenLayout = "c ph pw"
+RESIDUAL = "residual"
+"""ControlNets with blocks of their own, which read the positive prompt in both branches of guidance."""
 THETA = 10000.0
 TOWER = VisionTower()
 """Of checkpoints that read no pictures."""
@@ -119,6 +122,8 @@ class QwenImage(ConditionedFamily):
         return {
             "tokens": tokens,
             "text_tokens": text,
+            "control_text_tokens": text,
+            "control_all_tokens": text + image,
             "image_tokens": image,
             "condition_tokens": conditions,
             "all_tokens": text + image + conditions,
@@ -229,6 +234,26 @@ class QwenImage(ConditionedFamily):
 
         Source: ``QwenImageUnit_BlockwiseControlNet`` of DiffSynth-Studio 2.1.
         """
+        if net.kind == RESIDUAL:
+            own = (height // 16, width // 16)
+            positions = np.concatenate([text_positions(text.tokens, [own]), image_positions(*own)])
+            cos, sin = tables(positions, self.transformer)
+            prompt = {"prompt_embeds": np.concatenate(text.rows)[None], "cos": cos, "sin": sin}
+            if given.mask is not None:
+                # 0 or 1 at every pixel, as ``QwenImageControlNetInpaintPipeline`` of diffusers has it.
+                levels = resize(given.mask.convert("L"), width, height).point(lambda level: 255 * (level > 127))
+                given = replace(given, mask=levels.convert("RGB"))
+            return prompt | self._control_latents(given, encode)
+        return self._control_latents(given, encode)
+
+    def control_step_inputs(self, net: Control, sigma: float) -> Feeds:
+        """Nets with blocks of their own embed the time themselves."""
+        times = network_time(np.array([sigma], np.float32))
+        return {"sinusoids": time_embedding(times)} if net.kind == RESIDUAL else {}
+
+    @staticmethod
+    def _control_latents(given: ControlPictures, encode: Encode) -> Feeds:
+        """The packed latents of a net's picture, and its mask."""
         if given.image is None:
             return {}
         if given.mask is None:

@@ -22,12 +22,15 @@ from zimgkit.runtime.families.base import (
     Array,
     Beside,
     Config,
+    ControlPictures,
+    Encode,
     Encoded,
     Feeds,
     Progress,
     SegmentedFamily,
     StepInputs,
 )
+from zimgkit.runtime.families.z_image_control import condition
 from zimgkit.runtime.pictures.patches import MostPatches, PatchPreprocessor, padded_patches, patched_size
 from zimgkit.runtime.pictures.resampling import mixing
 from zimgkit.runtime.pictures.tiles import Tiling
@@ -36,7 +39,7 @@ from zimgkit.runtime.text.qwen_vision import TowerInputs
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from zimgkit.engines.bundle import Bundle
+    from zimgkit.engines.bundle import Bundle, Control
 
 LAYOUT: TokenLayout = "ph pw c"
 MULTIPLE = 32
@@ -263,6 +266,16 @@ class ZImage(SegmentedFamily):
             "condition_pad": pad_masks(sizes[1:]),
             "is_clean": np.repeat(clean, lengths),
         }
+
+    def control_inputs(
+        self, net: Control, given: ControlPictures, encode: Encode, text: Encoded, height: int, width: int
+    ) -> Feeds:
+        """Patches of what the net sees, padded to a multiple of 32 tokens."""
+        if net.kind != "fun":
+            return super().control_inputs(net, given, encode, text, height, width)
+        inpaints = "inpaint_image" in net.takes
+        channels = condition(given, encode, self.latents_shape(height, width), inpaints=inpaints)
+        return {"condition": with_pads(pack(channels, LAYOUT)[0])[None]}
 
     def schedule_inputs(self, bundle: Bundle, sigmas: Array, progress: Progress | None = None) -> StepInputs:
         """Sinusoids of each step's time, which runs from 0 (noise) to 1."""

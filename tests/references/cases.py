@@ -67,6 +67,14 @@ THREE_THINGS = TWO_THINGS | {
     "eligen_entity_prompts": ["a red cup", "a bottle", ""],
     "eligen_entity_masks": [LEFT_HALF, RIGHT_CORNER, mask(33, 47, (0.3, 0.3, 1, 1))],
 }
+SMALL_FEW = {"width": 64, "height": 48, "num_inference_steps": 2, "seed": 5}
+EDGES, FILLED, HOLE = picture(64, 48, 8), picture(64, 48, 9), mask(64, 48, (0.25, 0.2, 0.8, 0.7))
+SOFT_HOLE = Image.merge("RGB", [picture(48, 80, 10).getchannel(1)] * 3)
+
+
+def controlled(call: dict[str, Any], **given: Any) -> Case:
+    """A call with a ControlNet, and what that is given."""
+    return Case("z-image-control", call | {"controlnet_inputs": [given]}, tensors=True)
 
 
 def blockwise(call: dict[str, Any], *given: dict[str, Any]) -> Case:
@@ -111,6 +119,15 @@ CASES = {
         "qwen-image", GUIDED | TWO_THINGS | ODD | FEW | {"eligen_enable_on_negative": True}
     ),
     "qwen-image-eligen.overlapping": with_lora("qwen-image", UNGUIDED | THREE_THINGS | ODD | FEW),
+    "z-image-control.guided": controlled(GUIDED | SMALL_FEW, image=EDGES, scale=0.8),
+    "z-image-control.odd": controlled(UNGUIDED | ODD | FEW, image=picture(48, 80, 11), scale=0.35),
+    "z-image-control.inpaint": controlled(UNGUIDED | SMALL_FEW, inpaint_image=FILLED, inpaint_mask=HOLE, scale=1.0),
+    "z-image-control.soft-inpaint": controlled(
+        UNGUIDED | ODD | FEW, inpaint_image=picture(48, 80, 2), inpaint_mask=SOFT_HOLE, scale=0.75
+    ),
+    "z-image-control.both": controlled(
+        GUIDED | SMALL_FEW, image=EDGES, inpaint_image=FILLED, inpaint_mask=HOLE, scale=0.65
+    ),
     "qwen-image-control.guided": blockwise(GUIDED | WIDE | FEW, CANNY | {"image": picture(96, 64, 11), "scale": 0.8}),
     "qwen-image-control.window": blockwise(
         UNGUIDED | ODD | {"num_inference_steps": 5}, DEPTH | {"image": picture(48, 80, 12), "start": 0.9, "end": 0.3}

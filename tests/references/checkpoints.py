@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers import ZImageControlNetModel
 from safetensors.torch import load_file, save_file
 
 from tests import reference
@@ -33,6 +34,8 @@ class Checkpoint(NamedTuple):
     config: dict[str, dict[str, Any]]
     edits: bool = False
     """Whether it is one of ``QwenImageEditPipeline``, with a processor of pictures."""
+    controlnet: dict[str, Any] | None = None
+    """What ``ZImageControlNetModel`` of diffusers is made with that lies beside it, in the release's keys."""
     blockwise: dict[str, int] = {}  # noqa: RUF012
     """The Blockwise ControlNets in its folder ``controlnet`` -> the features of a token that each takes."""
 
@@ -47,8 +50,24 @@ QWEN_IMAGE: dict[str, dict[str, Any]] = {
     },
     "vision": {"depth": 2, "fullatt_block_indexes": [1]},
 }
+Z_IMAGE: dict[str, dict[str, Any]] = {"vae": {"block_out_channels": (16, 8, 16, 16), "layers_per_block": 2}}
+CONTROLNET = "controlnet/union.safetensors"
+"""Where a ControlNet lies in the folder of its checkpoint; bundles call it as the file."""
 CHECKPOINTS = {
-    "z-image": Checkpoint("z-image", {"vae": {"block_out_channels": (16, 8, 16, 16), "layers_per_block": 2}}),
+    "z-image": Checkpoint("z-image", Z_IMAGE),
+    "z-image-control": Checkpoint(
+        "z-image",
+        Z_IMAGE | {"transformer": {"n_layers": 4, "n_refiner_layers": 2}},
+        controlnet={
+            "control_layers_places": [0, 2],
+            "control_refiner_layers_places": [0, 1],
+            "control_in_dim": 33,
+            "add_control_noise_refiner": "control_noise_refiner",
+            "dim": 48,
+            "n_heads": 3,
+            "n_kv_heads": 3,
+        },
+    ),
     "qwen-image": Checkpoint("qwen-image", QWEN_IMAGE),
     "qwen-image-edit": Checkpoint("qwen-image", QWEN_IMAGE, edits=True),
     "qwen-image-control": Checkpoint("qwen-image", QWEN_IMAGE, blockwise={"canny": 64, "depth": 64, "inpaint": 68}),
@@ -77,6 +96,8 @@ def write(name: str, folder: Path) -> Path:
         save_file(weights, file, metadata={"format": "pt"})
     if checkpoint.edits:
         _add_processor(folder)
+    if checkpoint.controlnet is not None:
+        _add_controlnet(name, checkpoint.controlnet, folder / CONTROLNET)
     for net, features in checkpoint.blockwise.items():
         write_blockwise(net, folder, folder / "controlnet" / f"{net}.safetensors", features)
     return folder
@@ -100,6 +121,15 @@ def write_lora(name: str, checkpoint: Path, file: Path) -> Path:
             weights[up] = drawn(name + up, (rows, LORA_RANK)) * 0.3 * LORA_RANK**-0.5
     save_file({key: torch.from_numpy(value.astype(np.float32)) for key, value in weights.items()}, file)
     return file
+
+
+def _add_controlnet(name: str, config: dict[str, Any], file: Path) -> None:
+    shapes = {key: tuple(value.shape) for key, value in ZImageControlNetModel(**config).state_dict().items()}
+    file.parent.mkdir()
+    weights = {
+        key: torch.from_numpy(reference.scaled(key, drawn(f"{name}.{key}", shape))) for key, shape in shapes.items()
+    }
+    save_file({key: value.contiguous() for key, value in weights.items()}, file, metadata={"format": "pt"})
 
 
 def write_blockwise(name: str, checkpoint: Path, file: Path, features: int) -> Path:

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffsynth.diffusion.base_pipeline import ControlNetInput
 from diffsynth.models import qwen_image_dit, z_image_dit
 from diffsynth.models.flux_vae import FluxVAEDecoder, FluxVAEEncoder
 from diffsynth.models.qwen_image_controlnet import QwenImageBlockWiseControlNet
 from diffsynth.models.qwen_image_text_encoder import QwenImageTextEncoder
 from diffsynth.models.qwen_image_vae import QwenImageVAE
+from diffsynth.models.z_image_controlnet import ZImageControlNet, ZImageControlTransformerBlock
 from diffsynth.models.z_image_text_encoder import ZImageTextEncoder
-from diffsynth.pipelines.qwen_image import ControlNetInput, QwenImageBlockwiseMultiControlNet, QwenImagePipeline
+from diffsynth.pipelines.qwen_image import QwenImageBlockwiseMultiControlNet, QwenImagePipeline
 from diffsynth.pipelines.z_image import ZImagePipeline
 from diffsynth.utils.state_dict_converters import flux_vae as flux_keys
 from diffsynth.utils.state_dict_converters.qwen_image_text_encoder import QwenImageTextEncoderStateDictConverter
@@ -24,6 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2Tokenizer, Qwen2VLProcessor, Qwen3Config, Qwen3Model
 
+from tests.references.checkpoints import CONTROLNET
 from tests.references.recordings import LEVELS
 
 # Where DiffSynth departs from what the models were trained with, diffusers is followed, as the project does.
@@ -55,6 +58,21 @@ class Transformer(qwen_image_dit.QwenImageDiT):
         )
         self.norm_out = qwen_image_dit.AdaLayerNorm(dim, single=True)
         self.proj_out = nn.Linear(dim, config["in_channels"])
+
+
+class ControlNet(ZImageControlNet):
+    """Likewise, on every second layer of the transformer."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        nn.Module.__init__(self)
+        sizes = {key: config[key] for key in ("dim", "n_heads", "n_kv_heads", "norm_eps")}
+        places = range(0, config["n_layers"], 2)
+        self.control_layers_mapping = {place: index for index, place in enumerate(places)}
+        self.control_all_x_embedder = nn.ModuleDict({"2-1": nn.Linear(4 * 33, config["dim"])})
+        self.control_layers, self.control_noise_refiner = (
+            nn.ModuleList(ZImageControlTransformerBlock(block_id=index, **sizes) for index in numbers)
+            for numbers in (places, range(config["n_refiner_layers"]))
+        )
 
 
 class TextEncoder(QwenImageTextEncoder):
@@ -122,6 +140,9 @@ def z_image(folder: Path) -> ZImagePipeline:
     shrink(pipe.vae_encoder, flux_keys.FluxVAEEncoderStateDictConverterDiffusers(weights), config)
     shrink(pipe.vae_decoder, flux_keys.FluxVAEDecoderStateDictConverterDiffusers(weights), config)
     pipe.tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
+    if (folder / CONTROLNET).exists():
+        pipe.controlnet = ControlNet(config_of(folder / "transformer"))
+        pipe.controlnet.load_state_dict(load_file(folder / CONTROLNET))
     return pipe.eval().requires_grad_(False)
 
 
@@ -191,9 +212,10 @@ def observe(pipe: Any, call: Mapping[str, Any], tensors: bool) -> dict[str, np.n
         return to_image(picture)
 
     pipe.model_fn, pipe.vae_output_to_image = see_forward, see_image
-    if given := call.get("blockwise_controlnet_inputs"):
-        call = {**call, "blockwise_controlnet_inputs": [ControlNetInput(**one) for one in given]}
-    if tensors:
+    for name in ("controlnet_inputs", "blockwise_controlnet_inputs"):
+        if given := call.get(name):
+            call = {**call, name: [ControlNetInput(**one) for one in given]}
+    if tensors and isinstance(pipe, QwenImagePipeline):
         pipe.dit.img_in.register_forward_pre_hook(see_tokens)
         pipe.dit.transformer_blocks[0].register_forward_pre_hook(see_block, with_kwargs=True)
     pipe(**call, progress_bar_cmd=iter)
@@ -217,6 +239,8 @@ def observe(pipe: Any, call: Mapping[str, Any], tensors: bool) -> dict[str, np.n
 
 def taken_in(forward: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What a forward of the transformer took in, and its velocity."""
+    if "control_context" in forward:
+        return {"condition": forward["control_context"][:, :, 0].numpy(), "velocity": forward["velocity"].numpy()}
     if latents := forward.get("blockwise_controlnet_conditioning"):
         conditions = {f"condition.{index}": one.numpy() for index, one in enumerate(latents)}
         rows = forward["prompt_emb"][0].numpy()

@@ -14,7 +14,10 @@ from zimgkit.export.quantization.statistics import Statistics
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.commands.cli import cli as run_cli
 
-COMMANDS = ("build", "calibrate", "compile", "swap-lora", "inspect", "verify", "sensitivity", "demo-checkpoint")
+COMMANDS = (
+    *("build", "calibrate", "compile", "swap-lora", "add-controlnet", "remove-controlnet"),
+    *("inspect", "verify", "sensitivity", "demo-checkpoint"),
+)
 
 
 def test_help_lists_every_command():
@@ -47,7 +50,7 @@ def test_every_bundle_may_be_a_carried_one_by_name():
         for parameter in command.params
         if parameter.name in ("bundle", "bundles", "from_bundle", "references")
     }
-    assert len(takes) == 10
+    assert len(takes) == 12
     for kind in takes.values():
         assert kind.convert("zimg-tiny-z", None, None) == demo_models.FOLDER / "zimg-tiny-z"
         assert kind.convert("none", None, None) == Path("none")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import ZImageControlNetModel
 from filelock import FileLock
 from onnx import TensorProto, helper
 
@@ -42,8 +44,13 @@ ONE_BLOCK = {
     },
 }
 """The real configs with one block of each kind; Z-Image does not read the text encoder's last layer."""
+NETS = {
+    "z-image": lambda: ZImageControlNetModel([0], [0], 33, "control_noise_refiner", n_refiner_layers=1),
+}
+"""A ControlNet of the real width for that."""
+CONTROLLED = "denoiser.control.net"
 ATTENTIONS = {
-    "z-image": {"text_encoder": 1, "conditioner": 1, "denoiser": 2} | dict.fromkeys(VAE, 1),
+    "z-image": {"text_encoder": 1, "conditioner": 1, "denoiser": 2, CONTROLLED: 4} | dict.fromkeys(VAE, 1),
     "qwen-image": {"text_encoder": 1, "conditioner": 0, "denoiser": 1} | dict.fromkeys(VAE, 1),
 }
 """How many there are then."""
@@ -110,9 +117,16 @@ def one_block_of(shared_folder: Path) -> Callable[[str], Bundle]:
             if not folder.exists():
                 checkpoint = shared_folder / f"one-block-checkpoint-{family}"
                 sparse_checkpoint.write(family, checkpoint, overrides=ONE_BLOCK[family])
+                net = checkpoint / "net.safetensors"
+                if family in NETS:
+                    with torch.device("meta"):
+                        shapes = {key: tuple(value.shape) for key, value in NETS[family]().state_dict().items()}
+                    sparse_checkpoint.write_holes(net, "bfloat16", shapes, 1)
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr("zimgkit.export.writing.assemble_all", assemble_once())
-                    build(str(checkpoint), folder, precision="bf16", tasks=TASKS)
+                    for module in ("writing", "controls.graphs"):
+                        patch.setattr(f"zimgkit.export.{module}.assemble_all", assemble_once())
+                    nets = [str(net)] if net.exists() else []
+                    build(str(checkpoint), folder, precision="bf16", tasks=TASKS, controlnets=nets)
         return Bundle.open(folder, verify=False)
 
     return make
@@ -124,7 +138,7 @@ def test_real_width(family, one_block_of, tmp_path):
     bundle = one_block_of(family)
     one_size = ServedShapes(sizes=((1024, 1024),))
     several = ServedShapes(size_range=((512, 512), (1024, 1024), (1536, 1536)))
-    for name in COMPONENTS:
+    for name in ATTENTIONS[family]:
         for shapes in (one_size, several):
             if shapes is several and name in ("text_encoder", "conditioner"):
                 continue  # They are the same for all sizes.
