@@ -117,6 +117,10 @@ class Family:
     """Hub ids of LoRAs that people may take for checkpoints -> the short name of the checkpoint they are for."""
     processor: str = "processor"
     """The folder of such a checkpoint that says how pictures are prepared."""
+    pictures_to_lora: str = ""
+    """The module with the network that makes LoRAs of pictures, ``read_config`` and ``part``."""
+    generators: Mapping[str, str] = field(default_factory=dict)
+    """Short name of a checkpoint -> the file on a hub of that network for it; others have that of the base."""
     planned: tuple[str, ...] = ()
     """Hub ids of relatives that zimgkit will serve later."""
     tasks: tuple[str, ...] = (TEXT_TO_IMAGE, "image-to-image", "inpaint")
@@ -186,10 +190,13 @@ Z_IMAGE = Family(
     # Its model card: gives a LoRA that was trained on Z-Image-Turbo the settings of Turbo back.
     few_step_loras=(FewStepLora(r"Z-Image-Turbo-DistillPatch", 0.0, 8),),
     loras={"DiffSynth-Studio/Z-Image-Turbo-DistillPatch": "Z-Image-Turbo"},
+    pictures_to_lora=f"{NETWORKS}.z_image_i2l",
+    generators={
+        "Z-Image": "DiffSynth-Studio/Z-Image-i2L/model.safetensors",
+        "Z-Image-Omni-Base": "DiffSynth-Studio/Z-Image-Omni-Base-i2L/model.safetensors",
+    },
     planned=(
         "Tongyi-MAI/Z-Image-Edit",
-        "DiffSynth-Studio/Z-Image-i2L",
-        "DiffSynth-Studio/Z-Image-Omni-Base-i2L",
         "PAI/Z-Image-Turbo-Fun-Controlnet-Union-2.1",
     ),
 )
@@ -271,6 +278,12 @@ QWEN_IMAGE = Family(
         "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Inpaint",
     ),
 )
+
+PICTURE_ENCODERS = {
+    "siglip": "DiffSynth-Studio/General-Image-Encoders/SigLIP2-G384/model.safetensors",
+    "dinov3": "DiffSynth-Studio/General-Image-Encoders/DINOv3-7B/model.safetensors",
+}
+"""What describes pictures to those networks -> its file on a hub."""
 
 FAMILIES = {row.name: row for row in (Z_IMAGE, QWEN_IMAGE)}
 """Family -> its row."""

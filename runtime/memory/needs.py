@@ -206,6 +206,22 @@ def device_needs(
     }
 
 
+def encoder_need(stored: int, precision: str, backend: str, widths: tuple[int, int], tokens: int) -> Need:
+    """What a transformer takes that runs a few times, so that ONNX Runtime makes no copies of its weights.
+
+    Args:
+        stored: bytes of its weights.
+        precision: of the weights.
+        backend: what runs it, in the host's memory.
+        widths: its own, and its feed-forward's.
+        tokens: that it computes on at once.
+    """
+    table = COPIES if multiplies_bfloat16() else COPIES | WITHOUT_BFLOAT16
+    copies = 0.0 if backend == "onnxruntime" else table.get((backend, precision), 0.0)
+    working = _transformer(widths, tokens, cast=precision != "float32")
+    return Need(stored, math.ceil(MARGIN * copies * stored), math.ceil(MARGIN * working))
+
+
 def engine_bytes(bundle: Bundle, component: str, backend: str) -> int:
     """What an engine of a component takes: its plan and working memory where it is compiled, else its weights."""
     sizes = []
