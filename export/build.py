@@ -35,6 +35,7 @@ from zimgkit.export.components import parts_of, wanted_by
 from zimgkit.export.lora import known
 from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
 from zimgkit.export.lora.names import names_of
+from zimgkit.export.lora.positive import give_positive
 from zimgkit.export.networks.registry import FAMILIES, QUANTIZED, tasks_of
 from zimgkit.export.networks.text_encoder import language_part
 from zimgkit.export.quantization.calibrate import CalibrationSet, calibrate, load_finished, statistics_path
@@ -91,6 +92,7 @@ def build(
     loras: Sequence[str] = (),
     keep_base: bool = False,
     allow_unmatched: bool = False,
+    positive_only_loras: Sequence[str] = (),
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     cut_denoiser: bool = False,
@@ -111,6 +113,7 @@ def build(
         loras: LoRAs to merge, as :func:`zimgkit.export.lora.source.find_lora` takes them.
         keep_base: keep what they touch without them as well, so that another set needs no checkpoint.
         allow_unmatched: go on where a LoRA has modules that the checkpoint has not.
+        positive_only_loras: likewise, for the branch of the prompt alone.
         num_inference_steps: another default than the checkpoint's or the LoRAs'.
         guidance_scale: likewise, as diffusers counts it.
         cut_denoiser: write the denoiser's head, body and tail as components of their own as well, over the same
@@ -125,11 +128,11 @@ def build(
         raise UsageError(f"no precision is called {precision!r}", f"choose one of {', '.join((*PRECISIONS, *SCHEMES))}")
     out = out.expanduser().absolute()
     with only_writer_of(out), atomic_folder(out, overwrite=overwrite) as folder:
-        read = read_loras(loras, source)
+        read, own = read_loras(loras, source), read_loras(positive_only_loras, source)
         checkpoint = open_checkpoint(model, revision=revision, source=source)
-        found = (
-            merge(read, names_of(checkpoint), checkpoint.family, allow_unmatched=allow_unmatched) if read else NOTHING
-        )
+        found = NOTHING
+        if read or own:
+            found = merge(read, names_of(checkpoint), checkpoint.family, own, allow_unmatched=allow_unmatched)
         tasks = [*tasks, *known.tasks_for(found.loras, checkpoint.family)]
         tasks = tasks_of(checkpoint.family, checkpoint.pipeline, tasks)
         scheme = None
@@ -184,7 +187,7 @@ def _settings(
     )
     if known_statistics is None:
         with temporary_folder(out, "float") as folder:
-            export(checkpoint, folder, "bfloat16", report, merged=merged)
+            export(checkpoint, folder, "bfloat16", report, merged=merged.for_both)
             float_bundle = Bundle.open(folder, verify=False)
             known_statistics = calibrate(
                 float_bundle, given.calibration, statistics_path(out), device=given.device, report=report
@@ -294,6 +297,10 @@ def export(
         base_defaults=base.defaults if settings != base else None,
         base_scheduler=scheduler if settings != base else None,
     )
+    if merged.positive:
+        wants = {name: wanted_by(checkpoint.tensors, part, merged.positive) for name, part in parts.items()}
+        touched = {name: {key: want for key, want in part.items() if want.addends} for name, part in wants.items()}
+        manifest, _ = give_positive(Bundle(folder, manifest), touched, merged.positive_loras, report=report)
     write_manifest(folder, manifest)
 
 

@@ -56,6 +56,7 @@ NOT_RUN = {
     "pip install '.[openvino]'": "test_openvino does",
     "pip install '.[tensorrt]'": "gigabytes of CUDA; test_tensorrt_and_tensorrt_rtx installs the rest",
     "zimg-export compile z-image-turbo --size 1024x1024 --size 832x1216": "likewise; it compiles a smaller size",
+    "zimg-export i2l Z-Image one.png two.png --out style.safetensors": "gigabytes; tests/export/i2l makes some",
     "zimg-run generate --bundle z-image-turbo --backend tensorrt"
     ' --prompt "a red fox in fresh snow, early light"': "needs a GPU",
 }

@@ -14,7 +14,7 @@ class ExportCommand(GroupedCommand):
     headings: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "Checkpoint": ("model", "revision", "source", "family", "tasks"),
         "Networks": ("generator", "siglip", "dinov3"),
-        "LoRA": ("loras", "keep_base", "allow_unmatched"),
+        "LoRA": ("loras", "positive_only_loras", "keep_base", "allow_unmatched"),
         "Precision": ("precision", "card", "recipe", "range_", "smooth", "target", "by"),
         "Calibration, for fp8 and int8": (
             *("prompts", "calibration", "from_bundle", "calibration_size", "calibration_steps", "calibration_image"),

@@ -224,7 +224,8 @@ def _numbered(output: Path, count: int) -> list[Path]:
 
 
 def _loras(manifest: Manifest) -> str | None:
-    return ", ".join(f"{lora.file}:{lora.scale:g} ({lora.sha256[:10]})" for lora in manifest.loras) or None
+    every = [(lora, "") for lora in manifest.loras] + [(lora, " for the prompt") for lora in manifest.positive_loras]
+    return ", ".join(f"{lora.file}:{lora.scale:g} ({lora.sha256[:10]}){branch}" for lora, branch in every) or None
 
 
 def _inputs(inputs: Inputs) -> dict[str, Any]:

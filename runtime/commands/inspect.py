@@ -78,6 +78,7 @@ def bundle_summary(path: Path) -> dict[str, Any]:
         "defaults": msgspec.to_builtins(manifest.defaults),
         "scheduler": manifest.scheduler,
         "loras": [msgspec.to_builtins(lora) for lora in manifest.loras],
+        "positive_loras": [msgspec.to_builtins(lora) for lora in manifest.positive_loras],
         "components": components,
         "engines": [
             msgspec.json.decode(msgspec.json.encode(engine))
@@ -114,6 +115,9 @@ def bundle_text(summary: dict[str, Any]) -> str:
     ]
     lines.append(f"  runs on   {summary['backend']['backend']}: {summary['backend']['reason']}")
     lines.extend(f"  LoRA      {lora['source']} at {lora['scale']:g}" for lora in summary["loras"])
+    lines.extend(
+        f"  LoRA      {lora['source']} at {lora['scale']:g}, for the prompt alone" for lora in summary["positive_loras"]
+    )
     lines.extend(_quantization_lines(quantization, summary["precision"]) if quantization else ())
     lines.extend(f"  {line}" for line in (cost_lines(summary["cost"]) if summary["cost"] else ()))
     for name, component in summary["components"].items():

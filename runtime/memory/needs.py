@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from zimgkit.engines.bundle import CPU_GRAPH, Bundle, Manifest
@@ -204,6 +204,18 @@ def device_needs(
         )
         for name in stored_bytes(bundle.manifest)
     }
+
+
+def with_branches(bundle: Bundle, needs: Mapping[str, Need]) -> dict[str, Need]:
+    """The same, where both branches of guidance have an engine of a component: over one file more, and each its own."""
+    found = dict(needs)
+    for name, need in needs.items():
+        own = bundle.manifest.of_branch(name, positive=True)
+        if own != name:
+            files = set(bundle.component(own).weights) - set(bundle.component(name).weights)
+            more = sum(bundle.manifest.files[file].size for file in files)
+            found[name] = replace(need, mapped=need.mapped + more, held=2 * need.held)
+    return found
 
 
 def encoder_need(stored: int, precision: str, backend: str, widths: tuple[int, int], tokens: int) -> Need:
