@@ -24,7 +24,15 @@ class ExportCommand(GroupedCommand):
             *("cost", "measure", "strict", "cost_prompts", "cost_size", "cost_steps", "references", "judge", "seed"),
         ),
         "Engines and devices": (
-            *("backend", "device", "components", "weight_streaming_budget", "workspace", "optimization_level"),
+            *(
+                "backend",
+                "device",
+                "memory",
+                "components",
+                "weight_streaming_budget",
+                "workspace",
+                "optimization_level",
+            ),
             *("refittable", "stripped", "force"),
         ),
         "What compiled engines serve": (*("sizes", "min_size", "opt_size", "max_size", "max_prompt_tokens", "batch"),),

@@ -46,7 +46,7 @@ POSITIVE_LORA = click.option(
     "positive_only_loras",
     multiple=True,
     metavar="LORA[:SCALE]",
-    help="Likewise, for the prompt alone: guidance goes away from what the negative prompt gives without it.",
+    help="A LoRA to merge for the prompt alone: what the negative prompt gives is without it. Repeatable.",
 )
 KEEP_BASE = click.option(
     "--keep-base", is_flag=True, help="Keep the base weights too, so that the next swap needs no checkpoint."

@@ -44,6 +44,8 @@ class RunCommand(GroupedCommand):
             *("num_inference_steps", "guidance_scale", "cfg_scale", "cfg_normalization", "cfg_truncation"),
             "max_sequence_length",
         ),
+        "Edges": ("low", "high"),
+        "An ONNX file": ("onnx", "layout", "size", "scaling", "levels", "invert"),
         "Bundle and device": ("bundle", "bundles", "backend", "device", "memory", "vae_tiling", "verify"),
         "Output": ("output", "columns", "quiet", "as_json"),
     }
