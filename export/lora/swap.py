@@ -100,11 +100,11 @@ def swap(
     if out is not None and target.resolve() == path.resolve():
         raise UsageError(f"{out} is the bundle itself", "leave --out out to change it")
     with only_writer_of(path), only_writer_of(target) if out is not None else contextlib.nullcontext():
-        bundle = Bundle.open(path)
+        whole = Bundle.open(path)
         if out is None:
-            bundle.check_changeable()
-        had = [engine for engine in bundle.manifest.engines if engine.component.endswith(POSITIVE)]
-        bundle = replace(bundle, manifest=bundle.manifest.for_both())
+            whole.check_changeable()
+        had = [engine for engine in whole.manifest.engines if engine.component.endswith(POSITIVE)]
+        bundle = replace(whole, manifest=whole.manifest.for_both())
         changeable = Changeable(bundle, Origin(bundle, model, revision, source))
         read, own = read_loras(loras, source), read_loras(positive_only_loras, source)
         family, merged = bundle.manifest.family, NOTHING
@@ -117,7 +117,7 @@ def swap(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
         )
-        with _place(bundle, out, target, overwrite=overwrite) as folder:
+        with _place(whole, out, target, overwrite=overwrite) as folder:
             found = {name: changeable.change(name, merged, keep_base=keep_base) for name in changeable.parts}
             changes = {name: change for name, change in found.items() if change}
             written = _write(bundle, changeable, changes, folder, report)

@@ -6,18 +6,20 @@ import json
 import re
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.commands import invoke
 from tests.references import recordings
-from zimgkit.engines.bundle import POSITIVE, Bundle
-from zimgkit.engines.errors import LoraError
+from zimgkit.engines.bundle import POSITIVE, Bundle, CompiledEngine, FileRecord, sha256, write_manifest
+from zimgkit.engines.errors import LoraError, OutputError
 from zimgkit.export.build import build
 from zimgkit.export.cli.main import main
 from zimgkit.export.compilers.shape_profiles import RECOMMENDED, shape_profiles
 from zimgkit.export.i2l.make import make_lora
+from zimgkit.export.lora import positive
 from zimgkit.export.lora.swap import swap
 from zimgkit.export.quality.verify import verify
 from zimgkit.runtime import Pipeline
@@ -158,6 +160,30 @@ def test_swaps(bundle, checkpoint, files, tmp_path):
     after = Bundle.open(plain.root).manifest
     assert after.components.keys() == before.components.keys()
     assert not [path for path in plain.root.iterdir() if POSITIVE in path.name]
+
+
+def test_a_swap_that_fails_leaves_the_bundle_as_it_was(bundle, files, tmp_path, monkeypatch):
+    """Before its last step, and with an engine of the branch; then it succeeds, and the engine is stale."""
+    root = swap(
+        bundle, [], positive_only_loras=[str(lora_of("z-image-i2l.both", files))], out=tmp_path / "own"
+    ).bundle.root
+    manifest, plan = Bundle.open(root).manifest, "engines/denoiser.positive.plan"
+    (root / "engines").mkdir()
+    (root / plan).write_bytes(b"plan")
+    source = Bundle.open(root).source_hash("denoiser.positive")
+    engine = CompiledEngine("denoiser.positive", plan, "tensorrt", "tensorrt", "11", "sm90", source, ())
+    records = manifest.files | {plan: FileRecord(4, sha256(root / plan))}
+    write_manifest(root, msgspec.structs.replace(manifest, engines=(engine,), files=records))
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    lora = str(lora_of("z-image-i2l.positive", files))
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="the bundle is as it was"):
+        patch.setattr(positive, "sha256", lambda path: (_ for _ in ()).throw(OSError(28, "disk full")))
+        swap(root, [], positive_only_loras=[lora])
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+    swapped = swap(root, [], positive_only_loras=[lora])
+    assert swapped.stale == (engine,)
+    assert swapped.bundle.manifest.engines == ()
+    assert len([path for path in root.iterdir() if path.name.startswith("denoiser.positive")]) == 3
 
 
 @pytest.mark.parametrize("precision", ["int8-weights", "int4-weights"])
