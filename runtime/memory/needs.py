@@ -213,7 +213,7 @@ def with_branches(bundle: Bundle, needs: Mapping[str, Need]) -> dict[str, Need]:
         own = bundle.manifest.of_branch(name, positive=True)
         if own != name:
             files = set(bundle.component(own).weights) - set(bundle.component(name).weights)
-            more = sum(bundle.manifest.files[file].size for file in files)
+            more = sum(bundle.file(file).stat().st_size for file in files)
             found[name] = replace(need, mapped=need.mapped + more, held=2 * need.held)
     return found
 

@@ -17,6 +17,7 @@ from tests.commands import invoke
 from tests.references import recordings
 from tests.references.cases import picture
 from zimgkit.engines.errors import UsageError
+from zimgkit.export.checkpoints import hub
 from zimgkit.export.cli.main import main
 from zimgkit.export.i2l.make import describe, make_lora
 from zimgkit.export.i2l.models import read_dinov3, read_siglip
@@ -128,6 +129,35 @@ def test_the_command(networks, recorded_checkpoint_of, tmp_path):
     result = invoke(main, "i2l", checkpoint, paths[0], "-o", out, *words, "--overwrite")
     assert (result.code, out.stat().st_size < exact.stat().st_size) == (0, True)
     assert result.out == f"{out}  a LoRA of 1 picture for recorded-z-image: 28 modules of rank 4\n"
+
+
+def test_from_a_hub_and_for_a_bundle(networks, recorded_checkpoint_of, recorded_bundle_of, tmp_path, monkeypatch):
+    """The releases' own files are asked for where none are named; a bundle is a model as well."""
+    hubs, asked = tmp_path / "hub", []
+    for model, place, name in (
+        ("Z-Image-i2L", "", "i2l"),
+        ("General-Image-Encoders", "SigLIP2-G384", "siglip"),
+        ("General-Image-Encoders", "DINOv3-7B", "dinov3"),
+    ):
+        shutil.copytree(networks / name, hubs / model / place, dirs_exist_ok=True)
+
+    def fetch(model_id, revision=None, source="huggingface", allow=()):
+        asked.append((source, model_id, *allow))
+        return hubs / model_id.rpartition("/")[2]
+
+    monkeypatch.setattr(hub, "fetch", fetch)
+    bundle, pictures = recorded_bundle_of("z-image"), [picture(40, 30)]
+    first = make_lora(str(bundle), pictures, tmp_path / "first.safetensors", source="modelscope").path
+    assert asked == [
+        ("modelscope", "DiffSynth-Studio/General-Image-Encoders", "SigLIP2-G384/model.safetensors"),
+        ("modelscope", "DiffSynth-Studio/General-Image-Encoders", "DINOv3-7B/model.safetensors"),
+        ("modelscope", "DiffSynth-Studio/Z-Image-i2L", "model.safetensors"),
+    ]
+    second = tmp_path / "second.safetensors"
+    make_lora(str(recorded_checkpoint_of("z-image")), pictures, second, **options(networks))
+    assert first.read_bytes() == second.read_bytes()
+    told = invoke(main, "inspect", first, "--json")
+    assert json.loads(told.out)["families"] == ["z-image"], told
 
 
 def test_two_at_once(networks, recorded_checkpoint_of, tmp_path):
