@@ -34,6 +34,7 @@ from zimgkit.export.controls.nets import ENCODED, OpenNet, open_nets, places, ro
 from zimgkit.export.lora import known
 from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
 from zimgkit.export.lora.names import names_of
+from zimgkit.export.lora.positive import give_positive, refuse_beside_controlnets
 from zimgkit.export.networks.registry import FAMILIES, QUANTIZED, tasks_of
 from zimgkit.export.networks.text_encoder import language_part
 from zimgkit.export.quantization.calibrate import CalibrationSet, calibrate, load_finished, statistics_path
@@ -90,6 +91,7 @@ def build(
     loras: Sequence[str] = (),
     keep_base: bool = False,
     allow_unmatched: bool = False,
+    positive_only_loras: Sequence[str] = (),
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     cut_denoiser: bool = False,
@@ -111,6 +113,7 @@ def build(
         loras: LoRAs to merge, as :func:`zimgkit.export.lora.source.find_lora` takes them.
         keep_base: keep what they touch without them as well, so that another set needs no checkpoint.
         allow_unmatched: go on where a LoRA has modules that the checkpoint has not.
+        positive_only_loras: likewise, for the branch of the prompt alone.
         num_inference_steps: another default than the checkpoint's or the LoRAs'.
         guidance_scale: likewise, as diffusers counts it.
         cut_denoiser: write the denoiser's head, body and tail as components of their own as well, over the same
@@ -124,13 +127,14 @@ def build(
     """
     if precision not in (*PRECISIONS, *SCHEMES):
         raise UsageError(f"no precision is called {precision!r}", f"choose one of {', '.join((*PRECISIONS, *SCHEMES))}")
+    refuse_beside_controlnets(positive_only_loras, controlnets)
     out = out.expanduser().absolute()
     with only_writer_of(out), atomic_folder(out, overwrite=overwrite) as folder:
-        read = read_loras(loras, source)
+        read, own = read_loras(loras, source), read_loras(positive_only_loras, source)
         checkpoint = open_checkpoint(model, revision=revision, source=source)
-        found = (
-            merge(read, names_of(checkpoint), checkpoint.family, allow_unmatched=allow_unmatched) if read else NOTHING
-        )
+        found = NOTHING
+        if read or own:
+            found = merge(read, names_of(checkpoint), checkpoint.family, own, allow_unmatched=allow_unmatched)
         tasks = [*tasks, *known.tasks_for(found.loras, checkpoint.family)]
         nets = open_nets(controlnets, checkpoint.family, checkpoint.config("transformer"), source)
         tasks = tasks_of(checkpoint.family, checkpoint.pipeline, tasks)
@@ -187,7 +191,7 @@ def _settings(
     )
     if known_statistics is None:
         with temporary_folder(out, "float") as folder:
-            export(checkpoint, folder, "bfloat16", report, merged=merged)
+            export(checkpoint, folder, "bfloat16", report, merged=merged.for_both)
             float_bundle = Bundle.open(folder, verify=False)
             known_statistics = calibrate(
                 float_bundle, given.calibration, statistics_path(out), device=given.device, report=report
@@ -315,6 +319,10 @@ def export(
         base_defaults=base.defaults if settings != base else None,
         base_scheduler=scheduler if settings != base else None,
     )
+    if merged.positive:
+        wants = {name: wanted_by(checkpoint.tensors, part, merged.positive) for name, part in parts.items()}
+        touched = {name: {key: want for key, want in part.items() if want.addends} for name, part in wants.items()}
+        manifest, _ = give_positive(Bundle(folder, manifest), touched, merged.positive_loras, report=report)
     write_manifest(folder, manifest)
 
 

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from zimgkit.engines.bundle import POSITIVE
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.control_conditions import acting, component_of, controls_of
 from zimgkit.runtime.encoding import Encoder
@@ -89,23 +90,32 @@ class Conditioner:
         references = self._references(request)
         rows.update(self._read(request, [*texts, *inputs.eligen_entity_prompts], references))
         beside = self._beside(request, references)
-        encoded = self._condition(rows, beside)
-        self._report("encode", len(rows), len(rows))
-        made: dict[tuple[str | int, ...], Conditions] = {}
-
-        def conditions(*keys: str | int) -> Conditions:
-            if keys not in made:
-                made[keys] = self._conditions(request, [encoded[key] for key in keys], beside)
-            return made[keys]
-
         wanted, unwanted = ([entry if isinstance(entry, str) else id(entry) for entry in entries] for entries in asked)
         entities = inputs.eligen_entity_prompts
+        # Where LoRAs are for the prompt alone, the same text is not the same in both branches of guidance.
+        parts = bool(self.bundle.manifest.positive_loras)
+        read_in = {True: [*entities, *wanted], False: [*entities, *unwanted] if unwanted else []}
+        encoded = {
+            branch: self._condition({key: rows[key] for key in dict.fromkeys(keys)}, beside, positive=branch)
+            for branch, keys in (read_in if parts else {False: list(rows)}).items()
+            if keys
+        }
+        self._report("encode", len(rows), len(rows))
+        made: dict[tuple[bool, tuple[str | int, ...]], Conditions] = {}
+
+        def conditions(*keys: str | int, positive: bool = False) -> Conditions:
+            branch = positive and parts
+            if (branch, keys) not in made:
+                found = [encoded[branch][key] for key in keys]
+                made[branch, keys] = self._conditions(request, found, beside, positive=branch)
+            return made[branch, keys]
+
         # Every region is guided away from the words that the whole is guided away from, or none is.
         regions = len(entities) if inputs.eligen_enable_on_negative else 0
         negative = [conditions(*[key] * (regions + 1)) for key in unwanted]
-        controls = {key: self._controls(request, encoded[key]) for key in dict.fromkeys(wanted)}
+        controls = {key: self._controls(request, encoded[parts][key]) for key in dict.fromkeys(wanted)}
         found = [one for key in wanted if (one := controls[key])]
-        return [conditions(*entities, key) for key in wanted], negative or None, found or None
+        return [conditions(*entities, key, positive=True) for key in wanted], negative or None, found or None
 
     def longest(self, request: Request) -> int:
         """Tokens of the longest prompt, template included."""
@@ -133,11 +143,14 @@ class Conditioner:
             return self._family.segments_tokens(lengths)
         return sum(lengths)
 
-    def _condition(self, rows: Mapping[str | int, Sequence[Array]], beside: Beside | None) -> dict[str | int, Encoded]:
+    def _condition(
+        self, rows: Mapping[str | int, Sequence[Array]], beside: Beside | None, *, positive: bool
+    ) -> dict[str | int, Encoded]:
         """What the conditioner makes of each text, and of the pictures that stand between its pieces."""
-        family = self._family
+        family, of_branch = self._family, self.bundle.manifest.of_branch
         encoded: dict[str | int, Encoded] = {}
-        with self._engines.engine("conditioner", self._device_of("conditioner")) as engine:
+        component = of_branch("conditioner", positive=positive)
+        with self._engines.engine(component, self._device_of(component)) as engine:
             for key, pieces in rows.items():
                 if isinstance(family, SegmentedFamily):
                     feeds = family.segments_inputs(pieces)
@@ -147,24 +160,28 @@ class Conditioner:
                 encoded[key] = Encoded(conditioning, tuple(map(len, pieces)), rows=tuple(pieces))
         if beside is None or not isinstance(family, SegmentedFamily):
             return encoded
-        component = "picture_conditioner"
+        component = of_branch("picture_conditioner", positive=positive)
         with self._engines.engine(component, self._device_of(component)) as engine:
             for key, text in encoded.items():
                 (pictures,) = engine.run(family.picture_conditioner_inputs(text.lengths, beside)).values()
                 encoded[key] = replace(text, pictures=pictures)
         return encoded
 
-    def _conditions(self, request: Request, texts: Sequence[Encoded], beside: Beside | None) -> Conditions:
+    def _conditions(
+        self, request: Request, texts: Sequence[Encoded], beside: Beside | None, *, positive: bool
+    ) -> Conditions:
         """What a prompt, the last of the texts, and those of regions add to every step."""
         family, size, last = self._family, (request.height, request.width), texts[-1]
+        of_branch = partial(self.bundle.manifest.of_branch, positive=positive)
         if isinstance(family, ConditionedFamily) and len(texts) > 1:
             segments = [text.conditioning for text in texts]
             regions = image_regions(request.inputs, *size)
-            return Conditions(partial(family.masked_constants, segments, regions, *size), "denoiser.masked")
+            return Conditions(partial(family.masked_constants, segments, regions, *size), of_branch("denoiser.masked"))
         if isinstance(family, PictureFamily) and beside is not None:
             make = partial(family.conditioned_constants, self.bundle, last, *size, beside)
-            return Conditions(make, "denoiser.conditions")
-        return Conditions(partial(family.denoiser_constants, last.conditioning, last.tokens, *size))
+            return Conditions(make, of_branch("denoiser.conditions"))
+        make = partial(family.denoiser_constants, last.conditioning, last.tokens, *size)
+        return Conditions(make, of_branch("denoiser"))
 
     def _controls(self, request: Request, text: Encoded) -> Controls | None:
         """What ControlNets add to every step of a prompt."""
@@ -277,4 +294,5 @@ class Conditioner:
         components = [f"text_encoder{pictured}", "conditioner", denoiser, "vae_decoder"]
         if request.inputs.image is not None or acting(request):
             components.append(self._encoder.COMPONENT)
+        components += [name + POSITIVE for name in components]
         check_served(self.bundle, self._engines.backend, components, dimensions, request.width, request.height)

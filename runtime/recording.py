@@ -60,7 +60,8 @@ def record(session: Session, request: Request, index: int, drawn: int) -> Record
 
 def merged_loras(manifest: Manifest) -> str | None:
     """The LoRAs in a bundle's weights, as pictures name them."""
-    return ", ".join(f"{lora.file}:{lora.scale:g} ({lora.sha256[:10]})" for lora in manifest.loras) or None
+    every = [(lora, "") for lora in manifest.loras] + [(lora, " for the prompt") for lora in manifest.positive_loras]
+    return ", ".join(f"{lora.file}:{lora.scale:g} ({lora.sha256[:10]}){branch}" for lora, branch in every) or None
 
 
 def _inputs(inputs: Inputs) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from functools import partial
 
 import numpy as np
 
-from zimgkit.engines.bundle import MANIFEST, Bundle
+from zimgkit.engines.bundle import MANIFEST, POSITIVE, Bundle
 from zimgkit.engines.choice import AUTO, Choice, choose_backend
 from zimgkit.engines.errors import BackendError, OutOfMemoryError, UsageError
 from zimgkit.engines.tensors.dtypes import round_to
@@ -263,7 +263,8 @@ class Session:
     def _plan(self, request: Request) -> Plan:
         where = self._setting(request.height, request.width)
         needs = needs_in(where, picture := self._picture(request))
-        opened = [needs[name] for name in self.engines.opened if name in needs]
+        names = {name.removesuffix(POSITIVE) for name in self.engines.opened}
+        opened = [needs[name] for name in names if name in needs]
         held = sum(need.held for need in opened)
         addresses = sum(need.addresses for need in opened)
         budget = budget_of(self.memory, host=where.host, addresses=addresses, held=held)

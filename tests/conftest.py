@@ -85,6 +85,20 @@ def recorded_checkpoint_of(shared_folder: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def recorded_i2l_of(shared_folder: Path, recorded_checkpoint_of: Callable[[str], Path]) -> Callable[[str], Path]:
+    """``recorded_i2l_of(name)``: the folder of what makes LoRAs of pictures for that checkpoint, written once."""
+
+    def make(name: str) -> Path:
+        from tests.references import checkpoints
+
+        folder = shared_folder / f"recorded-{name}-i2l"
+        with FileLock(f"{folder}.lock"):
+            return folder if folder.exists() else checkpoints.write_i2l(recorded_checkpoint_of(name), folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def recorded_bundle_of(shared_folder: Path, recorded_checkpoint_of: Callable[[str], Path]) -> Callable[..., Path]:
     """``recorded_bundle_of(name, tasks=(), lora="")``: that checkpoint's bundle in float32, built once."""
 

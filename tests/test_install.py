@@ -59,6 +59,8 @@ NOT_RUN = {
     "pip install '.[serve]'": "test_serve does",
     "zimg-run serve --bundle z-image-turbo": "it goes on until it is told to end; test_serve ends it",
     "zimg-export compile z-image-turbo --size 1024x1024 --size 832x1216": "likewise; it compiles a smaller size",
+    "zimg-run preprocess canny photo.png edges.png": "test_control does",
+    "zimg-export i2l Z-Image one.png two.png --out style.safetensors": "gigabytes; tests/export/i2l makes some",
     "zimg-run generate --bundle z-image-turbo --backend tensorrt"
     ' --prompt "a red fox in fresh snow, early light"': "needs a GPU",
 }
@@ -215,6 +217,7 @@ def test_base(environment: Environment, wheel: Path, tmp_path: Path) -> None:
         "tensorrt": "zimg-run generate --backend tensorrt --bundle bundle --prompt a",
         "tensorrt-rtx": "zimg-export compile bundle --backend tensorrt-rtx",
         "export": "zimg-export swap-lora bundle",
+        "control": "zimg-run preprocess canny out.png edges.png",
         "modelscope": "zimg-export inspect a/b/style.safetensors --source modelscope",
         "serve": "zimg-run serve",
         "train": "python -m zimgkit.training lora zimg-tiny-z data style.safetensors",
@@ -238,6 +241,14 @@ def test_torch_and_train(environment: Environment, wheel: Path, tmp_path: Path) 
     lora = ("lora", "zimg-tiny-z", "data", "style.safetensors", "--steps", "1")
     environment.run("python", "-m", "zimgkit.training", *lora, cwd=tmp_path)
     assert (tmp_path / "style.safetensors").exists()
+
+
+def test_control(environment: Environment, wheel: Path, tmp_path: Path) -> None:
+    """Edges of a picture."""
+    environment.install(f"{wheel}[control]")
+    Image.new("RGB", (64, 48)).save(tmp_path / "photo.png")
+    environment.run("zimg-run", "preprocess", "canny", "photo.png", "edges.png", cwd=tmp_path)
+    assert Image.open(tmp_path / "edges.png").size == (64, 48)
 
 
 def test_openvino(environment: Environment, wheel: Path, tmp_path: Path) -> None:

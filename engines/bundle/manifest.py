@@ -23,6 +23,10 @@ TEXT_TO_IMAGE = "text-to-image"
 """The task that every bundle has."""
 
 
+POSITIVE = ".positive"
+"""What ends the name of a component whose weights have LoRAs for the branch of the prompt alone."""
+
+
 class TensorSpec(msgspec.Struct, frozen=True):
     """One input or output of a graph: element type, and shape; a name stands for a dynamic dimension."""
 
@@ -57,7 +61,10 @@ class Component(msgspec.Struct, frozen=True, omit_defaults=True):
     base: str | None = None
     """A file beside ``weights``: tensors that LoRAs touch, as the checkpoint has them, for the next set of LoRAs."""
     variant_of: str | None = None
-    """The component whose weights these are: a variant is more graphs over the same files."""
+    """The component whose weights these are: a variant is more graphs over the same files.
+
+    One for the branch of the prompt alone has a file besides, of the tensors that are others there.
+    """
     prefixes: dict[str, str] = {}
     """Of ``weights``, those with tensors of another network -> what goes before their names here."""
 
@@ -343,6 +350,8 @@ class Manifest(msgspec.Struct, frozen=True):
     """What was compiled from it."""
     loras: tuple[MergedLora, ...] = ()
     """What was merged into its weights."""
+    positive_loras: tuple[MergedLora, ...] = ()
+    """What was merged into those of the branch of the prompt alone, besides."""
     base_defaults: Defaults | None = None
     """The defaults without LoRAs, where those or the user replaced them."""
     base_scheduler: dict[str, Any] | None = None
@@ -366,6 +375,26 @@ class Manifest(msgspec.Struct, frozen=True):
     def checkpoint(self) -> Source:
         """The checkpoint it was built from."""
         return self.sources[CHECKPOINT]
+
+    def of_branch(self, component: str, *, positive: bool) -> str:
+        """What serves a branch of guidance: the component, or for the prompt's the one with LoRAs of its own."""
+        own = component + POSITIVE
+        return own if positive and own in self.components else component
+
+    def for_both(self) -> Manifest:
+        """The same without what is for the branch of the prompt alone."""
+        own = {name: entry for name, entry in self.components.items() if name.endswith(POSITIVE)}
+        components = {name: entry for name, entry in self.components.items() if name not in own}
+        used = {file for entry in components.values() for file in entry.weights}
+        gone = {file for entry in own.values() for file in (*entry.weights, *entry.graphs.values())} - used
+        gone |= {file for engine in self.engines if engine.component in own for file in engine.files}
+        return msgspec.structs.replace(
+            self,
+            components=components,
+            files={name: record for name, record in self.files.items() if name not in gone},
+            engines=tuple(engine for engine in self.engines if engine.component not in own),
+            positive_loras=(),
+        )
 
     def variants(self, component: str) -> tuple[str, ...]:
         """The names of a component's variants: other graphs over the same weights."""

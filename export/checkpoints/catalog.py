@@ -16,6 +16,8 @@ SERVED = tuple(entry for family in FAMILIES.values() for entry in family.served)
 """The checkpoints that zimgkit serves."""
 PLANNED = tuple(hub_id for family in FAMILIES.values() for hub_id in family.planned)
 """Hub ids of relatives of theirs that zimgkit will serve later."""
+GENERATORS = {file.rpartition("/")[0]: name for family in FAMILIES.values() for name, file in family.generators.items()}
+"""Hub ids of what makes LoRAs of pictures -> the short name of the checkpoint that those are for."""
 LORAS = {hub_id: name for family in FAMILIES.values() for hub_id, name in family.loras.items()}
 """Hub ids of LoRAs -> the short name of the checkpoint they are for."""
 CONTROLNETS = {known.hub_id: known for family in FAMILIES.values() for known in reversed(family.known_controls)}
@@ -40,6 +42,10 @@ def resolve(model: str) -> str:
         if wanted in (hub_id.casefold(), _last(hub_id).casefold()):
             hint = f"build it with --model {known.checkpoint} --controlnet {hub_id}/{known.file}"
             raise CheckpointError(f"{_last(hub_id)} is a ControlNet", hint)
+    for hub_id, checkpoint in GENERATORS.items():
+        if wanted in (hub_id.casefold(), _last(hub_id).casefold()):
+            hint = f"make one with: zimg-export i2l {checkpoint} PICTURE --out style.safetensors"
+            raise CheckpointError(f"{_last(hub_id)} makes LoRAs of pictures", hint)
     names = ", ".join(entry.name for entry in SERVED)
     for hub_id in (*(entry.hub_id for entry in SERVED), *PLANNED):
         if wanted in (hub_id.casefold(), _last(hub_id).casefold()):

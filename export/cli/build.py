@@ -20,6 +20,7 @@ from zimgkit.export.cli.options import (
     GUIDANCE,
     KEEP_BASE,
     LORA,
+    POSITIVE_LORA,
     QUANTIZED,
     REVISION,
     SOURCE,
@@ -54,6 +55,7 @@ from zimgkit.runtime.commands.options import AS_JSON, QUIET
 @SOURCE
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @LORA
+@POSITIVE_LORA
 @KEEP_BASE
 @ALLOW_UNMATCHED
 @STEPS
@@ -82,6 +84,7 @@ def build_command(
     source: str,
     overwrite: bool,
     loras: tuple[str, ...],
+    positive_only_loras: tuple[str, ...],
     keep_base: bool,
     allow_unmatched: bool,
     num_inference_steps: int | None,
@@ -121,6 +124,7 @@ def build_command(
             source=source,
             overwrite=overwrite,
             loras=loras,
+            positive_only_loras=positive_only_loras,
             keep_base=keep_base,
             allow_unmatched=allow_unmatched,
             num_inference_steps=num_inference_steps,

@@ -13,7 +13,8 @@ class ExportCommand(GroupedCommand):
 
     headings: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "Checkpoint": ("model", "revision", "source", "family", "tasks"),
-        "LoRA": ("loras", "keep_base", "allow_unmatched"),
+        "Networks": ("generator", "siglip", "dinov3"),
+        "LoRA": ("loras", "positive_only_loras", "keep_base", "allow_unmatched"),
         "ControlNets": ("controlnets",),
         "Precision": ("precision", "card", "recipe", "range_", "smooth", "target", "by"),
         "Calibration, for fp8 and int8": (
@@ -24,7 +25,15 @@ class ExportCommand(GroupedCommand):
             *("cost", "measure", "strict", "cost_prompts", "cost_size", "cost_steps", "references", "judge", "seed"),
         ),
         "Engines and devices": (
-            *("backend", "device", "components", "weight_streaming_budget", "workspace", "optimization_level"),
+            *(
+                "backend",
+                "device",
+                "memory",
+                "components",
+                "weight_streaming_budget",
+                "workspace",
+                "optimization_level",
+            ),
             *("refittable", "stripped", "force"),
         ),
         "What compiled engines serve": (*("sizes", "min_size", "opt_size", "max_size", "max_prompt_tokens", "batch"),),

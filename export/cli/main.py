@@ -10,6 +10,7 @@ from zimgkit.export.cli.calibrate import calibrate_command
 from zimgkit.export.cli.compile import compile_command
 from zimgkit.export.cli.controlnets import add_controlnet_command, remove_controlnet_command
 from zimgkit.export.cli.demo_checkpoint import demo_checkpoint_command
+from zimgkit.export.cli.i2l import i2l_command
 from zimgkit.export.cli.inspect import inspect_command
 from zimgkit.export.cli.sensitivity import sensitivity_command
 from zimgkit.export.cli.swap_lora import swap_lora_command
@@ -31,6 +32,7 @@ for command in (
     swap_lora_command,
     add_controlnet_command,
     remove_controlnet_command,
+    i2l_command,
     inspect_command,
     verify_command,
     sensitivity_command,

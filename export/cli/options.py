@@ -41,6 +41,13 @@ LORA = click.option(
     metavar="LORA[:SCALE]",
     help="A LoRA to merge: a file, a folder, a file on a hub (owner/name/file.safetensors) or its URL. Repeatable.",
 )
+POSITIVE_LORA = click.option(
+    "--positive-only-lora",
+    "positive_only_loras",
+    multiple=True,
+    metavar="LORA[:SCALE]",
+    help="A LoRA to merge for the prompt alone: what the negative prompt gives is without it. Repeatable.",
+)
 KEEP_BASE = click.option(
     "--keep-base", is_flag=True, help="Keep the base weights too, so that the next swap needs no checkpoint."
 )

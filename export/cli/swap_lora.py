@@ -17,6 +17,7 @@ from zimgkit.export.cli.options import (
     GUIDANCE,
     KEEP_BASE,
     LORA,
+    POSITIVE_LORA,
     REVISION,
     SOURCE,
     STEPS,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 @click.command("swap-lora", cls=ExportCommand)
 @BUNDLE
 @LORA
+@POSITIVE_LORA
 @click.option("-o", "--out", type=FILE, help="Make a new bundle there, which shares all other files.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is at --out.")
 @KEEP_BASE
@@ -71,7 +73,9 @@ def swap_lora_command(bundle: Path, quiet: bool, as_json: bool, **options: Any) 
     if as_json:
         console.print_json(result)
         return
-    names = ", ".join(f"{lora.file} at {lora.scale:g}" for lora in swapped.bundle.manifest.loras)
+    manifest = swapped.bundle.manifest
+    entries = [(lora, "") for lora in manifest.loras] + [(lora, " for the prompt") for lora in manifest.positive_loras]
+    names = ", ".join(f"{lora.file} at {lora.scale:g}{branch}" for lora, branch in entries)
     click.echo(f"{root} has {names or 'no LoRA'} now; {swapped.written / 1e6:,.1f} MB of weights were written")
     if swapped.refitted:
         click.echo(f"the engines of {', '.join(swapped.refitted)} take them whenever they are loaded")
@@ -79,9 +83,11 @@ def swap_lora_command(bundle: Path, quiet: bool, as_json: bool, **options: Any) 
 
 def _swapped_data(swapped: Swapped, stale: list[str]) -> dict[str, Any]:
     """What the swap did, as ``--json`` prints it."""
+    manifest = swapped.bundle.manifest
     return {
         "path": str(swapped.bundle.root),
-        "loras": [{"source": lora.source, "scale": lora.scale} for lora in swapped.bundle.manifest.loras],
+        "loras": [{"source": lora.source, "scale": lora.scale} for lora in manifest.loras],
+        "positive_loras": [{"source": lora.source, "scale": lora.scale} for lora in manifest.positive_loras],
         "written_bytes": swapped.written,
         "stale_engines": stale,
         "refitted_engines": list(swapped.refitted),

@@ -36,6 +36,7 @@ from zimgkit.export.controls.nets import (
     unquantized,
 )
 from zimgkit.export.lora.origin import Origin
+from zimgkit.export.lora.positive import refuse_beside_controlnets
 from zimgkit.export.networks.parts import ControlNet, Part
 from zimgkit.export.networks.registry import control_net, is_needed, parts
 from zimgkit.export.quantization.formats import SCHEMES
@@ -86,6 +87,7 @@ def add(
     """
     with _changing(path) as bundle:
         manifest, root = bundle.manifest, bundle.root
+        refuse_beside_controlnets(manifest.positive_loras, controlnets)
         config = manifest.config["transformer"]
         taken = [control.name for control in manifest.controls]
         new = open_nets(controlnets, manifest.family, config, source, taken)

@@ -136,6 +136,16 @@ class Changeable:
         moved = {tensor: base[tensor] for tensor in before.keys() - wants.keys()}
         return Change(wants, kept, moved)
 
+    def positive(self, name: str, merged: Merge) -> dict[str, Wanted]:
+        """What LoRAs for the branch of the prompt alone make of a component. Arguments and errors as above."""
+        component, source = self.parts[name], LORA_SOURCES[name]
+        addends, base, found = merged.positive.get(source, {}), self._base(component), {}
+        for tensor, shape in self._shapes[name].items():
+            if (key := canonical(source, tensor)) in addends:
+                exact = self._exact(component, base, source, tensor, shape)
+                found[tensor] = _renamed(Wanted(exact, shape, addends=addends[key]), tensor)
+        return found
+
     def outgrown(self, name: str, change: Change) -> Iterator[tuple[str, float]]:
         """The weights of a component that have outgrown what they are without LoRAs, and how many times.
 

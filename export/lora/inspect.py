@@ -7,10 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from zimgkit.export.checkpoints.single_file import SUFFIX
 from zimgkit.export.checkpoints.urls import PICKLES, parse_url
 from zimgkit.export.lora.formats import check_values, read_lora
 from zimgkit.export.lora.names import families, squash
-from zimgkit.export.lora.source import SUFFIX, find_lora
+from zimgkit.export.lora.source import find_lora
 from zimgkit.runtime import demo_models
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from zimgkit.engines.bundle import MergedLora
 from zimgkit.engines.errors import LoraError
@@ -28,9 +28,26 @@ class Merge:
     """Those that do something, in the order of the sums."""
     ignored: tuple[str, ...] = ()
     """Modules and keys that mean nothing here, where that was allowed."""
+    positive: Addends = field(default_factory=dict)
+    """What tensors get in the branch of the prompt, of those that LoRAs for it alone touch: of all LoRAs."""
+    positive_loras: tuple[MergedLora, ...] = ()
+    """Those for it alone."""
+
+    @property
+    def of_positive(self) -> Addends:
+        """What all tensors get in the branch of the prompt."""
+        names = self.addends.keys() | self.positive.keys()
+        return {name: {**self.addends.get(name, {}), **self.positive.get(name, {})} for name in names}
+
+    @property
+    def for_both(self) -> Merge:
+        """What it does to both branches of guidance."""
+        return replace(self, positive={}, positive_loras=())
 
 
 NOTHING = Merge({}, ())
+BACKBONE = "transformer"
+"""The component of a checkpoint that guidance runs twice."""
 
 
 def read_loras(arguments: Iterable[str], hub: str = "huggingface") -> list[Lora]:
@@ -47,18 +64,45 @@ def read_loras(arguments: Iterable[str], hub: str = "huggingface") -> list[Lora]
     return [read_lora(find_lora(argument, hub)) for argument in arguments]
 
 
-def merge(loras: Sequence[Lora], names: Names, family: str, *, allow_unmatched: bool = False) -> Merge:
+def merge(
+    loras: Sequence[Lora],
+    names: Names,
+    family: str,
+    positive_only: Sequence[Lora] = (),
+    *,
+    allow_unmatched: bool = False,
+) -> Merge:
     """Find what each tensor gets. A LoRA of scale 0 is checked as the others are, and left out.
 
     Args:
         loras: as they were read.
         names: of the checkpoint.
         family: what to call the checkpoint's family in messages.
+        positive_only: likewise, those for the branch of the prompt alone.
         allow_unmatched: go on where a LoRA has modules that the checkpoint has not.
 
     Raises:
-        LoraError: a LoRA is of another family, has modules that the checkpoint has not, or shapes that do not fit.
+        LoraError: a LoRA is of another family, has modules that the checkpoint has not, or shapes that do not fit; or
+            one for the branch of the prompt changes what no branch has of its own.
     """
+    both = _merge(loras, names, family, allow_unmatched=allow_unmatched)
+    if not positive_only:
+        return both
+    own = _merge(positive_only, names, family, allow_unmatched=allow_unmatched)
+    for component, tensors in own.addends.items():
+        if tensors and component != BACKBONE:
+            raise LoraError(
+                f"{positive_only[0].file.path} changes {component} {next(iter(tensors))}, which has no branches",
+                f"a LoRA for the branch of the prompt alone changes the {BACKBONE} alone: merge it with --lora",
+            )
+    every = _merge([*loras, *positive_only], names, family, allow_unmatched=allow_unmatched).addends
+    positive = {name: {tensor: every[name][tensor] for tensor in tensors} for name, tensors in own.addends.items()}
+    ignored = tuple(dict.fromkeys((*both.ignored, *own.ignored)))
+    return replace(both, positive=positive, positive_loras=own.loras, ignored=ignored)
+
+
+def _merge(loras: Sequence[Lora], names: Names, family: str, *, allow_unmatched: bool) -> Merge:
+    """What LoRAs for both branches do."""
     found: dict[str, dict[str, list[tuple[tuple[str, float], Addend]]]] = defaultdict(lambda: defaultdict(list))
     ignored: list[str] = []
     for lora in loras:
@@ -92,7 +136,7 @@ def _unmatched(
     meant = {target.component for meaning in meanings.values() if meaning for target in meaning.targets}
     likely = [name for name in families(unmatched) if name != TEXT_ENCODER]
     # Text encoders are alike: what a LoRA has for its own may fit this one's.
-    if "transformer" not in meant and likely and family not in likely:
+    if BACKBONE not in meant and likely and family not in likely:
         raise LoraError(
             f"{lora.file.path} is no LoRA for {family}: its modules are called as those of {' or '.join(likely)}",
             "name one that was trained for this family",

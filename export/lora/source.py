@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from zimgkit.engines.errors import LoraError, UsageError
-from zimgkit.export.checkpoints import hub
-from zimgkit.export.checkpoints.urls import PICKLES, Address, parse_url
+from zimgkit.export.checkpoints.single_file import SUFFIX, address_of, fetch_file, is_within
+from zimgkit.export.checkpoints.urls import PICKLES
 from zimgkit.runtime import demo_models
 
-SUFFIX = ".safetensors"
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """What diffusers and peft call the file in a folder that they save."""
-ON_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)[/:]([\w][^:\\]*)")
-"""``owner/name/path/in/it.safetensors`` or ``owner/name:path/in/it.safetensors``."""
 HINT = "name a file, a folder, a hub's owner/name/file.safetensors or its URL, and a scale after a colon if any"
 
 
@@ -50,20 +46,15 @@ def find_lora(argument: str, hub_name: str = "huggingface") -> LoraFile:
     if path.is_dir():
         path = _in_folder(path)
     elif not path.is_file():
-        address, match = parse_url(name, hub_name), ON_HUB.fullmatch(name)
-        if address:
-            name = address.file
-        elif match and not path.is_absolute():
-            address = Address(hub_name, match[1], path=match[2])
-        else:
+        if (found := address_of(name, hub_name)) is None:
             raise LoraError(f"there is no LoRA {name!r}", HINT)
+        address, name = found
         _refuse_pickle(address.path)
-        if not address.path.endswith(SUFFIX) or ".." in address.path.split("/"):
+        if not is_within(address):
             raise LoraError(f"{name!r} does not exist, and on a hub a LoRA is a {SUFFIX} file", HINT)
-        folder = hub.fetch(address.model_id, revision=address.revision, source=address.source, allow=[address.path])
-        if not (folder / address.path).is_file():
+        if (file := fetch_file(address)) is None:
             raise LoraError(f"{address.model_id} has no file {address.path!r}", "check the name of both")
-        return LoraFile(folder / address.path, name, scale)
+        return LoraFile(file, name, scale)
     _refuse_pickle(path.name)
     return LoraFile(path, str(path.absolute()), scale)
 

@@ -16,10 +16,10 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from zimgkit.engines.bundle import Bundle, CompiledEngine, Manifest, atomic_folder, write_manifest
+from zimgkit.engines.bundle import POSITIVE, Bundle, CompiledEngine, Manifest, atomic_folder, write_manifest
 from zimgkit.engines.bundle.locks import only_writer_of
 from zimgkit.engines.errors import OutputError, UsageError
 from zimgkit.engines.files import flush
@@ -29,6 +29,7 @@ from zimgkit.export.lora.graphs import point_to
 from zimgkit.export.lora.manifest import base_settings, changed_manifest
 from zimgkit.export.lora.merge import NOTHING, merge, read_loras
 from zimgkit.export.lora.origin import Origin
+from zimgkit.export.lora.positive import give_positive, refuse_beside_controlnets
 from zimgkit.export.networks.registry import LORA_SOURCES
 from zimgkit.export.weights.layout import base_name, graph_name, lora_name
 from zimgkit.export.weights.stream import Progress, Wanted, write_wanted, written_bytes
@@ -62,6 +63,7 @@ def swap(
     path: Path,
     loras: Sequence[str],
     *,
+    positive_only_loras: Sequence[str] = (),
     out: Path | None = None,
     overwrite: bool = False,
     keep_base: bool = False,
@@ -78,6 +80,7 @@ def swap(
     Args:
         path: the bundle's folder.
         loras: the new set, see :func:`zimgkit.export.lora.source.find_lora`; none of the old set stays.
+        positive_only_loras: likewise, those for the branch of the prompt alone.
         out: a folder for the result, whose other files are hard links; the bundle itself is changed when None.
         overwrite: replace a bundle that is at ``out``.
         keep_base: keep what LoRAs touch without them as well, so that the next set needs no checkpoint.
@@ -97,13 +100,17 @@ def swap(
     if out is not None and target.resolve() == path.resolve():
         raise UsageError(f"{out} is the bundle itself", "leave --out out to change it")
     with only_writer_of(path), only_writer_of(target) if out is not None else contextlib.nullcontext():
-        bundle = Bundle.open(path)
+        whole = Bundle.open(path)
         if out is None:
-            bundle.check_changeable()
+            whole.check_changeable()
+        refuse_beside_controlnets(positive_only_loras, whole.manifest.controls)
+        had = [engine for engine in whole.manifest.engines if engine.component.endswith(POSITIVE)]
+        bundle = replace(whole, manifest=whole.manifest.for_both())
         changeable = Changeable(bundle, Origin(bundle, model, revision, source))
-        read = read_loras(loras, source)
-        family = bundle.manifest.family
-        merged = merge(read, changeable.names, family, allow_unmatched=allow_unmatched) if read else NOTHING
+        read, own = read_loras(loras, source), read_loras(positive_only_loras, source)
+        family, merged = bundle.manifest.family, NOTHING
+        if read or own:
+            merged = merge(read, changeable.names, family, own, allow_unmatched=allow_unmatched)
         settings = known.recommendation_for(
             merged.loras,
             family,
@@ -111,7 +118,7 @@ def swap(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
         )
-        with _place(bundle, out, target, overwrite=overwrite) as folder:
+        with _place(whole, out, target, overwrite=overwrite) as folder:
             found = {name: changeable.change(name, merged, keep_base=keep_base) for name in changeable.parts}
             changes = {name: change for name, change in found.items() if change}
             written = _write(bundle, changeable, changes, folder, report)
@@ -119,11 +126,17 @@ def swap(
             changed = changed_manifest(bundle, changeable, changes, folder, merged, settings)
             if out is not None:
                 _link_others(bundle, changed.manifest, folder)
-            write_manifest(folder, changed.manifest)
+            manifest = changed.manifest
+            if merged.positive:
+                touched = {name: changeable.positive(name, merged) for name in changeable.parts}
+                suffix, place = f"-{secrets.token_hex(4)}", Bundle(folder.resolve(), manifest)
+                manifest, more = give_positive(place, touched, merged.positive_loras, suffix, report)
+                written += more
+            write_manifest(folder, manifest)
         result = Bundle.open(target, verify=False)
         result.trust()
     largest_first = dict(sorted(outgrown, key=lambda entry: -entry[1]))
-    return Swapped(result, changed.stale, changed.refitted, written, merged.ignored, largest_first)
+    return Swapped(result, (*changed.stale, *had), changed.refitted, written, merged.ignored, largest_first)
 
 
 @contextlib.contextmanager

@@ -146,6 +146,10 @@ class Family:
     controls: Mapping[str, ControlKind] = field(default_factory=dict)
     """What its ControlNets are called by architecture -> how they are known."""
     known_controls: tuple[KnownControl, ...] = ()
+    pictures_to_lora: str = ""
+    """The module with the network that makes LoRAs of pictures, ``read_config`` and ``part``."""
+    generators: Mapping[str, str] = field(default_factory=dict)
+    """Short name of a checkpoint -> the file on a hub of that network for it; others have that of the base."""
     planned: tuple[str, ...] = ()
     """Hub ids of relatives that zimgkit will serve later."""
     tasks: tuple[str, ...] = (TEXT_TO_IMAGE, "image-to-image", "inpaint")
@@ -231,11 +235,12 @@ Z_IMAGE = Family(
         )
         for file, name in (("Union-2.1", "union"), ("Union-2.1-8steps", "union_8steps"), ("Tile-2.1-8steps", "tile"))
     ),
-    planned=(
-        "Tongyi-MAI/Z-Image-Edit",
-        "DiffSynth-Studio/Z-Image-i2L",
-        "DiffSynth-Studio/Z-Image-Omni-Base-i2L",
-    ),
+    pictures_to_lora=f"{NETWORKS}.z_image_i2l",
+    generators={
+        "Z-Image": "DiffSynth-Studio/Z-Image-i2L/model.safetensors",
+        "Z-Image-Omni-Base": "DiffSynth-Studio/Z-Image-Omni-Base-i2L/model.safetensors",
+    },
+    planned=("Tongyi-MAI/Z-Image-Edit",),
 )
 
 QWEN_IMAGE = Family(
@@ -331,6 +336,12 @@ QWEN_IMAGE = Family(
     ),
     planned=("DiffSynth-Studio/Qwen-Image-Distill-Full",),
 )
+
+PICTURE_ENCODERS = {
+    "siglip": "DiffSynth-Studio/General-Image-Encoders/SigLIP2-G384/model.safetensors",
+    "dinov3": "DiffSynth-Studio/General-Image-Encoders/DINOv3-7B/model.safetensors",
+}
+"""What describes pictures to those networks -> its file on a hub."""
 
 FAMILIES = {row.name: row for row in (Z_IMAGE, QWEN_IMAGE)}
 """Family -> its row."""

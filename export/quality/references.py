@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import gettempdir
 
-from zimgkit.engines.bundle import Bundle, MergedLora
+from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import OutputError, UsageError
 from zimgkit.engines.files import temporary_folder
 from zimgkit.export.build import export
@@ -41,10 +41,10 @@ def references(
     found: dict[str, Bundle] = {}
     for path in given:
         bundle = Bundle.open(path)
-        _check(bundle, checkpoint, merged.loras)
+        _check(bundle, checkpoint, merged)
         found[bundle.manifest.precision] = bundle
     weights = [info for component in checkpoint.components for info in checkpoint.tensors(component).values()]
-    same = not merged.loras and all(info.dtype == "bfloat16" for info in weights)
+    same = not merged.loras and not merged.positive and all(info.dtype == "bfloat16" for info in weights)
     with temporary_folder(beside, "references") as folder:
         for precision in ("bfloat16", "float32"):
             if precision not in found:
@@ -80,12 +80,16 @@ def _build(checkpoint: Checkpoint, merged: Merge, folder: Path, report: Report) 
     return Bundle.open(folder, verify=False)
 
 
-def _check(bundle: Bundle, checkpoint: Checkpoint, loras: Sequence[MergedLora]) -> None:
+def _check(bundle: Bundle, checkpoint: Checkpoint, merged: Merge) -> None:
     """Check that a bundle can serve as a reference."""
     manifest = bundle.manifest
     if manifest.quantization is not None:
         raise UsageError(f"{bundle.root} is quantized", "a reference is a bundle of --precision fp32 or bf16")
     if (manifest.family, manifest.checkpoint.files) != (checkpoint.family, checkpoint.source.files):
         raise UsageError(f"{bundle.root} is of another checkpoint", "a reference is a bundle of the same one")
-    if [(lora.sha256, lora.scale) for lora in manifest.loras] != [(lora.sha256, lora.scale) for lora in loras]:
+    own, asked = (
+        [[(lora.sha256, lora.scale) for lora in loras] for loras in (has.loras, has.positive_loras)]
+        for has in (manifest, merged)
+    )
+    if own != asked:
         raise UsageError(f"{bundle.root} has other LoRAs", "a reference has the same ones")

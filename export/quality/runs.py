@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.engines.base import Engine, Feeds, Handle
-from zimgkit.engines.bundle import Bundle, Manifest
+from zimgkit.engines.bundle import POSITIVE, Bundle, Manifest
 from zimgkit.engines.errors import UsageError
 from zimgkit.engines.torch.engine import TorchEngine
 from zimgkit.engines.torch.engine import open_engine as open_torch
@@ -148,7 +148,7 @@ def _open_recorded(
     opener: Opener, given: list[Array], bundle: Bundle, component: str, backend: str, device: str | None
 ) -> Engine:
     engine = opener(bundle, component, backend, device)
-    return _Recorded(engine, given) if component == "denoiser" else engine
+    return _Recorded(engine, given) if component.removesuffix(POSITIVE) == "denoiser" else engine
 
 
 class _Recorded:

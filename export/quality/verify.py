@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from zimgkit.engines.base import open_engine
-from zimgkit.engines.bundle import Bundle, Control, Cost, write_manifest
+from zimgkit.engines.bundle import POSITIVE, Bundle, Control, Cost, write_manifest
 from zimgkit.engines.bundle.locks import only_writer_of
 from zimgkit.engines.errors import BundleError
 from zimgkit.export.attachments.control import controlled, prefix
@@ -136,22 +136,14 @@ def verify(
     parts = parts_of(checkpoint, bundle.manifest.tasks, ENCODED if bundle.manifest.controls else ())
     for index, (name, part) in enumerate(parts.items()):
         report("verify", index, len(parts))
-        wanted = wanted_by(checkpoint.tensors, part, merged.addends)
-        if name in QUANTIZED:
-            wanted = as_stored(bundle, name, wanted)
-        result: dict[str, Any] = {"tensors": len(wanted), "different": _different(bundle, name, wanted)}
-        if part.network is not None and name in QUANTIZED and bundle.manifest.quantization is not None:
-            result["not_run"] = "the cost of quantization is measured on pictures, not on random inputs"
-        elif part.network is not None:
-            result |= _compare(bundle, name, part, wanted, seed)
-        components[name] = result
-        for key, variant in part.variants.items() if "not_run" not in result else ():
-            own = {parameter: wanted[parameter] for parameter in variant.parameters()}
-            compared = _compare(bundle, f"{name}.{key}", variant, own, seed)
-            components[f"{name}.{key}"] = {"tensors": len(own), "different": 0} | compared
+        components |= _check(bundle, name, part, wanted_by(checkpoint.tensors, part, merged.addends), seed)
+        if bundle.manifest.of_branch(name, positive=True) != name:
+            wanted = wanted_by(checkpoint.tensors, part, merged.of_positive)
+            components |= _check(bundle, name, part, wanted, seed, POSITIVE)
         for control in bundle.manifest.controls if name == DENOISER else ():
+            wanted = as_stored(bundle, name, wanted_by(checkpoint.tensors, part, merged.addends))
             own, network = _controlled(bundle, control, part, checkpoint)
-            kept = {key: result[key] for key in ("not_run",) if key in result}
+            kept = {key: components[name][key] for key in ("not_run",) if key in components[name]}
             compared = kept or _compare(bundle, control.component, network, wanted | own, seed)
             different = _different(bundle, control.component, own)
             components[control.component] = {"tensors": len(own), "different": different} | compared
@@ -190,15 +182,37 @@ def _controlled(
     return own, network
 
 
+def _check(
+    bundle: Bundle, name: str, part: Part, wanted: Mapping[str, Wanted], seed: int, branch: str = ""
+) -> dict[str, Any]:
+    """What :func:`verify` finds of a component and of its variants, of those that end in ``branch``."""
+    if name in QUANTIZED:
+        wanted = as_stored(bundle, name, wanted)
+    result: dict[str, Any] = {"tensors": len(wanted), "different": _different(bundle, name + branch, wanted)}
+    if part.network is not None and name in QUANTIZED and bundle.manifest.quantization is not None:
+        result["not_run"] = "the cost of quantization is measured on pictures, not on random inputs"
+    elif part.network is not None:
+        result |= _compare(bundle, name + branch, part, wanted, seed)
+    found = {name + branch: result}
+    for key, variant in part.variants.items() if "not_run" not in result else ():
+        own, whole = {parameter: wanted[parameter] for parameter in variant.parameters()}, f"{name}.{key}{branch}"
+        if whole in bundle.manifest.components or not branch:
+            found[whole] = {"tensors": len(own), "different": 0} | _compare(bundle, whole, variant, own, seed)
+    return found
+
+
 def _merged(bundle: Bundle, checkpoint: Checkpoint, hub: str) -> Merge:
     """Read the bundle's LoRAs from their files again."""
-    if not bundle.manifest.loras:
+    manifest = bundle.manifest
+    entries = (*manifest.loras, *manifest.positive_loras)
+    if not entries:
         return NOTHING
-    loras = read_loras([f"{lora.source}:{lora.scale!r}" for lora in bundle.manifest.loras], hub)
-    for lora, entry in zip(loras, bundle.manifest.loras, strict=True):
+    loras = read_loras([f"{lora.source}:{lora.scale!r}" for lora in entries], hub)
+    for lora, entry in zip(loras, entries, strict=True):
         if lora.sha256 != entry.sha256:
             raise BundleError(f"{entry.source} is not the LoRA that {bundle.root} has", "put the file back")
-    return merge(loras, names_of(checkpoint), checkpoint.family, allow_unmatched=True)
+    both, own = loras[: len(manifest.loras)], loras[len(manifest.loras) :]
+    return merge(both, names_of(checkpoint), checkpoint.family, own, allow_unmatched=True)
 
 
 def verification_text(result: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ that was interrupted continues with the next one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,8 @@ def calibrate(
     takes, layers = bundle.manifest.references, bundle.manifest.layers
     if not pictures and (layers is not None or (takes is not None and takes.least)):
         raise UsageError("a checkpoint that edits is calibrated on pictures", "name some with --calibration-image")
+    # Both branches are observed in one component, whose scales they share.
+    bundle = replace(bundle, manifest=bundle.manifest.for_both())
     source = (bundle.manifest.checkpoint, bundle.manifest.loras)
     statistics = _load(store, source, calibration_set) or Statistics(made=_made(source, calibration_set, 0))
     opener = partial(_open_observed, statistics)

@@ -5,6 +5,8 @@ A random suffix tells files apart that follow one another: a new one never takes
 
 from __future__ import annotations
 
+from zimgkit.engines.bundle import POSITIVE
+
 
 def weights_name(component: str) -> str:
     """The file of a component's weights that are not linked."""
@@ -14,6 +16,11 @@ def weights_name(component: str) -> str:
 def lora_name(component: str, suffix: str = "") -> str:
     """The file of the tensors that LoRAs touch, merged."""
     return f"{component}.lora{suffix}.safetensors"
+
+
+def positive_name(component: str, suffix: str = "") -> str:
+    """The file of the tensors that are others in the branch of the prompt."""
+    return f"{component}{POSITIVE}{suffix}.safetensors"
 
 
 def base_name(component: str, suffix: str = "") -> str:

@@ -24,6 +24,7 @@ from zimgkit.runtime.commands.options import (
     MEMORY,
     QUIET,
     SETTINGS,
+    SIZE,
     VAE_TILES,
     call_options,
     regions,
@@ -183,6 +184,59 @@ def sheet(
         console.print_json(result)
     else:
         console.say("\n".join([result["path"], *(f"{name}: {text}" for name, text in result["numbered"].items())]))
+
+
+@cli.command()
+@click.argument("name", type=click.Choice(["canny", "depth", "pose", "lineart", "softedge", "normal"]))
+@click.argument("source", metavar="PICTURE", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--low", type=float, help="Canny's lower threshold. [default: 100]")
+@click.option("--high", type=float, help="Canny's upper threshold. [default: 200]")
+@click.option(
+    "--onnx", metavar="FILE", type=click.Path(path_type=Path), help="What makes all but canny: a file of yours."
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["nchw", "nhwc"]),
+    help="Where its input has the channels. [default: as its shape says]",
+)
+@click.option("--size", type=SIZE, help="The size of its input. [default: its own, or the picture's]")
+@click.option(
+    "--scaling",
+    type=click.Choice(["imagenet", "unit", "signed", "bytes"]),
+    help="How pixels go in: normalized, 0 to 1, -1 to 1 or 0 to 255. [default: NAME's]",
+)
+@click.option(
+    "--levels",
+    type=click.Choice(["range", "unit", "signed", "bytes"]),
+    help="What is black and white in what comes out: its extremes, or as above. [default: NAME's]",
+)
+@click.option("--invert", is_flag=True, help="Let black and white change places.")
+@AS_JSON
+def preprocess(
+    name: str,
+    source: Path,
+    output: Path,
+    low: float | None,
+    high: float | None,
+    onnx: Path | None,
+    as_json: bool,
+    **way: Any,
+) -> None:
+    """Make a control picture of PICTURE: its edges (canny), or what an ONNX file of yours makes of it.
+
+    \b
+      zimg-run preprocess canny photo.png edges.png
+      zimg-run preprocess depth photo.png depth.png --onnx depth-anything.onnx
+    """  # noqa: D301
+    from zimgkit.runtime.commands.preprocess import preprocess as preprocess_picture
+    from zimgkit.runtime.pictures.control_maps import Way
+
+    result = preprocess_picture(name, source, output, low=low, high=high, onnx=onnx, way=Way(**way))
+    if as_json:
+        console.print_json(result)
+    else:
+        console.say(f"{result['path']}  {result['width']}x{result['height']}")
 
 
 @cli.command()

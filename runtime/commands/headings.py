@@ -45,6 +45,8 @@ class RunCommand(GroupedCommand):
             *("num_inference_steps", "guidance_scale", "cfg_scale", "cfg_normalization", "cfg_truncation"),
             "max_sequence_length",
         ),
+        "Edges": ("low", "high"),
+        "An ONNX file": ("onnx", "layout", "size", "scaling", "levels", "invert"),
         "Bundle and device": ("bundle", "bundles", "backend", "device", "devices", "memory", "vae_tiling", "verify"),
         "Server": ("aliases", "host", "port", "max_queue_seconds", "max_body_mb", "grace_seconds", "warm_up"),
         "Who may ask": ("api_key_file", "no_auth", "origins", "hosts", "url_prefixes"),

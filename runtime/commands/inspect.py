@@ -82,6 +82,7 @@ def bundle_summary(path: Path) -> dict[str, Any]:
             msgspec.to_builtins(control) | {"model": manifest.sources[control.source].model}
             for control in manifest.controls
         ],
+        "positive_loras": [msgspec.to_builtins(lora) for lora in manifest.positive_loras],
         "components": components,
         "engines": [
             msgspec.json.decode(msgspec.json.encode(engine))
@@ -121,6 +122,9 @@ def bundle_text(summary: dict[str, Any]) -> str:
     for control in summary["controls"]:
         takes = " and ".join(control["takes"])
         lines.append(f"  ControlNet {control['name']} ({control['kind']}), of {takes}, from {control['model']}")
+    lines.extend(
+        f"  LoRA      {lora['source']} at {lora['scale']:g}, for the prompt alone" for lora in summary["positive_loras"]
+    )
     lines.extend(_quantization_lines(quantization, summary["precision"]) if quantization else ())
     lines.extend(f"  {line}" for line in (cost_lines(summary["cost"]) if summary["cost"] else ()))
     for name, component in summary["components"].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,20 @@ class BundleFolder(click.Path):
         return fitting or [CompletionItem(incomplete, type="dir")]
 
 
+class Size(click.ParamType[tuple[int, int]]):
+    """A width and a height in pixels."""
+
+    name = "WIDTHxHEIGHT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Both, of ``518x518``."""
+        found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", str(value))
+        if not found:
+            self.fail(f"{value!r} is no size such as 518x518", param, ctx)
+        return int(found[1]), int(found[2])
+
+
+SIZE = Size()
 BUNDLE = BundleFolder()
 BACKEND = click.option(
     "--backend",

@@ -25,6 +25,7 @@ from zimgkit.runtime.memory.needs import (
     precision_of,
     stored_bytes,
     widened_bytes,
+    with_branches,
 )
 from zimgkit.runtime.memory.plan import ALLOWED, Budget, Plan, Shortage, plan
 
@@ -159,7 +160,7 @@ def _try_to_fit(where: Setting, picture: Picture, budget: Budget, precision: str
 
 def needs_in(where: Setting, picture: Picture, precision: str | None = None) -> dict[str, Need]:
     """What each component takes for the whole picture, of this precision or another."""
-    needs = _needs_of_all(where, picture, precision)
+    needs = with_branches(where.bundle, _needs_of_all(where, picture, precision))
     unused = {ENCODER} if not picture.reads else set()
     unused |= {VISION, PICTURES} if not picture.patches else set()
     return {name: need for name, need in needs.items() if name not in unused}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from zimgkit.engines.bundle import CPU_GRAPH, Bundle, Manifest
@@ -209,6 +209,34 @@ def device_needs(
         for name in stored_bytes(bundle.manifest)
         for component in [denoiser if name == DENOISER else name]
     }
+
+
+def with_branches(bundle: Bundle, needs: Mapping[str, Need]) -> dict[str, Need]:
+    """The same, where both branches of guidance have an engine of a component: over one file more, and each its own."""
+    found = dict(needs)
+    for name, need in needs.items():
+        own = bundle.manifest.of_branch(name, positive=True)
+        if own != name:
+            files = set(bundle.component(own).weights) - set(bundle.component(name).weights)
+            more = sum(bundle.file(file).stat().st_size for file in files)
+            found[name] = replace(need, mapped=need.mapped + more, held=2 * need.held)
+    return found
+
+
+def encoder_need(stored: int, precision: str, backend: str, widths: tuple[int, int], tokens: int) -> Need:
+    """What a transformer takes that runs a few times, so that ONNX Runtime makes no copies of its weights.
+
+    Args:
+        stored: bytes of its weights.
+        precision: of the weights.
+        backend: what runs it, in the host's memory.
+        widths: its own, and its feed-forward's.
+        tokens: that it computes on at once.
+    """
+    table = COPIES if multiplies_bfloat16() else COPIES | WITHOUT_BFLOAT16
+    copies = 0.0 if backend == "onnxruntime" else table.get((backend, precision), 0.0)
+    working = _transformer(widths, tokens, cast=precision != "float32")
+    return Need(stored, math.ceil(MARGIN * copies * stored), math.ceil(MARGIN * working))
 
 
 def engine_bytes(bundle: Bundle, component: str, backend: str) -> int:

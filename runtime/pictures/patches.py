@@ -121,7 +121,7 @@ def _merged(picture: Image, config: Preprocessor) -> tuple[NDArray[np.float32], 
     patch, merge = config.patch_size, config.merge_size
     height, width = smart_resize(picture.height, picture.width, patch * merge, *config.pixels())
     resized = resize_as_torchvision(np.asarray(flattened(picture)), height, width, "bicubic")
-    pixels = _normalized(resized, config.image_mean, config.image_std)
+    pixels = normalized(resized, config.image_mean, config.image_std)
     rows, columns = height // patch, width // patch
     cut = pixels.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
     # Groups of patches, patches in a group, channels, pixels in a patch. A picture is a video of equal frames.
@@ -163,7 +163,7 @@ def padded_patches(picture: Image, config: PatchPreprocessor | None = None) -> P
     height, width = patched_size(picture.height, picture.width, patch_size, max_num_patches)
     resized = resize_as_torchvision(np.asarray(flattened(picture)), height, width, "bilinear")
     rows, columns = height // patch_size, width // patch_size
-    pixels = _normalized(resized, config.image_mean, config.image_std).reshape(rows, patch_size, columns, patch_size, 3)
+    pixels = normalized(resized, config.image_mean, config.image_std).reshape(rows, patch_size, columns, patch_size, 3)
     values = np.zeros((1, max_num_patches, patch_size**2 * 3), np.float32)
     values[0, : rows * columns] = pixels.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
     mask = np.arange(max_num_patches)[None] < rows * columns
@@ -185,7 +185,7 @@ def patched_size(height: int, width: int, patch_size: int, max_num_patches: int)
     return scaled(low)
 
 
-def _normalized(pixels: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
+def normalized(pixels: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
     """Levels 0...255 at mean 0 and deviation 1, with one rounding fewer than by way of 0...1."""
     shift, scale = (np.asarray(values, np.float32) * np.float32(255) for values in (mean, std))
     normalized: NDArray[np.float32] = (pixels.astype(np.float32) - shift) / scale

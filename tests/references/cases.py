@@ -16,6 +16,15 @@ class Case(NamedTuple):
     lora: str = ""
     tensors: bool = False
     """Whether what goes into the transformer is kept too."""
+    pictures: tuple[Image.Image, ...] = ()
+    """What a LoRA is made of in the place of one that is drawn by name; it and what led to it is kept too."""
+    is_positive_only: bool = False
+    """Whether that is for the branch of the prompt alone."""
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What is kept of the call."""
+        return self.call | ({"pictures": list(self.pictures)} if self.pictures else {})
 
 
 def with_lora(checkpoint: str, call: dict[str, Any]) -> Case:
@@ -118,6 +127,13 @@ CASES = {
     "qwen-image-eligen.on-negative": with_lora(
         "qwen-image", GUIDED | TWO_THINGS | ODD | FEW | {"eligen_enable_on_negative": True}
     ),
+    "z-image-i2l.positive": Case(
+        "z-image", GUIDED | WIDE | FEW, pictures=(picture(60, 45, 8), picture(25, 100, 9)), is_positive_only=True
+    ),
+    "z-image-i2l.unguided": Case(
+        "z-image", UNGUIDED | ODD | FEW, pictures=(picture(72, 52, 10),), is_positive_only=True
+    ),
+    "z-image-i2l.both": Case("z-image", GUIDED | ODD | FEW, pictures=(picture(32, 32, 11),) * 3),
     "qwen-image-eligen.overlapping": with_lora("qwen-image", UNGUIDED | THREE_THINGS | ODD | FEW),
     "z-image-control.guided": controlled(GUIDED | SMALL_FEW, image=EDGES, scale=0.8),
     "z-image-control.odd": controlled(UNGUIDED | ODD | FEW, image=picture(48, 80, 11), scale=0.35),

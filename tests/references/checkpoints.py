@@ -155,6 +155,70 @@ def write_blockwise(name: str, checkpoint: Path, file: Path, features: int) -> P
     return file
 
 
+I2L = {"siglip": 24, "dinov3": 32}
+"""How wide the encoders are of what makes LoRAs of pictures: 1536 and 4096 in the release."""
+SIGLIP = {
+    "hidden_size": I2L["siglip"], "intermediate_size": 48, "image_size": 384, "patch_size": 16,
+    "num_attention_heads": 2, "num_hidden_layers": 2, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+}  # fmt: skip
+DINOV3 = {
+    "hidden_size": I2L["dinov3"], "intermediate_size": 64, "image_size": 224, "patch_size": 16,
+    "num_attention_heads": 2, "num_hidden_layers": 2, "num_register_tokens": 4, "hidden_act": "silu",
+    "use_gated_mlp": True, "mlp_bias": True, "key_bias": False, "query_bias": False, "value_bias": False,
+    "proj_bias": True, "layerscale_value": 1.0, "layer_norm_eps": 1e-5, "rope_theta": 100.0, "pos_embed_rescale": 2.0,
+}  # fmt: skip
+I2L_RANK, I2L_COMPRESSED = 4, 8
+
+
+def write_i2l(checkpoint: Path, folder: Path) -> Path:
+    """Write what makes LoRAs of pictures for a checkpoint, as its release has it: three folders of a file each.
+
+    Args:
+        checkpoint: the folder of the checkpoint.
+        folder: where to.
+    """
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel, SiglipVisionConfig, SiglipVisionModel
+
+    siglip = SiglipVisionModel(SiglipVisionConfig(**SIGLIP)).state_dict()
+    dinov3 = DINOv3ViTModel(DINOv3ViTConfig(**DINOV3)).state_dict()
+    shapes = {
+        "siglip": {key: tuple(value.shape) for key, value in siglip.items()},
+        # The release has them as the first transformers with this network had.
+        "dinov3": {key.removeprefix("model."): tuple(value.shape) for key, value in dinov3.items()},
+        "i2l": generator_shapes(json.loads((checkpoint / "transformer/config.json").read_text())),
+    }
+    for name, own in shapes.items():
+        (folder / name).mkdir(parents=True)
+        gain = 0.5 if name == "i2l" else 1.0
+        weights = {key: gain * reference.scaled(key, drawn(f"{name} {key}", shape)) for key, shape in own.items()}
+        save_file(
+            {key: torch.from_numpy(value.astype(np.float32)) for key, value in weights.items()},
+            folder / name / "model.safetensors",
+        )
+    # Which the release has not: nothing else tells the number of heads.
+    (folder / "siglip/config.json").write_text(json.dumps(SIGLIP))
+    (folder / "dinov3/config.json").write_text(json.dumps(DINOV3))
+    return folder
+
+
+def generator_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a generator for a transformer of this config."""
+    dim, hidden = config["dim"], int(config["dim"] / 3 * 8)
+    patterns = (4 * [(dim, dim)], [(dim, hidden), (hidden, dim), (dim, hidden)])
+    counts = {"layers": config["n_layers"]} | dict.fromkeys(
+        ("context_refiner", "noise_refiner"), config["n_refiner_layers"]
+    )
+    shapes = {}
+    for group, count in counts.items():
+        for block in range(2 * count):
+            for layer, sides in enumerate(patterns[block // count]):
+                for side, width in zip("ab", sides, strict=True):
+                    start = f"{group}_lora.blocks.{block}.layers.{layer}.proj_{side}"
+                    shapes[f"{start}.proj_in.weight"] = (I2L_COMPRESSED, sum(I2L.values()))
+                    shapes[f"{start}.proj_out.weight"] = (width * I2L_RANK, I2L_COMPRESSED)
+    return shapes
+
+
 def _add_processor(folder: Path) -> None:
     """Make it one that edits; the files are written as the releases have them, as transformers needs torchvision."""
     index = json.loads((folder / "model_index.json").read_text())

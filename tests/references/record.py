@@ -43,7 +43,7 @@ def record(case: Case, folder: Path) -> Recording:
         case: the call.
         folder: where checkpoints are kept between cases.
     """
-    from tests.references import checkpoints
+    from tests.references import checkpoints, i2l
     from tests.references.diffsynth_pipelines import PIPELINES, observe
 
     checkpoint = folder / case.checkpoint
@@ -51,10 +51,19 @@ def record(case: Case, folder: Path) -> Recording:
         checkpoints.write(case.checkpoint, checkpoint)
     pipe = PIPELINES[checkpoints.CHECKPOINTS[case.checkpoint].family](checkpoint)
     with contextlib.redirect_stdout(io.StringIO()):
+        call, made = dict(case.call), {}
+        if case.pictures:
+            made, lora = i2l.made_of(list(case.pictures), checkpoint, folder / f"{case.checkpoint}-i2l")
+            if case.is_positive_only:
+                pipe.dit = pipe.enable_lora_hot_loading(pipe.dit)
+                call["positive_only_lora"] = lora
+            else:
+                pipe.load_lora(pipe.dit, state_dict=lora)
         if case.lora:
             lora = checkpoints.write_lora(case.lora, checkpoint, folder / f"{case.lora}.safetensors")
             pipe.load_lora(pipe.dit, str(lora))
-        return Recording(case.checkpoint, case.lora, case.call, observe(pipe, case.call, case.tensors))
+        arrays = observe(pipe, call, case.tensors) | made
+        return Recording(case.checkpoint, case.lora, case.said, arrays)
 
 
 def differences(name: str, made: Recording) -> Iterator[str]:

@@ -17,7 +17,7 @@ def test_every_case_is_recorded_and_nothing_else():
 @pytest.mark.parametrize("name", CASES)
 def test_the_call_of_a_case(name):
     case, recorded = CASES[name], recordings.read(name)
-    assert (recorded.checkpoint, recorded.lora, recorded.call) == (case.checkpoint, case.lora, case.call)
+    assert (recorded.checkpoint, recorded.lora, recorded.call) == (case.checkpoint, case.lora, case.said)
     assert recorded.checkpoint in CHECKPOINTS
     assert recorded.pixels.shape == (case.call["height"], case.call["width"], 3)
     assert len(recorded.arrays["sigmas"]) == case.call["num_inference_steps"] + 1

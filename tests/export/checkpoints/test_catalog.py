@@ -34,7 +34,7 @@ def test_names_stand_for_hub_ids(model: str, hub_id: str) -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        "Z-Image-i2L",
+        "Z-Image-Turbo-Fun-Controlnet-Union-2.1",
         "z-image-edit",
         "DiffSynth-Studio/Qwen-Image-Distill-Full",
     ],
@@ -44,6 +44,12 @@ def test_what_is_planned_is_refused(model: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         catalog.resolve(model)
     assert model.rpartition("/")[2].casefold() in str(caught.value).casefold()
+
+
+@pytest.mark.parametrize("model", ["Z-Image-i2L", "diffsynth-studio/z-image-i2l"])
+def test_what_makes_loras_is_no_checkpoint(model: str) -> None:
+    with pytest.raises(CheckpointError, match="makes LoRAs of pictures; make one with: zimg-export i2l Z-Image "):
+        catalog.resolve(model)
 
 
 @pytest.mark.parametrize("model", ["Qwen-Image-EliGen-V2", "diffsynth-studio/qwen-image-eligen-v2"])

@@ -363,7 +363,7 @@ class TestSource:
             find_lora(name)
 
     def test_hub(self, tmp_path, monkeypatch):
-        from zimgkit.export.lora import source
+        from zimgkit.export.checkpoints import hub
 
         file = tmp_path / "sub" / "lora.safetensors"
         file.parent.mkdir()
@@ -374,7 +374,7 @@ class TestSource:
             asked.append((model_id, source, allow))
             return tmp_path
 
-        monkeypatch.setattr(source.hub, "fetch", fetch)
+        monkeypatch.setattr(hub, "fetch", fetch)
         for name, scale in (("some/one/", ""), ("some/one:", ":0.5"), ("some/one/", ":2")):
             found = find_lora(f"{name}sub/lora.safetensors{scale}", "modelscope")
             assert (found.path, found.source) == (file, f"{name}sub/lora.safetensors")

@@ -40,7 +40,7 @@ def run(folder: Path, *command: str, **variables: str) -> list[str]:
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        ([""], ["generate", "inspect", "list", "serve", "sheet"]),
+        ([""], ["generate", "inspect", "list", "preprocess", "serve", "sheet"]),
         (["generate", "--nu"], ["--num-images", "--num-inference-steps"]),
         (["generate", "--backend", "ten"], ["tensorrt", "tensorrt-rtx"]),
         (["inspect", ""], [*demo_models.NAMES, "mine"]),
