@@ -9,6 +9,7 @@ from zimgkit.export.cli.build import build_command
 from zimgkit.export.cli.calibrate import calibrate_command
 from zimgkit.export.cli.compile import compile_command
 from zimgkit.export.cli.demo_checkpoint import demo_checkpoint_command
+from zimgkit.export.cli.export import export_command
 from zimgkit.export.cli.inspect import inspect_command
 from zimgkit.export.cli.sensitivity import sensitivity_command
 from zimgkit.export.cli.swap_lora import swap_lora_command
@@ -28,6 +29,7 @@ for command in (
     calibrate_command,
     compile_command,
     swap_lora_command,
+    export_command,
     inspect_command,
     verify_command,
     sensitivity_command,

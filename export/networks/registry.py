@@ -26,6 +26,7 @@ from zimgkit.engines.errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from zimgkit.engines.bundle import Manifest
     from zimgkit.export.networks.parts import Part
 
 Config = Mapping[str, Any]
@@ -438,6 +439,21 @@ def is_unused(family: str, component: str, config: Config, name: str) -> bool:
 def family_of_class(name: str) -> str | None:
     """The family whose pipeline or transformer diffusers calls so."""
     return next((row.name for row in FAMILIES.values() if name in (*row.classes, *row.editors, *row.layered)), None)
+
+
+def pipeline_of(manifest: Manifest) -> str:
+    """What diffusers calls the pipeline that draws as a bundle does."""
+    own, taken = row(manifest.family), manifest.references
+    if manifest.layers and own.layered:
+        return next(iter(own.layered))
+    if taken:
+        alike = (
+            name
+            for name, one in own.editors.items()
+            if (one.introduction, one.most) == (taken.introduction, taken.most)
+        )
+        return next(alike, own.classes[0])
+    return own.classes[0]
 
 
 def is_carried(checkpoint: str) -> bool:
