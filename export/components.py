@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from functools import partial
 
-from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, check_tensors
+from zimgkit.export.checkpoints.stored import Stored, part_of
 from zimgkit.export.networks import registry
 from zimgkit.export.networks.parts import Part, stored_shapes
 from zimgkit.export.weights.addends import Addends
@@ -37,7 +36,7 @@ def parts_of(checkpoint: Checkpoint, tasks: Collection[str] = ()) -> dict[str, P
 
 
 def wanted_by(
-    tensors: Callable[[str], Mapping[str, TensorInfo]], part: Part, addends: Addends | None = None
+    tensors: Callable[[str], Mapping[str, Stored]], part: Part, addends: Addends | None = None
 ) -> dict[str, Wanted]:
     """What each of a part's parameters comes from, and what LoRAs add to it.
 
@@ -51,7 +50,7 @@ def wanted_by(
         source, tensor = part.origin(name)
         info, added = tensors(source)[tensor], (addends or {}).get(source, {}).get(tensor, ())
         # Tensors of several sources may have one name, so those of the others keep what tells them apart.
-        if is_renamed := name != tensor:
-            info = replace(info, name=f"{name.removesuffix(tensor)}{info.name}")
-        found[name] = Wanted(info, shape, part.transforms.get(name), added, is_renamed=is_renamed)
+        if name != tensor:
+            info = part_of(info, f"{name.removesuffix(tensor)}{info.name}", info.shape)
+        found[name] = Wanted(info, shape, part.transforms.get(name), added)
     return found

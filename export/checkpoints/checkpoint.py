@@ -18,12 +18,13 @@ from typing import Any
 from zimgkit.engines.bundle import Source
 from zimgkit.engines.decoding import read_json
 from zimgkit.engines.errors import CheckpointError, UsageError
-from zimgkit.engines.tensors.safetensors import SafetensorsError, TensorInfo, read_header
 from zimgkit.export.checkpoints import catalog, hub
+from zimgkit.export.checkpoints.files import read_file
+from zimgkit.export.checkpoints.layouts import arrange
+from zimgkit.export.checkpoints.stored import Stored
 from zimgkit.export.checkpoints.urls import PICKLES, parse_url
 from zimgkit.export.networks.registry import (
     FAMILIES,
-    STORED_PREFIXES,
     WEIGHT_FILES,
     family_of_class,
     sources,
@@ -77,7 +78,7 @@ class Checkpoint:
         return {}
 
     @cached_property
-    def _tensors(self) -> dict[str, dict[str, TensorInfo]]:
+    def _tensors(self) -> dict[str, dict[str, Stored]]:
         return {}
 
     def config(self, component: str) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class Checkpoint:
             self._configs[component] = read_json(_folder(self.root, component) / name, CheckpointError)
         return self._configs[component]
 
-    def tensors(self, component: str) -> Mapping[str, TensorInfo]:
+    def tensors(self, component: str) -> Mapping[str, Stored]:
         """Where the tensors of one of its components lie; only headers are read.
 
         Returns:
@@ -175,7 +176,7 @@ def _open(root: Path, model: str, revision: str | None, weight_files: Callable[[
 
 
 def check_tensors(
-    infos: Mapping[str, TensorInfo],
+    infos: Mapping[str, Stored],
     expected: Mapping[str, tuple[int, ...]],
     component: str,
     *,
@@ -276,26 +277,14 @@ def _read_index(index: Path) -> dict[Path, tuple[str, ...] | None]:
     return files
 
 
-def _read_tensors(root: Path, component: str) -> dict[str, TensorInfo]:
-    found: dict[str, TensorInfo] = {}
+def _read_tensors(root: Path, component: str) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
     for file, promised in _weight_files(root, component).items():
-        try:
-            header = read_header(file)
-        except SafetensorsError as error:
-            raise CheckpointError(error.message, error.hint) from None
+        header = read_file(file)
         for stored in header if promised is None else promised:
             if stored not in header:
                 raise CheckpointError(f"{file} has no tensor {stored!r}, which its index names", "fetch the file again")
-            name = canonical(component, stored)
-            if name in found:
-                both = f"{stored!r} and {found[name].name!r}"
-                raise CheckpointError(f"{file}: {both} are both the {component}'s {name!r}", "keep one of them")
-            found[name] = header[stored]
-    return found
-
-
-def canonical(component: str, stored: str) -> str:
-    """The canonical name of a component's tensor, see :meth:`Checkpoint.tensors`, from the one it is stored under."""
-    for prefix in STORED_PREFIXES.get(component, ()):
-        stored = stored.removeprefix(prefix)
-    return stored
+            if stored in found:
+                raise CheckpointError(f"{file} and {found[stored].file} both have {stored!r}", "keep one of them")
+            found[stored] = header[stored]
+    return arrange(component, found)

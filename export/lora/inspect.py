@@ -7,9 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from zimgkit.export.checkpoints.layouts import squash
 from zimgkit.export.checkpoints.urls import PICKLES, parse_url
 from zimgkit.export.lora.formats import check_values, read_lora
-from zimgkit.export.lora.names import families, squash
+from zimgkit.export.lora.names import families
 from zimgkit.export.lora.source import SUFFIX, find_lora
 from zimgkit.runtime import demo_models
 

@@ -7,8 +7,9 @@ from functools import cached_property
 
 from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import CheckpointError, ZimgError
-from zimgkit.engines.tensors.safetensors import TensorInfo
-from zimgkit.export.checkpoints.checkpoint import Checkpoint, canonical, open_checkpoint
+from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from zimgkit.export.checkpoints.layouts import canonical
+from zimgkit.export.checkpoints.stored import Stored
 
 
 class Origin:
@@ -42,7 +43,7 @@ class Origin:
             raise CheckpointError(f"{self._model} is not the checkpoint that {self._root} was built from", hint)
         return checkpoint
 
-    def tensor(self, component: str, name: str, shape: tuple[int, ...]) -> TensorInfo:
+    def tensor(self, component: str, name: str, shape: tuple[int, ...]) -> Stored:
         """Where a tensor lies, by its name in the bundle.
 
         Raises:

@@ -104,8 +104,6 @@ class Family:
     """A pattern of what its modules are called in LoRAs, with underscores for dots."""
     shifts: Mapping[float, str] = field(default_factory=dict)
     """``shift`` in the scheduler's config -> the short name of the checkpoint that has it, where it is not the base."""
-    lora_aliases: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """Pattern of another name of a module -> the names of those it stands for, in the order of their rows."""
     few_step_loras: tuple[FewStepLora, ...] = ()
     task_loras: tuple[TaskLora, ...] = ()
     bases: Mapping[str, str] = field(default_factory=dict)
@@ -176,14 +174,6 @@ Z_IMAGE = Family(
     demo=f"{NETWORKS}.z_image_demo",
     lora_modules=r"(layers|(noise|context|siglip)_refiner)_\d+_(attention|feed_forward|adaLN)|(cap|siglip)_embedder|final_layer",
     shifts={3.0: "Z-Image-Turbo"},  # The base has 6.0.
-    # Those of the original files, where q, k and v are one linear.
-    lora_aliases=(
-        (r"(.*_attention)_qkv", (r"\1_to_q", r"\1_to_k", r"\1_to_v")),
-        (r"(.*_attention)_out", (r"\1_to_out_0",)),
-        (r"(.*)_to_out", (r"\1_to_out_0",)),
-        (r"x_embedder", ("all_x_embedder_2_1",)),
-        (r"final_layer_(.*)", (r"all_final_layer_2_1_\1",)),
-    ),
     # Its model card: gives a LoRA that was trained on Z-Image-Turbo the settings of Turbo back.
     few_step_loras=(FewStepLora(r"Z-Image-Turbo-DistillPatch", 0.0, 8),),
     loras={"DiffSynth-Studio/Z-Image-Turbo-DistillPatch": "Z-Image-Turbo"},
@@ -244,7 +234,6 @@ QWEN_IMAGE = Family(
     base="Qwen-Image",
     demo=f"{NETWORKS}.qwen_image_demo",
     lora_modules=r"transformer_blocks_\d+_(attn_|img_m|txt_m)(?!.*attn\d)|txt_norm|txt_in",
-    lora_aliases=((r"(.*)_to_out", (r"\1_to_out_0",)),),
     few_step_loras=(
         # https://github.com/ModelTC/Qwen-Image-Lightning, generate_with_diffusers.py: distilled at a shift of 3.
         FewStepLora(
@@ -283,18 +272,6 @@ WEIGHT_FILES = {
     "siglip": "model",
 }
 """A checkpoint's component -> what the names of its weight files begin with."""
-
-STORED_PREFIXES = {
-    "transformer": ("model.diffusion_model.",),
-    "text_encoder": ("model.", "language_model."),
-    "siglip": ("vision_model.",),
-}
-"""A checkpoint's component -> what is taken off its tensors' stored names, in turn, to get the canonical ones.
-
-Text encoders are stored as the whole language model (``model.layers…``), as the whole vision-language model of
-older (``model.layers…``, ``visual…``) and newer transformers (``model.language_model.layers…``, ``model.visual…``),
-or bare (``layers…``).
-"""
 
 
 @dataclass(frozen=True)
