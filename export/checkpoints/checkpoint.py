@@ -253,6 +253,8 @@ def _weight_files(root: Path, component: str) -> dict[Path, tuple[str, ...] | No
         return _read_index(index)
     if single.is_file():
         return {single: None}
+    if files := sorted(folder.glob("*.gguf")):
+        return dict.fromkeys(files)
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise CheckpointError(

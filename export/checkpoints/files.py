@@ -7,11 +7,12 @@ from pathlib import Path
 
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.engines.tensors.safetensors import SafetensorsError, read_header
+from zimgkit.export.checkpoints.gguf import MAGIC, read_gguf
 from zimgkit.export.checkpoints.stored import Stored
 
 Reader = Callable[[Path], Mapping[str, Stored]]
 
-READERS: dict[bytes, Reader] = {}
+READERS: dict[bytes, Reader] = {MAGIC: read_gguf}
 """What a file of a format begins with -> what reads it. All others are safetensors."""
 
 

@@ -53,6 +53,16 @@ class Layout:
 
 ATTENTION = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"), ("norm", "group_norm"))
 OLD_ATTENTION = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+LLAMA_CPP = (
+    *(("attn_q", "self_attn.q_proj"), ("attn_k", "self_attn.k_proj"), ("attn_v", "self_attn.v_proj")),
+    *(("attn_output", "self_attn.o_proj"), ("attn_q_norm", "self_attn.q_norm"), ("attn_k_norm", "self_attn.k_norm")),
+    *(("attn_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")),
+    *((f"ffn_{name}", f"mlp.{name}_proj") for name in ("gate", "up", "down")),
+)
+LLAMA_CPP_VISION = (
+    *(("attn_qkv", "attn.qkv"), ("attn_out", "attn.proj"), ("ln1", "norm1"), ("ln2", "norm2")),
+    *((f"ffn_{name}", f"mlp.{name}_proj") for name in ("gate", "up", "down")),
+)
 RESIDUAL = ((0, "norm1"), (2, "conv1"), (3, "norm2"), (6, "conv2"))
 
 LAYOUTS = (
@@ -78,6 +88,21 @@ LAYOUTS = (
         "output projections without a number",
         r".+\.to_out\.(weight|bias)",
         (Rename(r"(.+)\.to_out(?!\.\d)", r"\1.to_out.0"),),
+    ),
+    Layout(
+        "text_encoder",
+        "llama.cpp names",
+        r"(token_embd|blk\.\d+|v\.blk\.\d+)\.",
+        (
+            Rename(r"token_embd", "embed_tokens"),
+            Rename(r"output_norm", "norm"),
+            Rename(r"output", "lm_head"),
+            *(Rename(rf"blk\.(\d+)\.{old}", rf"layers.\1.{new}") for old, new in LLAMA_CPP),
+            *(Rename(rf"v\.blk\.(\d+)\.{old}", rf"visual.blocks.\1.{new}") for old, new in LLAMA_CPP_VISION),
+            Rename(r"v\.patch_embd", "visual.patch_embed.proj"),
+            Rename(r"v\.post_ln", "visual.merger.ln_q"),
+            Rename(r"mm", "visual.merger.mlp"),
+        ),
     ),
     Layout(
         "vae",

@@ -1,7 +1,7 @@
 """A bundle as ComfyUI has models: a file for each loader, in a folder as its ``models``, or one file of all.
 
-Names are those of the files that ComfyUI's own loaders tell models by: the original ones of Z-Image's transformer,
-diffusers' of Qwen-Image's, LDM's and Wan's of the VAEs.
+Names are those that ComfyUI's own loaders tell models by: of transformers the original ones or diffusers', of VAEs
+LDM's or Wan's.
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import BundleError, CheckpointError, ZimgError
 from zimgkit.engines.tensors.dtypes import BY_NAME, float32_to_bfloat16, to_float32
 from zimgkit.engines.tensors.safetensors import TensorInfo, view
-from zimgkit.export.checkpoints.checkpoint import Checkpoint, canonical, open_checkpoint
+from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from zimgkit.export.checkpoints.layouts import canonical
+from zimgkit.export.checkpoints.stored import Stored
 from zimgkit.export.networks import registry
 from zimgkit.export.networks.parts import Part, stored_shapes
 from zimgkit.export.quantization.quantized_weights import WEIGHT_SCALE, dequantized
@@ -166,7 +168,7 @@ def _as_it_is(info: TensorInfo) -> HeldTensor:
     return HeldTensor(info.dtype, info.shape, lambda: read_pieces(info))
 
 
-def _cast(info: TensorInfo, precision: str) -> HeldTensor:
+def _cast(info: Stored, precision: str) -> HeldTensor:
     return HeldTensor(precision, info.shape, lambda: pieces(Wanted(info, info.shape), precision))
 
 
@@ -191,7 +193,7 @@ def _multiplied_out(bundle: Bundle, component: str, name: str, shape: tuple[int,
     return HeldTensor(precision, shape, made)
 
 
-def _unfolded(part: Part, parameter: str, info: TensorInfo, origin: TensorInfo | None) -> tuple[HeldTensor, bool]:
+def _unfolded(part: Part, parameter: str, info: TensorInfo, origin: Stored | None) -> tuple[HeldTensor, bool]:
     """A kernel as the checkpoint has it, and whether it is exactly that: from there, or from its fold."""
     shape = part.transformed_shapes[parameter]
     fold = to_float32(np.array(view(info)), info.dtype)
