@@ -27,7 +27,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from tests.export.checkpoints.loopback_hub import LoopbackHub
+from tests.runtime.loopback_hub import LoopbackHub
 from zimgkit.engines.errors import install
 from zimgkit.export.cli.main import cli as export_cli
 from zimgkit.runtime import demo_models

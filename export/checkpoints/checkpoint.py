@@ -18,7 +18,7 @@ from typing import Any
 from zimgkit.engines.bundle import Source
 from zimgkit.engines.decoding import read_json
 from zimgkit.engines.errors import CheckpointError, UsageError
-from zimgkit.export.checkpoints import catalog, hub
+from zimgkit.export.checkpoints import catalog
 from zimgkit.export.checkpoints.files import read_file
 from zimgkit.export.checkpoints.layouts import arrange
 from zimgkit.export.checkpoints.stored import Stored
@@ -30,7 +30,7 @@ from zimgkit.export.networks.registry import (
     sources,
     tasks_of,
 )
-from zimgkit.runtime import demo_models
+from zimgkit.runtime import demo_models, hub
 
 PROCESSORS = tuple(dict.fromkeys(family.processor for family in FAMILIES.values()))
 """The folders that say how a vision encoder's pictures are prepared."""

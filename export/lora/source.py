@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zimgkit.engines.errors import LoraError, UsageError
-from zimgkit.export.checkpoints import hub
 from zimgkit.export.checkpoints.urls import PICKLES, Address, parse_url
-from zimgkit.runtime import demo_models
+from zimgkit.runtime import demo_models, hub
 
 SUFFIX = ".safetensors"
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")

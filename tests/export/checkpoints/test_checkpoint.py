@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from zimgkit.engines.errors import CheckpointError, UsageError
 from zimgkit.engines.tensors.safetensors import TensorInfo
-from zimgkit.export.checkpoints import hub
 from zimgkit.export.checkpoints.checkpoint import (
     CONFIGS,
     FILES,
@@ -23,6 +22,7 @@ from zimgkit.export.checkpoints.checkpoint import (
     open_checkpoint,
     open_configs,
 )
+from zimgkit.runtime import hub
 
 STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 PIPELINES = {
