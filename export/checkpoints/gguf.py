@@ -209,7 +209,7 @@ def _package() -> Any:
     try:
         import gguf
     except ImportError:
-        raise CheckpointError("reading GGUF files needs the gguf package", install("gguf")) from None
+        raise CheckpointError("reading GGUF files needs the gguf package", install("export")) from None
     return gguf
 
 

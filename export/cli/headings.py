@@ -28,5 +28,5 @@ class ExportCommand(GroupedCommand):
         ),
         "What compiled engines serve": (*("sizes", "min_size", "opt_size", "max_size", "max_prompt_tokens", "batch"),),
         "What the bundle recommends": ("num_inference_steps", "guidance_scale"),
-        "Output": ("kind", "out", "overwrite", "cut_denoiser", "detailed", "quiet", "as_json"),
+        "Output": ("kind", "out", "private", "licence", "overwrite", "cut_denoiser", "detailed", "quiet", "as_json"),
     }

@@ -11,6 +11,7 @@ from zimgkit.export.cli.compile import compile_command
 from zimgkit.export.cli.demo_checkpoint import demo_checkpoint_command
 from zimgkit.export.cli.export import export_command
 from zimgkit.export.cli.inspect import inspect_command
+from zimgkit.export.cli.push import push_command
 from zimgkit.export.cli.sensitivity import sensitivity_command
 from zimgkit.export.cli.swap_lora import swap_lora_command
 from zimgkit.export.cli.verify import verify_command
@@ -30,6 +31,7 @@ for command in (
     compile_command,
     swap_lora_command,
     export_command,
+    push_command,
     inspect_command,
     verify_command,
     sensitivity_command,
