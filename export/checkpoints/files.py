@@ -9,6 +9,9 @@ from zimgkit.engines.errors import CheckpointError
 from zimgkit.engines.tensors.safetensors import SafetensorsError, read_header
 from zimgkit.export.checkpoints.stored import Stored
 
+SUFFIXES = (".safetensors",)
+"""What the names of weight files end in."""
+
 Reader = Callable[[Path], Mapping[str, Stored]]
 
 READERS: dict[bytes, Reader] = {}
