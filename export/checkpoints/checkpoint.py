@@ -9,20 +9,24 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from zimgkit.engines.bundle import Source
 from zimgkit.engines.decoding import read_json
 from zimgkit.engines.errors import CheckpointError, UsageError
 from zimgkit.export.checkpoints import catalog
+from zimgkit.export.checkpoints.adapters import merged_adapters
 from zimgkit.export.checkpoints.files import read_file
+from zimgkit.export.checkpoints.kinds import kind_of
 from zimgkit.export.checkpoints.layouts import arrange
+from zimgkit.export.checkpoints.quantized import dequantized
 from zimgkit.export.checkpoints.stored import Stored
-from zimgkit.export.checkpoints.urls import PICKLES, parse_url
+from zimgkit.export.checkpoints.urls import parse_url
+from zimgkit.export.checkpoints.weight_files import weight_files
 from zimgkit.export.networks.registry import (
     FAMILIES,
     WEIGHT_FILES,
@@ -52,7 +56,7 @@ FILES = (
 
 CONFIG_FILES = {"scheduler": "scheduler_config.json", **dict.fromkeys(PROCESSORS, PREPROCESSOR)}
 """Component -> its config, where that is no ``config.json``."""
-FLOATS = ("float32", "bfloat16", "float16")
+FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class Checkpoint:
             CheckpointError: a file is missing, cut short or no safetensors file, or lacks a tensor of the index.
         """
         if component not in self._tensors:
-            self._tensors[component] = _read_tensors(self.root, component)
+            self._tensors[component] = read_component(_weight_files(self.root, component), component)
         return self._tensors[component]
 
 
@@ -193,29 +197,35 @@ def check_tensors(
     Raises:
         CheckpointError: naming the first offending tensor, and counting the others.
     """
+    odd = [name for name in expected if name in infos and infos[name].dtype not in FLOATS]
+    if odd:
+        info = infos[odd[0]]
+        raise CheckpointError(
+            f"{info.file}: {info.name!r} of the {component} is stored in {info.dtype}{_others(odd)}",
+            f"name a checkpoint in {', '.join(FLOATS)}, or in a form that docs/checkpoints.md lists",
+        )
     missing = [name for name in expected if name not in infos]
     unexpected = [name for name in infos if name not in expected and not ignore(name)]
-    hint = "fetch the checkpoint again, or check that its config.json is its own"
-    if 2 * len(missing) > len(expected):
-        hint = "it seems to be a checkpoint of another model"
     if missing:
-        raise CheckpointError(f"the {component} lacks the tensor {missing[0]!r}{_others(missing)}", hint)
+        file = f"{next(iter(infos.values())).file}: " if infos else ""
+        hint = "check that its config.json is its own, and that all its files are there"
+        if 2 * len(missing) > len(expected):
+            hint = "it seems to be a checkpoint of another model"
+            if kind := kind_of(infos):
+                hint = f"it seems to be {kind}"
+        raise CheckpointError(f"{file}the {component} lacks the tensor {missing[0]!r}{_others(missing)}", hint)
     if unexpected:
-        file = infos[unexpected[0]].file
-        raise CheckpointError(f"{file}: the {component} has no use for {unexpected[0]!r}{_others(unexpected)}", hint)
+        file = f"{infos[unexpected[0]].file}: "
+        raise CheckpointError(
+            f"{file}the {component} has no use for {unexpected[0]!r}{_others(unexpected)}",
+            "check that its config.json is its own",
+        )
     wrong = [name for name, shape in expected.items() if infos[name].shape != tuple(shape)]
     if wrong:
         info, shape = infos[wrong[0]], tuple(expected[wrong[0]])
         raise CheckpointError(
             f"{info.file}: {info.name!r} of the {component} has shape {info.shape} instead of {shape}{_others(wrong)}",
             "check that its config.json is its own",
-        )
-    odd = [name for name in expected if infos[name].dtype not in FLOATS]
-    if odd:
-        info = infos[odd[0]]
-        raise CheckpointError(
-            f"{info.file}: {info.name!r} of the {component} is stored in {info.dtype}{_others(odd)}",
-            f"name a checkpoint in {', '.join(FLOATS)}",
         )
 
 
@@ -241,52 +251,35 @@ def _family(root: Path) -> tuple[str, str]:
 def _folder(root: Path, component: str) -> Path:
     folder = root / component
     if not folder.is_dir():
-        raise CheckpointError(f"{root} has no folder {component}", "fetch the checkpoint again")
+        raise CheckpointError(f"{root} has no folder {component}", "fetch the files that are missing")
     return folder
 
 
-def _weight_files(root: Path, component: str) -> dict[Path, tuple[str, ...] | None]:
-    """The weight files of a component, each with the tensors its index promises; all it holds where there is none."""
-    folder, stem = _folder(root, component), WEIGHT_FILES[component]
-    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-    if index.is_file():
-        return _read_index(index)
-    if single.is_file():
-        return {single: None}
-    if files := sorted(folder.glob("*.gguf")):
-        return dict.fromkeys(files)
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        raise CheckpointError(
-            f"{folder} holds a pickle ({pickles[0]}) where {single.name} belongs, and zimgkit never opens pickles",
-            "convert it to safetensors",
-        )
-    raise CheckpointError(f"{folder} has neither {single.name} nor {index.name}", "fetch the checkpoint again")
+def _weight_files(root: Path, component: str) -> dict[Path, tuple[str, ...]]:
+    return weight_files(_folder(root, component), WEIGHT_FILES[component])
 
 
-def _read_index(index: Path) -> dict[Path, tuple[str, ...] | None]:
-    weight_map = read_json(index, CheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index} has no readable weight_map", "fetch the file again")
-    files: dict[Path, tuple[str, ...] | None] = {}
-    for shard in dict.fromkeys(weight_map.values()):
-        # Not resolved: the caches of hubs link to their files from outside.
-        if PurePosixPath(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names {shard!r}, which is no safetensors file beside it", "do not trust it")
-        if not (index.parent / shard).is_file():
-            raise CheckpointError(f"{index.parent / shard} is missing", "fetch the checkpoint again")
-        files[index.parent / shard] = tuple(name for name, file in weight_map.items() if file == shard)
-    return files
+def read_component(files: Mapping[Path, Iterable[str]] | Iterable[Path], component: str) -> dict[str, Stored]:
+    """Read the headers of a component's files.
 
+    Args:
+        files: perhaps with the tensors that an index places in each. What a shard has counts, but where the index says
+            that another has it.
+        component: its name.
 
-def _read_tensors(root: Path, component: str) -> dict[str, Stored]:
+    Returns:
+        Canonical name -> tensor.
+
+    Raises:
+        CheckpointError: see :meth:`Checkpoint.tensors`.
+    """
+    places = {name: file for file, names in files.items() for name in names} if isinstance(files, Mapping) else {}
     found: dict[str, Stored] = {}
-    for file, promised in _weight_files(root, component).items():
-        header = read_file(file)
-        for stored in header if promised is None else promised:
-            if stored not in header:
-                raise CheckpointError(f"{file} has no tensor {stored!r}, which its index names", "fetch the file again")
+    for file in files:
+        for stored, tensor in read_file(file).items():
+            if places.get(stored, file) != file:
+                continue
             if stored in found:
                 raise CheckpointError(f"{file} and {found[stored].file} both have {stored!r}", "keep one of them")
-            found[stored] = header[stored]
-    return arrange(component, found)
+            found[stored] = tensor
+    return arrange(component, merged_adapters(dequantized(found)))

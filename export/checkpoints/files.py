@@ -10,6 +10,9 @@ from zimgkit.engines.tensors.safetensors import SafetensorsError, read_header
 from zimgkit.export.checkpoints.gguf import MAGIC, read_gguf
 from zimgkit.export.checkpoints.stored import Stored
 
+SUFFIXES = (".safetensors", ".gguf")
+"""What the names of weight files end in."""
+
 Reader = Callable[[Path], Mapping[str, Stored]]
 
 READERS: dict[bytes, Reader] = {MAGIC: read_gguf}

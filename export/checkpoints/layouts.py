@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from zimgkit.engines.errors import CheckpointError
-from zimgkit.export.checkpoints.stored import Stored, part_of, row_count, row_width
+from zimgkit.export.checkpoints.stored import Decoded, Stored, part_of, row_count, row_width
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def _placed(layout: Layout | None, name: str, tensor: Stored) -> dict[str, Store
     is_kernel = layout and layout.matrices and re.fullmatch(layout.matrices, names[0]) and len(tensor.shape) > 2
     rest = (row_width(tensor.shape),) if is_kernel else tensor.shape[1:]
     if names == (name,) and not is_kernel:
-        return {name: tensor}
+        return {name: replace(tensor, name=name) if isinstance(tensor, Decoded) else tensor}
     share = rows // len(names)
     shape = (share, *rest) if tensor.shape else ()
     return {key: part_of(tensor, key, shape, index * share) for index, key in enumerate(names)}

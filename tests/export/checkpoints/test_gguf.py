@@ -19,6 +19,7 @@ from zimgkit.export.checkpoints.checkpoint import open_checkpoint
 from zimgkit.export.checkpoints.gguf import read_gguf
 from zimgkit.export.checkpoints.layouts import arrange
 from zimgkit.export.checkpoints.stored import row_count, tensor_rows
+from zimgkit.export.checkpoints.weight_files import weight_files
 from zimgkit.export.weights.stream import Wanted, linkable
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
@@ -159,6 +160,15 @@ def test_a_folder_with_a_gguf_transformer(checkpoint_of, tmp_path):
     assert linkable({"denoiser": {name: Wanted(one, one.shape) for name, one in found.items()}}, "float32") == {
         folder / "transformer" / "model-Q8_0.gguf": False
     }
+
+
+def test_a_vision_tower_lies_beside_its_language_model(tmp_path):
+    for name in ("Qwen-Q8_0.gguf", "mmproj-F16.gguf"):
+        (tmp_path / name).touch()
+    assert sorted(path.name for path in weight_files(tmp_path, "model")) == ["Qwen-Q8_0.gguf", "mmproj-F16.gguf"]
+    (tmp_path / "Qwen-Q4_0.gguf").touch()
+    with pytest.raises(CheckpointError, match="several weight files"):
+        weight_files(tmp_path, "model")
 
 
 def counted(tensors: int = 0, values: int = 0, rest: bytes = b"") -> bytes:
