@@ -55,6 +55,11 @@ LDM = (
 KERNEL = re.compile(r".+\.attn_1\.(q|k|v|proj_out)\.weight")
 """Matrices that lie in files with LDM's names as kernels, (out, in, 1, 1)."""
 WAN = (
+    # First: below, what is outside of a residual block becomes a conv1 too.
+    *(
+        (rf"(.+)\.{name}\.", rf"\1.residual.{i}.")
+        for i, name in ((0, "norm1"), (2, "conv1"), (3, "norm2"), (6, "conv2"))
+    ),
     (r"(\w+)\.mid_block\.resnets\.0\.", r"\1.middle.0."),
     (r"(\w+)\.mid_block\.attentions\.0\.", r"\1.middle.1."),
     (r"(\w+)\.mid_block\.resnets\.1\.", r"\1.middle.2."),
@@ -70,10 +75,6 @@ WAN = (
         (rf"decoder\.up_blocks\.{i}\.resnets\.{j}\.", f"decoder.upsamples.{4 * i + j}.")
         for i in range(4)
         for j in range(3)
-    ),
-    *(
-        (rf"(.+)\.{name}\.", rf"\1.residual.{i}.")
-        for i, name in ((0, "norm1"), (2, "conv1"), (3, "norm2"), (6, "conv2"))
     ),
     (r"(.+)\.conv_shortcut\.", r"\1.shortcut."),
 )
