@@ -9,7 +9,7 @@ from zimgkit.engines.errors import CheckpointError
 from zimgkit.engines.tensors.safetensors import SafetensorsError, read_header
 from zimgkit.export.checkpoints.stored import Stored
 
-SUFFIXES = (".safetensors",)
+SUFFIXES = (".safetensors", ".gguf")
 """What the names of weight files end in."""
 
 Reader = Callable[[Path], Mapping[str, Stored]]

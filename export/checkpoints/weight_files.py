@@ -49,8 +49,8 @@ def weight_files(folder: Path, stem: str) -> dict[Path, tuple[str, ...]]:
             found = f"{len(parts)} of {int(parts[0][1])} shards, and no index"
             raise CheckpointError(f"{folder} has {found}", "fetch the files that are missing")
         return {folder / match.string: () for match in parts}
-    if len(others) == 1:
-        return {folder / others[0]: ()}
+    if len(others) == 1 or (others and all(name.endswith(".gguf") for name in others)):
+        return {folder / name: () for name in others}
     if others:
         hint = f"name the one that is meant {stem}.safetensors"
         raise CheckpointError(f"{folder} has several weight files and no index ({others[0]}, {others[1]})", hint)
