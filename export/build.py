@@ -14,7 +14,6 @@ import onnx_ir as ir
 
 import zimgkit
 from zimgkit.engines.bundle import (
-    CHECKPOINT,
     SCHEMA_VERSION,
     Bundle,
     Component,
@@ -37,7 +36,13 @@ from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
 from zimgkit.export.lora.names import names_of
 from zimgkit.export.networks.registry import FAMILIES, QUANTIZED, tasks_of
 from zimgkit.export.networks.text_encoder import language_part
-from zimgkit.export.quantization.calibrate import CalibrationSet, calibrate, load_finished, statistics_path
+from zimgkit.export.quantization.calibrate import (
+    CalibrationSet,
+    calibrate,
+    load_finished,
+    of_calibration,
+    statistics_path,
+)
 from zimgkit.export.quantization.formats import SCHEMES, Scheme
 from zimgkit.export.quantization.graph_pass import Quantize
 from zimgkit.export.quantization.quantize import QuantizationSettings, Quantized, linear_weights, quantize
@@ -95,12 +100,14 @@ def build(
     guidance_scale: float | None = None,
     cut_denoiser: bool = False,
     tasks: Collection[str] = (),
+    base: str | None = None,
+    files: Mapping[str, Path] | None = None,
     report: Report = silent,
 ) -> Bundle:
     """Build a bundle.
 
     Args:
-        model: a folder in the diffusers layout, a hub id or a short name.
+        model: a folder in the diffusers layout, a hub id, a short name or a weight file.
         out: the bundle's folder; it must not exist unless ``overwrite``.
         precision: ``"fp32"``, ``"bf16"``, or one of :data:`zimgkit.export.quantization.formats.SCHEMES`.
         quantization: how it is quantized, in those; by the family's recipe and, where it needs a calibration, with
@@ -116,6 +123,8 @@ def build(
         cut_denoiser: write the denoiser's head, body and tail as components of their own as well, over the same
             weights, for caches of blocks.
         tasks: what it shall be asked for beside pictures from text: ``"image-to-image"``, ``"inpaint"``.
+        base: of a weight file, see :func:`zimgkit.export.checkpoints.checkpoint.open_checkpoint`.
+        files: likewise, component -> its weight file.
         report: called with (stage, done, total) as the work goes on.
 
     Raises:
@@ -126,7 +135,7 @@ def build(
     out = out.expanduser().absolute()
     with only_writer_of(out), atomic_folder(out, overwrite=overwrite) as folder:
         read = read_loras(loras, source)
-        checkpoint = open_checkpoint(model, revision=revision, source=source)
+        checkpoint = open_checkpoint(model, revision=revision, source=source, base=base, files=files)
         found = (
             merge(read, names_of(checkpoint), checkpoint.family, allow_unmatched=allow_unmatched) if read else NOTHING
         )
@@ -180,7 +189,10 @@ def _settings(
         statistics = calibrate(float_bundle, given.calibration, found_at, device=given.device, report=report)
         return replace(settings, statistics=statistics)
     known_statistics = load_finished(
-        statistics_path(out), checkpoint.source, merged.loras, given.calibration.filled(checkpoint.name)
+        statistics_path(out),
+        of_calibration(checkpoint.sources),
+        merged.loras,
+        given.calibration.filled(checkpoint.name),
     )
     if known_statistics is None:
         with temporary_folder(out, "float") as folder:
@@ -281,7 +293,7 @@ def export(
         tasks=tasks,
         references=references,
         layers=row.layered.get(checkpoint.pipeline),
-        sources={CHECKPOINT: checkpoint.source},
+        sources=checkpoint.sources,
         text=text,
         defaults=settings.defaults,
         scheduler=dict(settings.scheduler),

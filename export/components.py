@@ -29,10 +29,19 @@ def parts_of(checkpoint: Checkpoint, tasks: Collection[str] = ()) -> dict[str, P
         config = checkpoint.config(source)
         every = registry.parts(checkpoint.family, source, config, tasks)
         own = {name: part for name, part in every.items() if registry.is_needed(name, tasks)}
-        is_unused = partial(registry.is_unused, checkpoint.family, source, config)
-        check_tensors(checkpoint.tensors(source), stored_shapes(own), source, ignore=is_unused)
+        check_source(checkpoint, source, own)
         found |= own
     return found
+
+
+def check_source(checkpoint: Checkpoint, source: str, parts: Mapping[str, Part]) -> None:
+    """Check that a component of a checkpoint has the tensors that its parts take.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing, unexpected or misshapen.
+    """
+    is_unused = partial(registry.is_unused, checkpoint.family, source, checkpoint.config(source))
+    check_tensors(checkpoint.tensors(source), stored_shapes(parts), source, ignore=is_unused)
 
 
 def wanted_by(

@@ -10,12 +10,12 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from zimgkit.engines.bundle import Source
+from zimgkit.engines.bundle import CHECKPOINT, Manifest, Source
 from zimgkit.engines.decoding import read_json
 from zimgkit.engines.errors import CheckpointError, UsageError
 from zimgkit.export.checkpoints import catalog
@@ -24,6 +24,7 @@ from zimgkit.export.checkpoints.files import read_file
 from zimgkit.export.checkpoints.kinds import kind_of
 from zimgkit.export.checkpoints.layouts import arrange
 from zimgkit.export.checkpoints.quantized import dequantized
+from zimgkit.export.checkpoints.single_files import components_in, guess_base, is_file
 from zimgkit.export.checkpoints.stored import Stored
 from zimgkit.export.checkpoints.urls import parse_url
 from zimgkit.export.checkpoints.weight_files import weight_files
@@ -71,11 +72,19 @@ class Checkpoint:
     """A name in :data:`zimgkit.export.networks.registry.FAMILIES`."""
     pipeline: str = ""
     """What diffusers calls its pipeline, or its transformer where there is no ``model_index.json``."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Components whose weights are in files of their own, which stand for those of the folder."""
 
     @property
     def components(self) -> tuple[str, ...]:
         """Those that it is read for: folders with a config and weights."""
         return sources(self.family, tasks_of(self.family, self.pipeline, ()))
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """What its weights come from, as a manifest has it: the folder, and files that stand for components."""
+        others = {name: Source(str(file), None, {file.name: file.stat().st_size}) for name, file in self.files.items()}
+        return {CHECKPOINT: self.source, **others}
 
     @cached_property
     def _configs(self) -> dict[str, dict[str, Any]]:
@@ -108,34 +117,86 @@ class Checkpoint:
             CheckpointError: a file is missing, cut short or no safetensors file, or lacks a tensor of the index.
         """
         if component not in self._tensors:
-            self._tensors[component] = read_component(_weight_files(self.root, component), component)
+            own = self.files.get(component)
+            files = {own: ()} if own else _weight_files(self.root, component)
+            self._tensors[component] = read_component(files, component)
         return self._tensors[component]
 
 
-def open_checkpoint(model: str, *, revision: str | None = None, source: str = "huggingface") -> Checkpoint:
+def open_checkpoint(
+    model: str,
+    *,
+    revision: str | None = None,
+    source: str = "huggingface",
+    base: str | None = None,
+    files: Mapping[str, Path] | None = None,
+) -> Checkpoint:
     """Find a checkpoint, fetch what of it is not on this machine, and open it.
 
     Args:
         model: a folder, a hub id (``owner/name``), its URL, a short name, or the name of a model that comes with
-            zimgkit. What exists as a path is a path.
+            zimgkit. What exists as a path is a path. A weight file holds some components; the base has the others.
         revision: for a hub: branch, tag or commit.
         source: the hub, ``"huggingface"`` or ``"modelscope"``.
+        base: of a weight file, the checkpoint with the configs, the tokenizer and what the file does not hold; the one
+            that :func:`zimgkit.export.checkpoints.single_files.guess_base` finds where it is not given.
+        files: component -> a weight file that stands for its weights.
 
     Raises:
         CheckpointError: there is none, or it is incomplete, not in the diffusers layout, or of another family.
         DownloadError: it cannot be fetched.
         UsageError: no such source, or a revision of a local folder.
     """
-    root, model, revision = _find(model, revision, source, FILES)
-    return _open(root, model, revision, lambda component: list(_weight_files(root, component)))
+    model, files = with_base(model, base, files or {})
+    wanted = [pattern for pattern in FILES if pattern in CONFIGS or pattern.partition("/")[0] not in files]
+    root, model, revision = _find(model, revision, source, tuple(wanted))
+    return _open(root, model, revision, lambda component: list(_weight_files(root, component)), files)
 
 
-def open_configs(model: str, *, revision: str | None = None, source: str = "huggingface") -> Checkpoint:
+def with_base(model: str, base: str | None, files: Mapping[str, Path]) -> tuple[str, dict[str, Path]]:
+    """What a weight file stands for.
+
+    Args:
+        model: a weight file, or a checkpoint.
+        base: the checkpoint that has what the file does not.
+        files: component -> a weight file of its own.
+
+    Returns:
+        The checkpoint, and component -> file; a checkpoint as it is.
+
+    Raises:
+        CheckpointError: a file is none, or holds other components.
+        UsageError: a base of what is no weight file.
+    """
+    found = {component: path.expanduser().absolute() for component, path in files.items()}
+    for component, path in found.items():
+        if component not in (held := components_in(path)):
+            raise CheckpointError(f"{path} holds a {' and a '.join(held)}, and no {component}")
+    if not is_file(model):
+        if base is not None:
+            raise UsageError("--base is of a weight file, and --model is none", "leave --base out")
+        return model, found
+    path = Path(model).expanduser().absolute()
+    held = components_in(path)
+    if base is None:
+        base = guess_base(path, read_file(path))
+    return base, held | found
+
+
+def open_configs(
+    model: str,
+    *,
+    revision: str | None = None,
+    source: str = "huggingface",
+    base: str | None = None,
+    files: Mapping[str, Path] | None = None,
+) -> Checkpoint:
     """Open a checkpoint for its configs alone: from a hub, no weights are fetched.
 
     The arguments and errors are those of :func:`open_checkpoint`. ``source.files`` has the components' weight files
     that are on this machine, and leaves out a component that lacks one.
     """
+    model, files = with_base(model, base, files or {})
     root, model, revision = _find(model, revision, source, CONFIGS)
 
     def present(component: str) -> list[Path]:
@@ -143,7 +204,7 @@ def open_configs(model: str, *, revision: str | None = None, source: str = "hugg
             return list(_weight_files(root, component))
         return []
 
-    return _open(root, model, revision, present)
+    return _open(root, model, revision, present, files)
 
 
 def _find(model: str, revision: str | None, source: str, wanted: tuple[str, ...]) -> tuple[Path, str, str | None]:
@@ -166,17 +227,49 @@ def _find(model: str, revision: str | None, source: str, wanted: tuple[str, ...]
     return hub.fetch(hub_id, revision=revision, source=source, allow=wanted), name, revision
 
 
-def _open(root: Path, model: str, revision: str | None, weight_files: Callable[[str], list[Path]]) -> Checkpoint:
+def _open(
+    root: Path,
+    model: str,
+    revision: str | None,
+    weight_files: Callable[[str], list[Path]],
+    replaced: Mapping[str, Path],
+) -> Checkpoint:
     # The folder that a hub's client keeps is named by the commit, or by the branch.
     revision = root.name if root.parent.name == "snapshots" else revision
     try:
         family, pipeline = _family(root)
         components = sources(family, tasks_of(family, pipeline, ()))
-        files = [file for component in components for file in weight_files(component)]
+        files = [file for component in components if component not in replaced for file in weight_files(component)]
         sizes = {file.relative_to(root).as_posix(): file.stat().st_size for file in files}
     except OSError as error:
         raise CheckpointError(f"{root} cannot be read ({error})", "check its rights") from None
-    return Checkpoint(root, catalog.short_name(root), Source(model, revision, sizes), family, pipeline)
+    return Checkpoint(root, catalog.short_name(root), Source(model, revision, sizes), family, pipeline, dict(replaced))
+
+
+def open_origin(
+    manifest: Manifest, model: str | None = None, revision: str | None = None, source: str = "huggingface"
+) -> Checkpoint:
+    """Open the checkpoint that a bundle was built from.
+
+    Args:
+        manifest: of the bundle.
+        model: where it is now, if not where it was.
+        revision: of that, on the hub.
+        source: the hub.
+
+    Raises:
+        ZimgError: as :func:`open_checkpoint`.
+    """
+    was = manifest.checkpoint
+    files = {name: Path(own.model) for name, own in manifest.sources.items() if name in WEIGHT_FILES}
+    if model is not None and is_file(model):
+        return open_checkpoint(model, revision=revision, source=source, base=was.model, files=files)
+    return open_checkpoint(model or was.model, revision=revision, source=source, files=files)
+
+
+def origins(found: Mapping[str, Source]) -> dict[str, dict[str, int]]:
+    """The weight files among sources: what tells whether two of them are one checkpoint."""
+    return {name: own.files for name, own in found.items() if name in (CHECKPOINT, *WEIGHT_FILES)}
 
 
 def check_tensors(

@@ -213,7 +213,7 @@ def arrange(component: str, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     Raises:
         CheckpointError: two stored tensors are one, or one does not divide into those that lie in it.
     """
-    own = {name: canonical(component, name) for name in _own_names(component, tensors)}
+    own = {name: canonical(component, name) for name in own_names(component, tensors)}
     layout = layout_of(component, own.values())
     found: dict[str, Stored] = {}
     origins: dict[str, str] = {}
@@ -228,7 +228,7 @@ def arrange(component: str, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     return found
 
 
-def _own_names(component: str, names: Iterable[str]) -> list[str]:
+def own_names(component: str, names: Iterable[str]) -> list[str]:
     """The names of one component's tensors, of files that may hold those of others."""
     mark, known = MARKS.get(component), [*names]
     if mark and (marked := [name for name in known if re.match(mark, name)]):

@@ -12,7 +12,10 @@ class ExportCommand(GroupedCommand):
     """A command of ``zimg-export``."""
 
     headings: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Checkpoint": ("model", "revision", "source", "family", "tasks"),
+        "Checkpoint": (
+            *("model", "base", "transformer", "text_encoder", "vae"),
+            *("revision", "source", "family", "tasks"),
+        ),
         "LoRA": ("loras", "keep_base", "allow_unmatched"),
         "Precision": ("precision", "card", "recipe", "range_", "smooth", "target", "by"),
         "Calibration, for fp8 and int8": (

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import CheckpointError, ZimgError
-from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_origin, origins
 from zimgkit.export.checkpoints.layouts import canonical
 from zimgkit.export.checkpoints.stored import Stored
 
@@ -34,12 +34,12 @@ class Origin:
         hint = "name it with --model; bundles that keep their base weights (--keep-base) need none"
         try:
             revision = None if os.path.lexists(self._model) else self._revision
-            checkpoint = open_checkpoint(self._model, revision=revision, source=self._hub)
+            checkpoint = open_origin(self._manifest, self._model, revision, self._hub)
         except ZimgError as error:
             raise CheckpointError(
                 f"{self._root} has not all base weights, and its checkpoint cannot be opened ({error.message})", hint
             ) from None
-        if checkpoint.source.files != self._manifest.checkpoint.files:
+        if origins(checkpoint.sources) != origins(self._manifest.sources):
             raise CheckpointError(f"{self._model} is not the checkpoint that {self._root} was built from", hint)
         return checkpoint
 

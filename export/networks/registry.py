@@ -102,6 +102,9 @@ class Family:
     """The module with the configs of a tiny checkpoint, ``CONFIGS``."""
     lora_modules: str
     """A pattern of what its modules are called in LoRAs, with underscores for dots."""
+    signs: Mapping[str, str] = field(default_factory=dict)
+    """A pattern that a canonical name of its transformers begins with -> the short name of the checkpoint that a file
+    with it derives from, the base last."""
     shifts: Mapping[float, str] = field(default_factory=dict)
     """``shift`` in the scheduler's config -> the short name of the checkpoint that has it, where it is not the base."""
     few_step_loras: tuple[FewStepLora, ...] = ()
@@ -140,7 +143,7 @@ MEGAPIXEL = 1024 * 1024
 
 Z_IMAGE = Family(
     "z-image",
-    ("ZImagePipeline", "ZImageTransformer2DModel"),
+    ("ZImagePipeline", "ZImageTransformer2DModel", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
     {
         # The pipeline reads the second-to-last hidden state.
         "text_encoder": CheckpointComponent(
@@ -173,6 +176,10 @@ Z_IMAGE = Family(
     base="Z-Image",
     demo=f"{NETWORKS}.z_image_demo",
     lora_modules=r"(layers|(noise|context|siglip)_refiner)_\d+_(attention|feed_forward|adaLN)|(cap|siglip)_embedder|final_layer",
+    signs={
+        r"siglip_embedder\.1\.(base_layer\.)?weight": "Z-Image-Omni-Base",
+        r"cap_embedder\.1\.(base_layer\.)?weight": "Z-Image",
+    },
     shifts={3.0: "Z-Image-Turbo"},  # The base has 6.0.
     # Its model card: gives a LoRA that was trained on Z-Image-Turbo the settings of Turbo back.
     few_step_loras=(FewStepLora(r"Z-Image-Turbo-DistillPatch", 0.0, 8),),
@@ -187,7 +194,7 @@ Z_IMAGE = Family(
 
 QWEN_IMAGE = Family(
     "qwen-image",
-    ("QwenImagePipeline", "QwenImageTransformer2DModel"),
+    ("QwenImagePipeline", "QwenImageTransformer2DModel", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
     {
         "text_encoder": CheckpointComponent(
             f"{NETWORKS}.text_encoder", ("visual.*", "lm_head.*"), {EDIT: f"{NETWORKS}.text_encoder:edit_parts"}
@@ -233,6 +240,10 @@ QWEN_IMAGE = Family(
     carried=KnownCheckpoint("zimg-tiny-qwen", Defaults(20, 1.5, 128, 128, " ")),
     base="Qwen-Image",
     demo=f"{NETWORKS}.qwen_image_demo",
+    signs={
+        r"time_text_embed\.addition_t_embedding\.weight": "Qwen-Image-Layered",
+        r"transformer_blocks\.0\.txt_mod\.1\.(base_layer\.)?weight": "Qwen-Image",
+    },
     lora_modules=r"transformer_blocks_\d+_(attn_|img_m|txt_m)(?!.*attn\d)|txt_norm|txt_in",
     few_step_loras=(
         # https://github.com/ModelTC/Qwen-Image-Lightning, generate_with_diffusers.py: distilled at a shift of 3.

@@ -18,7 +18,7 @@ from zimgkit.engines.bundle import Bundle, Cost, write_manifest
 from zimgkit.engines.bundle.locks import only_writer_of
 from zimgkit.engines.errors import BundleError
 from zimgkit.engines.tensors.safetensors import TensorInfo
-from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_origin
 from zimgkit.export.components import parts_of, wanted_by
 from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
 from zimgkit.export.lora.names import names_of
@@ -123,7 +123,7 @@ def verify(
     if measuring is not None:
         bundle.check_changeable()
     bundle.verify(afresh=True, report=report)
-    checkpoint = open_checkpoint(model, revision=revision, source=source)
+    checkpoint = open_origin(bundle.manifest, model, revision, source)
     precision = bundle.manifest.precision
     if checkpoint.family != bundle.manifest.family:
         raise BundleError(

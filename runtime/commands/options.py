@@ -29,7 +29,7 @@ class BundleFolder(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """The folder, which need not be there, or where it lies on a hub: ``owner/name``, but not ``./owner/name``."""
         name = os.fsdecode(value)
-        path = demo_models.locate(super().convert(value, param, ctx))
+        path = demo_models.locate(os.fsdecode(super().convert(value, param, ctx)))
         is_folder = name.startswith("./") or name.endswith("/")
         return path.absolute() if is_folder and not os.path.lexists(path) else path
 

@@ -483,11 +483,9 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, change: Callable[[Pat
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_file_of_an_unknown_model(tmp_path: Path) -> None:
     save_file(tensors(0), tmp_path / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"has no model_index.json; zimgkit reads checkpoints in the diffusers layout"
-    ):
+    with pytest.raises(CheckpointError, match=r"is of a model that zimgkit does not know; zimgkit serves"):
         open_checkpoint(str(tmp_path / "model.safetensors"))
 
 
