@@ -12,7 +12,6 @@ from typing import Any
 
 import zimgkit
 from zimgkit.engines.bundle import (
-    CHECKPOINT,
     SCHEMA_VERSION,
     Bundle,
     Component,
@@ -37,7 +36,13 @@ from zimgkit.export.lora.names import names_of
 from zimgkit.export.lora.positive import give_positive, refuse_beside_controlnets
 from zimgkit.export.networks.registry import FAMILIES, QUANTIZED, tasks_of
 from zimgkit.export.networks.text_encoder import language_part
-from zimgkit.export.quantization.calibrate import CalibrationSet, calibrate, load_finished, statistics_path
+from zimgkit.export.quantization.calibrate import (
+    CalibrationSet,
+    calibrate,
+    load_finished,
+    of_calibration,
+    statistics_path,
+)
 from zimgkit.export.quantization.formats import SCHEMES
 from zimgkit.export.quantization.graph_pass import quantize_graph
 from zimgkit.export.quantization.quantize import QuantizationSettings, Quantized, linear_weights, quantize
@@ -97,12 +102,14 @@ def build(
     cut_denoiser: bool = False,
     tasks: Collection[str] = (),
     controlnets: Sequence[str] = (),
+    base: str | None = None,
+    files: Mapping[str, Path] | None = None,
     report: Report = silent,
 ) -> Bundle:
     """Build a bundle.
 
     Args:
-        model: a folder in the diffusers layout, a hub id or a short name.
+        model: a folder in the diffusers layout, a hub id, a short name or a weight file.
         out: the bundle's folder; it must not exist unless ``overwrite``.
         precision: ``"fp32"``, ``"bf16"``, or one of :data:`zimgkit.export.quantization.formats.SCHEMES`.
         quantization: how it is quantized, in those; by the family's recipe and, where it needs a calibration, with
@@ -120,6 +127,8 @@ def build(
             weights, for caches of blocks.
         tasks: what it shall be asked for beside pictures from text: ``"image-to-image"``, ``"inpaint"``.
         controlnets: ControlNets that it shall have, as :func:`zimgkit.export.controls.source.find_control` takes them.
+        base: of a weight file, see :func:`zimgkit.export.checkpoints.checkpoint.open_checkpoint`.
+        files: likewise, component -> its weight file.
         report: called with (stage, done, total) as the work goes on.
 
     Raises:
@@ -131,7 +140,7 @@ def build(
     out = out.expanduser().absolute()
     with only_writer_of(out), atomic_folder(out, overwrite=overwrite) as folder:
         read, own = read_loras(loras, source), read_loras(positive_only_loras, source)
-        checkpoint = open_checkpoint(model, revision=revision, source=source)
+        checkpoint = open_checkpoint(model, revision=revision, source=source, base=base, files=files)
         found = NOTHING
         if read or own:
             found = merge(read, names_of(checkpoint), checkpoint.family, own, allow_unmatched=allow_unmatched)
@@ -187,7 +196,10 @@ def _settings(
         statistics = calibrate(float_bundle, given.calibration, found_at, device=given.device, report=report)
         return replace(settings, statistics=statistics)
     known_statistics = load_finished(
-        statistics_path(out), checkpoint.source, merged.loras, given.calibration.filled(checkpoint.name)
+        statistics_path(out),
+        of_calibration(checkpoint.sources),
+        merged.loras,
+        given.calibration.filled(checkpoint.name),
     )
     if known_statistics is None:
         with temporary_folder(out, "float") as folder:
@@ -305,7 +317,7 @@ def export(
         tasks=tasks,
         references=references,
         layers=row.layered.get(checkpoint.pipeline),
-        sources={CHECKPOINT: checkpoint.source} | {role(net.name): net.source for net in nets},
+        sources=checkpoint.sources | {role(net.name): net.source for net in nets},
         text=text,
         defaults=settings.defaults,
         scheduler=dict(settings.scheduler),

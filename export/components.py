@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from functools import partial
 
-from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, check_tensors
+from zimgkit.export.checkpoints.stored import Stored, part_of
 from zimgkit.export.networks import registry
 from zimgkit.export.networks.parts import Part, stored_shapes
 from zimgkit.export.weights.addends import Addends
@@ -31,14 +30,23 @@ def parts_of(checkpoint: Checkpoint, tasks: Collection[str] = (), more: Collecti
         config = checkpoint.config(source)
         every = registry.parts(checkpoint.family, source, config, tasks)
         own = {name: part for name, part in every.items() if name in more or registry.is_needed(name, tasks)}
-        is_unused = partial(registry.is_unused, checkpoint.family, source, config)
-        check_tensors(checkpoint.tensors(source), stored_shapes(own), source, ignore=is_unused)
+        check_source(checkpoint, source, own)
         found |= own
     return found
 
 
+def check_source(checkpoint: Checkpoint, source: str, parts: Mapping[str, Part]) -> None:
+    """Check that a component of a checkpoint has the tensors that its parts take.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing, unexpected or misshapen.
+    """
+    is_unused = partial(registry.is_unused, checkpoint.family, source, checkpoint.config(source))
+    check_tensors(checkpoint.tensors(source), stored_shapes(parts), source, ignore=is_unused)
+
+
 def wanted_by(
-    tensors: Callable[[str], Mapping[str, TensorInfo]], part: Part, addends: Addends | None = None
+    tensors: Callable[[str], Mapping[str, Stored]], part: Part, addends: Addends | None = None
 ) -> dict[str, Wanted]:
     """What each of a part's parameters comes from, and what LoRAs add to it.
 
@@ -52,7 +60,7 @@ def wanted_by(
         source, tensor = part.origin(name)
         info, added = tensors(source)[tensor], (addends or {}).get(source, {}).get(tensor, ())
         # Tensors of several sources may have one name, so those of the others keep what tells them apart.
-        if is_renamed := name != tensor:
-            info = replace(info, name=f"{name.removesuffix(tensor)}{info.name}")
-        found[name] = Wanted(info, shape, part.transforms.get(name), added, is_renamed=is_renamed)
+        if name != tensor:
+            info = part_of(info, f"{name.removesuffix(tensor)}{info.name}", info.shape)
+        found[name] = Wanted(info, shape, part.transforms.get(name), added)
     return found

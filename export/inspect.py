@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from zimgkit.export.checkpoints.checkpoint import open_configs
+from zimgkit.export.components import check_source
 from zimgkit.export.networks.registry import is_needed, parts, tasks_of
 
 
-def checkpoint_summary(model: str, *, revision: str | None = None, source: str = "huggingface") -> dict[str, Any]:
-    """Describe a checkpoint.
+def checkpoint_summary(
+    model: str,
+    *,
+    revision: str | None = None,
+    source: str = "huggingface",
+    files: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
+    """Describe a checkpoint, and check the weights that are on this machine as a build does.
 
     Args:
         model: a folder, a hub id or a short name.
         revision: branch, tag or commit on the hub.
         source: ``"huggingface"`` or ``"modelscope"``.
+        files: component -> a weight file in its place.
 
     Raises:
-        CheckpointError: there is none, or it is none zimgkit serves.
+        CheckpointError: there is none, or a build would refuse it.
     """
-    checkpoint = open_configs(model, revision=revision, source=source)
+    checkpoint = open_configs(model, revision=revision, source=source, files=files)
     components: dict[str, Any] = {}
     tasks = tasks_of(checkpoint.family, checkpoint.pipeline, ())
+    present = {*checkpoint.files, *(file.partition("/")[0] for file in checkpoint.source.files)}
+    beside = {str(file): file.stat().st_size for file in checkpoint.files.values()}
     for part_source in checkpoint.components:
-        for name, part in parts(checkpoint.family, part_source, checkpoint.config(part_source), tasks).items():
-            if not is_needed(name, tasks):
-                continue
+        own = parts(checkpoint.family, part_source, checkpoint.config(part_source), tasks)
+        own = {name: part for name, part in own.items() if is_needed(name, tasks)}
+        if part_source in present:
+            check_source(checkpoint, part_source, own)
+        for name, part in own.items():
             shapes = part.parameters()
             count = sum(math.prod(shape) for shape in shapes.values())
             components[name] = {"from": part_source, "tensors": len(shapes), "parameters": count}
@@ -37,7 +50,7 @@ def checkpoint_summary(model: str, *, revision: str | None = None, source: str =
         "family": checkpoint.family,
         "path": str(checkpoint.root),
         "revision": checkpoint.source.revision,
-        "weight_files": checkpoint.source.files,
+        "weight_files": checkpoint.source.files | beside,
         "tasks": list(tasks),
         "scheduler": scheduler,
         "components": components,

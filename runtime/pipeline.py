@@ -17,6 +17,7 @@ from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.choice import AUTO
 from zimgkit.engines.errors import BackendError, UsageError
 from zimgkit.runtime import demo_models
+from zimgkit.runtime.bundles import open_bundle
 from zimgkit.runtime.engine_pool import Opener
 from zimgkit.runtime.job import Job
 from zimgkit.runtime.memory.plan import Plan
@@ -106,7 +107,8 @@ class Pipeline:
         """Open a bundle.
 
         Args:
-            bundle: its folder, or the name of one that zimgkit carries: ``"zimg-tiny-z"`` or ``"zimg-tiny-qwen"``.
+            bundle: its folder, the name of one that zimgkit carries (``"zimg-tiny-z"``, ``"zimg-tiny-qwen"``), or its
+                place on a hub: ``"owner/name"``, ``"owner/name@revision"`` or ``"modelscope:owner/name"``.
             backend: ``"onnxruntime"``, ``"openvino"``, ``"torch"``, ``"tensorrt"`` or ``"tensorrt-rtx"``; ``"auto"``
                 takes the best one installed for the bundle and this machine, and ``session.choice`` says why.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, of OpenVINO ``"gpu"`` or ``"npu"``, or such a device for each
@@ -125,10 +127,11 @@ class Pipeline:
 
         Raises:
             BundleError: it is no bundle, or was changed, or is of a newer zimgkit.
+            DownloadError: it can neither be fetched nor is it in the cache.
             UsageError: no such backend.
         """
         return cls(
-            Bundle.open(demo_models.locate(bundle), verify=verify),
+            open_bundle(bundle, verify=verify, backend=backend, device=device),
             backend=backend,
             device=device,
             memory=memory,

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from tests import handmade
 from zimgkit.engines.bundle import Bundle, Component, record_files, write_manifest
-from zimgkit.engines.tensors.safetensors import TensorInfo, layout
+from zimgkit.engines.tensors.safetensors import layout
+from zimgkit.export.checkpoints.stored import Stored
 from zimgkit.export.components import wanted_by
 from zimgkit.export.networks.parts import Part
 from zimgkit.export.weights.stream import export_weights
@@ -49,7 +50,7 @@ def write_parts(
             else:
                 file.truncate(info.offset + info.nbytes)
 
-    def tensors(source: str) -> Mapping[str, TensorInfo]:
+    def tensors(source: str) -> Mapping[str, Stored]:
         return infos
 
     placed = export_weights({name: wanted_by(tensors, part) for name, part in parts.items()}, precision, root)

@@ -28,7 +28,8 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from tests.export.checkpoints.loopback_hub import LoopbackHub
+from tests.runtime.loopback_hub import LoopbackHub
+from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import install
 from zimgkit.export.cli.main import cli as export_cli
 from zimgkit.runtime import demo_models
@@ -61,6 +62,7 @@ NOT_RUN = {
     "zimg-export compile z-image-turbo --size 1024x1024 --size 832x1216": "likewise; it compiles a smaller size",
     "zimg-run preprocess canny photo.png edges.png": "test_control does",
     "zimg-export i2l Z-Image one.png two.png --out style.safetensors": "gigabytes; tests/export/i2l makes some",
+    'zimg-run generate "…" --bundle owner/name': "test_modelscope_and_hub fetches one",
     "zimg-run generate --bundle z-image-turbo --backend tensorrt"
     ' --prompt "a red fox in fresh snow, early light"': "needs a GPU",
 }
@@ -220,6 +222,7 @@ def test_base(environment: Environment, wheel: Path, tmp_path: Path) -> None:
         "control": "zimg-run preprocess canny out.png edges.png",
         "modelscope": "zimg-export inspect a/b/style.safetensors --source modelscope",
         "serve": "zimg-run serve",
+        "hub": "zimg-run generate --bundle a/b --prompt a",
         "train": "python -m zimgkit.training lora zimg-tiny-z data style.safetensors",
     }
     others = {"browser", "dev", "ray"}  # For tests, and for Ray's own command.
@@ -287,8 +290,8 @@ def test_tensorrt_and_tensorrt_rtx(environment: Environment, wheel: Path, tmp_pa
         assert "pip install" not in compiled.stderr + drawn.stderr
 
 
-def test_modelscope(environment: Environment, wheel: Path, tmp_path: Path) -> None:
-    """A LoRA is fetched and described without the export extra."""
+def test_modelscope_and_hub(environment: Environment, wheel: Path, tmp_path: Path) -> None:
+    """A LoRA is fetched and described without the export extra, and so is a bundle."""
     environment.install(f"{wheel}[modelscope]")
     lora = demo_models.locate_lora("zimg-tiny-z-bolt")
     with LoopbackHub() as hub:
@@ -297,6 +300,13 @@ def test_modelscope(environment: Environment, wheel: Path, tmp_path: Path) -> No
         where |= {"MODELSCOPE_CACHE": str(tmp_path / "hub"), "MODELSCOPE_HOME": str(tmp_path / "home")}
         inspect = ("zimg-export", "inspect", "a/b/style.safetensors", "--source", "modelscope")
         assert "z-image" in environment.run(*inspect, cwd=tmp_path, **where).stdout
+        environment.install(f"{wheel}[hub]")
+        root = demo_models.locate("zimg-tiny-z")
+        bundle = Bundle.open(root)
+        names = ("bundle.json", *bundle.manifest.files)
+        hub.add("a/bundle", {name: (root / name).read_bytes() for name in names})
+        where = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*", "HOME": str(tmp_path)}
+        assert "z-image" in environment.run("zimg-run", "inspect", "a/bundle", cwd=tmp_path, **where).stdout
 
 
 def test_serve(environment: Environment, wheel: Path, tmp_path: Path) -> None:

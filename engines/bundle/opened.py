@@ -29,11 +29,13 @@ class Bundle:
     manifest: Manifest
     state: str = field(default="", compare=False)
     """The manifest's :func:`.verified.state` when it was read; none of a bundle that is being made."""
+    present: tuple[str, ...] | None = field(default=None, compare=False)
+    """The files that are here, of a bundle that was not fetched whole; None where all are."""
     in_place: bool = field(default=False, compare=False)
     """Whether weights are to be read from their files in every run, where a copy would be faster and take memory."""
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = True, names: tuple[str, ...] | None = None) -> Bundle:
         """Read a bundle's manifest and check its files against it.
 
         Hashes are computed on the first opening, and again only for files whose size or times changed since.
@@ -41,14 +43,15 @@ class Bundle:
         Args:
             path: the bundle's folder.
             verify: whether to check sizes and hashes; those of links that lead out of the folder always are.
+            names: the files that are there, of a bundle that was not fetched whole; all when None.
 
         Raises:
             BundleError: no bundle there, a newer schema, a missing or changed file, or a path that leaves the bundle.
         """
-        bundle = cls.read(path)
-        for name in bundle.manifest.files:
+        bundle = replace(cls.read(path), present=names)
+        for name in bundle.names:
             bundle.file(name)
-        bundle.verify(bundle.manifest.files if verify else bundle.linked)
+        bundle.verify(bundle.names if verify else bundle.linked)
         return bundle
 
     @classmethod
@@ -90,11 +93,15 @@ class Bundle:
             raise BundleError(f"{path} is missing{link}", "copy or build the bundle again")
         return path
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its files that are here."""
+        return tuple(self.manifest.files) if self.present is None else self.present
+
     @cached_property
     def linked(self) -> tuple[str, ...]:
         """Its files that lie elsewhere: links that lead out of its folder."""
-        files = self.manifest.files
-        return tuple(name for name in files if not self.file(name).resolve().is_relative_to(self.root))
+        return tuple(name for name in self.names if not self.file(name).resolve().is_relative_to(self.root))
 
     def check_unchanged(self, component: str | None = None) -> None:
         """Check that what was opened is what is there: a build or a swap may have taken its place.
@@ -176,7 +183,7 @@ class Bundle:
         """What of the bundle is not what the manifest says, as it is found.
 
         Args:
-            names: of the files; all when None.
+            names: of the files; all that are here when None.
             afresh: hash every byte again, even of files seen unchanged since an earlier check.
             report: called with ("hash, MB", done, total), from several threads.
 
@@ -184,7 +191,7 @@ class Bundle:
             An error for each such file.
         """
         paths: dict[str, Path] = {}
-        for name in self.manifest.files if names is None else names:
+        for name in self.names if names is None else names:
             try:
                 paths[name] = self.file(name)
                 self._check_size(name, paths[name])

@@ -9,27 +9,33 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from zimgkit.engines.bundle import Source
+from zimgkit.engines.bundle import CHECKPOINT, Manifest, Source
 from zimgkit.engines.decoding import read_json
 from zimgkit.engines.errors import CheckpointError, UsageError
-from zimgkit.engines.tensors.safetensors import SafetensorsError, TensorInfo, read_header
-from zimgkit.export.checkpoints import catalog, hub
-from zimgkit.export.checkpoints.urls import PICKLES, parse_url
+from zimgkit.export.checkpoints import catalog
+from zimgkit.export.checkpoints.adapters import merged_adapters
+from zimgkit.export.checkpoints.files import read_file
+from zimgkit.export.checkpoints.kinds import kind_of
+from zimgkit.export.checkpoints.layouts import arrange
+from zimgkit.export.checkpoints.quantized import dequantized
+from zimgkit.export.checkpoints.single_files import components_in, guess_base, is_file
+from zimgkit.export.checkpoints.stored import Stored
+from zimgkit.export.checkpoints.urls import parse_url
+from zimgkit.export.checkpoints.weight_files import weight_files
 from zimgkit.export.networks.registry import (
     FAMILIES,
-    STORED_PREFIXES,
     WEIGHT_FILES,
     family_of_class,
     sources,
     tasks_of,
 )
-from zimgkit.runtime import demo_models
+from zimgkit.runtime import demo_models, hub
 
 PROCESSORS = tuple(dict.fromkeys(family.processor for family in FAMILIES.values()))
 """The folders that say how a vision encoder's pictures are prepared."""
@@ -51,7 +57,7 @@ FILES = (
 
 CONFIG_FILES = {"scheduler": "scheduler_config.json", **dict.fromkeys(PROCESSORS, PREPROCESSOR)}
 """Component -> its config, where that is no ``config.json``."""
-FLOATS = ("float32", "bfloat16", "float16")
+FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -66,18 +72,26 @@ class Checkpoint:
     """A name in :data:`zimgkit.export.networks.registry.FAMILIES`."""
     pipeline: str = ""
     """What diffusers calls its pipeline, or its transformer where there is no ``model_index.json``."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Components whose weights are in files of their own, which stand for those of the folder."""
 
     @property
     def components(self) -> tuple[str, ...]:
         """Those that it is read for: folders with a config and weights."""
         return sources(self.family, tasks_of(self.family, self.pipeline, ()))
 
+    @property
+    def sources(self) -> dict[str, Source]:
+        """What its weights come from, as a manifest has it: the folder, and files that stand for components."""
+        others = {name: Source(str(file), None, {file.name: file.stat().st_size}) for name, file in self.files.items()}
+        return {CHECKPOINT: self.source, **others}
+
     @cached_property
     def _configs(self) -> dict[str, dict[str, Any]]:
         return {}
 
     @cached_property
-    def _tensors(self) -> dict[str, dict[str, TensorInfo]]:
+    def _tensors(self) -> dict[str, dict[str, Stored]]:
         return {}
 
     def config(self, component: str) -> dict[str, Any]:
@@ -91,7 +105,7 @@ class Checkpoint:
             self._configs[component] = read_json(_folder(self.root, component) / name, CheckpointError)
         return self._configs[component]
 
-    def tensors(self, component: str) -> Mapping[str, TensorInfo]:
+    def tensors(self, component: str) -> Mapping[str, Stored]:
         """Where the tensors of one of its components lie; only headers are read.
 
         Returns:
@@ -103,34 +117,86 @@ class Checkpoint:
             CheckpointError: a file is missing, cut short or no safetensors file, or lacks a tensor of the index.
         """
         if component not in self._tensors:
-            self._tensors[component] = _read_tensors(self.root, component)
+            own = self.files.get(component)
+            files = {own: ()} if own else _weight_files(self.root, component)
+            self._tensors[component] = read_component(files, component)
         return self._tensors[component]
 
 
-def open_checkpoint(model: str, *, revision: str | None = None, source: str = "huggingface") -> Checkpoint:
+def open_checkpoint(
+    model: str,
+    *,
+    revision: str | None = None,
+    source: str = "huggingface",
+    base: str | None = None,
+    files: Mapping[str, Path] | None = None,
+) -> Checkpoint:
     """Find a checkpoint, fetch what of it is not on this machine, and open it.
 
     Args:
         model: a folder, a hub id (``owner/name``), its URL, a short name, or the name of a model that comes with
-            zimgkit. What exists as a path is a path.
+            zimgkit. What exists as a path is a path. A weight file holds some components; the base has the others.
         revision: for a hub: branch, tag or commit.
         source: the hub, ``"huggingface"`` or ``"modelscope"``.
+        base: of a weight file, the checkpoint with the configs, the tokenizer and what the file does not hold; the one
+            that :func:`zimgkit.export.checkpoints.single_files.guess_base` finds where it is not given.
+        files: component -> a weight file that stands for its weights.
 
     Raises:
         CheckpointError: there is none, or it is incomplete, not in the diffusers layout, or of another family.
         DownloadError: it cannot be fetched.
         UsageError: no such source, or a revision of a local folder.
     """
-    root, model, revision = _find(model, revision, source, FILES)
-    return _open(root, model, revision, lambda component: list(_weight_files(root, component)))
+    model, files = with_base(model, base, files or {})
+    wanted = [pattern for pattern in FILES if pattern in CONFIGS or pattern.partition("/")[0] not in files]
+    root, model, revision = _find(model, revision, source, tuple(wanted))
+    return _open(root, model, revision, lambda component: list(_weight_files(root, component)), files)
 
 
-def open_configs(model: str, *, revision: str | None = None, source: str = "huggingface") -> Checkpoint:
+def with_base(model: str, base: str | None, files: Mapping[str, Path]) -> tuple[str, dict[str, Path]]:
+    """What a weight file stands for.
+
+    Args:
+        model: a weight file, or a checkpoint.
+        base: the checkpoint that has what the file does not.
+        files: component -> a weight file of its own.
+
+    Returns:
+        The checkpoint, and component -> file; a checkpoint as it is.
+
+    Raises:
+        CheckpointError: a file is none, or holds other components.
+        UsageError: a base of what is no weight file.
+    """
+    found = {component: path.expanduser().absolute() for component, path in files.items()}
+    for component, path in found.items():
+        if component not in (held := components_in(path)):
+            raise CheckpointError(f"{path} holds a {' and a '.join(held)}, and no {component}")
+    if not is_file(model):
+        if base is not None:
+            raise UsageError("--base is of a weight file, and --model is none", "leave --base out")
+        return model, found
+    path = Path(model).expanduser().absolute()
+    held = components_in(path)
+    if base is None:
+        base = guess_base(path, read_file(path))
+    return base, held | found
+
+
+def open_configs(
+    model: str,
+    *,
+    revision: str | None = None,
+    source: str = "huggingface",
+    base: str | None = None,
+    files: Mapping[str, Path] | None = None,
+) -> Checkpoint:
     """Open a checkpoint for its configs alone: from a hub, no weights are fetched.
 
     The arguments and errors are those of :func:`open_checkpoint`. ``source.files`` has the components' weight files
     that are on this machine, and leaves out a component that lacks one.
     """
+    model, files = with_base(model, base, files or {})
     root, model, revision = _find(model, revision, source, CONFIGS)
 
     def present(component: str) -> list[Path]:
@@ -138,7 +204,7 @@ def open_configs(model: str, *, revision: str | None = None, source: str = "hugg
             return list(_weight_files(root, component))
         return []
 
-    return _open(root, model, revision, present)
+    return _open(root, model, revision, present, files)
 
 
 def _find(model: str, revision: str | None, source: str, wanted: tuple[str, ...]) -> tuple[Path, str, str | None]:
@@ -161,21 +227,53 @@ def _find(model: str, revision: str | None, source: str, wanted: tuple[str, ...]
     return hub.fetch(hub_id, revision=revision, source=source, allow=wanted), name, revision
 
 
-def _open(root: Path, model: str, revision: str | None, weight_files: Callable[[str], list[Path]]) -> Checkpoint:
+def _open(
+    root: Path,
+    model: str,
+    revision: str | None,
+    weight_files: Callable[[str], list[Path]],
+    replaced: Mapping[str, Path],
+) -> Checkpoint:
     # The folder that a hub's client keeps is named by the commit, or by the branch.
     revision = root.name if root.parent.name == "snapshots" else revision
     try:
         family, pipeline = _family(root)
         components = sources(family, tasks_of(family, pipeline, ()))
-        files = [file for component in components for file in weight_files(component)]
+        files = [file for component in components if component not in replaced for file in weight_files(component)]
         sizes = {file.relative_to(root).as_posix(): file.stat().st_size for file in files}
     except OSError as error:
         raise CheckpointError(f"{root} cannot be read ({error})", "check its rights") from None
-    return Checkpoint(root, catalog.short_name(root), Source(model, revision, sizes), family, pipeline)
+    return Checkpoint(root, catalog.short_name(root), Source(model, revision, sizes), family, pipeline, dict(replaced))
+
+
+def open_origin(
+    manifest: Manifest, model: str | None = None, revision: str | None = None, source: str = "huggingface"
+) -> Checkpoint:
+    """Open the checkpoint that a bundle was built from.
+
+    Args:
+        manifest: of the bundle.
+        model: where it is now, if not where it was.
+        revision: of that, on the hub.
+        source: the hub.
+
+    Raises:
+        ZimgError: as :func:`open_checkpoint`.
+    """
+    was = manifest.checkpoint
+    files = {name: Path(own.model) for name, own in manifest.sources.items() if name in WEIGHT_FILES}
+    if model is not None and is_file(model):
+        return open_checkpoint(model, revision=revision, source=source, base=was.model, files=files)
+    return open_checkpoint(model or was.model, revision=revision, source=source, files=files)
+
+
+def origins(found: Mapping[str, Source]) -> dict[str, dict[str, int]]:
+    """The weight files among sources: what tells whether two of them are one checkpoint."""
+    return {name: own.files for name, own in found.items() if name in (CHECKPOINT, *WEIGHT_FILES)}
 
 
 def check_tensors(
-    infos: Mapping[str, TensorInfo],
+    infos: Mapping[str, Stored],
     expected: Mapping[str, tuple[int, ...]],
     component: str,
     *,
@@ -192,29 +290,35 @@ def check_tensors(
     Raises:
         CheckpointError: naming the first offending tensor, and counting the others.
     """
+    odd = [name for name in expected if name in infos and infos[name].dtype not in FLOATS]
+    if odd:
+        info = infos[odd[0]]
+        raise CheckpointError(
+            f"{info.file}: {info.name!r} of the {component} is stored in {info.dtype}{_others(odd)}",
+            f"name a checkpoint in {', '.join(FLOATS)}, or in a form that docs/checkpoints.md lists",
+        )
     missing = [name for name in expected if name not in infos]
     unexpected = [name for name in infos if name not in expected and not ignore(name)]
-    hint = "fetch the checkpoint again, or check that its config.json is its own"
-    if 2 * len(missing) > len(expected):
-        hint = "it seems to be a checkpoint of another model"
     if missing:
-        raise CheckpointError(f"the {component} lacks the tensor {missing[0]!r}{_others(missing)}", hint)
+        file = f"{next(iter(infos.values())).file}: " if infos else ""
+        hint = "check that its config.json is its own, and that all its files are there"
+        if 2 * len(missing) > len(expected):
+            hint = "it seems to be a checkpoint of another model"
+            if kind := kind_of(infos):
+                hint = f"it seems to be {kind}"
+        raise CheckpointError(f"{file}the {component} lacks the tensor {missing[0]!r}{_others(missing)}", hint)
     if unexpected:
-        file = infos[unexpected[0]].file
-        raise CheckpointError(f"{file}: the {component} has no use for {unexpected[0]!r}{_others(unexpected)}", hint)
+        file = f"{infos[unexpected[0]].file}: "
+        raise CheckpointError(
+            f"{file}the {component} has no use for {unexpected[0]!r}{_others(unexpected)}",
+            "check that its config.json is its own",
+        )
     wrong = [name for name, shape in expected.items() if infos[name].shape != tuple(shape)]
     if wrong:
         info, shape = infos[wrong[0]], tuple(expected[wrong[0]])
         raise CheckpointError(
             f"{info.file}: {info.name!r} of the {component} has shape {info.shape} instead of {shape}{_others(wrong)}",
             "check that its config.json is its own",
-        )
-    odd = [name for name in expected if infos[name].dtype not in FLOATS]
-    if odd:
-        info = infos[odd[0]]
-        raise CheckpointError(
-            f"{info.file}: {info.name!r} of the {component} is stored in {info.dtype}{_others(odd)}",
-            f"name a checkpoint in {', '.join(FLOATS)}",
         )
 
 
@@ -240,62 +344,35 @@ def _family(root: Path) -> tuple[str, str]:
 def _folder(root: Path, component: str) -> Path:
     folder = root / component
     if not folder.is_dir():
-        raise CheckpointError(f"{root} has no folder {component}", "fetch the checkpoint again")
+        raise CheckpointError(f"{root} has no folder {component}", "fetch the files that are missing")
     return folder
 
 
-def _weight_files(root: Path, component: str) -> dict[Path, tuple[str, ...] | None]:
-    """The weight files of a component, each with the tensors its index promises; all it holds where there is none."""
-    folder, stem = _folder(root, component), WEIGHT_FILES[component]
-    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-    if index.is_file():
-        return _read_index(index)
-    if single.is_file():
-        return {single: None}
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        raise CheckpointError(
-            f"{folder} holds a pickle ({pickles[0]}) where {single.name} belongs, and zimgkit never opens pickles",
-            "convert it to safetensors",
-        )
-    raise CheckpointError(f"{folder} has neither {single.name} nor {index.name}", "fetch the checkpoint again")
+def _weight_files(root: Path, component: str) -> dict[Path, tuple[str, ...]]:
+    return weight_files(_folder(root, component), WEIGHT_FILES[component])
 
 
-def _read_index(index: Path) -> dict[Path, tuple[str, ...] | None]:
-    weight_map = read_json(index, CheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index} has no readable weight_map", "fetch the file again")
-    files: dict[Path, tuple[str, ...] | None] = {}
-    for shard in dict.fromkeys(weight_map.values()):
-        # Not resolved: the caches of hubs link to their files from outside.
-        if PurePosixPath(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names {shard!r}, which is no safetensors file beside it", "do not trust it")
-        if not (index.parent / shard).is_file():
-            raise CheckpointError(f"{index.parent / shard} is missing", "fetch the checkpoint again")
-        files[index.parent / shard] = tuple(name for name, file in weight_map.items() if file == shard)
-    return files
+def read_component(files: Mapping[Path, Iterable[str]] | Iterable[Path], component: str) -> dict[str, Stored]:
+    """Read the headers of a component's files.
 
+    Args:
+        files: perhaps with the tensors that an index places in each. What a shard has counts, but where the index says
+            that another has it.
+        component: its name.
 
-def _read_tensors(root: Path, component: str) -> dict[str, TensorInfo]:
-    found: dict[str, TensorInfo] = {}
-    for file, promised in _weight_files(root, component).items():
-        try:
-            header = read_header(file)
-        except SafetensorsError as error:
-            raise CheckpointError(error.message, error.hint) from None
-        for stored in header if promised is None else promised:
-            if stored not in header:
-                raise CheckpointError(f"{file} has no tensor {stored!r}, which its index names", "fetch the file again")
-            name = canonical(component, stored)
-            if name in found:
-                both = f"{stored!r} and {found[name].name!r}"
-                raise CheckpointError(f"{file}: {both} are both the {component}'s {name!r}", "keep one of them")
-            found[name] = header[stored]
-    return found
+    Returns:
+        Canonical name -> tensor.
 
-
-def canonical(component: str, stored: str) -> str:
-    """The canonical name of a component's tensor, see :meth:`Checkpoint.tensors`, from the one it is stored under."""
-    for prefix in STORED_PREFIXES.get(component, ()):
-        stored = stored.removeprefix(prefix)
-    return stored
+    Raises:
+        CheckpointError: see :meth:`Checkpoint.tensors`.
+    """
+    places = {name: file for file, names in files.items() for name in names} if isinstance(files, Mapping) else {}
+    found: dict[str, Stored] = {}
+    for file in files:
+        for stored, tensor in read_file(file).items():
+            if places.get(stored, file) != file:
+                continue
+            if stored in found:
+                raise CheckpointError(f"{file} and {found[stored].file} both have {stored!r}", "keep one of them")
+            found[stored] = tensor
+    return arrange(component, merged_adapters(dequantized(found)))

@@ -26,6 +26,8 @@ from zimgkit.export.cli.options import (
     SOURCE,
     STEPS,
     TASKS,
+    chosen_parts,
+    parts_options,
 )
 from zimgkit.runtime.commands import console
 from zimgkit.runtime.commands.options import AS_JSON, QUIET
@@ -35,8 +37,9 @@ from zimgkit.runtime.commands.options import AS_JSON, QUIET
 @click.option(
     "--model",
     required=True,
-    help="The checkpoint: a folder in the diffusers layout, a hub id, its URL, or a short name.",
+    help="The checkpoint: a folder in the diffusers layout, a hub id, its URL, a short name, or a weight file.",
 )
+@parts_options
 @click.option("-o", "--out", required=True, type=FILE, help="The folder of the new bundle.")
 @click.option(
     "--precision",
@@ -77,6 +80,10 @@ from zimgkit.runtime.commands.options import AS_JSON, QUIET
 @AS_JSON
 def build_command(
     model: str,
+    base: str | None,
+    transformer: Path | None,
+    text_encoder: Path | None,
+    vae: Path | None,
     out: Path,
     precision: str,
     card: str | None,
@@ -114,9 +121,10 @@ def build_command(
         check_ready(backend)  # What is missing is better said now than after the download.
     elif option := compile_options.first_given(click.get_current_context()):
         raise UsageError(f"{option} is for engines", "add --backend tensorrt")
+    root, files = chosen_parts(model, base, transformer, text_encoder, vae)
     with bar(enabled=not quiet) as report:
         bundle = build(
-            model,
+            root,
             out,
             precision=precision,
             quantization=quantization,
@@ -132,6 +140,7 @@ def build_command(
             cut_denoiser=cut_denoiser,
             tasks=tasks,
             controlnets=controlnets,
+            files=files,
             report=report,
         )
         if backend in COMPILED_BACKENDS:

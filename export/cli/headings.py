@@ -12,7 +12,10 @@ class ExportCommand(GroupedCommand):
     """A command of ``zimg-export``."""
 
     headings: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Checkpoint": ("model", "revision", "source", "family", "tasks"),
+        "Checkpoint": (
+            *("model", "base", "transformer", "text_encoder", "vae"),
+            *("revision", "source", "family", "tasks"),
+        ),
         "Networks": ("generator", "siglip", "dinov3"),
         "LoRA": ("loras", "positive_only_loras", "keep_base", "allow_unmatched"),
         "ControlNets": ("controlnets",),
@@ -38,5 +41,5 @@ class ExportCommand(GroupedCommand):
         ),
         "What compiled engines serve": (*("sizes", "min_size", "opt_size", "max_size", "max_prompt_tokens", "batch"),),
         "What the bundle recommends": ("num_inference_steps", "guidance_scale"),
-        "Output": ("out", "overwrite", "cut_denoiser", "detailed", "quiet", "as_json"),
+        "Output": ("kind", "out", "private", "licence", "overwrite", "cut_denoiser", "detailed", "quiet", "as_json"),
     }

@@ -10,8 +10,10 @@ from zimgkit.export.cli.calibrate import calibrate_command
 from zimgkit.export.cli.compile import compile_command
 from zimgkit.export.cli.controlnets import add_controlnet_command, remove_controlnet_command
 from zimgkit.export.cli.demo_checkpoint import demo_checkpoint_command
+from zimgkit.export.cli.export import export_command
 from zimgkit.export.cli.i2l import i2l_command
 from zimgkit.export.cli.inspect import inspect_command
+from zimgkit.export.cli.push import push_command
 from zimgkit.export.cli.sensitivity import sensitivity_command
 from zimgkit.export.cli.swap_lora import swap_lora_command
 from zimgkit.export.cli.verify import verify_command
@@ -33,6 +35,8 @@ for command in (
     add_controlnet_command,
     remove_controlnet_command,
     i2l_command,
+    export_command,
+    push_command,
     inspect_command,
     verify_command,
     sensitivity_command,

@@ -33,6 +33,16 @@ SOURCE = click.option(
     show_default=True,
     help="The hub to fetch from.",
 )
+PART = click.Path(path_type=Path, exists=True, dir_okay=False)
+BASE = click.option(
+    "--base", help="Of a weight file, the checkpoint with all that the file does not hold. [default: by its tensors]"
+)
+PARTS = (
+    click.option("--transformer", type=PART, help="A weight file in the place of the checkpoint's transformer."),
+    click.option("--text-encoder", type=PART, help="A weight file in the place of its text encoder."),
+    click.option("--vae", type=PART, help="A weight file in the place of its VAE."),
+)
+"""Weight files of components."""
 REVISION = click.option("--revision", help="The branch, tag or commit on the hub.")
 LORA = click.option(
     "--lora",
@@ -97,6 +107,30 @@ def add_options(options: Iterable[Option], command: Command) -> Command:
     for option in reversed([*options]):
         command = option(command)  # type: ignore[assignment]
     return command
+
+
+def parts_options(command: Command) -> Command:
+    """Add ``--base`` and the options that name weight files of components."""
+    return add_options((BASE, *PARTS), command)
+
+
+def chosen_parts(
+    model: str, base: str | None, transformer: Path | None, text_encoder: Path | None, vae: Path | None
+) -> tuple[str, dict[str, Path]]:
+    """What these options name: the checkpoint, and component -> its weight file. A base that was guessed is printed.
+
+    Raises:
+        CheckpointError: a file holds something else.
+        UsageError: a base of a folder.
+    """
+    from zimgkit.export.checkpoints.checkpoint import with_base
+
+    given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+    root, files = with_base(model, base, {name: path for name, path in given.items() if path is not None})
+    if root not in (model, base):
+        held = ", ".join(name for name, path in files.items() if path.name == Path(model).name)
+        click.echo(f"{model} holds the {held}; the rest comes from {root} (--base names another)", err=True)
+    return root, files
 
 
 def refuse_carried(bundle: Path, instead: str) -> None:

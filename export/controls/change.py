@@ -22,7 +22,7 @@ from zimgkit.engines.errors import OutputError, UsageError
 from zimgkit.engines.files import flush
 from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.attachments.control import prefix
-from zimgkit.export.checkpoints.checkpoint import canonical
+from zimgkit.export.checkpoints.layouts import canonical
 from zimgkit.export.components import parts_of, wanted_by
 from zimgkit.export.controls.graphs import groups, write_controlled
 from zimgkit.export.controls.nets import (

@@ -12,7 +12,7 @@ from zimgkit.engines.decoding import read_json
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.engines.tensors.safetensors import SafetensorsError, TensorInfo, read_header
 from zimgkit.export.checkpoints.checkpoint import check_tensors
-from zimgkit.export.checkpoints.single_file import SUFFIX, address_of, fetch_file, is_within
+from zimgkit.export.checkpoints.named_files import SUFFIX, address_of, fetch_file, is_within
 from zimgkit.export.checkpoints.urls import PICKLES
 from zimgkit.export.networks import dinov3, siglip, siglip_pooled
 from zimgkit.export.networks.parts import Part, Shapes

@@ -12,12 +12,13 @@ from zimgkit.engines.bundle import Bundle, Component
 from zimgkit.engines.errors import BundleError
 from zimgkit.engines.tensors.dtypes import to_float32
 from zimgkit.engines.tensors.safetensors import TensorInfo, read_header
-from zimgkit.export.checkpoints.checkpoint import canonical
+from zimgkit.export.checkpoints.layouts import canonical
+from zimgkit.export.checkpoints.stored import Stored
 from zimgkit.export.lora.graphs import initializers, read_graph
 from zimgkit.export.lora.merge import Merge
 from zimgkit.export.lora.names import Names
 from zimgkit.export.lora.origin import Origin
-from zimgkit.export.networks.registry import LORA_SOURCES, is_unused, row
+from zimgkit.export.networks.registry import LORA_SOURCES, is_unused
 from zimgkit.export.quantization.formats import SCALE
 from zimgkit.export.quantization.quantized_weights import WEIGHT_SCALE, as_stored, float_shapes
 from zimgkit.export.weights.stream import Wanted, pieces
@@ -94,7 +95,6 @@ class Changeable:
         family, config = self._bundle.manifest.family, self._bundle.manifest.config
         return Names(
             shapes,
-            row(family).lora_aliases,
             lambda component, name: is_unused(family, component, config.get(component, {}), name),
         )
 
@@ -166,7 +166,7 @@ class Changeable:
 
     def _exact(
         self, component: Component, base: Mapping[str, TensorInfo], source: str, tensor: str, shape: tuple[int, ...]
-    ) -> TensorInfo:
+    ) -> Stored:
         """Where a tensor lies without LoRAs as the checkpoint has it, or wider: in the bundle, or in the checkpoint."""
         info = base.get(tensor)
         # What is not in the bundle's own folder is the checkpoint's, linked.

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from zimgkit.export.checkpoints.single_file import SUFFIX
+from zimgkit.engines.errors import CheckpointError
+from zimgkit.export.checkpoints.layouts import squash
+from zimgkit.export.checkpoints.named_files import SUFFIX
+from zimgkit.export.checkpoints.single_files import components_in, is_file
 from zimgkit.export.checkpoints.urls import PICKLES, parse_url
 from zimgkit.export.lora.formats import check_values, read_lora
-from zimgkit.export.lora.names import families, squash
+from zimgkit.export.lora.names import families
 from zimgkit.export.lora.source import find_lora
 from zimgkit.runtime import demo_models
 
 
 def is_lora(argument: str) -> bool:
-    """Whether an argument names a LoRA rather than a checkpoint: a weight file, or a folder with nothing but such."""
+    """Whether an argument names a LoRA rather than a checkpoint: a weight file of none, or a folder of such."""
     path = demo_models.locate_lora(argument).expanduser()
     if path.is_dir():
         has_weights = any(file.suffix in (SUFFIX, *PICKLES) for file in path.iterdir())
         return has_weights and not (path / "model_index.json").exists() and not (path / "transformer").exists()
+    with suppress(CheckpointError):
+        if is_file(str(path)) and components_in(path):
+            return False
     name = address.path if not path.exists() and (address := parse_url(argument)) else path.name
     return name.endswith((SUFFIX, *PICKLES))
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zimgkit.export.networks.registry import FAMILIES, LORA_SOURCES, is_unused, row
+from zimgkit.export.checkpoints.layouts import squash, squashed_renames
+from zimgkit.export.networks.registry import FAMILIES, LORA_SOURCES, is_unused
 
 if TYPE_CHECKING:
     from zimgkit.export.checkpoints.checkpoint import Checkpoint
@@ -76,14 +77,12 @@ class Names:
     def __init__(
         self,
         shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
-        aliases: Sequence[tuple[str, Sequence[str]]] = (),
         is_unused: Callable[[str, str], bool] = lambda component, name: False,
     ) -> None:
         """Take the checkpoint's tensors.
 
         Args:
             shapes: component -> canonical name of a tensor -> its shape.
-            aliases: pattern of another name of a module -> names of those it stands for, in the order of their rows.
             is_unused: whether a component's tensor of this canonical name, which is not among them, is one that no
                 picture needs.
         """
@@ -94,7 +93,7 @@ class Names:
             if name.endswith(".weight") and len(shape) == 2
         }
         self._components = tuple(shapes)
-        self._aliases, self._is_unused = aliases, is_unused
+        self._is_unused = is_unused
 
     def find(self, module: str) -> Meaning | None:
         """The tensors that a module means: none where no picture needs them; None where there is no such module."""
@@ -102,9 +101,9 @@ class Names:
             if name in self._known:
                 return Meaning((self._known[name],))
         for name in _candidates(squash(module)):
-            for pattern, others in self._aliases:
-                if match := re.fullmatch(pattern, name):
-                    found = [match.expand(other) for other in others]
+            for pattern, others in squashed_renames():
+                if match := re.match(pattern, name):
+                    found = [match.expand(other) + name[match.end() :] for other in others]
                     if all(other in self._known for other in found):
                         return Meaning(tuple(self._in_rows(found)), is_alias=True)
         return Meaning(()) if self._means_unused(module) else None
@@ -143,12 +142,7 @@ def names_of(checkpoint: Checkpoint) -> Names:
         }
         for component in sources
     }
-    return Names(shapes, row(checkpoint.family).lora_aliases, unused)
-
-
-def squash(name: str) -> str:
-    """A name with dots and dashes as underscores."""
-    return re.sub(r"[.\-]", "_", name)
+    return Names(shapes, unused)
 
 
 def _candidates(name: str) -> list[str]:

@@ -7,8 +7,9 @@ from functools import cached_property
 
 from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import CheckpointError, ZimgError
-from zimgkit.engines.tensors.safetensors import TensorInfo
-from zimgkit.export.checkpoints.checkpoint import Checkpoint, canonical, open_checkpoint
+from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_origin, origins
+from zimgkit.export.checkpoints.layouts import canonical
+from zimgkit.export.checkpoints.stored import Stored
 
 
 class Origin:
@@ -47,16 +48,16 @@ class Origin:
         hint = f"name it with --model{otherwise}"
         try:
             revision = None if os.path.lexists(self._model) else self._revision
-            checkpoint = open_checkpoint(self._model, revision=revision, source=self._hub)
+            checkpoint = open_origin(self._manifest, self._model, revision, self._hub)
         except ZimgError as error:
             raise CheckpointError(
                 f"{self._root} has {lack}, and its checkpoint cannot be opened ({error.message})", hint
             ) from None
-        if checkpoint.source.files != self._manifest.checkpoint.files:
+        if origins(checkpoint.sources) != origins(self._manifest.sources):
             raise CheckpointError(f"{self._model} is not the checkpoint that {self._root} was built from", hint)
         return checkpoint
 
-    def tensor(self, component: str, name: str, shape: tuple[int, ...]) -> TensorInfo:
+    def tensor(self, component: str, name: str, shape: tuple[int, ...]) -> Stored:
         """Where a tensor lies, by its name in the bundle.
 
         Raises:

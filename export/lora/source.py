@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zimgkit.engines.errors import LoraError, UsageError
-from zimgkit.export.checkpoints.single_file import SUFFIX, address_of, fetch_file, is_within
+from zimgkit.export.checkpoints.named_files import SUFFIX, address_of, fetch_file, is_within
 from zimgkit.export.checkpoints.urls import PICKLES
 from zimgkit.runtime import demo_models
 

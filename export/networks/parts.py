@@ -15,6 +15,8 @@ Shapes = dict[str, tuple[int, ...]]
 """Name -> shape."""
 Transform = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """Makes a parameter from the checkpoint's tensor of the same name."""
+Restore = Callable[[NDArray[np.float32], tuple[int, ...]], NDArray[np.float32]]
+"""Makes a tensor of a checkpoint's shape from such a parameter, which does the same for a picture."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class Part:
     """Parameters whose values are not the checkpoint's own, and how they are made."""
     transformed_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """The shapes of those in the checkpoint."""
+    restores: Mapping[str, Restore] = field(default_factory=dict)
+    """How those are made back."""
     other_sources: Mapping[str, str] = field(default_factory=dict)
     """What the names of some parameters begin with -> the source that has them, under the rest of their names: such as
     ``"control." -> "controlnet"``, a file beside the checkpoint.

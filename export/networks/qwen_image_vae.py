@@ -183,6 +183,13 @@ def last_slice(tensor: NDArray[np.float32]) -> NDArray[np.float32]:
     return tensor[:, :, -1]
 
 
+def only_slice(tensor: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """A tensor of the video autoencoder whose last entry along time is this one; before it there are zeros."""
+    whole = np.zeros(shape, tensor.dtype)
+    whole[:, :, -1] = tensor
+    return whole
+
+
 def video_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     """The parameters that :func:`last_slice` makes, with their shapes in the checkpoint.
 
@@ -206,8 +213,10 @@ def parts(config: Mapping[str, Any]) -> dict[str, Part]:
     with torch.device("meta"):
         encoder, decoder = (video_shapes(half) for half in halves(config))
     return {
-        "vae_encoder": encoder_part(lambda: QwenImageVAEEncoder(found), found.input_channels, last_slice, encoder),
-        "vae_decoder": decoder_part(lambda: QwenImageVAEDecoder(found), found.z_dim, last_slice, decoder),
+        "vae_encoder": encoder_part(
+            lambda: QwenImageVAEEncoder(found), found.input_channels, last_slice, encoder, only_slice
+        ),
+        "vae_decoder": decoder_part(lambda: QwenImageVAEDecoder(found), found.z_dim, last_slice, decoder, only_slice),
     }
 
 

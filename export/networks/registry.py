@@ -26,6 +26,7 @@ from zimgkit.engines.errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from zimgkit.engines.bundle import Manifest
     from zimgkit.export.networks.parts import ControlNet, Part
 
 Config = Mapping[str, Any]
@@ -127,10 +128,11 @@ class Family:
     """The module with the configs of a tiny checkpoint, ``CONFIGS``."""
     lora_modules: str
     """A pattern of what its modules are called in LoRAs, with underscores for dots."""
+    signs: Mapping[str, str] = field(default_factory=dict)
+    """A pattern that a canonical name of its transformers begins with -> the short name of the checkpoint that a file
+    with it derives from, the base last."""
     shifts: Mapping[float, str] = field(default_factory=dict)
     """``shift`` in the scheduler's config -> the short name of the checkpoint that has it, where it is not the base."""
-    lora_aliases: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """Pattern of another name of a module -> the names of those it stands for, in the order of their rows."""
     few_step_loras: tuple[FewStepLora, ...] = ()
     task_loras: tuple[TaskLora, ...] = ()
     bases: Mapping[str, str] = field(default_factory=dict)
@@ -174,7 +176,7 @@ MEGAPIXEL = 1024 * 1024
 
 Z_IMAGE = Family(
     "z-image",
-    ("ZImagePipeline", "ZImageTransformer2DModel"),
+    ("ZImagePipeline", "ZImageTransformer2DModel", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
     {
         # The pipeline reads the second-to-last hidden state.
         "text_encoder": CheckpointComponent(
@@ -207,15 +209,11 @@ Z_IMAGE = Family(
     base="Z-Image",
     demo=f"{NETWORKS}.z_image_demo",
     lora_modules=r"(layers|(noise|context|siglip)_refiner)_\d+_(attention|feed_forward|adaLN)|(cap|siglip)_embedder|final_layer",
+    signs={
+        r"siglip_embedder\.1\.(base_layer\.)?weight": "Z-Image-Omni-Base",
+        r"cap_embedder\.1\.(base_layer\.)?weight": "Z-Image",
+    },
     shifts={3.0: "Z-Image-Turbo"},  # The base has 6.0.
-    # Those of the original files, where q, k and v are one linear.
-    lora_aliases=(
-        (r"(.*_attention)_qkv", (r"\1_to_q", r"\1_to_k", r"\1_to_v")),
-        (r"(.*_attention)_out", (r"\1_to_out_0",)),
-        (r"(.*)_to_out", (r"\1_to_out_0",)),
-        (r"x_embedder", ("all_x_embedder_2_1",)),
-        (r"final_layer_(.*)", (r"all_final_layer_2_1_\1",)),
-    ),
     # Its model card: gives a LoRA that was trained on Z-Image-Turbo the settings of Turbo back.
     few_step_loras=(FewStepLora(r"Z-Image-Turbo-DistillPatch", 0.0, 8),),
     loras={"DiffSynth-Studio/Z-Image-Turbo-DistillPatch": "Z-Image-Turbo"},
@@ -245,7 +243,7 @@ Z_IMAGE = Family(
 
 QWEN_IMAGE = Family(
     "qwen-image",
-    ("QwenImagePipeline", "QwenImageTransformer2DModel"),
+    ("QwenImagePipeline", "QwenImageTransformer2DModel", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
     {
         "text_encoder": CheckpointComponent(
             f"{NETWORKS}.text_encoder", ("visual.*", "lm_head.*"), {EDIT: f"{NETWORKS}.text_encoder:edit_parts"}
@@ -291,8 +289,11 @@ QWEN_IMAGE = Family(
     carried=KnownCheckpoint("zimg-tiny-qwen", Defaults(20, 1.5, 128, 128, " ")),
     base="Qwen-Image",
     demo=f"{NETWORKS}.qwen_image_demo",
+    signs={
+        r"time_text_embed\.addition_t_embedding\.weight": "Qwen-Image-Layered",
+        r"transformer_blocks\.0\.txt_mod\.1\.(base_layer\.)?weight": "Qwen-Image",
+    },
     lora_modules=r"transformer_blocks_\d+_(attn_|img_m|txt_m)(?!.*attn\d)|txt_norm|txt_in",
-    lora_aliases=((r"(.*)_to_out", (r"\1_to_out_0",)),),
     few_step_loras=(
         # https://github.com/ModelTC/Qwen-Image-Lightning, generate_with_diffusers.py: distilled at a shift of 3.
         FewStepLora(
@@ -353,18 +354,6 @@ WEIGHT_FILES = {
     "siglip": "model",
 }
 """A checkpoint's component -> what the names of its weight files begin with."""
-
-STORED_PREFIXES = {
-    "transformer": ("model.diffusion_model.",),
-    "text_encoder": ("model.", "language_model."),
-    "siglip": ("vision_model.",),
-}
-"""A checkpoint's component -> what is taken off its tensors' stored names, in turn, to get the canonical ones.
-
-Text encoders are stored as the whole language model (``model.layers…``), as the whole vision-language model of
-older (``model.layers…``, ``visual…``) and newer transformers (``model.language_model.layers…``, ``model.visual…``),
-or bare (``layers…``).
-"""
 
 
 @dataclass(frozen=True)
@@ -544,6 +533,21 @@ def is_unused(family: str, component: str, config: Config, name: str) -> bool:
 def family_of_class(name: str) -> str | None:
     """The family whose pipeline or transformer diffusers calls so."""
     return next((row.name for row in FAMILIES.values() if name in (*row.classes, *row.editors, *row.layered)), None)
+
+
+def pipeline_of(manifest: Manifest) -> str:
+    """What diffusers calls the pipeline that draws as a bundle does."""
+    own, taken = row(manifest.family), manifest.references
+    if manifest.layers and own.layered:
+        return next(iter(own.layered))
+    if taken:
+        alike = (
+            name
+            for name, one in own.editors.items()
+            if (one.introduction, one.most) == (taken.introduction, taken.most)
+        )
+        return next(alike, own.classes[0])
+    return own.classes[0]
 
 
 def is_carried(checkpoint: str) -> bool:

@@ -23,6 +23,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLDecoderLayer,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLRMSNorm,
+    Qwen2_5_VLTextModel,
 )
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Model
 
@@ -103,6 +104,17 @@ def language_part(config: Mapping[str, Any], *, pictures: bool) -> dict[str, Any
     """What the host side reads of ``text_encoder/config.json``: the language model and, for pictures, the tower."""
     tower = {"vision_config": config["vision_config"]} if pictures and "vision_config" in config else {}
     return text_part(config) | tower
+
+
+def whole_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``text_encoder/config.json`` from what :func:`language_part` keeps; without a tower where none is described."""
+    kind = decoded(config, _Kind, FILE, CheckpointError).model_type
+    if kind == "qwen2_5_vl_text" and "vision_config" in config:
+        text = {key: value for key, value in config.items() if key != "vision_config"}
+        kind = "qwen2_5_vl"
+        config = {"text_config": text, "vision_config": config["vision_config"], "model_type": kind}
+    classes = {"qwen3": "Qwen3Model", "qwen2_5_vl_text": "Qwen2_5_VLTextModel"}
+    return {**config, "architectures": [classes.get(kind or "", "Qwen2_5_VLForConditionalGeneration")]}
 
 
 def _both_halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,7 +223,8 @@ def checkpoint_shapes(config: Mapping[str, Any]) -> Shapes:
     """The tensors of the whole model by the names that hub files give them, the unused ones among them."""
     with torch.device("meta"):
         parsed = _parsed(config)
-        model: Any = (Qwen3Model if parsed.model_type == "qwen3" else Qwen2_5_VLForConditionalGeneration)(parsed)
+        classes = {"qwen3": Qwen3Model, "qwen2_5_vl_text": Qwen2_5_VLTextModel}
+        model: Any = classes.get(parsed.model_type, Qwen2_5_VLForConditionalGeneration)(parsed)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for modern, stored in {"model.language_model.": "model.", "model.visual.": "visual."}.items():
         shapes = {stored + n.removeprefix(modern) if n.startswith(modern) else n: s for n, s in shapes.items()}

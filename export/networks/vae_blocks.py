@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zimgkit.engines.errors import CheckpointError
-from zimgkit.export.networks.parts import Input, Part, Transform
+from zimgkit.export.networks.parts import Input, Part, Restore, Transform
 
 LEVELS = 4
 """Each level after the first halves the sides: latents are an eighth of the picture's size."""
@@ -154,6 +154,7 @@ def decoder_part(
     latent_channels: int,
     transform: Transform | None = None,
     stored_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    restore: Restore | None = None,
 ) -> Part:
     """The component that turns latents into a picture.
 
@@ -162,10 +163,11 @@ def decoder_part(
         latent_channels: channels of its input.
         transform: makes the parameters that are not the checkpoint's tensors as they are.
         stored_shapes: which those are, and the shapes of the tensors they are made from.
+        restore: makes such tensors of them.
     """
     latents = Input("latents", torch.float32, ("batch", latent_channels, "height", "width"))
     sizes = ({"batch": 2, "height": 10, "width": 14}, {"batch": 3, "height": 18, "width": 22})
-    return _part(network, latents, "image", sizes, transform, stored_shapes or {})
+    return _part(network, latents, "image", sizes, transform, stored_shapes or {}, restore)
 
 
 def encoder_part(
@@ -173,6 +175,7 @@ def encoder_part(
     image_channels: int,
     transform: Transform | None = None,
     stored_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    restore: Restore | None = None,
 ) -> Part:
     """The component that turns a picture into the moments of its latents: means, then logarithms of variances.
 
@@ -180,7 +183,7 @@ def encoder_part(
     """
     image = Input("image", torch.float32, ("batch", image_channels, "image_height", "image_width"))
     sizes = tuple({"batch": b, "image_height": h, "image_width": w} for b, h, w in ((2, 80, 112), (3, 144, 176)))
-    return _part(network, image, "moments", (sizes[0], sizes[1]), transform, stored_shapes or {})
+    return _part(network, image, "moments", (sizes[0], sizes[1]), transform, stored_shapes or {}, restore)
 
 
 def _part(
@@ -190,6 +193,7 @@ def _part(
     sizes: tuple[Mapping[str, int], Mapping[str, int]],
     transform: Transform | None,
     stored_shapes: Mapping[str, tuple[int, ...]],
+    restore: Restore | None,
 ) -> Part:
     transforms = dict.fromkeys(stored_shapes, transform) if transform else {}
     return Part(
@@ -200,4 +204,5 @@ def _part(
         sizes=sizes,
         transforms=transforms,
         transformed_shapes=stored_shapes,
+        restores=dict.fromkeys(stored_shapes, restore) if restore else {},
     )

@@ -349,5 +349,5 @@ def plain_parts(found: Config) -> dict[str, Part]:
 
 
 def checkpoint_shapes(config: Mapping[str, Any]) -> Shapes:
-    """The tensors of a whole transformer, by their names in a checkpoint, and their shapes."""
-    return stored_shapes(parts(config))
+    """The tensors of a whole transformer, by their names in a checkpoint, and their shapes, but those for pictures."""
+    return stored_shapes(plain_parts(read_config(config)))

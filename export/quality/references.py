@@ -12,7 +12,7 @@ from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import OutputError, UsageError
 from zimgkit.engines.files import temporary_folder
 from zimgkit.export.build import export
-from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint, origins
 from zimgkit.export.lora.merge import NOTHING, Merge
 from zimgkit.export.quality.cost import References
 from zimgkit.runtime.progress import Report, silent
@@ -85,7 +85,7 @@ def _check(bundle: Bundle, checkpoint: Checkpoint, merged: Merge) -> None:
     manifest = bundle.manifest
     if manifest.quantization is not None:
         raise UsageError(f"{bundle.root} is quantized", "a reference is a bundle of --precision fp32 or bf16")
-    if (manifest.family, manifest.checkpoint.files) != (checkpoint.family, checkpoint.source.files):
+    if (manifest.family, origins(manifest.sources)) != (checkpoint.family, origins(checkpoint.sources)):
         raise UsageError(f"{bundle.root} is of another checkpoint", "a reference is a bundle of the same one")
     own, asked = (
         [[(lora.sha256, lora.scale) for lora in loras] for loras in (has.loras, has.positive_loras)]

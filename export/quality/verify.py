@@ -17,8 +17,9 @@ from zimgkit.engines.base import open_engine
 from zimgkit.engines.bundle import POSITIVE, Bundle, Control, Cost, write_manifest
 from zimgkit.engines.bundle.locks import only_writer_of
 from zimgkit.engines.errors import BundleError
+from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.attachments.control import controlled, prefix
-from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_origin
 from zimgkit.export.components import parts_of, wanted_by
 from zimgkit.export.controls.nets import DENOISER, ENCODED, open_nets
 from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
@@ -124,7 +125,7 @@ def verify(
     if measuring is not None:
         bundle.check_changeable()
     bundle.verify(afresh=True, report=report)
-    checkpoint = open_checkpoint(model, revision=revision, source=source)
+    checkpoint = open_origin(bundle.manifest, model, revision, source)
     precision = bundle.manifest.precision
     if checkpoint.family != bundle.manifest.family:
         raise BundleError(
@@ -257,7 +258,9 @@ def _same(want: Wanted, tensors: Mapping[str, Any], precision: str) -> bool:
     info = tensors.get(want.name)
     if info is None or info.shape != want.shape or info.dtype != want.dtype(precision):
         return False
-    if want.is_kept(precision) and info.offset == want.source.offset and info.file.samefile(want.source.file):
+    own = want.source
+    is_kept = isinstance(own, TensorInfo) and want.is_kept(precision) and info.offset == own.offset
+    if is_kept and info.file.samefile(own.file):
         return True
     with info.file.open("rb") as file:
         file.seek(info.offset)

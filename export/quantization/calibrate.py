@@ -7,7 +7,7 @@ that was interrupted continues with the next one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zimgkit.engines.bundle import Bundle, MergedLora
+from zimgkit.engines.bundle import CHECKPOINT, Bundle, MergedLora, Source
 from zimgkit.engines.errors import OutputError, UsageError, ZimgError
 from zimgkit.engines.tensors.safetensors import SafetensorsError
 from zimgkit.engines.torch.engine import TorchEngine, open_engine
 from zimgkit.engines.torch.graph import load
-from zimgkit.export.networks.registry import QUANTIZED
+from zimgkit.export.networks.registry import QUANTIZED, WEIGHT_FILES
 from zimgkit.export.quantization.linears import named_linears
 from zimgkit.export.quantization.prompts import calibration_prompts
 from zimgkit.export.quantization.statistics import BINS, LARGEST, InputStatistics, Statistics
@@ -112,7 +112,7 @@ def calibrate(
         raise UsageError("a checkpoint that edits is calibrated on pictures", "name some with --calibration-image")
     # Both branches are observed in one component, whose scales they share.
     bundle = replace(bundle, manifest=bundle.manifest.for_both())
-    source = (bundle.manifest.checkpoint, bundle.manifest.loras)
+    source = (of_calibration(bundle.manifest.sources), bundle.manifest.loras)
     statistics = _load(store, source, calibration_set) or Statistics(made=_made(source, calibration_set, 0))
     opener = partial(_open_observed, statistics)
     with Pipeline(bundle, backend="torch", device=device, warn=lambda _: None, opener=opener) as pipeline:
@@ -136,6 +136,12 @@ def calibrate(
                 raise OutputError(f"{store} cannot be written ({error.strerror or error})", "free some space") from None
     report("calibrate", len(calibration_set.prompts), len(calibration_set.prompts))
     return statistics
+
+
+def of_calibration(sources: Mapping[str, Source]) -> Source | dict[str, Source]:
+    """What statistics are of, among sources: the checkpoint, and the files that stand for its components."""
+    own = {name: source for name, source in sources.items() if name in (CHECKPOINT, *WEIGHT_FILES)}
+    return own if len(own) > 1 else own[CHECKPOINT]
 
 
 def _made(of: tuple[Any, Sequence[MergedLora]], calibration_set: CalibrationSet, done: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from zimgkit.export.quantization.formats import (
     stored_scales,
     weight_scales,
 )
-from zimgkit.export.weights.stream import Encoding, Rows, Wanted
+from zimgkit.export.weights.stream import PIECE, Encoding, Rows, Wanted, read_pieces
 
 ON_THE_HOST = Scheme(INT8)
 """The scheme of components without a graph, in every precision: numpy multiplies by their weights on the host."""
@@ -111,6 +111,38 @@ def as_stored(bundle: Bundle, component: str, wanted: Mapping[str, Wanted]) -> d
             factors = None if smooth is None else np.reciprocal(to_float32(np.array(view(smooth)), smooth.dtype))
             result |= weight_wanted(name, want, number_format, factors)
     return result
+
+
+def dequantized(bundle: Bundle, component: str, name: str) -> tuple[tuple[int, ...], Rows] | None:
+    """A weight of a quantized bundle as the numbers that it stands for, without SmoothQuant's factors.
+
+    Args:
+        bundle: an open bundle.
+        component: its name.
+        name: the tensor's in the bundle.
+
+    Returns:
+        Its shape, and its rows in float32, some at a time; None where it is not quantized.
+    """
+    quantization, tensors = bundle.manifest.quantization, bundle.tensors(component)
+    if quantization is None or name + WEIGHT_SCALE not in tensors:
+        return None
+    number_format = _weight_format(bundle, component)
+    stored, scales = tensors[name], tensors[name + WEIGHT_SCALE]
+    smooth = tensors.get(quantization.inputs.get(component, {}).get(name, name) + SMOOTH)
+    factors = None if smooth is None else to_float32(np.array(view(smooth)), smooth.dtype)
+    (out, width), blocks = stored.shape, scales.shape[1] if number_format.blocks else 1
+    step = max(1, PIECE // width)
+
+    def rows() -> Rows:
+        pairs = zip(read_pieces(stored, step * width), read_pieces(scales, step * blocks), strict=True)
+        for values, of_rows in pairs:
+            wide = number_format.widen(values.reshape(-1, width)).reshape(of_rows.size, -1)
+            wide *= to_float32(of_rows, SCALE).reshape(-1, 1)
+            found = wide.reshape(-1, width * (2 if number_format.blocks else 1))
+            yield found if factors is None else found * factors
+
+    return (out, width * 2 if number_format.blocks else width), rows()
 
 
 def float_shapes(bundle: Bundle, component: str, names: Iterable[str]) -> dict[str, tuple[int, ...]]:

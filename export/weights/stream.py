@@ -23,6 +23,7 @@ from threadpoolctl import ThreadpoolController
 from zimgkit.engines.errors import CheckpointError, LoraError
 from zimgkit.engines.tensors.dtypes import BY_NAME, float32_to_bfloat16, to_float32
 from zimgkit.engines.tensors.safetensors import TensorInfo, write
+from zimgkit.export.checkpoints.stored import Decoded, Stored, row_count, row_width, tensor_rows
 from zimgkit.export.weights.addends import Addend, Matrix, merged
 from zimgkit.export.weights.finite import HINT, count_in_words, count_non_finite
 from zimgkit.export.weights.layout import base_name, lora_name, weights_name
@@ -53,7 +54,7 @@ class Encoding:
 class Wanted:
     """One tensor of the bundle: the tensor it comes from, its shape, and what is done to its values."""
 
-    source: TensorInfo
+    source: Stored
     shape: tuple[int, ...]
     """As it is stored."""
     transform: Transform | None = None
@@ -62,8 +63,6 @@ class Wanted:
     encoding: Encoding | None = None
     suffix: str = ""
     """What its name has more than that of its source."""
-    is_renamed: bool = False
-    """Whether its file has the source under another name, so that it cannot be linked."""
 
     @property
     def name(self) -> str:
@@ -76,8 +75,10 @@ class Wanted:
 
     def is_kept(self, precision: str) -> bool:
         """Whether the tensor can stay as it is, where it is."""
+        if isinstance(self.source, Decoded):
+            return False
         aligned = self.source.offset % BY_NAME[precision].storage.itemsize == 0
-        plain = self.transform is None and self.encoding is None and not self.addends and not self.is_renamed
+        plain = self.transform is None and self.encoding is None and not self.addends
         return plain and self.source.dtype == precision and aligned
 
 
@@ -122,7 +123,7 @@ def export_weights(
                 files[lora_name(component)][name] = want
                 if keep_base and not is_linked and not want.suffix:
                     files[base_name(component)][name] = Wanted(want.source, want.source.shape)
-            elif is_linked:
+            elif is_linked and isinstance(want.source, TensorInfo):
                 placed[component][name] = replace(want.source, file=linked[want.source.file])
             else:
                 files[weights_name(component)][name] = want
@@ -222,7 +223,11 @@ def linked_from(
         placed: what that returned.
     """
     pairs = ((placed[component][name], want.source) for component in wanted for name, want in wanted[component].items())
-    return {info: source for info, source in pairs if info == replace(source, file=info.file)}
+    return {
+        info: source
+        for info, source in pairs
+        if isinstance(source, TensorInfo) and info == replace(source, file=info.file)
+    }
 
 
 def pieces(want: Wanted, precision: str) -> Iterator[NDArray[Any]]:
@@ -323,21 +328,21 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")
 
 
-def _read_rows(info: TensorInfo, start: int, stop: int) -> Matrix:
+def _read_rows(tensor: Stored, start: int, stop: int) -> Matrix:
     """Some rows of a matrix in float32."""
-    storage, width = BY_NAME[info.dtype].storage, info.shape[1]
-    offset = info.offset + start * width * storage.itemsize
-    piece = np.fromfile(info.file, storage, (stop - start) * width, offset=offset)
-    if piece.size < (stop - start) * width:
-        raise OSError(f"{info.file} ended early")
-    return to_float32(piece, info.dtype).reshape(-1, width)
+    return to_float32(tensor_rows(tensor, start, stop), tensor.dtype)
 
 
-def read_pieces(info: TensorInfo, size: int | None = None) -> Iterator[NDArray[Any]]:
-    """A tensor in flat pieces of so many elements, by default :data:`PIECE`.
+def read_pieces(info: Stored, size: int | None = None) -> Iterator[NDArray[Any]]:
+    """A tensor in flat pieces of so many elements, by default :data:`PIECE`; of one that is decoded, of whole rows.
 
     Read, not mapped, so that what was read does not stay resident.
     """
+    if isinstance(info, Decoded):
+        rows, step = row_count(info.shape), max(1, (size or PIECE) // max(1, row_width(info.shape)))
+        for start in range(0, rows, step):
+            yield info.rows(start, min(start + step, rows)).reshape(-1)
+        return
     storage = BY_NAME[info.dtype].storage
     with info.file.open("rb") as file:
         file.seek(info.offset)

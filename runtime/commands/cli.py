@@ -47,7 +47,7 @@ cli.command_class = RunCommand
     type=BUNDLE,
     default=demo_models.DEFAULT,
     show_default=True,
-    help=f"The bundle's folder, or one of zimgkit's own: {', '.join(demo_models.NAMES)}.",
+    help=f"The bundle's folder, its owner/name@revision on a hub, or one of {', '.join(demo_models.NAMES)}.",
 )
 @call_options(defaults={"keep_unmasked": "keep"})
 @ENTITIES

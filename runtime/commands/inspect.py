@@ -11,6 +11,7 @@ import msgspec
 from zimgkit.engines.bundle import CPU_GRAPH, Bundle, Quantization
 from zimgkit.engines.choice import choose_backend
 from zimgkit.runtime import demo_models
+from zimgkit.runtime.bundles import open_bundle, place_of
 from zimgkit.runtime.progress import Report, silent
 
 
@@ -28,7 +29,7 @@ def verify_bundle(path: Path, report: Report = silent) -> dict[str, Any]:
     Raises:
         BundleError: it is no bundle.
     """
-    bundle = Bundle.read(demo_models.locate(path))
+    bundle = open_bundle(path, verify=False) if place_of(path) else Bundle.read(demo_models.locate(path))
     records = bundle.manifest.files
     errors = [str(error) for error in bundle.mismatches(afresh=True, report=report)]
     size = sum(record.size for record in records.values())
@@ -50,7 +51,7 @@ def bundle_summary(path: Path) -> dict[str, Any]:
     Raises:
         BundleError: it is no bundle, or a file is not what the manifest says.
     """
-    bundle = Bundle.open(demo_models.locate(path))
+    bundle = open_bundle(path)
     manifest = bundle.manifest
     components = {}
     for name, component in manifest.components.items():

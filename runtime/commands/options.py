@@ -28,8 +28,11 @@ class BundleFolder(click.Path):
         super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """The folder, which need not be there."""
-        return demo_models.locate(os.fsdecode(super().convert(value, param, ctx)))
+        """The folder, which need not be there, or where it lies on a hub: ``owner/name``, but not ``./owner/name``."""
+        name = os.fsdecode(value)
+        path = demo_models.locate(os.fsdecode(super().convert(value, param, ctx)))
+        is_folder = name.startswith("./") or name.endswith("/")
+        return path.absolute() if is_folder and not os.path.lexists(path) else path
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """The names that fit and the bundles that lie in the folder; where there are none, all folders."""

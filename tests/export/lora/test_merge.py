@@ -444,7 +444,7 @@ def test_a_lora_by_its_address(tmp_path, monkeypatch, url, asked, source, scale)
         calls.append((model, revision, source, *allow))
         return tmp_path
 
-    monkeypatch.setattr("zimgkit.export.checkpoints.hub.fetch", fetch)
+    monkeypatch.setattr("zimgkit.runtime.hub.fetch", fetch)
     for argument in (url, source):  # The recorded source is found again.
         found = find_lora(f"{argument}{scale}")
         assert (found.path, found.source, found.scale) == (

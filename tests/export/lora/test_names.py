@@ -12,7 +12,8 @@ from tests.export.lora import lora_files
 from tests.export.lora.lora_files import TARGETS, found_by, merged_by, write
 from zimgkit.engines.errors import LoraError
 from zimgkit.export.checkpoints.checkpoint import open_checkpoint
-from zimgkit.export.lora.names import names_of, squash
+from zimgkit.export.checkpoints.layouts import squash
+from zimgkit.export.lora.names import names_of
 
 DOTTED = ("unet.", "dit.", "net.", "pipe.", "module.", "_orig_mod.", "model.", "transformer.", "diffusion_model.",
           "base_model.model.")  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 
 import zimgkit.export
 from zimgkit.engines.errors import CheckpointError
+from zimgkit.export.checkpoints.layouts import canonical
 from zimgkit.export.networks import registry
 from zimgkit.export.networks.parts import stored_shapes
 
@@ -58,13 +59,7 @@ def test_every_tensor_is_used_or_unused(family: str) -> None:
         whole = registry.module(family, source).checkpoint_shapes(config)
         parts = registry.parts(family, source, config)
         used = stored_shapes({name: part for name, part in parts.items() if registry.is_needed(name, ())}).keys()
-        prefixes = registry.STORED_PREFIXES.get(source, ())
-        names = set()
-        for stored in whole:
-            name = stored
-            for prefix in prefixes:
-                name = name.removeprefix(prefix)
-            names.add(name)
+        names = {canonical(source, name) for name in whole}
         unused = {name for name in names if registry.is_unused(family, source, config, name)}
         assert used == names - unused
         assert bool(unused) == bool(component.unused)

@@ -274,3 +274,9 @@ def test_the_backend_that_was_chosen_is_told(tmp_path, monkeypatch):
     assert invoke(main, "generate", "a", *small, "--quiet").err == ""
     named = invoke(main, "generate", "a", *small, "--backend", "onnxruntime")
     assert (named.err, json.loads(named.out)["backend"]["reason"]) == ("", "it was asked for")
+
+
+@pytest.mark.parametrize("bundle", ["./owner/name", "owner/name/", "a/b/c"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_a_hub(bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    invoke(main, "inspect", bundle).assert_refused("is not a bundle: it has no bundle.json", 1)

@@ -1,4 +1,4 @@
-"""Fetch a checkpoint's files from Hugging Face or ModelScope, through their own clients.
+"""Fetch a checkpoint's or a bundle's files from Hugging Face or ModelScope, through their own clients.
 
 Cache, progress bars, resuming and retries are the clients'; so are their environment variables (``HF_HOME``,
 ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``; ``MODELSCOPE_CACHE``, ``MODELSCOPE_API_TOKEN``,
@@ -58,7 +58,11 @@ def fetch(model_id: str, *, revision: str | None = None, source: str = "huggingf
 
 
 def _huggingface(model_id: str, revision: str | None, allow: list[str]) -> Path:
-    from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+    except ImportError:
+        raise DownloadError(f"fetching {model_id} needs the huggingface_hub package", install("hub")) from None
 
     needed = 0
     with contextlib.suppress(Exception):  # the download itself reports an unreachable hub, or uses the cache

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from zimgkit.export.checkpoints import hub
 from zimgkit.export.checkpoints.urls import Address, parse_url
+from zimgkit.runtime import hub
 
 SUFFIX = ".safetensors"
 ON_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)[/:]([\w][^:\\]*)")

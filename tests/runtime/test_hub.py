@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.export.checkpoints.loopback_hub import Break, LoopbackHub
+from tests.runtime.loopback_hub import Break, LoopbackHub
 from zimgkit.engines.errors import DownloadError, UsageError, install
-from zimgkit.export.checkpoints import hub as hub_module
 from zimgkit.export.checkpoints.checkpoint import FILES
+from zimgkit.runtime import hub as hub_module
 
 SHARD = "transformer/diffusion_pytorch_model.safetensors"
 SERVE = """
@@ -26,7 +26,7 @@ import json, sys
 sys.modules["torch"] = None  # modelscope imports it where it can, which takes seconds
 from zimgkit.engines.errors import ZimgError
 from zimgkit.export.checkpoints.checkpoint import open_checkpoint, open_configs
-from zimgkit.export.checkpoints.hub import fetch
+from zimgkit.runtime.hub import fetch
 for line in sys.stdin:
     arguments = json.loads(line)
     try:
@@ -85,7 +85,8 @@ def on_disk(root: str) -> dict[str, bytes]:
 class Client:
     """A process in which a hub's client runs, with an environment of its own."""
 
-    def __init__(self, home: Path, url: str, **more: str) -> None:
+    def __init__(self, home: Path, url: str, script: str = SERVE, **more: str) -> None:
+        self.script = script
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "MODELSCOPE_"))}
         self.env = kept | {
             "HF_ENDPOINT": url,
@@ -103,7 +104,7 @@ class Client:
 
     def __enter__(self) -> Client:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE],
+            [sys.executable, "-c", self.script],
             env=self.env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

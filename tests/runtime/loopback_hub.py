@@ -5,6 +5,7 @@ It can break connections, and it remembers every request. Large files are redire
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import socket
@@ -37,6 +38,10 @@ class Repo:
     """Needed to see the model at all."""
     gated: bool = False
     """Whether its files, but not its listing, are closed to everybody."""
+    private: bool = False
+    """What whoever made it asked for."""
+    licence: str | None = None
+    """What its card says."""
     claimed_size: int | None = None
     """What listings say of the size of each large file, where that is not the truth."""
 
@@ -58,6 +63,8 @@ class LoopbackHub:
     repos: dict[str, Repo] = field(default_factory=dict)
     breaks: dict[str, Break] = field(default_factory=dict)
     """File path -> how its connection breaks."""
+    writer: str | None = None
+    """The token with which files are uploaded."""
     status: int | None = None
     """Answer everything with this status."""
     requests: list[Request] = field(default_factory=list)
@@ -104,7 +111,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._route()
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        chunks = iter(self._chunk, b"")
+        length = self.headers.get("Content-Length")
+        body = b"".join(chunks) if length is None else self.rfile.read(int(length))
+        path = unquote(urlsplit(self.path).path)
+        if self.hub.status is None and self.hub.writer and path.startswith(("/api/repos/create", "/api/models/")):
+            self._write(path, body)
+            return
         self._json(200, {"Code": 200, "Success": True, "Data": {}})
 
     def _route(self) -> None:
@@ -128,6 +141,41 @@ class _Handler(BaseHTTPRequestHandler):
             self._resolve(f"{owner}/{name}", unquote(revision), "/".join(file))
         else:
             self._json(200, {"Code": 200, "Success": True, "Data": {}})
+
+    def _chunk(self) -> bytes:
+        size = int(self.rfile.readline().split(b";")[0] or b"0", 16)
+        data = self.rfile.read(size)
+        self.rfile.readline()
+        return data
+
+    def _write(self, path: str, body: bytes) -> None:
+        """Uploads, of those who have the token: all files lie within the commit, none in a store."""
+        if self.headers.get("Authorization") != f"Bearer {self.hub.writer}":
+            self._json(401, {"error": "Invalid username or password."})
+        elif path == "/api/repos/create":
+            asked = json.loads(body)
+            is_private = bool(asked.get("private")) or asked.get("visibility") == "private"
+            name = f"{asked['organization']}/{asked['name']}"
+            self.hub.repos.setdefault(name, Repo({"0": {}}, {"main": "0"}, private=is_private))
+            self._json(200, {"url": f"{self.hub.url}/{name}", "id": name, "name": name})
+        elif "/preupload/" in path:
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            self._json(200, {"files": files})
+        else:
+            name = "/".join(path.split("/")[3:5])
+            lines = [json.loads(line) for line in body.splitlines()]
+            files = {
+                line["value"]["path"]: base64.b64decode(line["value"]["content"])
+                for line in lines
+                if line["key"] == "file"
+            }
+            commit = self.hub.add(name, files, refs=("main",))
+            self._json(
+                200, {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{name}/commit/{commit}"}
+            )
 
     # Hugging Face: https://huggingface.co/docs/hub/api
 
@@ -163,7 +211,8 @@ class _Handler(BaseHTTPRequestHandler):
             siblings.append({"rfilename": path, "size": size, "blobId": blob["oid"]})
             if _is_large(path):
                 siblings[-1]["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": size, "pointerSize": 134}
-        self._json(200, {"id": repo_id, "sha": commit, "siblings": siblings, "tags": [], "private": False})
+        card = {"cardData": {"license": repo.licence}} if repo.licence else {}
+        self._json(200, {"id": repo_id, "sha": commit, "siblings": siblings, "tags": [], "private": False} | card)
 
     def _resolve(self, repo_id: str, revision: str, path: str) -> None:
         repo = self._readable(repo_id)

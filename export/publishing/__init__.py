@@ -1,0 +1,1 @@
+"""What a bundle gives to others: a checkpoint in their formats, and itself on a hub."""
