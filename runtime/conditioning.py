@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from zimgkit.engines.bundle import TextConfig
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.encoding import Encoder
 from zimgkit.runtime.engine_pool import EnginePool
@@ -31,6 +32,9 @@ from zimgkit.runtime.request import Request
 from zimgkit.runtime.served import check_served
 from zimgkit.runtime.text.edit_prompts import PICTURE, around_pictures, with_pictures
 from zimgkit.runtime.text.tokenizer import PromptTokenizer, keep_rows
+
+Key = str | int | tuple[str]
+"""A prompt, the ``id`` of the rows that stand for one, or the prompt of a region where those speak of pictures."""
 
 
 class Conditioner:
@@ -65,14 +69,19 @@ class Conditioner:
         tokenizer = self.bundle.file("tokenizer/tokenizer.json")
         self._tokenizer = PromptTokenizer(tokenizer, self.bundle.manifest.text)
 
-    def read(self, request: Request) -> tuple[list[Conditions], list[Conditions] | None]:
-        """The conditions of each prompt and of each negative prompt; equal ones share theirs."""
+    def read(self, request: Request, clean: Array | None = None) -> tuple[list[Conditions], list[Conditions] | None]:
+        """The conditions of each prompt and of each negative prompt; equal ones share theirs.
+
+        Args:
+            request: the call.
+            clean: float32 (1, ...), the latents of the picture that it starts from.
+        """
         asked = (
             request.prompt_embeds or request.prompts,
             request.negative_prompt_embeds or request.negative_prompts or (),
         )
         texts = [entry for entries in asked for entry in entries if isinstance(entry, str)]
-        rows: dict[str | int, tuple[Array, ...]] = {
+        rows: dict[Key, tuple[Array, ...]] = {
             id(entry): (entry,) for entries in asked for entry in entries if not isinstance(entry, str)
         }
         inputs = request.inputs
@@ -83,19 +92,25 @@ class Conditioner:
             self._check_embeds(given)
             self._check_served(request, self.bundle.manifest.text.drop + len(given))
         references = self._references(request)
-        rows.update(self._read(request, [*texts, *inputs.eligen_entity_prompts], references))
-        beside = self._beside(request, references)
+        # Where prompts speak of pictures, those of regions do not: they have the template of text alone.
+        entities: list[Key] = [text if references is None else (text,) for text in inputs.eligen_entity_prompts]
+        if references is None:
+            texts += inputs.eligen_entity_prompts
+        else:
+            alone = self._read(request, inputs.eligen_entity_prompts, None, self._family.TEXT)
+            rows.update({(text,): pieces for text, pieces in alone.items()})
+        rows.update(self._read(request, texts, references))
+        beside = self._beside(request, references, clean)
         encoded = self._condition(rows, beside)
         self._report("encode", len(rows), len(rows))
-        made: dict[tuple[str | int, ...], Conditions] = {}
+        made: dict[tuple[Key, ...], Conditions] = {}
 
-        def conditions(*keys: str | int) -> Conditions:
+        def conditions(*keys: Key) -> Conditions:
             if keys not in made:
                 made[keys] = self._conditions(request, [encoded[key] for key in keys], beside)
             return made[keys]
 
         wanted, unwanted = ([entry if isinstance(entry, str) else id(entry) for entry in entries] for entries in asked)
-        entities = inputs.eligen_entity_prompts
         # Every region is guided away from the words that the whole is guided away from, or none is.
         regions = len(entities) if inputs.eligen_enable_on_negative else 0
         negative = [conditions(*[key] * (regions + 1)) for key in unwanted]
@@ -127,10 +142,10 @@ class Conditioner:
             return self._family.segments_tokens(lengths)
         return sum(lengths)
 
-    def _condition(self, rows: Mapping[str | int, Sequence[Array]], beside: Beside | None) -> dict[str | int, Encoded]:
+    def _condition(self, rows: Mapping[Key, Sequence[Array]], beside: Beside | None) -> dict[Key, Encoded]:
         """What the conditioner makes of each text, and of the pictures that stand between its pieces."""
         family = self._family
-        encoded: dict[str | int, Encoded] = {}
+        encoded: dict[Key, Encoded] = {}
         with self._engines.engine("conditioner", self._device_of("conditioner")) as engine:
             for key, pieces in rows.items():
                 if isinstance(family, SegmentedFamily):
@@ -153,14 +168,16 @@ class Conditioner:
         family, size, last = self._family, (request.height, request.width), texts[-1]
         if isinstance(family, ConditionedFamily) and len(texts) > 1:
             segments = [text.conditioning for text in texts]
-            regions = image_regions(request.inputs, *size)
-            return Conditions(partial(family.masked_constants, segments, regions, *size), "denoiser.masked")
+            grids = [(request.height // MULTIPLE, request.width // MULTIPLE), *(beside.grids if beside else ())]
+            regions = image_regions(request.inputs, grids)
+            make = partial(family.masked_constants, self.bundle, segments, regions, *size, beside)
+            return Conditions(make, "denoiser.masked_conditions" if beside else "denoiser.masked")
         if isinstance(family, PictureFamily) and beside is not None:
             make = partial(family.conditioned_constants, self.bundle, last, *size, beside)
             return Conditions(make, "denoiser.conditions")
         return Conditions(partial(family.denoiser_constants, last.conditioning, last.tokens, *size))
 
-    def _beside(self, request: Request, references: References | None) -> Beside | None:
+    def _beside(self, request: Request, references: References | None, clean: Array | None) -> Beside | None:
         """The pictures whose latents stand beside those that are drawn: what controls them, then what is edited.
 
         Or that which is taken apart.
@@ -178,7 +195,11 @@ class Conditioner:
             latents.append(self._encoder.encode(inputs.layered, *request.size, device))
             grids.append(own)
         if references is not None:
-            latents += references.latents
+            of_references = list(references.latents)
+            own_size = references.layouts[0].latents == (request.width, request.height)
+            if clean is not None and inputs.samples_latents and inputs.image is inputs.references[0] and own_size:
+                of_references[0] = clean  # As in diffusers, it is sampled once for both.
+            latents += of_references
             grids += [layout.grid for layout in references.layouts]
             rows, patches = references.rows, tuple(layout.patches for layout in references.layouts)
         if not latents:
@@ -193,10 +214,22 @@ class Conditioner:
         return self._pictures.read(request.inputs, config, self._device_of)
 
     def _read(
-        self, request: Request, texts: Iterable[str], references: References | None
+        self,
+        request: Request,
+        texts: Iterable[str],
+        references: References | None,
+        template: TextConfig | None = None,
     ) -> dict[str, tuple[Array, ...]]:
-        """The text encoder's rows of each different text, float32 (tokens, hidden) of each of its pieces."""
-        tokens = self._tokenize(request, texts)
+        """The text encoder's rows of each different text, float32 (tokens, hidden) of each of its pieces.
+
+        Args:
+            request: the call.
+            texts: what to read.
+            references: the pictures that they speak of.
+            template: another one than the bundle's, of texts that speak of none.
+        """
+        tokens = self._tokenize(request, texts, template)
+        template = template or self.bundle.manifest.text
         rows: dict[str, tuple[Array, ...]] = {}
         if not tokens:
             return rows
@@ -210,7 +243,7 @@ class Conditioner:
                 for ids in pieces:
                     if ids.tobytes() not in found:
                         hidden = engine.run(self._text_inputs(ids, references))["prompt_embeds"][0]
-                        found[ids.tobytes()] = keep_rows(hidden, self.bundle.manifest.text, request.max_sequence_length)
+                        found[ids.tobytes()] = keep_rows(hidden, template, request.max_sequence_length)
                 rows[text] = tuple(found[ids.tobytes()] for ids in pieces)
         return rows
 
@@ -220,13 +253,15 @@ class Conditioner:
         patches = [layout.patches for layout in references.layouts]
         return self._family.pictured_text_inputs(ids, self._tokenizer.id_of(PICTURE), references.rows, patches)
 
-    def _tokenize(self, request: Request, texts: Iterable[str]) -> dict[str, list[NDArray[np.int64]]]:
+    def _tokenize(
+        self, request: Request, texts: Iterable[str], template: TextConfig | None
+    ) -> dict[str, list[NDArray[np.int64]]]:
         """The token ids of each different text, of each of its pieces; what is past the limit is cut."""
-        text = self.bundle.manifest.text
+        text = template or self.bundle.manifest.text
         most = min(text.drop + request.max_sequence_length, text.max_tokens)
         tokens = {}
         for prompt in dict.fromkeys(texts):
-            pieces = self._ids(request, prompt)
+            pieces = self._ids(request, prompt) if template is None else [self._tokenizer.encode(prompt, template)]
             if any(ids.shape[1] > most for ids in pieces):
                 self._warn(f"the prompt has more than {most - text.drop} tokens; the rest is not read")
             # The encoder is causal: no row that is kept depends on what is cut here.
@@ -263,7 +298,9 @@ class Conditioner:
         conditions = self.condition_tokens(request)
         dimensions = self._family.dynamic_dimensions(*request.size, tokens, conditions, request.frames)
         pictured = ".pictures" if request.inputs.references else ""
-        denoiser = "denoiser.conditions" if conditions else "denoiser"
+        masked = "masked" if request.inputs.eligen_entity_prompts else ""
+        variant = "_".join(filter(None, [masked, "conditions" if conditions else ""]))
+        denoiser = f"denoiser.{variant}" if variant else "denoiser"
         components = [f"text_encoder{pictured}", "conditioner", denoiser, "vae_decoder"]
         if request.inputs.image is not None:
             components.append(self._encoder.COMPONENT)

@@ -148,8 +148,8 @@ class Session:
             self.warn(f"LoRAs for context images were trained on prompts that begin with {CONTEXT_PREFIX!r}")
         noise, posterior = self._noise(request)
         with self._advising(request):
-            positive, negative = self.conditioner.read(request)
             clean = self._clean(request, posterior)
+            positive, negative = self.conditioner.read(request, clean)
         schedule = self._schedule(request)
         mask = self._mask(request)
         jobs = []

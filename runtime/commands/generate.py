@@ -27,7 +27,16 @@ SCALES = ("guidance_scale", "true_cfg_scale", "cfg_scale")
 STRENGTHS = ("strength", "denoising_strength")
 """Likewise."""
 FROM_A_PICTURE = (
-    *("image", "mask_image", *STRENGTHS, "mask_blur", "inpaint_blur_size", "inpaint_blur_sigma", "keep_unmasked"),
+    *(
+        "image",
+        "input_image",
+        "mask_image",
+        *STRENGTHS,
+        "mask_blur",
+        "inpaint_blur_size",
+        "inpaint_blur_sigma",
+        "keep_unmasked",
+    ),
 )
 """What a call says of pictures that it starts from."""
 OF_EDITS = ("edit_image_auto_resize", "edit_image_area", "edit_rope_interpolation")
@@ -175,7 +184,7 @@ def filled(
         useless += STRENGTHS
     if "resolution" in given:
         useless += ["height", "width"]
-    if "image" not in given and "image" not in known:
+    if not any(name in given or name in known for name in ("image", "input_image")):
         useless += FROM_A_PICTURE  # Other tools write a strength without the picture that it is of.
     rest = {name: value for name, value in known.items() if name not in useless} | dict(given)
     for name, recorded in known.items():
@@ -227,15 +236,15 @@ def _loras(manifest: Manifest) -> str | None:
     return ", ".join(f"{lora.file}:{lora.scale:g} ({lora.sha256[:10]})" for lora in manifest.loras) or None
 
 
-def _inputs(inputs: Inputs) -> dict[str, Any]:
+def _inputs(inputs: Inputs, *, edits: bool) -> dict[str, Any]:
     """What is recorded of the pictures of a call: their names and hashes, and what was said of them."""
-    said = {name: getattr(inputs, name) or None for name in (*FROM_A_PICTURE, *ENTITIES)}
-    images = [inputs.image, inputs.layered, *inputs.references]
+    said = {name: getattr(inputs, name, None) or None for name in (*FROM_A_PICTURE, *ENTITIES)}
+    images = inputs.references if edits else [inputs.image, inputs.layered]
+    start = inputs.image if edits and inputs.image not in inputs.references[:1] else None
     said |= {name: getattr(inputs, name) for name in OF_EDITS} if inputs.references else {}
     said |= {"image": _named(images), "eligen_entity_masks": _named(inputs.eligen_entity_masks)}
-    said |= {name: _named([getattr(inputs, name)]) for name in ("mask_image", "context_image")}
-    one = {name: files[0] for name in ("mask_image", "context_image") if (files := said[name])}
-    return said | one
+    single = {"input_image": start, "mask_image": inputs.mask_image, "context_image": inputs.context_image}
+    return said | {name: InputFile(one.name, one.sha256) if one else None for name, one in single.items()}
 
 
 def _named(pictures: Iterable[InputPicture | None]) -> tuple[InputFile, ...] | None:
@@ -246,7 +255,7 @@ def _record(result: Output, pipeline: Pipeline, index: int, drawn: int) -> Recor
     """What made one of a call's pictures."""
     request, manifest = result.request, pipeline.bundle.manifest
     call = {p.name: getattr(request, p.name) for p in PARAMETERS if p.recorded and hasattr(request, p.name)}
-    call |= _inputs(request.inputs)
+    call |= _inputs(request.inputs, edits=manifest.references is not None)
     call |= {
         "prompt": request.prompts[0],
         "negative_prompt": request.negative_prompts[0] if request.negative_prompts else None,

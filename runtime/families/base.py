@@ -319,12 +319,22 @@ class ConditionedFamily(PictureFamily):
         """
 
     @abstractmethod
-    def masked_constants(self, segments: Sequence[Array], regions: NDArray[np.bool_], height: int, width: int) -> Feeds:
-        """Inputs of ``denoiser.masked`` that stay the same over all steps.
+    def masked_constants(
+        self,
+        bundle: Bundle,
+        segments: Sequence[Array],
+        regions: NDArray[np.bool_],
+        height: int,
+        width: int,
+        beside: Beside | None,
+    ) -> Feeds:
+        """Inputs of ``denoiser.masked``, or of ``denoiser.masked_conditions``, that stay the same over all steps.
 
         Args:
+            bundle: an open bundle.
             segments: what the conditioner gave for the prompt of each region, and last for that of the whole.
-            regions: bool (regions, image tokens), which tokens each region has.
+            regions: bool (regions, image tokens), which tokens each region has, those of pictures beside it last.
             height: of the picture.
             width: of the picture.
+            beside: the pictures beside it.
         """

@@ -70,6 +70,7 @@ KEYS: dict[str, tuple[str, type]] = {
 
 INPUT_FILES = {
     "Input image": "image",
+    "Start image": "input_image",
     "Mask": "mask_image",
     "Context image": "context_image",
     "Entity masks": "eligen_entity_masks",

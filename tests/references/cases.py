@@ -54,6 +54,7 @@ LEFT = {"inpaint_mask": mask(150, 70, (0, 0.1, 0.55, 0.9))}
 """Neither of the picture's size nor of its shape."""
 FEW = {"num_inference_steps": 2}
 BLURRED = {"inpaint_blur_size": 2, "inpaint_blur_sigma": 1.5}
+UNRESIZED = {"edit_image_auto_resize": False}
 EDITED = {"edit_image_auto_resize": False, "edit_rope_interpolation": True}
 CONTEXT = {"prompt": "Context_Control. a red cup on a table"}
 LEFT_HALF, RIGHT_CORNER = mask(96, 64, (0, 0.1, 0.4, 0.9)), mask(200, 100, (0.55, 0.2, 0.95, 0.7))
@@ -100,6 +101,29 @@ CASES = {
     "qwen-image-eligen.guided": with_lora("qwen-image", GUIDED | TWO_THINGS | WIDE | FEW),
     "qwen-image-eligen.on-negative": with_lora(
         "qwen-image", GUIDED | TWO_THINGS | ODD | FEW | {"eligen_enable_on_negative": True}
+    ),
+    "qwen-image-edit-img2img.guided": Case(
+        "qwen-image-edit",
+        UNRESIZED | GUIDED | WIDE | FROM_WIDE | {"denoising_strength": 0.6, "edit_image": picture(112, 80, 8)},
+    ),
+    "qwen-image-edit-img2img.masked": Case(
+        "qwen-image-edit",
+        UNRESIZED | UNGUIDED | ODD | FROM_ODD | LEFT | {"denoising_strength": 0.8, "edit_image": picture(64, 96, 9)},
+    ),
+    "qwen-image-edit-eligen.guided": with_lora(
+        "qwen-image-edit", UNRESIZED | GUIDED | TWO_THINGS | WIDE | FEW | {"edit_image": picture(96, 64, 10)}
+    ),
+    "qwen-image-edit-eligen.on-negative": with_lora(
+        "qwen-image-edit",
+        UNRESIZED
+        | GUIDED
+        | THREE_THINGS
+        | ODD
+        | FEW
+        | {"eligen_enable_on_negative": True, "edit_image": picture(48, 80, 11)},
+    ),
+    "qwen-image-context-eligen.guided": with_lora(
+        "qwen-image", GUIDED | CONTEXT | TWO_THINGS | ODD | FEW | {"context_image": picture(90, 70, 12)}
     ),
     "qwen-image-eligen.overlapping": with_lora("qwen-image", UNGUIDED | THREE_THINGS | ODD | FEW),
 }

@@ -44,10 +44,31 @@ def test_several_pictures_and_again(bundle_of, here):
 
 
 @pytest.mark.parametrize(
+    ("options", "start"),
+    [
+        (("--image", "room.png", "--strength", "0.6"), None),
+        (("--image", "room.png", "--mask", "left.png", "--image", "chair.jpg"), None),
+        (("--image", "room.png", "--input-image", "chair.jpg", "--denoising-strength", "0.6"), "chair.jpg"),
+        (("--image", "room.png", "--input-image", "chair.jpg", "--mask", "left.png"), "chair.jpg"),
+    ],
+)
+def test_from_a_picture_and_again(bundle_of, here, options, start):
+    bundle = bundle_of("qwen-image-edit-plus")
+    found = invoke(main, "generate", "put it there", "--bundle", bundle, *options, *SIZE, "-o", "a.png", "--json")
+    assert found.code == 0, found.err
+    parameters = json.loads(found.out)["parameters"]
+    assert (parameters["input_image"] or {}).get("name") == start if start else "input_image" not in parameters
+    again = invoke(main, "generate", "--from-image", "a.png", "--bundle", bundle, "-o", "b.png", "--quiet")
+    assert again.code == 0, again.err
+    assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ((), "there is no picture to edit"),
-        (("--image", "room.png", "--strength", "0.5"), "this bundle edits whole pictures"),
+        (("--strength", "0.5"), "there is no picture to edit"),
+        (("--image", "room.png", "--mask-blur", "2"), "mask_blur is given, and no mask"),
         (("--image", "room.png") * 4, "image has 4 pictures; this bundle takes 3 at most"),
         (("--image", "room.png", "--context-image", "room.png"), "built for edit, not for context"),
         (("--image", "room.png", "--entity", "a cup", "left.png"), "built for edit, not for regions"),
