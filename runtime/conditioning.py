@@ -177,7 +177,7 @@ class Conditioner:
             return Conditions(make, "denoiser.conditions")
         return Conditions(partial(family.denoiser_constants, last.conditioning, last.tokens, *size))
 
-    def _beside(self, request: Request, references: References | None, clean: Array | None) -> Beside | None:
+    def _beside(self, request: Request, references: References | None, clean: Array | None = None) -> Beside | None:
         """The pictures whose latents stand beside those that are drawn: what controls them, then what is edited.
 
         Or that which is taken apart.
@@ -285,6 +285,12 @@ class Conditioner:
         if config is None or not isinstance(self._family, PictureFamily):
             return ()
         return layouts(request.inputs, config, self._family)
+
+    def encoded_sizes(self, request: Request) -> list[tuple[int, int]]:
+        """Height and width, in pixels, of the pictures that the VAE encoder is given."""
+        inputs = request.inputs
+        own = [request.size] if any((inputs.image, inputs.layered, inputs.context_image)) else []
+        return own + [(height, width) for width, height in (layout.latents for layout in self.layouts(request))]
 
     def _check_embeds(self, embeds: Array) -> None:
         """Check that rows are those of this bundle's text encoder, and no more than it gives."""

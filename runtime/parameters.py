@@ -325,7 +325,7 @@ TENSORS = {
 """What only a call in Python can take."""
 
 VAE_TILING = ("auto", "on", "off")
-"""Decode in tiles where memory is short for the whole, always, or never."""
+"""Encode and decode in tiles where memory is short for the whole, always, or never."""
 INSTEAD = {
     "batch_size": "num_images_per_prompt",
     "cfg": "cfg_scale",

@@ -271,7 +271,7 @@ def _record(result: Output, pipeline: Pipeline, index: int, drawn: int) -> Recor
         precision=manifest.precision,
         loras=_loras(manifest),
         backend=pipeline.backend,
-        vae_tiling=pipeline.session.decoder.tiles(request.height, request.width),
+        vae_tiling=pipeline.session.tiles(request),
         version=f"zimgkit {zimgkit.__version__}",
     )
     return record

@@ -101,7 +101,7 @@ class Family(ABC):
     STRENGTHS: ClassVar[Mapping[str, float]]
     """Task -> how much of a picture is drawn anew where a call does not say, as in the reference pipelines."""
     TILING: ClassVar[Tiling]
-    """How a picture is decoded in tiles."""
+    """How the VAE takes a picture in tiles."""
 
     def __init__(self, config: Config, where: str = MANIFEST) -> None:
         self.rope = text_encoder_rope(config.get("text_encoder", {}), f"{where}: config.text_encoder")

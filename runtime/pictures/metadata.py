@@ -107,7 +107,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is merged into the bundle: files, scales and the beginnings of hashes."""
     backend: str | None = None
     vae_tiling: str | None = None
-    """Size and stride of the tiles it was decoded in, such as ``"1024/768"``."""
+    """Size and stride of the tiles that the VAE took, such as ``"1024/768"``."""
     version: str | None = None
     """The program and its version, such as ``"zimgkit 0.1.0"``."""
 
