@@ -165,6 +165,10 @@ class Family(ABC):
         """How wide the denoiser is, and its feed-forward."""
 
     @abstractmethod
+    def denoiser_heads(self) -> int:
+        """How many heads the denoiser's attention has."""
+
+    @abstractmethod
     def vae_channels(self) -> int:
         """The most channels that the VAE decoder has in a feature map of the picture's size."""
 

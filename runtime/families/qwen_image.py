@@ -159,6 +159,10 @@ class QwenImage(ConditionedFamily):
         width = self.transformer.num_attention_heads * self.transformer.attention_head_dim
         return width, 4 * width
 
+    def denoiser_heads(self) -> int:
+        """As its config has them."""
+        return self.transformer.num_attention_heads
+
     def vision_widths(self) -> tuple[int, int]:
         """As its config has them."""
         return self.vision.hidden_size, self.vision.intermediate_size

@@ -26,6 +26,7 @@ from zimgkit.runtime.memory.needs import (
     precision_of,
     stored_bytes,
     widened_bytes,
+    with_scores,
 )
 from zimgkit.runtime.memory.plan import ALLOWED, Budget, Plan, Shortage, plan
 
@@ -183,8 +184,11 @@ def _needs_of_all(where: Setting, picture: Picture, precision: str | None) -> di
     stored = stored_bytes(manifest, precision)
     own = precision or precision_of(manifest)
     widened = {} if precision else widened_bytes(manifest, where.backend)
+    scores = set() if precision else with_scores(manifest, where.backend)
     in_place = where.bundle.in_place and where.backend == "onnxruntime"
-    return host_needs(stored, own, where.family, where.backend, sizes, picture.batch, widened, in_place=in_place)
+    return host_needs(
+        stored, own, where.family, where.backend, sizes, picture.batch, widened, scores, in_place=in_place
+    )
 
 
 def choices_that_fit(where: Setting, picture: Picture, budget: Budget) -> Iterator[str]:

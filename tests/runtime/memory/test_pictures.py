@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -183,7 +184,7 @@ class TestTiles:
         pixels = to_pixels(Image.fromarray(GRADIENT).resize((640, 512)))
 
         def check(component: str, name: str, given: Any, scales: tuple[int, int]) -> Any:
-            with open_engine(bundle, component, "onnxruntime", "cpu") as engine:
+            with closing(open_engine(bundle, component, "onnxruntime", "cpu")) as engine:
 
                 def run(part: Any) -> Any:
                     return next(iter(engine.run({name: part}).values()))
