@@ -20,7 +20,18 @@ class ExportCommand(GroupedCommand):
             "calibration_device",
         ),
         "Cost of the precision": (
-            *("cost", "measure", "strict", "cost_prompts", "cost_size", "cost_steps", "references", "judge", "seed"),
+            *(
+                "cost",
+                "measure",
+                "strict",
+                "cost_prompts",
+                "cost_size",
+                "cost_steps",
+                "cost_images",
+                "references",
+                "judge",
+                "seed",
+            ),
         ),
         "Engines and devices": (
             *("backend", "device", "components", "weight_streaming_budget", "workspace", "optimization_level"),

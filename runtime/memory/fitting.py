@@ -202,6 +202,8 @@ def choices_that_fit(where: Setting, picture: Picture, budget: Budget) -> Iterat
     if where.host:
         for backend, package in ON_HOST.items():
             other = replace(where, backend=backend)
+            if backend == "openvino" and precision_of(where.bundle.manifest) == "fp8":
+                continue  # It has no kernels for that.
             if backend != where.backend and backend in BACKENDS and find_spec(package) and fits(other):
                 yield f"--backend {backend}"
                 break

@@ -24,10 +24,9 @@ COPIES = {
     ("onnxruntime", "int8-weights"): 1.0,
     ("onnxruntime", "int4-weights"): 1.2,
     # It reads weights where they lie and keeps, from the first run on, those of products as its kernels read them: at
-    # the most all, in the type that it computes in. Of FP8 it keeps bfloat16 twice.
+    # the most all, in the type that it computes in.
     ("openvino", "float32"): 1.1,
     ("openvino", "bfloat16"): 0.9,
-    ("openvino", "fp8"): 3.9,
     ("openvino", "int8"): 1.7,
     ("openvino", "int8-weights"): 1.15,
     ("openvino", "int4-weights"): 1.5,
@@ -36,7 +35,6 @@ COPIES = {
 stored. The others compute on the mapped file."""
 WITHOUT_BFLOAT16 = {
     ("openvino", "bfloat16"): 2.1,
-    ("openvino", "fp8"): 8.0,
     ("openvino", "int4-weights"): 1.9,
 }
 """Likewise on a CPU that does not multiply bfloat16, where that is more."""

@@ -126,11 +126,17 @@ def test_a_checkpoint_that_edits_is_what_its_class_says(checkpoint_of, bundle_of
         assert components[name]["relative_max_error"] < 1e-4
 
 
-@pytest.mark.parametrize("precision", ["int8-weights", "int8"])
+@pytest.mark.parametrize("precision", ["int8-weights", "int8", "fp8"])
 def test_it_is_quantized(checkpoint_of, bundle_of, here, precision):
-    """Weights alone, and with inputs that were calibrated on pictures."""
+    """Weights alone, whose cost is measured on pictures, and with inputs that were calibrated on them."""
     build = ("build", "--model", checkpoint_of("qwen-image-edit"), "--precision", precision, "--quiet", "--out", "q")
-    if precision == "int8":
+    if precision == "int8-weights":
+        (here / "one.txt").write_text("make it blue\n")
+        build += ("--measure", "--cost-size", "32x32", "--cost-steps", 1, "--cost-prompts", "one.txt")
+        refused = invoke(export, *build)
+        refused.assert_refused("is measured on pictures; name some with --calibration-image", 2)
+        build += ("--calibration-image", "room.png")
+    else:
         small = ("--calibration-size", "32x32", "--calibration-steps", 2)
         refused = invoke(export, *build, *small)
         refused.assert_refused("is calibrated on pictures; name some with --calibration-image", 2)
@@ -138,6 +144,10 @@ def test_it_is_quantized(checkpoint_of, bundle_of, here, precision):
         build = (*build, *small, "--calibration", "words.txt", "--calibration-image", "room.png")
     found = invoke(export, *build)
     assert found.code == 0, found.err
+    cost = Bundle.open(here / "q").manifest.cost
+    if precision == "int8-weights":
+        assert (cost.prompts, cost.width, len(cost.difference.velocity_cosine)) == (("make it blue",), 32, 1)
+        assert 0.9 < cost.cosine < 1
     call = ("generate", "make it blue", "--image", "room.png", *SIZE)
     for bundle, out in (("q", "q.png"), (bundle_of("qwen-image-edit"), "f.png")):
         assert invoke(main, *call, "--bundle", bundle, "-o", out).code == 0
