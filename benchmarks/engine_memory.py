@@ -26,7 +26,7 @@ from component_run import random_feeds
 from zimgkit.engines.base import BACKENDS, open_engine
 from zimgkit.engines.bundle import Bundle
 from zimgkit.runtime.families import family_of
-from zimgkit.runtime.memory.needs import ORDER, host_needs, precision_of, stored_bytes
+from zimgkit.runtime.memory.needs import ORDER, host_needs, precision_of, stored_bytes, with_scores
 
 INTERVAL = 0.002
 """Seconds between looks."""
@@ -90,7 +90,8 @@ def reckoned(folder: Path, component: str, backend: str, size: int) -> dict[str,
     """What a plan takes for granted of such an engine, in bytes."""
     bundle = Bundle.open(folder, verify=False)
     manifest, sizes = bundle.manifest, dynamic_dimensions(bundle, size)
-    needs = host_needs(stored_bytes(manifest), precision_of(manifest), family_of(manifest), backend, sizes)
+    family, scores = family_of(manifest), with_scores(manifest, backend)
+    needs = host_needs(stored_bytes(manifest), precision_of(manifest), family, backend, sizes, scores=scores)
     return {"reckoned_held": needs[component].held, "reckoned_working": needs[component].working}
 
 

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from zimgkit.engines.bundle import POSITIVE
+from zimgkit.engines.bundle import POSITIVE, TextConfig
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.control_conditions import acting, component_of, controls_of
 from zimgkit.runtime.encoding import Encoder
@@ -33,6 +33,9 @@ from zimgkit.runtime.request import Request
 from zimgkit.runtime.served import check_served
 from zimgkit.runtime.text.edit_prompts import PICTURE, around_pictures, with_pictures
 from zimgkit.runtime.text.tokenizer import PromptTokenizer, keep_rows
+
+Key = str | int | tuple[str]
+"""A prompt, the ``id`` of the rows that stand for one, or the prompt of a region where those speak of pictures."""
 
 
 class Conditioner:
@@ -67,17 +70,23 @@ class Conditioner:
         tokenizer = self.bundle.file("tokenizer/tokenizer.json")
         self._tokenizer = PromptTokenizer(tokenizer, self.bundle.manifest.text)
 
-    def read(self, request: Request) -> tuple[list[Conditions], list[Conditions] | None, list[Controls] | None]:
+    def read(
+        self, request: Request, clean: Array | None = None
+    ) -> tuple[list[Conditions], list[Conditions] | None, list[Controls] | None]:
         """The conditions of each prompt, those of each negative prompt, and what ControlNets add to each prompt.
 
         Equal ones share theirs.
+
+        Args:
+            request: the call.
+            clean: float32 (1, ...), the latents of the picture that it starts from.
         """
         asked = (
             request.prompt_embeds or request.prompts,
             request.negative_prompt_embeds or request.negative_prompts or (),
         )
         texts = [entry for entries in asked for entry in entries if isinstance(entry, str)]
-        rows: dict[str | int, tuple[Array, ...]] = {
+        rows: dict[Key, tuple[Array, ...]] = {
             id(entry): (entry,) for entries in asked for entry in entries if not isinstance(entry, str)
         }
         inputs = request.inputs
@@ -88,22 +97,31 @@ class Conditioner:
             self._check_embeds(given)
             self._check_served(request, self.bundle.manifest.text.drop + len(given))
         references = self._references(request)
-        rows.update(self._read(request, [*texts, *inputs.eligen_entity_prompts], references))
-        beside = self._beside(request, references)
+        # Where prompts speak of pictures, those of regions do not: they have the template of text alone.
+        entities: list[Key] = [text if references is None else (text,) for text in inputs.eligen_entity_prompts]
+        if references is None:
+            texts += inputs.eligen_entity_prompts
+        else:
+            alone = self._read(request, inputs.eligen_entity_prompts, None, self._family.TEXT)
+            rows.update({(text,): pieces for text, pieces in alone.items()})
+        rows.update(self._read(request, texts, references))
+        beside = self._beside(request, references, clean)
         wanted, unwanted = ([entry if isinstance(entry, str) else id(entry) for entry in entries] for entries in asked)
-        entities = inputs.eligen_entity_prompts
         # Where LoRAs are for the prompt alone, the same text is not the same in both branches of guidance.
         parts = bool(self.bundle.manifest.positive_loras)
-        read_in = {True: [*entities, *wanted], False: [*entities, *unwanted] if unwanted else []}
+        read_in: dict[bool, list[Key]] = {
+            True: [*entities, *wanted],
+            False: [*entities, *unwanted] if unwanted else [],
+        }
         encoded = {
             branch: self._condition({key: rows[key] for key in dict.fromkeys(keys)}, beside, positive=branch)
             for branch, keys in (read_in if parts else {False: list(rows)}).items()
             if keys
         }
         self._report("encode", len(rows), len(rows))
-        made: dict[tuple[bool, tuple[str | int, ...]], Conditions] = {}
+        made: dict[tuple[bool, tuple[Key, ...]], Conditions] = {}
 
-        def conditions(*keys: str | int, positive: bool = False) -> Conditions:
+        def conditions(*keys: Key, positive: bool = False) -> Conditions:
             branch = positive and parts
             if (branch, keys) not in made:
                 found = [encoded[branch][key] for key in keys]
@@ -144,11 +162,11 @@ class Conditioner:
         return sum(lengths)
 
     def _condition(
-        self, rows: Mapping[str | int, Sequence[Array]], beside: Beside | None, *, positive: bool
-    ) -> dict[str | int, Encoded]:
+        self, rows: Mapping[Key, Sequence[Array]], beside: Beside | None, *, positive: bool
+    ) -> dict[Key, Encoded]:
         """What the conditioner makes of each text, and of the pictures that stand between its pieces."""
         family, of_branch = self._family, self.bundle.manifest.of_branch
-        encoded: dict[str | int, Encoded] = {}
+        encoded: dict[Key, Encoded] = {}
         component = of_branch("conditioner", positive=positive)
         with self._engines.engine(component, self._device_of(component)) as engine:
             for key, pieces in rows.items():
@@ -175,8 +193,10 @@ class Conditioner:
         of_branch = partial(self.bundle.manifest.of_branch, positive=positive)
         if isinstance(family, ConditionedFamily) and len(texts) > 1:
             segments = [text.conditioning for text in texts]
-            regions = image_regions(request.inputs, *size)
-            return Conditions(partial(family.masked_constants, segments, regions, *size), of_branch("denoiser.masked"))
+            grids = [(request.height // MULTIPLE, request.width // MULTIPLE), *(beside.grids if beside else ())]
+            regions = image_regions(request.inputs, grids)
+            make = partial(family.masked_constants, self.bundle, segments, regions, *size, beside)
+            return Conditions(make, of_branch("denoiser.masked_conditions" if beside else "denoiser.masked"))
         if isinstance(family, PictureFamily) and beside is not None:
             make = partial(family.conditioned_constants, self.bundle, last, *size, beside)
             return Conditions(make, of_branch("denoiser.conditions"))
@@ -187,7 +207,7 @@ class Conditioner:
         """What ControlNets add to every step of a prompt."""
         return controls_of(request, text, self._family, self.bundle, self._encoder, self._device_of)
 
-    def _beside(self, request: Request, references: References | None) -> Beside | None:
+    def _beside(self, request: Request, references: References | None, clean: Array | None = None) -> Beside | None:
         """The pictures whose latents stand beside those that are drawn: what controls them, then what is edited.
 
         Or that which is taken apart.
@@ -205,7 +225,11 @@ class Conditioner:
             latents.append(self._encoder.encode(inputs.layered, *request.size, device))
             grids.append(own)
         if references is not None:
-            latents += references.latents
+            of_references = list(references.latents)
+            own_size = references.layouts[0].latents == (request.width, request.height)
+            if clean is not None and inputs.samples_latents and inputs.image is inputs.references[0] and own_size:
+                of_references[0] = clean  # As in diffusers, it is sampled once for both.
+            latents += of_references
             grids += [layout.grid for layout in references.layouts]
             rows, patches = references.rows, tuple(layout.patches for layout in references.layouts)
         if not latents:
@@ -220,10 +244,22 @@ class Conditioner:
         return self._pictures.read(request.inputs, config, self._device_of)
 
     def _read(
-        self, request: Request, texts: Iterable[str], references: References | None
+        self,
+        request: Request,
+        texts: Iterable[str],
+        references: References | None,
+        template: TextConfig | None = None,
     ) -> dict[str, tuple[Array, ...]]:
-        """The text encoder's rows of each different text, float32 (tokens, hidden) of each of its pieces."""
-        tokens = self._tokenize(request, texts)
+        """The text encoder's rows of each different text, float32 (tokens, hidden) of each of its pieces.
+
+        Args:
+            request: the call.
+            texts: what to read.
+            references: the pictures that they speak of.
+            template: another one than the bundle's, of texts that speak of none.
+        """
+        tokens = self._tokenize(request, texts, template)
+        template = template or self.bundle.manifest.text
         rows: dict[str, tuple[Array, ...]] = {}
         if not tokens:
             return rows
@@ -237,7 +273,7 @@ class Conditioner:
                 for ids in pieces:
                     if ids.tobytes() not in found:
                         hidden = engine.run(self._text_inputs(ids, references))["prompt_embeds"][0]
-                        found[ids.tobytes()] = keep_rows(hidden, self.bundle.manifest.text, request.max_sequence_length)
+                        found[ids.tobytes()] = keep_rows(hidden, template, request.max_sequence_length)
                 rows[text] = tuple(found[ids.tobytes()] for ids in pieces)
         return rows
 
@@ -247,13 +283,15 @@ class Conditioner:
         patches = [layout.patches for layout in references.layouts]
         return self._family.pictured_text_inputs(ids, self._tokenizer.id_of(PICTURE), references.rows, patches)
 
-    def _tokenize(self, request: Request, texts: Iterable[str]) -> dict[str, list[NDArray[np.int64]]]:
+    def _tokenize(
+        self, request: Request, texts: Iterable[str], template: TextConfig | None
+    ) -> dict[str, list[NDArray[np.int64]]]:
         """The token ids of each different text, of each of its pieces; what is past the limit is cut."""
-        text = self.bundle.manifest.text
+        text = template or self.bundle.manifest.text
         most = min(text.drop + request.max_sequence_length, text.max_tokens)
         tokens = {}
         for prompt in dict.fromkeys(texts):
-            pieces = self._ids(request, prompt)
+            pieces = self._ids(request, prompt) if template is None else [self._tokenizer.encode(prompt, template)]
             if any(ids.shape[1] > most for ids in pieces):
                 self._warn(f"the prompt has more than {most - text.drop} tokens; the rest is not read")
             # The encoder is causal: no row that is kept depends on what is cut here.
@@ -278,6 +316,12 @@ class Conditioner:
             return ()
         return layouts(request.inputs, config, self._family)
 
+    def encoded_sizes(self, request: Request) -> list[tuple[int, int]]:
+        """Height and width, in pixels, of the pictures that the VAE encoder is given."""
+        inputs = request.inputs
+        own = [request.size] if any((inputs.image, inputs.layered, inputs.context_image, acting(request))) else []
+        return own + [(height, width) for width, height in (layout.latents for layout in self.layouts(request))]
+
     def _check_embeds(self, embeds: Array) -> None:
         """Check that rows are those of this bundle's text encoder, and no more than it gives."""
         width = self.bundle.component("conditioner").inputs["prompt_embeds"].shape[-1]
@@ -290,7 +334,9 @@ class Conditioner:
         conditions = self.condition_tokens(request)
         dimensions = self._family.dynamic_dimensions(*request.size, tokens, conditions, request.frames)
         pictured = ".pictures" if request.inputs.references else ""
-        denoiser = "denoiser.conditions" if conditions else component_of(self.bundle, request)
+        masked = "masked" if request.inputs.eligen_entity_prompts else ""
+        variant = "_".join(filter(None, [masked, "conditions" if conditions else ""]))
+        denoiser = f"denoiser.{variant}" if variant else component_of(self.bundle, request)
         components = [f"text_encoder{pictured}", "conditioner", denoiser, "vae_decoder"]
         if request.inputs.image is not None or acting(request):
             components.append(self._encoder.COMPONENT)

@@ -14,7 +14,9 @@ from zimgkit.runtime.families.base import Array
 from zimgkit.runtime.inputs import InputPicture
 from zimgkit.runtime.pictures.reading import flattened
 from zimgkit.runtime.pictures.resizing import Filter, crop, resize, to_pixels
+from zimgkit.runtime.pictures.tiles import SCALE
 from zimgkit.runtime.recent import Recent
+from zimgkit.runtime.vae_tiling import VaeTiling
 
 MOST_KEPT = 16
 """Encoded pictures; one of a megapixel takes 2 MB."""
@@ -26,13 +28,15 @@ class Encoder:
     Args:
         engines: of the bundle.
         family: of the bundle.
+        tiling: which pictures are encoded in tiles.
     """
 
     COMPONENT = "vae_encoder"
 
-    def __init__(self, engines: EnginePool, family: Family) -> None:
+    def __init__(self, engines: EnginePool, family: Family, tiling: VaeTiling) -> None:
         self._engines = engines
         self._family = family
+        self._tiling = tiling
         self.kept: Recent[tuple[object, ...], Array] = Recent(MOST_KEPT)
 
     def encode(
@@ -60,7 +64,7 @@ class Encoder:
             BackendError: the engine failed, or gave NaN or Inf.
         """
         moments = self.kept.get(
-            (image.sha256, height, width, kernel, reduced),
+            (image.sha256, height, width, kernel, reduced, self._tiling.tiles(height, width)),
             lambda: self._moments(image, height, width, device, kernel, reduced),
         )
         mean, log_variance = np.split(moments, 2, axis=1)
@@ -95,13 +99,21 @@ class Encoder:
         Raises:
             BackendError: the engine failed, or gave NaN or Inf.
         """
-        key = ("pixels", pixels.shape, hashlib.sha256(pixels.tobytes()).hexdigest())
+        height, width = pixels.shape[2:]
+        tiles = self._tiling.tiles(height, width)
+        key = ("pixels", tiles, pixels.shape, hashlib.sha256(pixels.tobytes()).hexdigest())
         moments = self.kept.get(key, lambda: self._run(pixels, device))
         return normalize(np.split(moments, 2, axis=1)[0], self._family.normalization)
 
     def _run(self, pixels: Array, device: str | None) -> Array:
         with self._engines.engine(self.COMPONENT, device) as engine:
-            moments: Array = engine.run({"image": pixels})["moments"]
+
+            def run(part: Array) -> Array:
+                moments: Array = engine.run({"image": part})["moments"]
+                return moments
+
+            height, width = pixels.shape[2:]
+            moments = self._tiling.run(self.COMPONENT, run, pixels, (height, width), (1, SCALE))
         if not np.isfinite(moments).all():
             raise BackendError("the VAE encoder gave NaN or Inf", "zimg-export verify checks the bundle")
         return moments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 from zimgkit.engines.errors import UsageError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from zimgkit.runtime.inputs import Inputs
 
 Array = NDArray[np.float32]
@@ -75,34 +78,37 @@ def keep_unmasked(drawn: Array, inputs: Inputs) -> Array:
     return mixed
 
 
-def image_regions(inputs: Inputs, height: int, width: int) -> NDArray[np.bool_]:
-    """Which of the picture's tokens each region has: those that its mask touches.
+def image_regions(inputs: Inputs, grids: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+    """Which of the pictures' tokens each region has: those that its mask touches.
 
     As EliGen of DiffSynth-Studio has it: the mask is resized to the latents' grid (nearest), counts where it is more
-    white than black, and a token has four latents.
+    white than black, and a token has four latents. Pictures beside the one that is drawn have the same regions; there
+    all have one size.
 
     Args:
         inputs: of the call.
-        height: of what is drawn, in pixels.
-        width: likewise.
+        grids: rows and columns of the tokens of what is drawn, and of the pictures beside it.
 
     Returns:
-        bool (regions, height / 16 * width / 16).
+        bool (regions, tokens of all).
 
     Raises:
         UsageError: a mask touches no token.
     """
     from PIL.Image import Resampling
 
-    from zimgkit.runtime.pictures.masks import SCALE
     from zimgkit.runtime.pictures.reading import flattened
 
-    rows, columns = height // SCALE, width // SCALE
+    def touched(mask: Image, rows: int, columns: int) -> NDArray[np.bool_]:
+        white = np.asarray(mask.resize((2 * columns, 2 * rows), Resampling.NEAREST), np.float32).mean(axis=2) > 127.5
+        seen: NDArray[np.bool_] = white.reshape(rows, 2, columns, 2).any(axis=(1, 3)).reshape(-1)
+        return seen
+
     found = []
     for number, entity in enumerate(inputs.eligen_entity_masks, start=1):
-        picture = flattened(entity.picture, 0).resize((columns, rows), Resampling.NEAREST)
-        white = np.asarray(picture, np.float32).mean(axis=2) > 127.5
-        found.append(white.reshape(rows // 2, 2, columns // 2, 2).any(axis=(1, 3)).reshape(-1))
-        if not found[-1].any():
+        mask = flattened(entity.picture, 0)
+        each = [touched(mask, *grid) for grid in grids]
+        if not each[0].any():
             raise UsageError(f"the mask of entity {number} covers nothing", "paint its region white")
-    return np.array(found, np.bool_).reshape(len(found), rows // 2 * (columns // 2))
+        found.append(np.concatenate(each))
+    return np.stack(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ ONE_OF = (
     ("cfg_normalization", "cfg_normalize"),
 )
 """Names of one thing, of which a call takes one."""
+EDITED = ("image", "edit_image")
+"""Those that name what is edited, where a bundle does that."""
 OF_IMAGE = ("strength", "denoising_strength", "mask_image", "inpaint_mask")
 """What says something of a picture."""
 OF_MASK = ("mask_blur", "inpaint_blur_size", "inpaint_blur_sigma", "keep_unmasked")
@@ -114,35 +116,41 @@ def read_inputs(manifest: Manifest, family: Family, given: Mapping[str, Any]) ->
         UsageError: two names of one thing, a picture that cannot be read or that the bundle cannot take, or something
             said of a picture or mask that is not there.
     """
+    # What a picture starts from may be another one than those that a bundle edits.
+    apart = manifest.references is not None and "input_image" in given and not given.keys().isdisjoint(EDITED)
+    others = {name: value for name, value in given.items() if not apart or name != "input_image"}
     for names in ONE_OF:
-        if len(found := [name for name in names if name in given]) > 1:
+        if len(found := [name for name in names if name in others]) > 1:
             raise UsageError(f"{' and '.join(found)} are both given", "give only one of them")
-    source = next((given[name] for name in ONE_OF[0] if name in given), None)
+    source = next((others[name] for name in ONE_OF[0] if name in others), None)
     if manifest.layers is not None:
         return _read_layered(source, given)
     if said := next((name for name in OF_LAYERS if name in given), None):
         raise UsageError(f"{said} is given, and this bundle takes no picture apart", "leave it out")
     conditions = _read_context(manifest, given) | _read_entities(manifest, given)
-    if {"context_image", "eligen_entity_prompts"} <= conditions.keys():
-        raise UsageError("context_image and entities are both given", "give one of them")
     if manifest.references is not None:
-        return _read_references(source, manifest.references, given)
+        references = _read_references(source, manifest.references, family, given)
+        return replace(references, **conditions) if conditions else references
     if said := next((name for name in ("edit_image", *OF_REFERENCES) if name in given), None):
         raise UsageError(f"{said} is given, and this bundle edits nothing", "give image, and a strength")
     if source is not None:
-        return Inputs(**conditions, **_read_start(manifest, family, source, given))
+        _check_task(manifest, _task_from(given))
+        return Inputs(**conditions, **_read_start(family, source, given))
     if said := next((name for name in (*OF_IMAGE, *OF_MASK) if name in given), None):
         raise UsageError(f"{said} is given, and no image", "give the picture to start from as image")
     return Inputs(**conditions)
 
 
-def _read_start(manifest: Manifest, family: Family, source: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+def _task_from(given: Mapping[str, Any]) -> str:
+    """What a call that starts from a picture asks for."""
+    return "image-to-image" if given.keys().isdisjoint(ONE_OF[1]) else "inpaint"
+
+
+def _read_start(family: Family, source: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """The picture that another starts from, its mask, and what is said of both."""
     mask = given.get("mask_image", given.get("inpaint_mask"))
     if mask is None and (said := next((name for name in OF_MASK if name in given), None)):
         raise UsageError(f"{said} is given, and no mask", "give mask_image, white where the picture is drawn anew")
-    task = "image-to-image" if mask is None else "inpaint"
-    _check_task(manifest, task)
     values = {name: checked(BY_NAME[name], given[name]) for name in (*OF_IMAGE[:2], *OF_MASK) if name in given}
     blurs = [name for name in BLUR if name in given]
     if len(blurs) == 1:
@@ -151,7 +159,7 @@ def _read_start(manifest: Manifest, family: Family, source: Any, given: Mapping[
     if blurs and values.get("mask_blur"):
         raise UsageError("mask_blur and inpaint_blur_size are both given", "give one of them")
     if "denoising_strength" not in values:
-        values.setdefault("strength", 1.0 if blends_velocity else family.STRENGTHS[task])
+        values.setdefault("strength", 1.0 if blends_velocity else family.STRENGTHS[_task_from(given)])
     name = "strength" if "strength" in values else "denoising_strength"
     if not values[name]:
         raise UsageError(f"{name} is 0, which draws nothing anew", "give more, up to 1")
@@ -168,17 +176,25 @@ def _check_task(manifest: Manifest, task: str) -> None:
         raise UsageError(f"this bundle is built for {', '.join(manifest.tasks)}, not for {task}", hint)
 
 
-def _read_references(source: Any, config: ReferencePictures, given: Mapping[str, Any]) -> Inputs:
-    """The pictures of a bundle that edits."""
-    if said := next((name for name in (*OF_IMAGE, *OF_MASK) if name in given), None):
-        raise UsageError(f"{said} is given, and this bundle edits whole pictures", "leave it out")
+def _read_references(source: Any, config: ReferencePictures, family: Family, given: Mapping[str, Any]) -> Inputs:
+    """The pictures of a bundle that edits, and the one that it starts from.
+
+    That is DiffSynth's ``input_image``, or the first one that it edits where a strength or a mask is given: as
+    ``QwenImageEditInpaintPipeline`` of diffusers has it.
+    """
+    said = next((name for name in (*OF_IMAGE, *OF_MASK) if name in given), None)
+    start = given.get("input_image")
+    if start is not None and said and not config.least and given.keys().isdisjoint(EDITED):
+        source = None
     sources = source if isinstance(source, list | tuple) else [source]
     if source is None or not sources:
         if config.least:
             raise UsageError("there is no picture to edit", "give it as image")
-        if said := next((name for name in OF_REFERENCES if name in given), None):
-            raise UsageError(f"{said} is given, and no image", "give the picture to edit as image")
-        return NONE
+        if of_edits := next((name for name in OF_REFERENCES if name in given), None):
+            raise UsageError(f"{of_edits} is given, and no image", "give the picture to edit as image")
+        if start is None and said:
+            raise UsageError(f"{said} is given, and no image", "give the picture to start from as image")
+        return NONE if start is None else Inputs(**_read_start(family, read_input(start, "input_image"), given))
     if len(sources) > config.most:
         takes = "one" if config.most == 1 else f"{config.most} at most"
         raise UsageError(f"image has {len(sources)} pictures", f"this bundle takes {takes}")
@@ -190,11 +206,12 @@ def _read_references(source: Any, config: ReferencePictures, given: Mapping[str,
     values = {name: checked(BY_NAME[name], given.get(name, default)) for name, default in defaults.items()}
     if values["edit_rope_interpolation"] and config.rope_interpolation is None:
         raise UsageError("edit_rope_interpolation is given, and this bundle has nothing like it", "leave it out")
-    inputs = Inputs(
-        references=tuple(read_input(one, name) for one, name in zip(sources, names, strict=True)),
-        edit_image_area=_area(config, given),
-        **values,
-    )
+    references = tuple(read_input(one, name) for one, name in zip(sources, names, strict=True))
+    if start is not None and start is not source:
+        values |= _read_start(family, read_input(start, "input_image"), given)
+    elif said:
+        values |= _read_start(family, references[0], given)
+    inputs = Inputs(references=references, edit_image_area=_area(config, given), **values)
     for picture, name in zip(inputs.references, names, strict=True):
         _check_reference(picture, name, inputs, config)
     return inputs
@@ -321,15 +338,17 @@ def size_in_area(picture: InputPicture, area: int) -> tuple[int, int]:
 def size_of_edit(inputs: Inputs, config: ReferencePictures) -> tuple[int, int]:
     """The height and width of what is drawn beside pictures where they are not given: like the last one, in its area.
 
-    Source: ``QwenImageEditPlusPipeline`` and ``ZImageOmniPipeline`` of diffusers 0.42.
+    Or like the one that it starts from.
+
+    Source: ``QwenImageEditPlusPipeline``, ``QwenImageEditInpaintPipeline`` and ``ZImageOmniPipeline`` of diffusers.
 
     Raises:
         UsageError: it is more than 200 times as wide as high, or as high as wide.
     """
-    last = inputs.references[-1]
+    like = inputs.image or inputs.references[-1]
     if not config.crops:
-        return size_in_area(last, config.latents_area)
-    width, height = reduced_size(last.size, inputs, config)
+        return size_in_area(like, config.latents_area)
+    width, height = reduced_size(like.size, inputs, config)
     return _multiple(height), _multiple(width)
 
 

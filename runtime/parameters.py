@@ -170,6 +170,14 @@ PARAMETERS = (
         several=True,
     ),
     Parameter(
+        "input_image",
+        Picture,
+        "Another name of image; beside it, where a bundle edits: the picture to start from.",
+        "the first image where there is a strength or a mask",
+        option="input-image",
+        recorded=True,
+    ),
+    Parameter(
         "strength",
         float,
         "How much of the picture is drawn anew, from 0 to 1, as diffusers counts it: steps are left out.",
@@ -321,7 +329,6 @@ TENSORS = {
     "latents": "noise to start from instead of the seed's, in the reference pipeline's own form",
     "prompt_embeds": "rows of the text encoder instead of a prompt",
     "negative_prompt_embeds": "rows of the text encoder instead of a negative prompt",
-    "input_image": "DiffSynth's name of image",
     "edit_image": "DiffSynth's name of image where a bundle edits",
     "inpaint_mask": "mask_image, resized and blended as DiffSynth does it",
     "control_image": "a picture for each of the bundle's ControlNets, in their order or by name",
@@ -339,7 +346,7 @@ TENSORS = {
 """What only a call in Python can take."""
 
 VAE_TILING = ("auto", "on", "off")
-"""Decode in tiles where memory is short for the whole, always, or never."""
+"""Encode and decode in tiles where memory is short for the whole, always, or never."""
 INSTEAD = {
     "batch_size": "num_images_per_prompt",
     "cfg": "cfg_scale",

@@ -115,12 +115,12 @@ class Pipeline:
                 component by its name; by default the best one the backend finds, of OpenVINO the CPU.
             memory: how much a call may take: bytes, a text such as ``"8GB"`` or ``"50%"`` of what is free, or
                 ``"auto"`` for what is free of the machine, the control group and the process's limits. Where not all
-                fits, engines are opened in turn, and then large pictures are decoded in tiles; what cannot fit is
+                fits, engines are opened in turn, and then the VAE takes large pictures in tiles; what cannot fit is
                 refused before anything is opened.
             memory_budget: bytes of engines that may stay open between their parts of a call and between calls. With 0
                 memory holds one component at a time, and every call loads them anew; by default all stay that fit.
-            vae_tiling: ``"auto"`` decodes in tiles where memory is short for the whole, ``"on"`` always, and ``"off"``
-                never.
+            vae_tiling: ``"auto"`` encodes and decodes in tiles where memory is short for the whole, ``"on"`` always,
+                and ``"off"`` never.
             verify: check the files against the manifest's hashes (once per file; see :meth:`Bundle.verify`).
             report: called with (stage, done, total) while a call runs.
             warn: called with what the caller should know, such as a prompt that was cut.
@@ -177,12 +177,12 @@ class Pipeline:
         return self.session.plan(check(self.bundle.manifest, self.session.family, prompt=prompt, **call))
 
     def enable_vae_tiling(self) -> None:
-        """Decode in tiles from now on, as diffusers' pipelines do."""
-        self.session.decoder.set_tiling("on")
+        """Encode and decode in tiles from now on, as diffusers' pipelines do."""
+        self.session.tiling.set("on")
 
     def disable_vae_tiling(self) -> None:
         """Decode the whole from now on."""
-        self.session.decoder.set_tiling("off")
+        self.session.tiling.set("off")
 
     def __call__(
         self,

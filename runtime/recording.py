@@ -15,7 +15,7 @@ from zimgkit.runtime.request import Request
 from zimgkit.runtime.session import Session
 
 FROM_A_PICTURE = (
-    *("image", "mask_image", "strength", "denoising_strength"),
+    *("image", "input_image", "mask_image", "strength", "denoising_strength"),
     *("mask_blur", "inpaint_blur_size", "inpaint_blur_sigma", "keep_unmasked"),
 )
 """What a call says of pictures that it starts from."""
@@ -36,7 +36,9 @@ def record(session: Session, request: Request, index: int, drawn: int) -> Record
     """
     manifest = session.bundle.manifest
     call = {p.name: getattr(request, p.name) for p in PARAMETERS if p.recorded and hasattr(request, p.name)}
-    call |= _inputs(request.inputs) | {"controls": tuple(map(_control, request.controls)) or None}
+    call |= _inputs(request.inputs, edits=manifest.references is not None) | {
+        "controls": tuple(map(_control, request.controls)) or None
+    }
     call |= {
         "prompt": request.prompts[0],
         "negative_prompt": request.negative_prompts[0] if request.negative_prompts else None,
@@ -64,15 +66,15 @@ def merged_loras(manifest: Manifest) -> str | None:
     return ", ".join(f"{lora.file}:{lora.scale:g} ({lora.sha256[:10]}){branch}" for lora, branch in every) or None
 
 
-def _inputs(inputs: Inputs) -> dict[str, Any]:
+def _inputs(inputs: Inputs, *, edits: bool) -> dict[str, Any]:
     """What is recorded of the pictures of a call: their names and hashes, and what was said of them."""
-    said = {name: getattr(inputs, name) or None for name in (*FROM_A_PICTURE, *ENTITIES)}
-    images = [inputs.image, inputs.layered, *inputs.references]
+    said = {name: getattr(inputs, name, None) or None for name in (*FROM_A_PICTURE, *ENTITIES)}
+    images = inputs.references if edits else [inputs.image, inputs.layered]
+    start = inputs.image if edits and inputs.image not in inputs.references[:1] else None
     said |= {name: getattr(inputs, name) for name in OF_EDITS} if inputs.references else {}
     said |= {"image": _named(images), "eligen_entity_masks": _named(inputs.eligen_entity_masks)}
-    said |= {name: _named([getattr(inputs, name)]) for name in ("mask_image", "context_image")}
-    one = {name: files[0] for name in ("mask_image", "context_image") if (files := said[name])}
-    return said | one
+    single = {"input_image": start, "mask_image": inputs.mask_image, "context_image": inputs.context_image}
+    return said | {name: InputFile(one.name, one.sha256) if one else None for name, one in single.items()}
 
 
 def _control(one: ControlInput) -> ControlRecord:

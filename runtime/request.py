@@ -113,11 +113,11 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
     batch = len(prompts) * images
     inputs = read_inputs(manifest, family, given)
     size: dict[str, Any] = {"height": defaults.height, "width": defaults.width}
-    if inputs.image is not None:
+    if manifest.references is not None and (inputs.references or inputs.image):
+        size = dict(zip(size, size_of_edit(inputs, manifest.references), strict=True))
+    elif inputs.image is not None:
         tall, wide = (value(side, 0, high=family.MAX_SIDE) if side in given else None for side in size)
         size = dict(zip(size, size_like(inputs.image, tall, wide, defaults.height * defaults.width), strict=True))
-    elif inputs.references and manifest.references is not None:
-        size = dict(zip(size, size_of_edit(inputs, manifest.references), strict=True))
     elif inputs.layered is not None and manifest.layers is not None:
         area = value("resolution", manifest.layers.resolution) ** 2
         size = dict(zip(size, size_in_area(inputs.layered, area), strict=True))

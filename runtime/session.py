@@ -62,6 +62,7 @@ from zimgkit.runtime.pictures.tiles import ignored
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.runtime.request import Request
 from zimgkit.runtime.served import largest_batch
+from zimgkit.runtime.vae_tiling import VaeTiling
 
 LORA_TAG = re.compile(r"<(lora|lyco|hypernet):[^>]*>")
 """How web UIs ask for a LoRA within a prompt."""
@@ -82,7 +83,7 @@ class Session:
         memory: how much it may take: bytes, a text such as ``"8GB"`` or ``"50%"`` of what is free, or ``"auto"`` for
             what is free. What cannot fit is refused before anything is opened.
         memory_budget: see :class:`zimgkit.runtime.engine_pool.EnginePool`.
-        vae_tiling: ``"auto"`` decodes in tiles where memory is short, ``"on"`` always, ``"off"`` never.
+        vae_tiling: ``"auto"`` decodes and encodes in tiles where memory is short, ``"on"`` always, ``"off"`` never.
         report: called with (stage, done, total) while something long runs.
         warn: called with what the caller should know, such as a prompt that was cut.
         opener: opens an engine.
@@ -116,8 +117,9 @@ class Session:
         self.family = family_of(bundle.manifest, where)
         self.scheduler = read_scheduler(bundle.manifest.scheduler, f"{where}: scheduler")
         self.engines = EnginePool(bundle, self.backend, memory_budget, opener)
-        self.decoder = Decoder(self.engines, self.family, vae_tiling, warn)
-        self.encoder = Encoder(self.engines, self.family)
+        self.tiling = VaeTiling(self.engines, self.family, vae_tiling, warn)
+        self.decoder = Decoder(self.engines, self.family, self.tiling)
+        self.encoder = Encoder(self.engines, self.family, self.tiling)
         self.conditioner = Conditioner(self.engines, self.family, self.encoder, self.device_of, report, warn)
 
     def begin(self, request: Request) -> list[Job]:
@@ -135,7 +137,8 @@ class Session:
         plan = self.plan(request)
         if self.engines.memory_budget is None:
             self.engines.in_turn = plan.in_turn
-        self.decoder.tiled[request.height, request.width] = plan.tiled
+        for size in self._vae_sizes(request):
+            self.tiling.tiled[size] = plan.tiled
         if not request.is_guided and self.family.is_guided(request.guidance_scale):
             self.warn(
                 "guidance is off, for there is no negative prompt; "
@@ -150,8 +153,8 @@ class Session:
             self.warn(f"LoRAs for context images were trained on prompts that begin with {CONTEXT_PREFIX!r}")
         noise, posterior = self._noise(request)
         with self._advising(request):
-            positive, negative, controls = self.conditioner.read(request)
             clean = self._clean(request, posterior)
+            positive, negative, controls = self.conditioner.read(request, clean)
         schedule = self._schedule(request)
         mask = self._mask(request)
         jobs = []
@@ -245,7 +248,7 @@ class Session:
 
         Raises:
             OutOfMemoryError: it does not fit; naming what would.
-            UsageError: it has to be decoded in tiles, and the VAE decoder was compiled for other sizes.
+            UsageError: the VAE has to take tiles, and was compiled for other sizes.
         """
         try:
             return self._plan(request)
@@ -261,7 +264,7 @@ class Session:
             raise
 
     def _plan(self, request: Request) -> Plan:
-        where = self._setting(request.height, request.width)
+        where = self._setting(request)
         needs = needs_in(where, picture := self._picture(request))
         names = {name.removesuffix(POSITIVE) for name in self.engines.opened}
         opened = [needs[name] for name in names if name in needs]
@@ -279,27 +282,38 @@ class Session:
             self.bundle = self.engines.bundle = replace(self.bundle, in_place=True)
         return found
 
-    def _setting(self, height: int, width: int) -> Setting:
+    def tiles(self, request: Request) -> str | None:
+        """The tiles that a request's pictures are encoded or decoded in; None where none is."""
+        return next(filter(None, (self.tiling.tiles(*size) for size in self._vae_sizes(request))), None)
+
+    def _vae_sizes(self, request: Request) -> list[tuple[int, int]]:
+        """Height and width of what is drawn, which is decoded, and of the pictures that are encoded for it."""
+        return [request.size, *self.conditioner.encoded_sizes(request)]
+
+    def _setting(self, request: Request) -> Setting:
+        drawn, *encoded = self._vae_sizes(request)
+        served = [self.tiling.are_served("vae_decoder", *drawn)]
+        served += [self.tiling.are_served("vae_encoder", *size) for size in encoded]
         return setting(
             self.bundle,
             self.family,
             self.backend,
             self.device_of("denoiser"),
-            vae_tiling=self.decoder.vae_tiling,
-            tiles_are_served=self.decoder.tiles_are_served(height, width),
+            vae_tiling=self.tiling.mode,
+            tiles_are_served=all(served),
             in_turn=self.engines.memory_budget is not None,
         )
 
     def _picture(self, request: Request) -> Picture:
         denoiser, nets = component_of(self.bundle, request), acting(request)
         batch = min(request.batch, largest_batch(self.bundle, denoiser, self.backend))
-        found, inputs = self.conditioner.layouts(request), request.inputs
+        found = self.conditioner.layouts(request)
         return Picture(
             request.height,
             request.width,
             self.conditioner.longest(request),
             batch,
-            reads=any((inputs.image, inputs.layered, inputs.context_image, found, nets)),
+            encoded=max(self.conditioner.encoded_sizes(request), key=math.prod, default=None),
             patches=max((math.prod(layout.patches) for layout in found), default=0),
             conditions=self.conditioner.condition_tokens(request),
             frames=request.frames,
@@ -313,7 +327,7 @@ class Session:
         try:
             yield
         except OutOfMemoryError as error:
-            where = self._setting(request.height, request.width)
+            where = self._setting(request)
             choices = choices_that_take_less(where, self._picture(request))
             raise OutOfMemoryError(error.message, f"less is taken by {choices}" if choices else error.hint) from None
 

@@ -264,6 +264,57 @@ def draw(pipeline: Any, prompt: str | list[str], *, seed: int = 0, **call: Any) 
     return pipeline(prompt=prompt, generator=generator, output_type="np", **call).images
 
 
+def start_from(
+    pipeline: Any, image: Any, *, seed: int, strength: float, steps: int, packed: bool, drawn_anew: Any = None
+) -> dict[str, Any]:
+    """What makes any pipeline start from a picture as DiffSynth does (``denoising_strength``), and keep parts of it.
+
+    Args:
+        pipeline: a pipeline of diffusers.
+        image: a PIL image of the size to draw.
+        seed: of the noise.
+        strength: the noise level before the shift.
+        steps: how many.
+        packed: whether its latents are tokens.
+        drawn_anew: (height / 8, width / 8), 1 where latents are drawn anew and 0 where they are kept.
+    """
+    import numpy as np
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+
+    pixels = torch.from_numpy(np.asarray(image, np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+    config = pipeline.vae.config
+    rows, columns = image.height // 8, image.width // 8
+
+    def pack(latents: torch.Tensor) -> torch.Tensor:
+        return pipeline._pack_latents(latents, 1, latents.shape[-3], rows, columns) if packed else latents
+
+    with torch.no_grad():
+        if packed:
+            normal = (config.latents_mean, config.latents_std)
+            mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in normal)
+            clean = ((pipeline.vae.encode(pixels[:, :, None]).latent_dist.mode() - mean) / std).transpose(1, 2)
+        else:
+            clean = (pipeline.vae.encode(pixels).latent_dist.mode() - config.shift_factor) * config.scaling_factor
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+    sigmas = np.linspace(strength, 0, steps + 1)[:-1].tolist()
+    scheduler = pipeline.scheduler
+    bounds = (scheduler.config[key] for key in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"))
+    scheduler.set_timesteps(sigmas=sigmas, mu=calculate_shift(rows * columns // 4, *bounds))
+    levels = scheduler.sigmas.clone()
+
+    def noisy(step: int) -> torch.Tensor:
+        return levels[step] * noise + (1 - levels[step]) * clean
+
+    def keep(_: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if drawn_anew is None:
+            return {}
+        mask = pack(torch.as_tensor(drawn_anew, dtype=torch.float32).expand(clean.shape))
+        return {"latents": mask * tensors["latents"] + (1 - mask) * pack(noisy(step + 1))}
+
+    start = pack(noisy(0))
+    return {"latents": start, "sigmas": sigmas, "num_inference_steps": steps, "callback_on_step_end": keep}
+
+
 class PictureProcessor:
     """``Qwen2VLProcessor`` as the editing pipelines use it, without torchvision, which it needs in transformers 5.
 

@@ -55,7 +55,8 @@ def open_engine(bundle: Bundle, component: str, device: str | None = None) -> Op
 
     Raises:
         UsageError: no such device.
-        BackendError: OpenVINO is not installed or too old, the CPU has no AVX2, or the graph cannot be compiled.
+        BackendError: OpenVINO is not installed or too old, the CPU has no AVX2, the bundle is fp8 and the device a CPU,
+            or the graph cannot be compiled.
         OutOfMemoryError: the device has too little memory.
         BundleError: the graph or its weights are broken.
     """
@@ -64,6 +65,9 @@ def open_engine(bundle: Bundle, component: str, device: str | None = None) -> Op
         raise BackendError(f"{component} is a table of tensors and has no graph to run")
     if lacks_avx2(cpu_flags()):
         raise BackendError("OpenVINO needs a CPU with AVX2, and this one has none", OTHERS)
+    if wanted == "cpu" and bundle.manifest.quantized == "fp8":
+        reason = "OpenVINO has no kernels for float8 on CPUs: it would hold all weights in another type"
+        raise BackendError(reason, f"{OTHERS}, or build with --precision int8")
     core = load().Core()
     try:
         return OpenVinoEngine(bundle, component, entry, wanted, core)

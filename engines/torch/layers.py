@@ -186,6 +186,8 @@ def attention(
         q = q.reshape(*q.shape[:2], q_num_heads, -1).transpose(1, 2)
         k = k.reshape(*k.shape[:2], kv_num_heads, -1).transpose(1, 2)
         v = v.reshape(*v.shape[:2], kv_num_heads, -1).transpose(1, 2)
+    # Of what is strided otherwise PyTorch keeps all scores, and of CPUs no other kernel takes it.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if mask is not None and is_causal:
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))

@@ -25,7 +25,18 @@ class ExportCommand(GroupedCommand):
             "calibration_device",
         ),
         "Cost of the precision": (
-            *("cost", "measure", "strict", "cost_prompts", "cost_size", "cost_steps", "references", "judge", "seed"),
+            *(
+                "cost",
+                "measure",
+                "strict",
+                "cost_prompts",
+                "cost_size",
+                "cost_steps",
+                "cost_images",
+                "references",
+                "judge",
+                "seed",
+            ),
         ),
         "Engines and devices": (
             *(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zimgkit.engines.errors import UsageError
-from zimgkit.export.cli.cost_options import trial
+from zimgkit.export.cli.cost_options import pictures_in, trial
 from zimgkit.export.cli.options import BUNDLE_FOLDER, CALIBRATED, FILE, QUANTIZED, Command, add_options
 from zimgkit.runtime.commands import console
 
@@ -35,7 +35,7 @@ _CALIBRATION = (
         "--calibration-image",
         multiple=True,
         type=FILE,
-        help="A picture to calibrate a checkpoint on that edits; may be repeated.",
+        help="A picture to calibrate and measure a checkpoint on that edits; may be repeated.",
     ),
     click.option(
         "--calibration-device", help="The device to calibrate on: cpu, cuda or cuda:N. [default: the best one present]"
@@ -121,15 +121,10 @@ def calibration_set(
     """
     from zimgkit.export.compilers.shape_profiles import parse_size
     from zimgkit.export.quantization.calibrate import CalibrationSet, read_prompts
-    from zimgkit.runtime.pictures.reading import read_picture
 
     texts = () if prompts is None else read_prompts(prompts)
-    for picture in calibration_image:
-        read_picture(picture, "--calibration-image")  # Better missed now than after the build.
     sizes = tuple(map(parse_size, calibration_size))
-    return CalibrationSet(
-        texts, sizes, calibration_steps, tuple(str(picture.absolute()) for picture in calibration_image)
-    )
+    return CalibrationSet(texts, sizes, calibration_steps, pictures_in(calibration_image))
 
 
 def quantizing(precision: str, options: dict[str, Any]) -> Quantizing:
@@ -153,7 +148,7 @@ def quantizing(precision: str, options: dict[str, Any]) -> Quantizing:
     if given & set(_MEASURE_NAMES):
         from zimgkit.export.quality.verify import Measuring
 
-        pictures = trial(own["cost_prompts"], own["cost_size"], own["cost_steps"])
+        pictures = trial(own["cost_prompts"], own["cost_size"], own["cost_steps"], own["calibration_image"])
         check = cost_check(Measuring(pictures), strict=bool(own["strict"]))
     return Quantizing(
         recipe,
@@ -169,6 +164,7 @@ def quantizing(precision: str, options: dict[str, Any]) -> Quantizing:
 def _check_precision(precision: str, given: set[str]) -> None:
     """Refuse options that are not for a precision."""
     for_all = {"recipe", *_MEASURE_NAMES}
+    for_all |= {"calibration_image"} if given & {"measure", "strict"} else set()
     allowed = set(_NAMES) if precision in CALIBRATED else for_all if precision in QUANTIZED else set()
     if wrong := sorted(given - allowed):
         fitting = QUANTIZED if wrong[0] in for_all else CALIBRATED
@@ -182,7 +178,8 @@ def _calibration(own: dict[str, Any], given: set[str]) -> CalibrationSet | Stati
         return calibration_set(path, own["calibration_size"], own["calibration_steps"], own["calibration_image"])
     from zimgkit.export.quantization.statistics import Statistics
 
-    if clash := sorted(given & set(_CALIBRATION_RUN_NAMES)):
+    measured = {"calibration_image"} if given & {"measure", "strict"} else set()
+    if clash := sorted(given & set(_CALIBRATION_RUN_NAMES) - measured):
         raise UsageError(f"{_flag(clash[0])} is for a calibration from prompts", f"{path} holds one that was run")
     return Statistics.load(path)
 

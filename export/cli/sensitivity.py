@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 )
 @cost_options.PROMPTS
 @cost_options.SIZE
+@cost_options.IMAGES
 @click.option(
     "--steps", "cost_steps", type=click.IntRange(1), default=4, show_default=True, help="The steps of each picture."
 )
@@ -91,6 +92,7 @@ def _measure(
     cost_prompts: Path | None,
     cost_size: str | None,
     cost_steps: int | None,
+    cost_images: tuple[Path, ...],
     calibration: Path | None,
     device: str | None,
     report: Report,
@@ -106,7 +108,7 @@ def _measure(
     from zimgkit.export.quantization.recipe import Recipe, family_recipe
     from zimgkit.export.quantization.statistics import Statistics
 
-    pictures, statistics = cost_options.trial(cost_prompts, cost_size, cost_steps), None
+    pictures, statistics = cost_options.trial(cost_prompts, cost_size, cost_steps, cost_images), None
     if calibration is not None and precision not in CALIBRATED:
         raise UsageError(f"--calibration is not for --precision {precision}", f"it is for {', '.join(CALIBRATED)}")
     if precision in CALIBRATED:
@@ -115,7 +117,7 @@ def _measure(
             statistics = Statistics.load(store)
         else:
             sizes = ((pictures.width, pictures.height),) if pictures.width and pictures.height else ()
-            prompts = CalibrationSet(sizes=sizes, steps=cost_steps)
+            prompts = CalibrationSet(sizes=sizes, steps=cost_steps, pictures=pictures.pictures)
             statistics = calibrate(bundle, prompts, store, device=device, report=report)
     if target is None:
         target = family_recipe(bundle.manifest.family, bundle.manifest.name).bounds[precision].cosine

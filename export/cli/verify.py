@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--strict", is_flag=True, help="Fail past the bound of the recipe that the bundle was built by.")
 @cost_options.PROMPTS
 @cost_options.SIZE
+@cost_options.IMAGES
 @click.option(
     "--steps", "cost_steps", type=click.IntRange(1), help="The steps of each picture. [default: the checkpoint's]"
 )
@@ -87,6 +88,7 @@ def _measuring(
     cost_prompts: Path | None,
     cost_size: str | None,
     cost_steps: int | None,
+    cost_images: tuple[Path, ...],
     references: tuple[Path, ...],
     judge: int | None,
     backend: str,
@@ -101,7 +103,7 @@ def _measuring(
     from zimgkit.engines.bundle import Bundle
     from zimgkit.export.quality.verify import Measuring
 
-    pictures = cost_options.trial(cost_prompts, cost_size, cost_steps)
+    pictures = cost_options.trial(cost_prompts, cost_size, cost_steps, cost_images)
     wanted = Bundle.open(bundle, verify=False).manifest.quantization is not None if cost is None else cost
     if wanted:
         refuse_carried(bundle, "leave --cost out, or measure a copy of its folder")

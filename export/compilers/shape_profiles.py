@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from zimgkit.engines.bundle import POSITIVE, Component, Manifest, Range
 from zimgkit.engines.errors import UsageError
+from zimgkit.export.networks.registry import REGIONS
 from zimgkit.runtime.families import family, family_of
 from zimgkit.runtime.families.base import PictureFamily, SegmentedFamily
 from zimgkit.runtime.references import dimension_ranges
@@ -100,7 +101,7 @@ def _ranges(
     for index, ((width, height), count) in enumerate(zip(sizes, tokens, strict=True)):
         # What controls a picture has its size.
         beside = read["conditions"][index] if read else height // MULTIPLE * (width // MULTIPLE)
-        conditions = beside if component.removesuffix(POSITIVE).endswith(".conditions") else 0
+        conditions = beside if component.removesuffix(POSITIVE).endswith("conditions") else 0
         ends.append(host.dynamic_dimensions(height, width, count, conditions, frames[index]))
     return {name: (ends[0][name], ends[1][name], ends[2][name]) for name in ends[0]} | read
 
@@ -150,4 +151,6 @@ def _token_range(manifest: Manifest, max_prompt_tokens: int | None) -> tuple[int
     rows = text.max_sequence_length if max_prompt_tokens is None else max_prompt_tokens
     if not 1 <= rows <= longest:
         raise UsageError(f"max_prompt_tokens is {rows}", f"give a number from 1 to {longest}")
-    return text.drop + 1, text.drop + min(OPT_TOKENS, rows), text.drop + rows
+    # Prompts of regions have the template of text alone, also where the others speak of pictures.
+    least = min(text.drop, family(manifest.family).TEXT.drop) if REGIONS in manifest.tasks else text.drop
+    return least + 1, text.drop + min(OPT_TOKENS, rows), text.drop + rows

@@ -25,6 +25,9 @@ from zimgkit.export.networks.qwen_image import (
     read_config,
 )
 
+MASK = Input("mask", torch.bool, ("all_tokens", "all_tokens"))
+"""Whether a token, in rows, sees another; text first."""
+
 
 class Mask(nn.Module):
     """The mask for every picture of the batch and every head."""
@@ -175,6 +178,58 @@ class ZeroConditionedDenoiser(QwenImageDenoiser):
         return self.head(self.target(image, target), rows)
 
 
+class MaskedConditionedDenoiser(ConditionedDenoiser):
+    """Other pictures beside those that are drawn, and some tokens that do not see others."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.mask = Mask()
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        condition: Tensor,
+        text: Tensor,
+        modulation: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        """As :class:`ConditionedDenoiser`; the mask is that of :class:`MaskedDenoiser`."""
+        target = self.img_in(hidden_states)
+        image = self.join(target, self.img_in(condition))
+        rows = self.split_modulation(self.modulation_rows(modulation, image))
+        return self.head(self.target(self.blocks(image, text, rows, cos, sin, self.mask(mask)), target), rows)
+
+
+class MaskedZeroConditionedDenoiser(ZeroConditionedDenoiser):
+    """Likewise, where conditions are modulated as at time 0."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.mask = Mask()
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        condition: Tensor,
+        text: Tensor,
+        modulation: Tensor,
+        condition_modulation: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        """As :class:`ZeroConditionedDenoiser`; the mask is that of :class:`MaskedDenoiser`."""
+        target = self.img_in(hidden_states)
+        image = self.join(target, self.img_in(condition))
+        rows = self.split_modulation(
+            self.modulation_rows(modulation, image), self.modulation_rows(condition_modulation, image)
+        )
+        image = self.blocks(image, text, rows, cos, sin, self.is_condition(image, target), self.mask(mask))
+        return self.head(self.target(image, target), rows)
+
+
 def conditioned_part(config: Config, denoiser: Part) -> Part:
     """The variant that takes conditions."""
     kind: Callable[[Config], nn.Module] = ZeroConditionedDenoiser if config.zero_cond_t else ConditionedDenoiser
@@ -192,8 +247,15 @@ def conditioned_part(config: Config, denoiser: Part) -> Part:
 
 def masked_part(config: Config, denoiser: Part) -> Part:
     """The variant that takes a mask."""
-    mask = Input("mask", torch.bool, ("all_tokens", "all_tokens"))
-    return replace(denoiser, network=lambda: MaskedDenoiser(config), inputs=(*denoiser.inputs, mask), cut=None)
+    return replace(denoiser, network=lambda: MaskedDenoiser(config), inputs=(*denoiser.inputs, MASK), cut=None)
+
+
+def masked_conditioned_part(config: Config, denoiser: Part) -> Part:
+    """The variant that takes both."""
+    kind: Callable[[Config], nn.Module]
+    kind = MaskedZeroConditionedDenoiser if config.zero_cond_t else MaskedConditionedDenoiser
+    part = conditioned_part(config, denoiser)
+    return replace(part, network=lambda: kind(config), inputs=(*part.inputs, MASK))
 
 
 def edit_parts(config: Mapping[str, Any]) -> dict[str, Part]:
@@ -212,6 +274,15 @@ def entity_parts(config: Mapping[str, Any]) -> dict[str, Part]:
         CheckpointError: the config is of no network that zimgkit implements.
     """
     return _with_variant(config, "masked", masked_part)
+
+
+def edit_entity_parts(config: Mapping[str, Any]) -> dict[str, Part]:
+    """Likewise where there are both: its ``masked_conditions``.
+
+    Raises:
+        CheckpointError: the config is of no network that zimgkit implements.
+    """
+    return _with_variant(config, "masked_conditions", masked_conditioned_part)
 
 
 def _with_variant(config: Mapping[str, Any], name: str, part: Callable[[Config, Part], Part]) -> dict[str, Part]:

@@ -42,7 +42,10 @@ class CheckpointComponent:
     unused: tuple[str, ...] = ()
     """Patterns of canonical names of tensors that no picture needs. ``{last}`` is the number of the last layer."""
     for_tasks: Mapping[str, str] = field(default_factory=dict)
-    """Task -> ``module:function``, which says what it becomes for that in the place of the network's ``parts``."""
+    """Task -> ``module:function``, which says what it becomes for that in the place of the network's ``parts``.
+
+    Tasks that take something of their own together are joined by a plus.
+    """
     only_for: str = ""
     """The one task that needs it; all do where this is empty."""
 
@@ -255,6 +258,8 @@ QWEN_IMAGE = Family(
                 CONTEXT: f"{NETWORKS}.qwen_image_variants:edit_parts",
                 REGIONS: f"{NETWORKS}.qwen_image_variants:entity_parts",
                 LAYERS: f"{NETWORKS}.qwen_image_variants:edit_parts",
+                f"{EDIT}+{REGIONS}": f"{NETWORKS}.qwen_image_variants:edit_entity_parts",
+                f"{CONTEXT}+{REGIONS}": f"{NETWORKS}.qwen_image_variants:edit_entity_parts",
             },
         ),
         "vae": CheckpointComponent(f"{NETWORKS}.qwen_image_vae", ("encoder.*", "quant_conv.*", "*.time_conv.*")),
@@ -432,7 +437,8 @@ def tasks_of(family: str, pipeline: str, asked: Collection[str]) -> tuple[str, .
     if pipeline in own.layered:
         known = first = (LAYERS,)
     elif taken := own.editors.get(pipeline):
-        known = first = (EDIT,) if taken.least else (TEXT_TO_IMAGE, EDIT)
+        first = (EDIT,) if taken.least else (TEXT_TO_IMAGE, EDIT)
+        known = (*first, *(task for task in own.tasks if task == REGIONS))
     for task in asked:
         if task not in known:
             raise UsageError(f"{task!r} is no task of this checkpoint", f"choose of {', '.join(known)}")
@@ -467,7 +473,8 @@ def parts(family: str, component: str, config: Config, tasks: Collection[str] = 
         CheckpointError: the config is of no network that zimgkit implements.
     """
     own = row(family).components[component]
-    places = [own.for_tasks[task] for task in tasks if task in own.for_tasks] or [f"{own.network}:parts"]
+    places = [place for joined, place in own.for_tasks.items() if set(joined.split("+")) <= set(tasks)]
+    places = places or [f"{own.network}:parts"]
     found: dict[str, Part] = {}
     for place in dict.fromkeys(places):
         name, _, function = place.partition(":")

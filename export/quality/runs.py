@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.engines.base import Engine, Feeds, Handle
-from zimgkit.engines.bundle import POSITIVE, Bundle, Manifest
+from zimgkit.engines.bundle import Bundle, Manifest
 from zimgkit.engines.errors import UsageError
 from zimgkit.engines.torch.engine import TorchEngine
 from zimgkit.engines.torch.engine import open_engine as open_torch
@@ -42,6 +42,8 @@ class Trial:
     steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
+    pictures: tuple[str, ...] = ()
+    """Files of pictures for a bundle that edits; each prompt takes the next one."""
 
     def filled(self, manifest: Manifest) -> Trial:
         """Fill in the defaults of a bundle."""
@@ -91,14 +93,18 @@ def drawing(bundle: Bundle, opener: Opener, *, backend: str = "torch", device: s
     """
     given: list[Array] = []
     opened = partial(_open_recorded, opener, given)
-    if "text-to-image" not in bundle.manifest.tasks:
-        raise UsageError("what a precision costs where pictures are edited is not measured yet", "leave --measure out")
+    if bundle.manifest.layers is not None:
+        raise UsageError("what a precision costs where pictures are taken apart is not measured", "leave --measure out")
     with Pipeline(bundle, backend=backend, device=device, warn=lambda _: None, opener=opened) as pipeline:
 
         def draw(
             trial: Trial, earlier: Sequence[Run] = (), *, forced: bool = False, report: Report = silent
         ) -> list[Run]:
-            found = []
+            found, takes = [], bundle.manifest.references
+            if takes is not None and takes.least and not trial.pictures:
+                raise UsageError(
+                    "a checkpoint that edits is measured on pictures", "name some with --calibration-image"
+                )
             for index, prompt in enumerate(trial.prompts):
                 report("measure", index, len(trial.prompts))
                 other = earlier[index] if earlier else None
@@ -132,6 +138,7 @@ def _draw(
         height=height,
         num_inference_steps=trial.steps,
         latents=start,
+        image=trial.pictures[index % len(trial.pictures)] if trial.pictures else None,
         output_type="latent" if forced else "np",
         callback_on_step_end=after_step,
     )
@@ -148,7 +155,7 @@ def _open_recorded(
     opener: Opener, given: list[Array], bundle: Bundle, component: str, backend: str, device: str | None
 ) -> Engine:
     engine = opener(bundle, component, backend, device)
-    return _Recorded(engine, given) if component.removesuffix(POSITIVE) == "denoiser" else engine
+    return _Recorded(engine, given) if component.partition(".")[0] == "denoiser" else engine
 
 
 class _Recorded:

@@ -168,7 +168,7 @@ def filled(
         useless += STRENGTHS
     if "resolution" in given:
         useless += ["height", "width"]
-    if "image" not in given and "image" not in known:
+    if not any(name in given or name in known for name in ("image", "input_image")):
         useless += FROM_A_PICTURE  # Other tools write a strength without the picture that it is of.
     rest = {name: value for name, value in known.items() if name not in useless} | dict(given)
     for name, recorded in known.items():

@@ -34,7 +34,7 @@ class RunCommand(GroupedCommand):
     headings: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "Picture": (*("prompt", "negative_prompt", "height", "width", "num_images_per_prompt", "seed", "from_image"),),
         "From a picture": (
-            *("image", "strength", "denoising_strength", "mask_image", "mask_blur"),
+            *("image", "input_image", "strength", "denoising_strength", "mask_image", "mask_blur"),
             *("inpaint_blur_size", "inpaint_blur_sigma", "keep_unmasked"),
             *("edit_image_auto_resize", "edit_rope_interpolation", "context_image"),
             *("layers", "resolution"),

@@ -81,7 +81,7 @@ VAE_TILES = click.option(
     type=click.Choice(VAE_TILING),
     default="auto",
     show_default=True,
-    help="Decode in tiles: where memory is short for the whole, always, or never.",
+    help="Encode and decode in tiles: where memory is short for the whole, always, or never.",
 )
 ENTITIES = click.option(
     "--entity",

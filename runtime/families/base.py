@@ -123,7 +123,7 @@ class Family(ABC):
     STRENGTHS: ClassVar[Mapping[str, float]]
     """Task -> how much of a picture is drawn anew where a call does not say, as in the reference pipelines."""
     TILING: ClassVar[Tiling]
-    """How a picture is decoded in tiles."""
+    """How the VAE takes a picture in tiles."""
 
     def __init__(self, config: Config, where: str = MANIFEST) -> None:
         self.rope = text_encoder_rope(config.get("text_encoder", {}), f"{where}: config.text_encoder")
@@ -185,6 +185,10 @@ class Family(ABC):
     @abstractmethod
     def denoiser_widths(self) -> tuple[int, int]:
         """How wide the denoiser is, and its feed-forward."""
+
+    @abstractmethod
+    def denoiser_heads(self) -> int:
+        """How many heads the denoiser's attention has."""
 
     @abstractmethod
     def vae_channels(self) -> int:
@@ -367,12 +371,22 @@ class ConditionedFamily(PictureFamily):
         """
 
     @abstractmethod
-    def masked_constants(self, segments: Sequence[Array], regions: NDArray[np.bool_], height: int, width: int) -> Feeds:
-        """Inputs of ``denoiser.masked`` that stay the same over all steps.
+    def masked_constants(
+        self,
+        bundle: Bundle,
+        segments: Sequence[Array],
+        regions: NDArray[np.bool_],
+        height: int,
+        width: int,
+        beside: Beside | None,
+    ) -> Feeds:
+        """Inputs of ``denoiser.masked``, or of ``denoiser.masked_conditions``, that stay the same over all steps.
 
         Args:
+            bundle: an open bundle.
             segments: what the conditioner gave for the prompt of each region, and last for that of the whole.
-            regions: bool (regions, image tokens), which tokens each region has.
+            regions: bool (regions, image tokens), which tokens each region has, those of pictures beside it last.
             height: of the picture.
             width: of the picture.
+            beside: the pictures beside it.
         """

@@ -167,6 +167,10 @@ class QwenImage(ConditionedFamily):
         width = self.transformer.num_attention_heads * self.transformer.attention_head_dim
         return width, 4 * width
 
+    def denoiser_heads(self) -> int:
+        """As its config has them."""
+        return self.transformer.num_attention_heads
+
     def vision_widths(self) -> tuple[int, int]:
         """As its config has them."""
         return self.vision.hidden_size, self.vision.intermediate_size
@@ -195,37 +199,51 @@ class QwenImage(ConditionedFamily):
 
         Layers have the frames 0 and on, and what is taken apart has -1: ``QwenEmbedLayer3DRope`` of diffusers.
         """
-        own = (height // 16, width // 16)
+        cos, sin = self._tables([text.tokens], (height // 16, width // 16), beside)
+        return {"text": text.conditioning, "cos": cos, "sin": sin, **self._conditions(bundle, beside)}
+
+    def _tables(self, lengths: Sequence[int], own: tuple[int, int], beside: Beside) -> Tables:
+        """Of the tokens of prompts of these lengths, of what is drawn, and of the pictures beside it."""
         images = [image_positions(*own, frame) for frame in range(beside.frames)]
         for frame, other in enumerate(beside.grids, start=-1 if self.transformer.use_layer3d_rope else 1):
             sampled = beside.interpolated and other != own
             images.append(sampled_positions(*other, own, frame) if sampled else image_positions(*other, frame))
         least = len(images) - 1 if self.transformer.use_layer3d_rope else 0
-        positions = np.concatenate([text_positions(text.tokens, [own, *beside.grids], least), *images])
-        cos, sin = tables(positions, self.transformer)
-        condition = np.concatenate(beside.latents, axis=1)
-        feeds = {"condition": condition, "text": text.conditioning, "cos": cos, "sin": sin}
+        texts = [text_positions(length, [own, *beside.grids], least) for length in lengths]
+        return tables(np.concatenate([*texts, *images]), self.transformer)
+
+    def _conditions(self, bundle: Bundle, beside: Beside) -> Feeds:
+        """The tokens of the pictures beside what is drawn, and their rows of modulation where they have some."""
+        feeds: Feeds = {"condition": np.concatenate(beside.latents, axis=1)}
         if self.transformer.zero_cond_t:
             zero = np.zeros(1, np.float32)
             feeds["condition_modulation"] = self.schedule_inputs(bundle, zero)(0)["modulation"]
         return feeds
 
-    def masked_constants(self, segments: Sequence[Array], regions: NDArray[np.bool_], height: int, width: int) -> Feeds:
+    def masked_constants(
+        self,
+        bundle: Bundle,
+        segments: Sequence[Array],
+        regions: NDArray[np.bool_],
+        height: int,
+        width: int,
+        beside: Beside | None,
+    ) -> Feeds:
         """All prompts' tokens, whose positions begin anew with each; and the mask of ``process_entity_masks``.
 
-        Tokens of an image see each other and the whole's prompt. Those of a region and its prompt see each other.
+        Tokens of images see each other and the whole's prompt. Those of a region and its prompt see each other.
 
         Source: ``QwenImageDiT`` of DiffSynth-Studio 2.1, EliGen.
         """
-        own, lengths = (height // 16, width // 16), [segment.shape[1] for segment in segments]
-        texts = [text_positions(length, [own]) for length in lengths]
-        cos, sin = tables(np.concatenate([*texts, image_positions(*own)]), self.transformer)
+        lengths = [segment.shape[1] for segment in segments]
+        cos, sin = self._tables(lengths, (height // 16, width // 16), beside or Beside((), ()))
         of_whole = np.ones((1, regions.shape[1]), np.bool_)
         segment = np.repeat(np.arange(len(lengths)), lengths)
         seen = np.concatenate([regions, of_whole])[segment]
         tokens = regions.shape[1]
         mask = np.block([[segment[:, None] == segment, seen], [seen.T, np.ones((tokens, tokens), np.bool_)]])
-        return {"text": np.concatenate(segments, axis=1), "cos": cos, "sin": sin, "mask": mask}
+        feeds = {"text": np.concatenate(segments, axis=1), "cos": cos, "sin": sin, "mask": mask}
+        return feeds | (self._conditions(bundle, beside) if beside else {})
 
     def control_inputs(
         self, net: Control, given: ControlPictures, encode: Encode, text: Encoded, height: int, width: int

@@ -55,6 +55,7 @@ class Transformer(msgspec.Struct, frozen=True):
     rope_theta: Positive
     t_scale: Number
     dim: Width = 1
+    n_heads: Small = 1
     siglip_feat_dim: Width | None = None
     """How wide the rows of pictures are, where it takes some."""
 
@@ -160,6 +161,10 @@ class ZImage(SegmentedFamily):
     def denoiser_widths(self) -> tuple[int, int]:
         """A feed-forward is 8/3 as wide."""
         return self.transformer.dim, int(self.transformer.dim / 3 * 8)
+
+    def denoiser_heads(self) -> int:
+        """As its config has them."""
+        return self.transformer.n_heads
 
     def vae_channels(self) -> int:
         """The last upsampler keeps the channels of its level."""

@@ -15,6 +15,7 @@ from zimgkit.runtime.memory.amounts import gigabytes, parse_budget
 from zimgkit.runtime.memory.machine import UNLIMITED, free_memory
 from zimgkit.runtime.memory.needs import (
     BYTES,
+    CONVOLUTIONS,
     ENCODER,
     PICTURES,
     VISION,
@@ -26,6 +27,7 @@ from zimgkit.runtime.memory.needs import (
     stored_bytes,
     widened_bytes,
     with_branches,
+    with_scores,
 )
 from zimgkit.runtime.memory.plan import ALLOWED, Budget, Plan, Shortage, plan
 
@@ -50,8 +52,8 @@ class Picture:
     """Of the longest prompt, template included."""
     batch: int = 1
     """How many are denoised together."""
-    reads: bool = False
-    """Whether the VAE encoder reads a picture for it."""
+    encoded: tuple[int, int] | None = None
+    """Height and width of the largest picture that the VAE encoder reads for it."""
     patches: int = 0
     """Of the largest picture that the vision encoder reads."""
     conditions: int = 0
@@ -75,7 +77,7 @@ class Setting:
     """Whether it computes in the host's memory."""
     vae_tiling: str = "auto"
     tiles_are_served: bool = True
-    """Whether the VAE decoder takes tiles: one that is compiled has its shape profiles."""
+    """Whether the VAE takes tiles: one that is compiled has its shape profiles."""
     in_turn: bool = False
     """Whether engines are opened in turn, whatever fits."""
 
@@ -114,7 +116,7 @@ def fit(where: Setting, picture: Picture, budget: Budget) -> Plan:
 
     Raises:
         OutOfMemoryError: it cannot be; naming what would fit.
-        UsageError: it has to be decoded in tiles, and the VAE decoder was compiled for other sizes.
+        UsageError: the VAE has to take tiles, and was compiled for other sizes.
     """
     found = try_to_fit(where, picture, budget)
     if isinstance(found, Plan):
@@ -141,17 +143,19 @@ def try_to_fit(where: Setting, picture: Picture, budget: Budget, precision: str 
 
 def _try_to_fit(where: Setting, picture: Picture, budget: Budget, precision: str | None) -> Plan | Shortage:
     tiling = where.family.TILING
-    cuts = tiling.cuts(picture.height, picture.width) and where.vae_tiling != "off"
+    larger = picture if tiling.cuts(picture.height, picture.width) else _of_encoder(picture)
+    cuts = tiling.cuts(larger.height, larger.width) and where.vae_tiling != "off"
     if cuts and where.vae_tiling == "on" and not where.tiles_are_served:
-        height, width = tiling.tile(picture.height, picture.width)
+        height, width = tiling.tile(larger.height, larger.width)
         hint = f"compile it for tiles: zimg-export compile {where.bundle.root} --size {width}x{height} --size …"
-        raise UsageError(f"the vae_decoder was not compiled for tiles of {width}x{height}", hint)
+        raise UsageError(f"the VAE was not compiled for tiles of {width}x{height}", hint)
     whole = needs_in(where, picture, precision)
     tiled = None
     if cuts and where.tiles_are_served:
         height, width = tiling.tile(picture.height, picture.width)
-        tile = needs_in(where, replace(picture, height=height, width=width), precision)
-        tiled = whole | {"vae_decoder": tile["vae_decoder"]}
+        encoded = tiling.tile(*picture.encoded) if picture.encoded else None
+        of_tile = needs_in(where, replace(picture, height=height, width=width, encoded=encoded), precision)
+        tiled = whole | {name: of_tile[name] for name in CONVOLUTIONS & whole.keys()}
     if where.vae_tiling == "on" and tiled:
         whole = {}
     found = plan(whole, tiled, budget, in_turn=where.in_turn)
@@ -161,9 +165,17 @@ def _try_to_fit(where: Setting, picture: Picture, budget: Budget, precision: str
 def needs_in(where: Setting, picture: Picture, precision: str | None = None) -> dict[str, Need]:
     """What each component takes for the whole picture, of this precision or another."""
     needs = with_branches(where.bundle, _needs_of_all(where, picture, precision))
-    unused = {ENCODER} if not picture.reads else set()
+    if picture.encoded is not None and ENCODER in needs:
+        needs[ENCODER] = _needs_of_all(where, _of_encoder(picture), precision)[ENCODER]
+    unused = {ENCODER} if picture.encoded is None else set()
     unused |= {VISION, PICTURES} if not picture.patches else set()
     return {name: need for name, need in needs.items() if name not in unused}
+
+
+def _of_encoder(picture: Picture) -> Picture:
+    """Of the size that the VAE encoder reads, where it reads one."""
+    height, width = picture.encoded or (picture.height, picture.width)
+    return replace(picture, height=height, width=width)
 
 
 def _needs_of_all(where: Setting, picture: Picture, precision: str | None) -> dict[str, Need]:
@@ -177,8 +189,11 @@ def _needs_of_all(where: Setting, picture: Picture, precision: str | None) -> di
     stored = stored_bytes(manifest, precision, picture.denoiser)
     own = precision or precision_of(manifest)
     widened = {} if precision else widened_bytes(manifest, where.backend)
+    scores = set() if precision else with_scores(manifest, where.backend)
     in_place = where.bundle.in_place and where.backend == "onnxruntime"
-    needs = host_needs(stored, own, where.family, where.backend, sizes, picture.batch, widened, in_place=in_place)
+    needs = host_needs(
+        stored, own, where.family, where.backend, sizes, picture.batch, widened, scores, in_place=in_place
+    )
     if picture.alternates:
         # What it maps are files that the other has mapped too.
         plain = replace(picture, denoiser="denoiser", alternates=False)
@@ -198,6 +213,8 @@ def choices_that_fit(where: Setting, picture: Picture, budget: Budget) -> Iterat
     if where.host:
         for backend, package in ON_HOST.items():
             other = replace(where, backend=backend)
+            if backend == "openvino" and precision_of(where.bundle.manifest) == "fp8":
+                continue  # It has no kernels for that.
             if backend != where.backend and backend in BACKENDS and find_spec(package) and fits(other):
                 yield f"--backend {backend}"
                 break
@@ -228,7 +245,10 @@ def smaller(picture: Picture) -> Iterator[Picture]:
     for side in range(short - MULTIPLE, 255, -MULTIPLE):
         other = max(MULTIPLE, round(long * side / short / MULTIPLE) * MULTIPLE)
         height, width = (side, other) if picture.height <= picture.width else (other, side)
-        yield replace(picture, height=height, width=width)
+        # What is drawn from another picture has its size; those that are edited keep their own.
+        is_own = picture.encoded == (picture.height, picture.width)
+        encoded = (height, width) if is_own else picture.encoded
+        yield replace(picture, height=height, width=width, encoded=encoded)
 
 
 def _least(where: Setting, picture: Picture, budget: Budget) -> str:
@@ -248,7 +268,7 @@ def line(found: Plan, tiling: object) -> str:
     if found.in_turn:
         parts.append(f"{', '.join(found.in_turn)} opened in turn")
     if found.tiled:
-        parts.append(f"decoded in tiles ({tiling})")
+        parts.append(f"the VAE takes tiles ({tiling})")
     if found.in_place:
         parts.append("ONNX Runtime makes no copies of weights, which is slower")
     if found.rereads:

@@ -6,7 +6,7 @@ The factors were measured with ``benchmarks/engine_memory.py``; OpenVINO's with 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,9 @@ COPIES = {
     ("onnxruntime", "int8-weights"): 1.0,
     ("onnxruntime", "int4-weights"): 1.2,
     # It reads weights where they lie and keeps, from the first run on, those of products as its kernels read them: at
-    # the most all, in the type that it computes in. Of FP8 it keeps bfloat16 twice.
+    # the most all, in the type that it computes in.
     ("openvino", "float32"): 1.1,
     ("openvino", "bfloat16"): 0.9,
-    ("openvino", "fp8"): 3.9,
     ("openvino", "int8"): 1.7,
     ("openvino", "int8-weights"): 1.15,
     ("openvino", "int4-weights"): 1.5,
@@ -36,7 +35,6 @@ COPIES = {
 stored. The others compute on the mapped file."""
 WITHOUT_BFLOAT16 = {
     ("openvino", "bfloat16"): 2.1,
-    ("openvino", "fp8"): 8.0,
     ("openvino", "int4-weights"): 1.9,
 }
 """Likewise on a CPU that does not multiply bfloat16, where that is more."""
@@ -72,6 +70,8 @@ PIXEL_MAPS = 4
 """Feature maps of the VAE decoder that are there at one time, of the picture's size and its most channels there.
 
 Its encoder has half as many, and no picture takes less for that: the decoder follows."""
+SCORES = 2
+"""How often scores are there: ONNX Runtime keeps the memory of those of refiners, which have fewer tokens."""
 PIXELS = 8 * FLOAT
 """Bytes of a pixel in one channel while a picture is put together, cut to bytes and saved."""
 
@@ -154,6 +154,17 @@ def widened_bytes(manifest: Manifest, backend: str) -> dict[str, float]:
     }
 
 
+def with_scores(manifest: Manifest, backend: str) -> set[str]:
+    """The components whose attention keeps all scores, where they compute in the host's memory.
+
+    Those that ONNX Runtime has no graph for CPUs of, of bundles from before there were any.
+    """
+    if backend != "onnxruntime":
+        return set()
+    is_served = not precision_of(manifest).startswith("int8") or adds_integers_exactly()
+    return {name for name, entry in manifest.components.items() if not is_served or CPU_GRAPH not in entry.graphs}
+
+
 def host_needs(
     stored: Mapping[str, int],
     precision: str,
@@ -162,6 +173,7 @@ def host_needs(
     sizes: Mapping[str, int],
     batch: int = 1,
     widened: Mapping[str, float] = {},
+    scores: Collection[str] = (),
     *,
     in_place: bool = False,
 ) -> dict[str, Need]:
@@ -176,11 +188,12 @@ def host_needs(
             VAE decoder may be a tile's.
         batch: pictures that are denoised together.
         widened: as :func:`widened_bytes` gives it.
+        scores: as :func:`with_scores` gives it.
         in_place: whether ONNX Runtime makes no copies of weights.
     """
     table = COPIES if multiplies_bfloat16() else COPIES | WITHOUT_BFLOAT16
     copies = 0.0 if in_place else table.get((backend, precision), 0.0)
-    working = _working(family, sizes, batch, cast=precision != "float32")
+    working = _working(family, sizes, batch, scores, cast=precision != "float32")
     held = {name: widened.get(name, copies * size) for name, size in stored.items()}
     for name in CONVOLUTIONS & held.keys():
         # Whatever convolutions are stored in, their kernels are computed with in float32.
@@ -200,7 +213,7 @@ def device_needs(
     bundle: Bundle, family: Family, backend: str, sizes: Mapping[str, int], batch: int = 1, denoiser: str = DENOISER
 ) -> dict[str, Need]:
     """Likewise on a device of its own. A plan's working memory, for its largest shapes, is among its bytes."""
-    working = _working(family, sizes, batch, cast=False)
+    working = _working(family, sizes, batch, (), cast=False)
     return {
         name: Need(
             held=engine_bytes(bundle, component, backend),
@@ -250,13 +263,15 @@ def engine_bytes(bundle: Bundle, component: str, backend: str) -> int:
     return max(sizes, default=bundle.component(component).weight_bytes)
 
 
-def _working(family: Family, sizes: Mapping[str, int], batch: int, *, cast: bool) -> dict[str, float]:
+def _working(
+    family: Family, sizes: Mapping[str, int], batch: int, scores: Collection[str], *, cast: bool
+) -> dict[str, float]:
     """Working memory in float32, by component."""
     encoder, denoiser = family.text_encoder_widths(), family.denoiser_widths()
     pixels = 64 * sizes["height"] * sizes["width"]
     # Layers are decoded one by one, and put together all at once.
     autoencoder = pixels * (PIXEL_MAPS * FLOAT * family.vae_channels() + PIXELS * sizes.get("planes", 3))
-    return {
+    found = {
         VISION: _transformer(family.vision_widths(), sizes.get("patches", 0), cast=cast),
         "text_encoder": _transformer(encoder, sizes["tokens"], cast=cast),
         "conditioner": _transformer(denoiser, sizes["tokens"], cast=cast),
@@ -265,6 +280,12 @@ def _working(family: Family, sizes: Mapping[str, int], batch: int, *, cast: bool
         ENCODER: autoencoder,
         "vae_decoder": autoencoder,
     }
+    if "denoiser" in scores:
+        found["denoiser"] += SCORES * FLOAT * batch * family.denoiser_heads() * sizes["all_tokens"] ** 2
+    for name in CONVOLUTIONS.intersection(scores):
+        # The one attention is where maps are smallest.
+        found[name] = max(found[name], FLOAT * (sizes["height"] * sizes["width"]) ** 2)
+    return found
 
 
 def _transformer(widths: tuple[int, int], tokens: int, *, cast: bool) -> float:

@@ -43,7 +43,7 @@ class Plan:
     in_turn: tuple[str, ...]
     """Those whose engines are closed when they are done."""
     tiled: bool
-    """Whether the picture is decoded in tiles."""
+    """Whether the VAE takes tiles."""
     peak: int
     """The most memory it takes, in bytes, weights in mapped files included."""
     rereads: tuple[str, ...] = ()

@@ -70,6 +70,7 @@ KEYS: dict[str, tuple[str, type]] = {
 
 INPUT_FILES = {
     "Input image": "image",
+    "Start image": "input_image",
     "Mask": "mask_image",
     "Context image": "context_image",
     "Entity masks": "eligen_entity_masks",
@@ -125,7 +126,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is merged into the bundle: files, scales and the beginnings of hashes."""
     backend: str | None = None
     vae_tiling: str | None = None
-    """Size and stride of the tiles it was decoded in, such as ``"1024/768"``."""
+    """Size and stride of the tiles that the VAE took, such as ``"1024/768"``."""
     version: str | None = None
     """The program and its version, such as ``"zimgkit 0.1.0"``."""
 

@@ -1,4 +1,4 @@
-"""Decoding a picture in tiles that overlap, blended linearly: memory for a tile is enough for any picture."""
+"""A picture decoded or encoded in tiles that overlap, blended linearly: memory for a tile is enough for any."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def starts(side: int, size: int, overlap: int) -> list[int]:
     return [(side - size) * index // (count - 1) for index in range(count)]
 
 
-def weights(side: int, size: int, overlap: int) -> list[Array]:
-    """What each tile counts for along a side, in pixels; the weights of every pixel add up to one.
+def weights(side: int, size: int, overlap: int, scale: int = 1) -> list[Array]:
+    """What each tile counts for along a side; the weights of every element add up to one.
 
     A tile's weight falls off linearly where it overlaps with its neighbours, and not at the picture's edges.
 
@@ -69,51 +69,55 @@ def weights(side: int, size: int, overlap: int) -> list[Array]:
         side: of the picture, in pixels.
         size: of a tile.
         overlap: of neighbours.
+        scale: pixels of an element.
     """
-    begins = [SCALE * start for start in starts(side // SCALE, size // SCALE, overlap // SCALE)]
-    size = min(side, size)
+    begins = [SCALE * start // scale for start in starts(side // SCALE, size // SCALE, overlap // SCALE)]
+    side, size = side // scale, min(side, size) // scale
     total = np.zeros(side)
     ramps = []
     for begin in begins:
         inside = np.arange(size) + 0.5
-        left = inside / overlap if begin > 0 else np.ones(size)
-        right = (size - inside) / overlap if begin + size < side else np.ones(size)
+        left = scale * inside / overlap if begin > 0 else np.ones(size)
+        right = scale * (size - inside) / overlap if begin + size < side else np.ones(size)
         ramps.append(np.minimum(1, np.minimum(left, right)))
         total[begin : begin + size] += ramps[-1]
     return [(ramp / total[begin : begin + size]).astype(np.float32) for begin, ramp in zip(begins, ramps, strict=True)]
 
 
-def decode_tiled(
-    decode: Callable[[Array], Array],
-    latents: Array,
+def run_tiled(
+    run: Callable[[Array], Array],
+    whole: Array,
     tiling: Tiling,
+    scales: tuple[int, int],
     progress: Callable[[int, int], None],
 ) -> Array:
-    """Decode one picture tile by tile.
+    """Decode or encode one picture tile by tile.
 
     Args:
-        decode: latents (1, channels, h, w) to pixels (1, 3 or 4, 8h, 8w), float32.
-        latents: of the whole picture.
+        run: of a tile, float32 (1, channels, h, w) to float32 (1, channels, h, w).
+        whole: what it is given, of the whole picture.
         tiling: the tiles.
+        scales: pixels of an element each way, of what it is given and of what it gives: 1, or 8 of latents.
         progress: called with how many tiles are done, and how many there are.
 
     Returns:
-        Pixels (1, 3 or 4, 8h, 8w), float32.
+        What it gives for the whole picture, float32.
     """
-    rows, columns = latents.shape[2:]
+    taken, given = scales
+    rows, columns = (side * taken // SCALE for side in whole.shape[2:])
     size, overlap = tiling.size // SCALE, tiling.overlap // SCALE
     tops, lefts = starts(rows, size, overlap), starts(columns, size, overlap)
-    down = weights(SCALE * rows, tiling.size, tiling.overlap)
-    across = weights(SCALE * columns, tiling.size, tiling.overlap)
+    down, across = (weights(SCALE * side, tiling.size, tiling.overlap, given) for side in (rows, columns))
     places = [(row, column) for row in range(len(tops)) for column in range(len(lefts))]
     for done, (row, column) in enumerate(places):
         progress(done, len(places))
-        top, left = tops[row], lefts[column]
-        tile = decode(latents[:, :, top : top + size, left : left + size])
+        top, left = SCALE * tops[row], SCALE * lefts[column]
+        own = (slice(begin // taken, (begin + tiling.size) // taken) for begin in (top, left))
+        tile = run(whole[:, :, *own])
         channels, height, width = tile.shape[1:]
         if not done:
-            picture = np.zeros((1, channels, SCALE * rows, SCALE * columns), np.float32)
-        y, x = SCALE * top, SCALE * left
+            picture = np.zeros((1, channels, SCALE * rows // given, SCALE * columns // given), np.float32)
+        y, x = top // given, left // given
         picture[:, :, y : y + height, x : x + width] += tile * down[row][:, None] * across[column]
     progress(len(places), len(places))
     return picture

@@ -38,9 +38,10 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(text.max_tokens)
 
-    def encode(self, prompt: str) -> NDArray[np.int64]:
-        """Token ids of the prompt within its template, as :meth:`encode_whole` gives them."""
-        return self.encode_whole(f"{self._text.prefix}{prompt}{self._text.suffix}")
+    def encode(self, prompt: str, template: TextConfig | None = None) -> NDArray[np.int64]:
+        """Token ids of the prompt within its template, or another, as :meth:`encode_whole` gives them."""
+        text = template or self._text
+        return self.encode_whole(f"{text.prefix}{prompt}{text.suffix}")
 
     def encode_whole(self, text: str) -> NDArray[np.int64]:
         """Token ids of a prompt that stands within its template, or of a piece of one, (1, T).

@@ -76,7 +76,14 @@ def _qwen_image() -> dict[str, Part]:
     denoiser = qwen_image_variants.entity_parts(TINY)["denoiser"]
     plain = qwen_image_variants.edit_parts(TINY)["denoiser"].variants
     at_zero = qwen_image_variants.edit_parts(TINY | {"zero_cond_t": True})["denoiser"].variants
-    variants = {**denoiser.variants, **plain, "conditions-at-zero": at_zero["conditions"]}
+    masked = [
+        qwen_image_variants.edit_entity_parts(TINY | {"zero_cond_t": is_zero})["denoiser"].variants["masked_conditions"]
+        for is_zero in (False, True)
+    ]
+    variants = {
+        **denoiser.variants, **plain, "conditions-at-zero": at_zero["conditions"],
+        "masked_conditions": masked[0], "masked_conditions-at-zero": masked[1],
+    }  # fmt: skip
     return {**text_encoder.edit_parts(config), "denoiser": replace(denoiser, variants=variants)}
 
 

@@ -24,7 +24,9 @@ SIZES = {
         {"batch": 3, "image_tokens": 1, "condition_tokens": 1, "text_tokens": 1, "all_tokens": 3},
     ),
 }
-SIZES["denoiser.masked"], SIZES["denoiser.conditions-at-zero"] = SIZES["denoiser"], SIZES["denoiser.conditions"]
+SIZES["denoiser.masked"] = SIZES["denoiser"]
+for _name in ("conditions-at-zero", "masked_conditions", "masked_conditions-at-zero"):
+    SIZES[f"denoiser.{_name}"] = SIZES["denoiser.conditions"]
 Z_IMAGE_SIZES = {
     "vision_encoder": ({"patches": 30}, {"patches": 1}),
     "denoiser": (

@@ -63,6 +63,7 @@ LEFT = {"inpaint_mask": mask(150, 70, (0, 0.1, 0.55, 0.9))}
 """Neither of the picture's size nor of its shape."""
 FEW = {"num_inference_steps": 2}
 BLURRED = {"inpaint_blur_size": 2, "inpaint_blur_sigma": 1.5}
+UNRESIZED = {"edit_image_auto_resize": False}
 EDITED = {"edit_image_auto_resize": False, "edit_rope_interpolation": True}
 CONTEXT = {"prompt": "Context_Control. a red cup on a table"}
 SOFT = Image.merge("RGB", [picture(96, 128, 17).getchannel(0)] * 3)
@@ -134,6 +135,29 @@ CASES = {
         "z-image", UNGUIDED | ODD | FEW, pictures=(picture(72, 52, 10),), is_positive_only=True
     ),
     "z-image-i2l.both": Case("z-image", GUIDED | ODD | FEW, pictures=(picture(32, 32, 11),) * 3),
+    "qwen-image-edit-img2img.guided": Case(
+        "qwen-image-edit",
+        UNRESIZED | GUIDED | WIDE | FROM_WIDE | {"denoising_strength": 0.6, "edit_image": picture(112, 80, 8)},
+    ),
+    "qwen-image-edit-img2img.masked": Case(
+        "qwen-image-edit",
+        UNRESIZED | UNGUIDED | ODD | FROM_ODD | LEFT | {"denoising_strength": 0.8, "edit_image": picture(64, 96, 9)},
+    ),
+    "qwen-image-edit-eligen.guided": with_lora(
+        "qwen-image-edit", UNRESIZED | GUIDED | TWO_THINGS | WIDE | FEW | {"edit_image": picture(96, 64, 10)}
+    ),
+    "qwen-image-edit-eligen.on-negative": with_lora(
+        "qwen-image-edit",
+        UNRESIZED
+        | GUIDED
+        | THREE_THINGS
+        | ODD
+        | FEW
+        | {"eligen_enable_on_negative": True, "edit_image": picture(48, 80, 11)},
+    ),
+    "qwen-image-context-eligen.guided": with_lora(
+        "qwen-image", GUIDED | CONTEXT | TWO_THINGS | ODD | FEW | {"context_image": picture(90, 70, 12)}
+    ),
     "qwen-image-eligen.overlapping": with_lora("qwen-image", UNGUIDED | THREE_THINGS | ODD | FEW),
     "z-image-control.guided": controlled(GUIDED | SMALL_FEW, image=EDGES, scale=0.8),
     "z-image-control.odd": controlled(UNGUIDED | ODD | FEW, image=picture(48, 80, 11), scale=0.35),

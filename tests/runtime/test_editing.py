@@ -11,7 +11,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from diffusers import QwenImageEditInpaintPipeline
+from diffusers.pipelines.qwenimage import (
+    pipeline_qwenimage_edit,
+    pipeline_qwenimage_edit_inpaint,
+    pipeline_qwenimage_edit_plus,
+)
 
 from tests import reference
 from tests.runtime.test_from_pictures import mask, picture
@@ -59,7 +64,7 @@ def small(ours, monkeypatch):
     smaller = replace(ours.bundle, manifest=manifest)
     monkeypatch.setattr(ours.session, "bundle", smaller)
     monkeypatch.setattr(ours.session.conditioner, "bundle", smaller)
-    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_inpaint, pipeline_qwenimage_edit_plus):
         known = module.calculate_dimensions
         monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio, f=known: f(area // SMALLER, ratio))
 
@@ -171,6 +176,67 @@ class TestReading:
         np.testing.assert_array_equal(mine, ours("one", seed=1, image=image, **self.CALL).images)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("small")
+def test_from_another_picture(kind, ours, theirs, masked):
+    """In DiffSynth's words, which has one picture to start from and others to edit."""
+    images, start = several(kind, picture(97, 61, 1), picture(64, 80, 2)), picture(64, 48, 3)
+    where = mask(64, 48, "disc")
+    call = {"height": 48, "width": 64, "true_cfg_scale": 2.5, "negative_prompt": "blurry"}
+    anew = np.asarray(where)[::8, ::8] / 255 if masked else None
+    more = reference.start_from(theirs, start, seed=4, strength=0.7, steps=3, packed=True, drawn_anew=anew)
+    expected = reference.draw(theirs, "make the cup blue", seed=4, image=images, **call, **more)
+    call |= {"mask_image": where} if masked else {}
+    found = ours(
+        "make the cup blue", seed=4, edit_image=images, input_image=start, denoising_strength=0.7,
+        num_inference_steps=3, output_type="np", **call,
+    ).images  # fmt: skip
+    assert np.abs(found - expected).max() < BOUND
+
+
+@pytest.mark.parametrize(
+    ("size", "steps", "strength", "scale", "seed"), [((128, 128), 4, 0.6, None, 0), ((150, 100), 3, 0.85, 3.0, 1)]
+)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("small")
+def test_within_a_mask(kind, ours, theirs, size, steps, strength, scale, seed):
+    if kind != "edit":
+        pytest.skip("diffusers has a pipeline of the first checkpoint alone")
+    inpaint = QwenImageEditInpaintPipeline(**theirs.components)
+    inpaint.set_progress_bar_config(disable=True)
+    call = {
+        "image": picture(*size, seed), "mask_image": mask(*size, "disc"), "strength": strength,
+        "num_inference_steps": steps, "true_cfg_scale": scale or 1.0, "negative_prompt": "blurry" if scale else None,
+    }  # fmt: skip
+    expected = reference.draw(inpaint, "make the cup blue", seed=seed, **call)
+    found = ours("make the cup blue", seed=seed, output_type="np", **call).images
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < BOUND
+    del call["mask_image"]
+    whole = ours("make the cup blue", seed=seed, output_type="np", **call).images
+    assert np.abs(found - whole).max() > 100 * BOUND
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("small")
+def test_it_starts_from_the_first_picture_where_none_is_named(kind, ours):
+    images = several(kind, picture(97, 61, 1), picture(64, 80, 2))
+    call = {"height": 48, "width": 64, "seed": 1, "num_inference_steps": 2, "output_type": "latent"}
+    named = ours("one", edit_image=images, input_image=picture(97, 61, 1), denoising_strength=0.5, **call)
+    found = ours("one", image=images, denoising_strength=0.5, **call)
+    np.testing.assert_array_equal(found.images, named.images)
+    alone = ours("one", input_image=picture(97, 61, 1), strength=0.5, **call).request.inputs
+    assert alone.image is alone.references[0]
+    assert found.request.inputs.image is found.request.inputs.references[0]
+
+
+def test_the_size_follows_what_it_starts_from(kind, ours):
+    images, start = several(kind, picture(300, 200), picture(160, 90)), picture(100, 200)
+    request = check(ours.bundle.manifest, ours.session.family, prompt="x", image=images, input_image=start)
+    assert (request.width, request.height) == (736, 1440)
+
+
 def test_the_size_follows_the_last_picture(kind, ours):
     images = several(kind, picture(300, 200), picture(160, 90))
     request = check(ours.bundle.manifest, ours.session.family, prompt="x", image=images)
@@ -193,8 +259,11 @@ def test_a_plan_knows_of_the_pictures(kind, ours):
         ({}, "there is no picture to edit; give it as image"),
         ({"image": []}, "there is no picture to edit"),
         ({"image": [picture(32, 32)] * 4}, "image has 4 pictures; this bundle takes (one|3 at most)"),
-        ({"image": picture(32, 32), "strength": 0.5}, "strength is given, and this bundle edits whole pictures"),
-        ({"image": picture(32, 32), "mask_image": mask(32, 32)}, "mask_image is given, and this bundle edits"),
+        ({"strength": 0.5}, "there is no picture to edit"),
+        ({"mask_image": mask(32, 32)}, "there is no picture to edit"),
+        ({"image": picture(32, 32), "strength": 0}, "strength is 0, which draws nothing anew"),
+        ({"image": picture(32, 32), "mask_blur": 3}, "mask_blur is given, and no mask"),
+        ({"image": picture(32, 32), "input_image": "gone.png"}, "input_image gone.png does not exist"),
         ({"image": picture(2000, 9)}, "image is 222 times as wide as high"),
         ({"image": picture(32, 32), "edit_image": picture(32, 32)}, "image and edit_image are both given"),
         ({"image": "missing.png"}, "image missing.png does not exist"),

@@ -155,7 +155,7 @@ class TestForms:
         told: list[tuple[int, int]] = []
         monkeypatch.setattr(ours.session, "report", lambda stage, *told_of: stage == "decode" and told.append(told_of))
         tiled = ours(PROMPT, seed=3, output_type="np", **self.CALL).images
-        ours.session.decoder.set_tiling("auto")
+        ours.session.tiling.set("auto")
         assert np.abs(whole - tiled).mean() < 0.05
         done = [tile for tile, of in told if of == 6]
         assert done == sorted(done)

@@ -64,6 +64,25 @@ def test_same_picture(ours, theirs, sizes, size, prompt, steps, scale, seed):
     assert np.abs(found - expected).max() < BOUND
 
 
+@pytest.mark.parametrize("sizes", [[], [(64, 64)], [(97, 71), (64, 160)]])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_from_another_picture(ours, theirs, sizes, masked):
+    """In DiffSynth's words, which has one picture to start from and others to edit."""
+    images, start, where = [picture(*each, 1) for each in sizes] or None, picture(64, 48, 3), mask(64, 48, "disc")
+    call = {"height": 48, "width": 64, "guidance_scale": 2.5, "negative_prompt": "blurry"}
+    anew = np.asarray(where)[::8, ::8] / 255 if masked else None
+    more = reference.start_from(theirs, start, seed=4, strength=0.7, steps=3, packed=False, drawn_anew=anew)
+    expected = reference.draw(theirs, "a blue cup", seed=4, image=images, **call, **more)
+    call |= {"mask_image": where} if masked else {}
+    found = ours(
+        "a blue cup", seed=4, edit_image=images, input_image=start, denoising_strength=0.7, num_inference_steps=3,
+        output_type="np", **call,
+    )  # fmt: skip
+    assert len(found.request.inputs.references) == len(sizes)
+    assert np.abs(found.images - expected).max() < BOUND
+
+
 def test_larger_pictures_are_reduced(ours, theirs):
     """To what is drawn where a call says it, else to a megapixel; others stay, with their edges cut off."""
     images = [picture(1201, 1000, 1), picture(111, 90, 2)]
@@ -173,9 +192,9 @@ def test_a_picture_carries_what_it_was_drawn_from(bundle_of, tmp_path, monkeypat
         ({"image": picture(63, 70)}, "image is 63x70; this bundle takes sides of 64 pixels and more"),
         ({"image": [picture(64, 70), picture(600, 64)]}, "image 2 is 9.4 times as wide as high; crop it to 8 at most"),
         ({"image": picture(2600, 410), "height": 16, "width": 16}, "image is 40x6 at 256 pixels; give a larger"),
-        ({"image": picture(64, 64), "strength": 0.5}, "strength is given, and this bundle edits whole pictures"),
-        ({"strength": 0.5}, "strength is given, and this bundle edits whole pictures"),
-        ({"image": picture(64, 64), "mask_image": mask(64, 64)}, "mask_image is given, and this bundle edits"),
+        ({"strength": 0.5}, "strength is given, and no image; give the picture to start from"),
+        ({"mask_image": mask(64, 64)}, "mask_image is given, and no image"),
+        ({"image": picture(64, 64), "keep_unmasked": True}, "keep_unmasked is given, and no mask"),
         ({"edit_image_auto_resize": False}, "edit_image_auto_resize is given, and no image; give the picture to edit"),
         ({"image": picture(64, 64), "edit_rope_interpolation": True}, "this bundle has nothing like it"),
         ({"image": picture(64, 64), "height": "64"}, "height is '64'; give a whole number"),

@@ -19,6 +19,9 @@ TASKS = {
     "qwen-image-eligen": ("regions",),
     "qwen-image-edit-lowres-fix": (),
     "qwen-image-control": (),
+    "qwen-image-edit-img2img": (),
+    "qwen-image-edit-eligen": ("regions",),
+    "qwen-image-context-eligen": ("context", "regions"),
 }
 NAMES = [name for system in TASKS for name in recordings.names(system)]
 
@@ -72,11 +75,12 @@ def test_what_the_denoiser_takes_in(recorded, pipeline):
         np.testing.assert_allclose(np.concatenate(tokens), seen["hidden_states"], atol=1e-4)
     finally:
         job.release()
-    texts = [request.prompts[0], *request.inputs.eligen_entity_prompts]
-    rows = session.conditioner._read(request, texts, session.conditioner._references(request))
-    names = ["prompt_embeds", *(f"entity_prompt_embeds.{index}" for index in range(len(texts) - 1))]
-    for text, key in zip(texts, names, strict=True):
-        np.testing.assert_allclose(rows[text][0], seen[key], atol=1e-4)
+    read, of_regions = session.conditioner._read, request.inputs.eligen_entity_prompts
+    ((whole,),) = read(request, request.prompts, session.conditioner._references(request)).values()
+    np.testing.assert_allclose(whole, seen["prompt_embeds"], atol=1e-4)
+    rows = read(request, of_regions, None, session.family.TEXT)
+    for index, text in enumerate(of_regions):
+        np.testing.assert_allclose(rows[text][0], seen[f"entity_prompt_embeds.{index}"], atol=1e-4)
 
 
 def test_there_are_recordings():

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -19,7 +21,7 @@ from onnx import TensorProto, helper
 
 from tests import handmade
 from zimgkit.engines.base import open_engine
-from zimgkit.engines.bundle import Bundle, Component, TensorSpec
+from zimgkit.engines.bundle import Bundle, Component, Quantization, TensorSpec
 from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError
 from zimgkit.engines.openvino import api, engine, graph
 from zimgkit.engines.torch.engine import open_engine as open_torch
@@ -280,6 +282,13 @@ class TestDevices:
         monkeypatch.setattr(engine, "_compile", full)
         with pytest.raises(OutOfMemoryError, match="OpenVINO cannot load net: out of memory; ask for"):
             open_engine(single(tmp_path / "bundle"), "net", "openvino")
+
+    def test_fp8(self, tmp_path: Path) -> None:
+        """Opening would take several times the stored weights."""
+        bundle = single(tmp_path / "bundle")
+        quantized = msgspec.structs.replace(bundle.manifest, quantization=Quantization("fp8"))
+        with pytest.raises(BackendError, match=r"no kernels for float8 on CPUs: .*onnxruntime, or .*int8$"):
+            open_engine(replace(bundle, manifest=quantized), "net", "openvino")
 
 
 class TestInstallation:

@@ -12,8 +12,10 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zimgkit.engines.errors import BackendError
+from zimgkit.engines.torch import layers
 from zimgkit.engines.torch.graph import compile_graph, read_constant, run
 from zimgkit.engines.torch.ops import HOST_INPUTS, ONLY, OPS
 
@@ -476,3 +478,11 @@ def test_products_in_bfloat16_are_rounded_once(case: Case) -> None:
     exact = OPS[operator](*(t if t is None else t.double() for t in tensors), **own)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=2**-16)
+
+
+def test_attention_keeps_no_scores_of_what_is_transposed():
+    """As pixels are, whose channels come first. PyTorch's kernel without scores takes heads one after another alone."""
+    q, k, v = (torch.randn(1, 1, 16, 64).transpose(2, 3) for _ in range(3))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        found = layers.attention(q, k, v)
+    torch.testing.assert_close(found, torch.softmax(q @ k.mT / 4, -1) @ v)

@@ -13,8 +13,11 @@ from tests.reference import randomize
 from zimgkit.export.networks.qwen_image import QwenImageConditioner, QwenImageDenoiser, modulation_tensors, read_config
 from zimgkit.export.networks.qwen_image_variants import (
     ConditionedDenoiser,
+    MaskedConditionedDenoiser,
     MaskedDenoiser,
+    MaskedZeroConditionedDenoiser,
     ZeroConditionedDenoiser,
+    edit_entity_parts,
     edit_parts,
     entity_parts,
 )
@@ -112,19 +115,37 @@ def test_layers(layers):
     assert close(found, expected)
 
 
+def random_mask(size, seed):
+    """A mask, and diffusers' attention with it."""
+    mask = torch.rand(size, size, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask |= torch.eye(len(mask), dtype=torch.bool)
+    dispatch = transformer_qwenimage.dispatch_attention_fn
+    return mask, lambda *given, **named: dispatch(*given, **(named | {"attn_mask": mask[None, None]}))
+
+
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+@torch.inference_mode()
+def test_a_mask_and_conditions(zero_cond_t, monkeypatch):
+    config, shapes, tokens = TINY | {"zero_cond_t": zero_cond_t}, [(1, 5, 6), (1, 5, 6), (1, 3, 7)], 9
+    model = reference(config, 3)
+    target, condition, embeds, cos, sin = inputs_of(model, config, shapes, tokens, 0.5, 3, batch=2)
+    mask, masked = random_mask(tokens + 81, 3)
+    monkeypatch.setattr(transformer_qwenimage, "dispatch_attention_fn", masked)
+    expected = run_reference(model, shapes, target, condition, embeds, 0.5)
+    text, rows = ours(QwenImageConditioner, model, config)(embeds), [modulation(model, 0.5)]
+    kind = MaskedZeroConditionedDenoiser if zero_cond_t else MaskedConditionedDenoiser
+    rows += [modulation(model, 0.0)] if zero_cond_t else []
+    found = ours(kind, model, config)(target, condition, text, *rows, cos, sin, mask).numpy()
+    assert close(found, expected)
+
+
 @pytest.mark.parametrize(("tokens", "seed"), [(7, 0), (40, 1)])
 @torch.inference_mode()
 def test_a_mask(tokens, seed, monkeypatch):
     """Diffusers passes on a mask that it is handed; here each token sees itself and half of the others."""
     model, shapes = reference(TINY, seed), [(1, 5, 6)]
     target, condition, embeds, cos, sin = inputs_of(model, TINY, shapes, tokens, 0.5, seed, batch=2)
-    mask = torch.rand(tokens + 30, tokens + 30, generator=torch.Generator().manual_seed(seed)) < 0.5
-    mask |= torch.eye(len(mask), dtype=torch.bool)
-    dispatch = transformer_qwenimage.dispatch_attention_fn
-
-    def masked(*given, **named):
-        return dispatch(*given, **(named | {"attn_mask": mask[None, None]}))
-
+    mask, masked = random_mask(tokens + 30, seed)
     text, rows = ours(QwenImageConditioner, model, TINY)(embeds), modulation(model, 0.5)
     network = ours(MaskedDenoiser, model, TINY)
     unmasked = run_reference(model, shapes, target, condition, embeds, 0.5)
@@ -141,7 +162,7 @@ def test_variants_have_the_denoisers_parameters(change):
     with torch.device("meta"):
         whole = {name: tuple(value.shape) for name, value in QwenImageTransformer2DModel(**config).state_dict().items()}
     assert modulation_tensors(read_config(config)).items() <= whole.items()
-    for parts in (edit_parts(config), entity_parts(config)):
+    for parts in (edit_parts(config), entity_parts(config), edit_entity_parts(config)):
         assert {name: shape for part in parts.values() for name, shape in part.stored_shapes().items()} == whole
         (variant,) = parts["denoiser"].variants.values()
         assert variant.parameters() == parts["denoiser"].parameters()

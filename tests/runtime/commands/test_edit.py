@@ -44,10 +44,31 @@ def test_several_pictures_and_again(bundle_of, here):
 
 
 @pytest.mark.parametrize(
+    ("options", "start"),
+    [
+        (("--image", "room.png", "--strength", "0.6"), None),
+        (("--image", "room.png", "--mask", "left.png", "--image", "chair.jpg"), None),
+        (("--image", "room.png", "--input-image", "chair.jpg", "--denoising-strength", "0.6"), "chair.jpg"),
+        (("--image", "room.png", "--input-image", "chair.jpg", "--mask", "left.png"), "chair.jpg"),
+    ],
+)
+def test_from_a_picture_and_again(bundle_of, here, options, start):
+    bundle = bundle_of("qwen-image-edit-plus")
+    found = invoke(main, "generate", "put it there", "--bundle", bundle, *options, *SIZE, "-o", "a.png", "--json")
+    assert found.code == 0, found.err
+    parameters = json.loads(found.out)["parameters"]
+    assert (parameters["input_image"] or {}).get("name") == start if start else "input_image" not in parameters
+    again = invoke(main, "generate", "--from-image", "a.png", "--bundle", bundle, "-o", "b.png", "--quiet")
+    assert again.code == 0, again.err
+    assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ((), "there is no picture to edit"),
-        (("--image", "room.png", "--strength", "0.5"), "this bundle edits whole pictures"),
+        (("--strength", "0.5"), "there is no picture to edit"),
+        (("--image", "room.png", "--mask-blur", "2"), "mask_blur is given, and no mask"),
         (("--image", "room.png") * 4, "image has 4 pictures; this bundle takes 3 at most"),
         (("--image", "room.png", "--context-image", "room.png"), "built for edit, not for context"),
         (("--image", "room.png", "--entity", "a cup", "left.png"), "built for edit, not for regions"),
@@ -105,11 +126,17 @@ def test_a_checkpoint_that_edits_is_what_its_class_says(checkpoint_of, bundle_of
         assert components[name]["relative_max_error"] < 1e-4
 
 
-@pytest.mark.parametrize("precision", ["int8-weights", "int8"])
+@pytest.mark.parametrize("precision", ["int8-weights", "int8", "fp8"])
 def test_it_is_quantized(checkpoint_of, bundle_of, here, precision):
-    """Weights alone, and with inputs that were calibrated on pictures."""
+    """Weights alone, whose cost is measured on pictures, and with inputs that were calibrated on them."""
     build = ("build", "--model", checkpoint_of("qwen-image-edit"), "--precision", precision, "--quiet", "--out", "q")
-    if precision == "int8":
+    if precision == "int8-weights":
+        (here / "one.txt").write_text("make it blue\n")
+        build += ("--measure", "--cost-size", "32x32", "--cost-steps", 1, "--cost-prompts", "one.txt")
+        refused = invoke(export, *build)
+        refused.assert_refused("is measured on pictures; name some with --calibration-image", 2)
+        build += ("--calibration-image", "room.png")
+    else:
         small = ("--calibration-size", "32x32", "--calibration-steps", 2)
         refused = invoke(export, *build, *small)
         refused.assert_refused("is calibrated on pictures; name some with --calibration-image", 2)
@@ -117,6 +144,10 @@ def test_it_is_quantized(checkpoint_of, bundle_of, here, precision):
         build = (*build, *small, "--calibration", "words.txt", "--calibration-image", "room.png")
     found = invoke(export, *build)
     assert found.code == 0, found.err
+    cost = Bundle.open(here / "q").manifest.cost
+    if precision == "int8-weights":
+        assert (cost.prompts, cost.width, len(cost.difference.velocity_cosine)) == (("make it blue",), 32, 1)
+        assert 0.9 < cost.cosine < 1
     call = ("generate", "make it blue", "--image", "room.png", *SIZE)
     for bundle, out in (("q", "q.png"), (bundle_of("qwen-image-edit"), "f.png")):
         assert invoke(main, *call, "--bundle", bundle, "-o", out).code == 0

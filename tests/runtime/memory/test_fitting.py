@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests import handmade
@@ -274,3 +275,33 @@ class TestBudget:
             budget_of("50%", host=False)
         assert summary(fit(where(host=False), picture(), Budget()), "-")["budget"] is None
         assert Budget().bound == UNLIMITED
+
+
+@pytest.mark.parametrize("family", ["z-image", "qwen-image"])
+def test_scores_count_where_attention_keeps_them(family: str) -> None:
+    """Carried models of before there were graphs for CPUs; the least is what ``benchmarks/engine_memory.py`` found."""
+    name = {"z-image": "zimg-tiny-z", "qwen-image": "zimg-tiny-qwen"}[family]
+    bundle = Bundle.open(demo_models.locate(name), verify=False)
+    setting = Setting(bundle, family_of(bundle.manifest), "onnxruntime", True)
+    found = needs_in(setting, picture(1024))
+    assert found["vae_decoder"].working > 1100 << 20
+    assert found["denoiser"].working > {"z-image": 576, "qwen-image": 222}[family] << 20
+    without = needs_in(replace(setting, backend="torch"), picture(1024))
+    assert without["vae_decoder"].working < 600 << 20
+    assert without["denoiser"].working < 60 << 20
+
+
+def test_what_is_encoded_counts_at_its_own_size() -> None:
+    setting = where("qwen-image", "float32")
+    encoder = {"vae_encoder": setting.bundle.manifest.components["vae_decoder"]}
+    manifest = msgspec.structs.replace(setting.bundle.manifest, components=setting.bundle.manifest.components | encoder)
+    setting = replace(setting, bundle=replace(setting.bundle, manifest=manifest))
+    small, large = (replace(picture(512), encoded=(side, side)) for side in (512, 1024))
+    working = [needs_in(setting, each)["vae_encoder"].working for each in (small, large)]
+    assert working[1] == pytest.approx(4 * working[0])
+    assert "vae_encoder" not in needs_in(setting, picture(512))
+    assert needs_in(setting, large)["vae_decoder"].working == working[0]
+    assert fit(replace(setting, vae_tiling="on"), large, Budget()).tiled
+    assert not fit(replace(setting, vae_tiling="on"), small, Budget()).tiled
+    assert next(each.encoded for each in smaller(small)) == (496, 496)
+    assert next(each.encoded for each in smaller(large)) == (1024, 1024)

@@ -8,11 +8,13 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import zimgkit.runtime.session as sessions
 from tests.commands import invoke
@@ -22,37 +24,41 @@ from zimgkit.engines.choice import Choice
 from zimgkit.engines.errors import BundleError, OutOfMemoryError, UsageError
 from zimgkit.runtime import Pipeline, demo_models
 from zimgkit.runtime.commands.cli import main
+from zimgkit.runtime.families import family_of
 from zimgkit.runtime.memory import needs
 from zimgkit.runtime.memory.fitting import needs_in
 from zimgkit.runtime.memory.needs import BASE
 from zimgkit.runtime.memory.plan import Budget, opened_bytes, peak_of
 from zimgkit.runtime.pictures.metadata import read
-from zimgkit.runtime.pictures.tiles import Tiling
+from zimgkit.runtime.pictures.resizing import to_pixels
+from zimgkit.runtime.pictures.tiles import SCALE, Tiling, ignored, run_tiled
 from zimgkit.runtime.request import check
 
 MODELS = ("zimg-tiny-z", "zimg-tiny-qwen")
 CALL: dict[str, Any] = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2, "output_type": "np"}
+GRADIENT = np.stack(np.meshgrid(range(0, 256, 2), range(0, 256, 4), [90]), -1)[:, :, 0].astype(np.uint8)
 ALL = ["text_encoder", "conditioner", "denoiser", "vae_decoder"]
 
 
 class Opened:
-    """Opens engines, and notes which; those of the VAE decoder may have too little memory for many latents."""
+    """Opens engines, and notes which; those of the VAE may have too little memory for many latents."""
 
     def __init__(self, room: int = 10**9) -> None:
         self.room = room
-        """The longest side of latents that the VAE decoder takes."""
+        """The longest side of latents that the VAE takes."""
         self.names: list[str] = []
         self.sides: list[tuple[int, int]] = []
 
     def __call__(self, bundle: Bundle, component: str, backend: str, device: str | None) -> Engine:
         self.names.append(component)
         engine = open_engine(bundle, component, backend, device)
-        if component != "vae_decoder":
+        if component not in ("vae_encoder", "vae_decoder"):
             return engine
-        run = engine.run
+        run, scale = engine.run, 8 if component == "vae_encoder" else 1
 
         def limited(feeds: Any, keep: Any = ()) -> Any:
-            self.sides.append(feeds["latents"].shape[2:])
+            height, width = next(iter(feeds.values())).shape[2:]
+            self.sides.append((height // scale, width // scale))
             if max(self.sides[-1]) > self.room:
                 raise OutOfMemoryError("the device is full", "buy memory")
             return run(feeds, keep)
@@ -105,7 +111,7 @@ def test_with_memory_enough_all_stays_open_and_with_little_what_fits(
         assert opened.names == ALL
         session = pipeline.session
         request = check(bundle.manifest, session.family, **CALL)
-        needs = needs_in(session._setting(128, 128), session._picture(request))
+        needs = needs_in(session._setting(request), session._picture(request))
         tight = Budget(total=peak_of(needs, ["vae_decoder"], opened_bytes)[0])
         monkeypatch.setattr(sessions, "budget_of", lambda memory, **more: tight)
         opened.names.clear()
@@ -147,12 +153,48 @@ class TestTiles:
         with Pipeline(bundle, opener=opened, warn=lambda message: None, vae_tiling=vae_tiling) as pipeline:
             if vae_tiling == "auto":
                 found = pipeline(**CALL).images
-                assert pipeline.session.decoder.tiles(128, 128) == "64/32"
+                assert pipeline.session.tiling.tiles(128, 128) == "64/32"
                 with Pipeline(bundle, vae_tiling="on", warn=lambda message: None) as asked:
                     assert np.array_equal(asked(**CALL).images, found)
             else:
                 with pytest.raises(OutOfMemoryError, match="the device is full"):
                     pipeline(**CALL)
+
+    def test_pictures_are_encoded_in_tiles(self, bundle: Bundle, small_tiles: Tiling) -> None:
+        opened, short, warnings = Opened(), Opened(room=8), []
+        call = CALL | {"height": 96, "width": 160, "image": GRADIENT, "strength": 1.0, "num_inference_steps": 1}
+        with Pipeline(bundle) as pipeline:
+            whole = pipeline(**call).images
+        with Pipeline(bundle, opener=opened, warn=warnings.append, vae_tiling="on") as pipeline:
+            found = pipeline(**call).images
+            assert opened.sides == [(8, 8)] * 16
+            assert sum("the picture is encoded in tiles (64/32)" in warning for warning in warnings) == 1
+            pipeline(**call)
+            assert len(opened.sides) == 24  # Its latents are kept.
+            pipeline.disable_vae_tiling()
+            assert np.array_equal(pipeline(**call).images, whole)
+        with Pipeline(bundle, opener=short, warn=lambda message: None) as pipeline:
+            assert np.array_equal(pipeline(**call).images, found)
+            assert short.sides == [(12, 20), *[(8, 8)] * 16]
+        assert 20 < psnr(found, whole) < 80
+
+    def test_where_norms_are_of_single_pixels_tiles_are_close(self) -> None:
+        bundle = Bundle.open(demo_models.locate("zimg-tiny-qwen"))
+        family = family_of(bundle.manifest)
+        pixels = to_pixels(Image.fromarray(GRADIENT).resize((640, 512)))
+
+        def check(component: str, name: str, given: Any, scales: tuple[int, int]) -> Any:
+            with closing(open_engine(bundle, component, "onnxruntime", "cpu")) as engine:
+
+                def run(part: Any) -> Any:
+                    return next(iter(engine.run({name: part}).values()))
+
+                whole, tiled = run(given), run_tiled(run, given, family.TILING, scales, ignored)
+            assert 40 < psnr(tiled / whole.std(), whole / whole.std()) < 80
+            return whole
+
+        moments = check("vae_encoder", "image", pixels, (1, SCALE))
+        check("vae_decoder", "latents", moments[:, : moments.shape[1] // 2], (SCALE, 1))
 
     def test_there_are_three_ways(self, bundle: Bundle) -> None:
         with pytest.raises(UsageError, match=r"vae_tiling is 'always'; choose of auto, on, off"):
@@ -164,7 +206,7 @@ class TestTiles:
         first, again = tmp_path / "first.png", tmp_path / "again.png"
         done = invoke(main, "generate", "a", "--num-inference-steps", 1, "--vae-tiling", "on", "-o", first, "--json")
         assert json.loads(done.out)["memory"]["vae_tiling"] == "64/32"
-        assert "decoded in tiles (64/32)\n" in done.err
+        assert "the VAE takes tiles (64/32)\n" in done.err
         assert read(first).vae_tiling == "64/32"
         assert "VAE tiling: 64/32" in read(first).to_text()
         assert invoke(main, "generate", "--from-image", first, "-o", again).code == 0

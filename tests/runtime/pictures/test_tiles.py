@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zimgkit.runtime.pictures.tiles import SCALE, Array, Tiling, decode_tiled, ignored, starts, weights
+from zimgkit.runtime.pictures.tiles import SCALE, Array, Tiling, ignored, run_tiled, starts, weights
 
 SIDES = st.integers(1, 60).map(lambda side: 2 * SCALE * side)
 TILES = st.integers(2, 20).flatmap(
@@ -59,7 +59,7 @@ def test_where_pixels_depend_on_their_own_latents_tiles_change_nothing(height: i
         seen.append(part.shape[2:])
         return enlarge(part)
 
-    found = decode_tiled(decode, latents, tiling, lambda *progress: done.append(progress))
+    found = run_tiled(decode, latents, tiling, (SCALE, 1), lambda *progress: done.append(progress))
     np.testing.assert_allclose(found, enlarge(latents), atol=1e-6)
     count = tiling.count(SCALE * height, SCALE * width)
     assert set(seen) == {(min(8, height), min(8, width))}
@@ -75,7 +75,7 @@ def test_what_reaches_as_far_as_half_the_overlap_is_exact_beside_the_seams() -> 
         padded = np.pad(part, ((0, 0), (0, 0), (0, 0), (1, 1)))
         return enlarge((padded[..., :-2] + padded[..., 1:-1] + padded[..., 2:]) / 3)
 
-    whole, found = blur(latents), decode_tiled(blur, latents, Tiling(128, 64, is_close=True), ignored)
+    whole, found = blur(latents), run_tiled(blur, latents, Tiling(128, 64, is_close=True), (SCALE, 1), ignored)
     different = np.unique(np.nonzero(np.abs(found - whole) > 1e-6)[3]) // SCALE
     begins = starts(40, 16, 8)
     edges = set(begins[1:]) | {b + 15 for b in begins[:-1]}

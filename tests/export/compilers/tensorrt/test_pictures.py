@@ -31,7 +31,8 @@ RANGES = {
         },
     ],
 }  # fmt: skip
-RANGES["denoiser.conditions-at-zero"] = RANGES["denoiser.conditions"]
+for _name in ("conditions-at-zero", "masked_conditions", "masked_conditions-at-zero"):
+    RANGES[f"denoiser.{_name}"] = RANGES["denoiser.conditions"]
 Z_IMAGE_RANGES = {
     "vision_encoder": [{"patches": (1, 200, 256)}],
     "denoiser": [
