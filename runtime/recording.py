@@ -36,10 +36,9 @@ def record(session: Session, request: Request, index: int, drawn: int) -> Record
     """
     manifest = session.bundle.manifest
     call = {p.name: getattr(request, p.name) for p in PARAMETERS if p.recorded and hasattr(request, p.name)}
-    call |= _inputs(request.inputs, edits=manifest.references is not None) | {
-        "controls": tuple(map(_control, request.controls)) or None
-    }
+    call |= _inputs(request.inputs, edits=manifest.references is not None)
     call |= {
+        "controls": tuple(map(_control, request.controls)) or None,
         "prompt": request.prompts[0],
         "negative_prompt": request.negative_prompts[0] if request.negative_prompts else None,
         "cfg_scale": session.family.cfg_scale(request.guidance_scale),
@@ -54,7 +53,7 @@ def record(session: Session, request: Request, index: int, drawn: int) -> Record
         precision=manifest.precision,
         loras=merged_loras(manifest),
         backend=session.backend,
-        vae_tiling=session.decoder.tiles(request.height, request.width),
+        vae_tiling=session.tiles(request),
         version=f"zimgkit {zimgkit.__version__}",
     )
     return found

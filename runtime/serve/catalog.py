@@ -10,7 +10,7 @@ from pathlib import Path
 
 from zimgkit.engines.bundle import Bundle, Manifest
 from zimgkit.engines.errors import UsageError
-from zimgkit.runtime import demo_models
+from zimgkit.runtime.bundles import open_bundle, place_of
 from zimgkit.runtime.families import Family, family_of
 from zimgkit.runtime.serve.errors import ApiError, unknown_model
 
@@ -90,8 +90,8 @@ def open_models(places: Iterable[str]) -> list[Model]:
     """Open bundles, without reading their weights.
 
     Args:
-        places: folders or names of carried models, each after ``NAME=`` where it is to be called otherwise than its
-            folder.
+        places: folders, names of carried models, or ``owner/name`` on a hub, each after ``NAME=`` where it is to be
+            called otherwise.
 
     Raises:
         ZimgError: one is no bundle, or cannot be served.
@@ -101,8 +101,8 @@ def open_models(places: Iterable[str]) -> list[Model]:
         name, equals, folder = place.partition("=")
         if not equals or os.path.lexists(place):
             name, folder = "", place
-        path = demo_models.locate(folder)
-        bundle = Bundle.open(path, verify=False)
-        called = name or Path(folder).resolve().name
+        hub = place_of(folder)
+        bundle = open_bundle(folder, verify=False)
+        called = name or (hub.model_id if hub else Path(folder).resolve().name)
         models.append(Model(called, bundle, family_of(bundle.manifest), int(time.time())))
     return models
