@@ -10,9 +10,9 @@ from typing import Any
 
 from zimgkit.engines.decoding import read_json
 from zimgkit.engines.errors import CheckpointError, UsageError
-from zimgkit.export.checkpoints import hub
 from zimgkit.export.checkpoints.urls import PICKLES, Address, parse_url
 from zimgkit.export.networks.registry import FAMILIES, KnownControl
+from zimgkit.runtime import hub
 
 SUFFIX = ".safetensors"
 USUAL = ("diffusion_pytorch_model.safetensors", "model.safetensors")

@@ -17,11 +17,11 @@ from tests.commands import invoke
 from tests.references import recordings
 from tests.references.cases import picture
 from zimgkit.engines.errors import UsageError
-from zimgkit.export.checkpoints import hub
 from zimgkit.export.cli.main import main
 from zimgkit.export.i2l.make import describe, make_lora
 from zimgkit.export.i2l.models import read_dinov3, read_siglip
 from zimgkit.export.i2l.running import Place
+from zimgkit.runtime import hub
 from zimgkit.runtime.pictures.squares import middle_square
 
 CASES = recordings.names("z-image-i2l")

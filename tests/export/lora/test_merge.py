@@ -363,7 +363,7 @@ class TestSource:
             find_lora(name)
 
     def test_hub(self, tmp_path, monkeypatch):
-        from zimgkit.export.checkpoints import hub
+        from zimgkit.runtime import hub
 
         file = tmp_path / "sub" / "lora.safetensors"
         file.parent.mkdir()
