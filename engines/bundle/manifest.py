@@ -356,6 +356,9 @@ class Manifest(msgspec.Struct, frozen=True):
             raise ValueError(f"sources has no {CHECKPOINT!r}")
         if len({control.name for control in self.controls}) < len(self.controls):
             raise ValueError("two controls have one name")
+        for control in self.controls:
+            if control.source not in self.sources or control.component not in self.components:
+                raise ValueError(f"the control {control.name!r} has no source, or no component")
 
     @property
     def quantized(self) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
 from zimgkit.engines.base import open_engine
 from zimgkit.engines.bundle import Bundle
+from zimgkit.engines.errors import BackendError
+from zimgkit.engines.tensorrt.plan import choose_plan
 from zimgkit.export.build import build
 from zimgkit.export.compilers.shape_profiles import ServedShapes, shape_profiles
 from zimgkit.export.quality.verify import refuse_failures, verification_text, verify
@@ -90,3 +93,17 @@ def test_it_compiles(recorded_checkpoint_of, tmp_path):
     plan = compile_plan(read_graph(bundle, name, ranges), bundle.component(name), ranges, tmp_path / "x.plan")
     assert plan.unfused == () and not plan.warnings
     assert plan.file.stat().st_size > bundle.component(name).weight_bytes / 2
+
+
+def test_a_bundle_whose_net_is_not_compiled_says_how(bundle):
+    with pytest.raises(BackendError, match=r"no TensorRT engine of denoiser.control.canny; .*zimg-export compile"):
+        choose_plan(bundle, "denoiser.control.canny", "tensorrt", "11.4", "sm90")
+
+
+def test_what_a_manifest_says_of_a_net_has_to_be_there(bundle):
+    manifest = bundle.manifest
+    first = manifest.controls[0]
+    for change in ({"source": "elsewhere"}, {"component": "denoiser.control.pose"}, {"name": "depth"}):
+        controls = (msgspec.structs.replace(first, **change), *manifest.controls[1:])
+        with pytest.raises(ValueError, match=r"no source, or no component|two controls have one name"):
+            msgspec.structs.replace(manifest, controls=controls)
