@@ -39,7 +39,7 @@ def resolve(model: str) -> str:
             hint = f"build it with --model {checkpoint} --lora {hub_id}/model.safetensors"
             raise CheckpointError(f"{_last(hub_id)} is a LoRA", hint)
     for hub_id, known in CONTROLNETS.items():
-        if wanted in (hub_id.casefold(), _last(hub_id).casefold()):
+        if wanted in (*(one.casefold() for one in known.ids), _last(hub_id).casefold()):
             hint = f"build it with --model {known.checkpoint} --controlnet {hub_id}/{known.file}"
             raise CheckpointError(f"{_last(hub_id)} is a ControlNet", hint)
     for hub_id, checkpoint in GENERATORS.items():

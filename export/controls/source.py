@@ -76,7 +76,7 @@ def _fetched(place: str, hub_name: str) -> tuple[Path, str]:
     """A file on a hub, after fetching it, and how its hub calls it."""
     known = next((one for one in KNOWN if _is_name_of(place, one)), None)
     match = ON_HUB.fullmatch(place)
-    address = Address(hub_name, known.hub_id, path=known.file) if known else parse_url(place, hub_name)
+    address = Address(hub_name, known.id_on(hub_name), path=known.file) if known else parse_url(place, hub_name)
     if address is None and match and not Path(place).is_absolute():
         address = Address(hub_name, match[1], path=match[2] or "")
     if address is None:
@@ -96,15 +96,16 @@ def _fetched(place: str, hub_name: str) -> tuple[Path, str]:
 def _is_name_of(place: str, known: KnownControl) -> bool:
     wanted = place.casefold()
     alone = not any(known.hub_id == other.hub_id and known != other for other in KNOWN)
-    ids = {f"{known.hub_id}/{known.file}", Path(known.file).stem}
-    ids |= {known.hub_id, known.hub_id.rpartition("/")[2]} if alone else set()
+    ids = {Path(known.file).stem}
+    for hub_id in known.ids:
+        ids |= {f"{hub_id}/{known.file}", *([hub_id, hub_id.rpartition("/")[2]] if alone else [])}
     return wanted in {one.casefold() for one in ids - {"model", "diffusion_pytorch_model"}}
 
 
 def _short_name(source: str) -> str:
     """What a net is called where the user does not say."""
     for known in KNOWN:
-        if known.hub_id in source and (known.file in source or known.file in USUAL):
+        if any(hub_id in source for hub_id in known.ids) and (known.file in source or known.file in USUAL):
             return known.name
     end = Path(source)
     word = end.parent.name if end.name in USUAL else end.name.removesuffix(SUFFIX)

@@ -111,6 +111,17 @@ class KnownControl:
     """What it is called in a bundle where the user does not say."""
     checkpoint: str
     """The short name of the one that it is for."""
+    modelscope: str = ""
+    """Its id on ModelScope, where that is another."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """On all hubs."""
+        return tuple(dict.fromkeys((self.hub_id, self.modelscope or self.hub_id)))
+
+    def id_on(self, hub: str) -> str:
+        """On ``"huggingface"`` or ``"modelscope"``."""
+        return self.ids[-1] if hub == "modelscope" else self.hub_id
 
 
 @dataclass(frozen=True)
@@ -229,10 +240,11 @@ Z_IMAGE = Family(
     },
     known_controls=tuple(
         KnownControl(
-            "PAI/Z-Image-Turbo-Fun-Controlnet-Union-2.1",
+            "alibaba-pai/Z-Image-Turbo-Fun-Controlnet-Union-2.1",
             f"Z-Image-Turbo-Fun-Controlnet-{file}.safetensors",
             name,
             "Z-Image-Turbo",
+            "PAI/Z-Image-Turbo-Fun-Controlnet-Union-2.1",
         )
         for file, name in (("Union-2.1", "union"), ("Union-2.1-8steps", "union_8steps"), ("Tile-2.1-8steps", "tile"))
     ),
