@@ -14,7 +14,7 @@ from zimgkit.export.quantization.statistics import Statistics
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.commands.cli import cli as run_cli
 
-COMMANDS = ("build", "calibrate", "compile", "swap-lora", "inspect", "verify", "sensitivity", "demo-checkpoint")
+COMMANDS = ("build", "calibrate", "compile", "swap-lora", "i2l", "inspect", "verify", "sensitivity", "demo-checkpoint")
 
 
 def test_help_lists_every_command():
