@@ -144,7 +144,7 @@ def _opened(file: Path) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # What fails is raised; its log would be a second message.
     try:
-        return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's own
         message = f"{file} is none that ONNX Runtime runs ({_first_line(error)})"
         raise UsageError(message, "name an ONNX file, with its weights beside it where they are apart") from None

@@ -15,8 +15,8 @@ from zimgkit.runtime import demo_models
 from zimgkit.runtime.commands.cli import cli as run_cli
 
 COMMANDS = (
-    *("build", "calibrate", "compile", "swap-lora", "add-controlnet", "remove-controlnet"),
-    *("inspect", "verify", "sensitivity", "demo-checkpoint"),
+    *("build", "calibrate", "compile", "swap-lora", "add-controlnet", "remove-controlnet", "i2l"),
+    *("export", "push", "inspect", "verify", "sensitivity", "demo-checkpoint"),
 )
 
 

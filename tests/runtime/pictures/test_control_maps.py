@@ -138,10 +138,14 @@ class TestBadInput:
         with pytest.raises(UsageError, match=message):
             mapped(picture(), "depth", file, way)
 
-    def test_files(self, tmp_path):
+    def test_files(self, tmp_path, capfd):
         self.refuse("there is no file", tmp_path / "missing.onnx")
         (tmp_path / "text.onnx").write_text("none")
         self.refuse("is none that ONNX Runtime runs", tmp_path / "text.onnx")
+        data = same(tmp_path / "net.onnx", [1, 3, 40, 50]).read_bytes()
+        (tmp_path / "net.onnx").write_bytes(data.replace(b"Identity", b"Ideotity"))
+        self.refuse("is none that ONNX Runtime runs", tmp_path / "net.onnx")
+        assert capfd.readouterr() == ("", "")
 
     def test_what_goes_in(self, tmp_path):
         self.refuse("which is no picture", same(tmp_path / "net.onnx", [1, 4, 40, 50]))
