@@ -35,7 +35,7 @@ SOURCE = click.option(
 )
 PART = click.Path(path_type=Path, exists=True, dir_okay=False)
 BASE = click.option(
-    "--base", help="Of a weight file, the checkpoint with all that the file does not hold. [default: by its tensors]"
+    "--base", help="The checkpoint with all that a weight file does not hold. [default: told by its tensors]"
 )
 PARTS = (
     click.option("--transformer", type=PART, help="A weight file in the place of the checkpoint's transformer."),

@@ -18,7 +18,7 @@ from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import BundleError, CheckpointError, ZimgError
 from zimgkit.engines.tensors.dtypes import BY_NAME, float32_to_bfloat16, to_float32
 from zimgkit.engines.tensors.safetensors import TensorInfo, view
-from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_origin, origins
 from zimgkit.export.checkpoints.layouts import canonical
 from zimgkit.export.checkpoints.stored import Stored
 from zimgkit.export.networks import registry
@@ -70,16 +70,16 @@ def checkpoint_of(bundle: Bundle, model: str | None = None) -> Checkpoint | None
     Raises:
         CheckpointError: the one that is named cannot be opened, or is another one.
     """
-    place = model or bundle.manifest.checkpoint.model
+    place = bundle.manifest.checkpoint.model
     if model is None and not os.path.lexists(demo_models.locate(place)):
         return None
     try:
-        checkpoint = open_checkpoint(place)
+        checkpoint = open_origin(bundle.manifest, model)
     except ZimgError:
         if model is not None:
             raise
         return None
-    if checkpoint.source.files == bundle.manifest.checkpoint.files:
+    if origins(checkpoint.sources) == origins(bundle.manifest.sources):
         return checkpoint
     if model is not None:
         raise CheckpointError(f"{model} is not the checkpoint that {bundle.root} was built from", "name its own")

@@ -48,8 +48,9 @@ def loaded(folder: Path, dtype: torch.dtype = torch.float32):
     return pipeline
 
 
-def assert_same_pictures(*folders: Path) -> None:
-    np.testing.assert_array_equal(*(reference.draw(loaded(folder), "a cat", **CALL) for folder in folders))
+def assert_same(draws) -> None:
+    """The last bits differ with where a file's tensors lie in memory."""
+    np.testing.assert_allclose(*draws, rtol=0, atol=5e-6)
 
 
 def weights(bundle: Path) -> dict[tuple[str, str], bytes]:
@@ -74,10 +75,12 @@ class TestDiffusers:
                 name.replace("model.language_model.", "model.").replace("model.visual.", "visual.") for name in expected
             }
             assert {name.removeprefix("model.") for name in found} == {name.removeprefix("model.") for name in names}
+            if component != "text_encoder":
+                assert all(torch.equal(found[name], value) for name, value in expected.items())
         draws = [
             reference.draw(loaded(folder), "a cat", **CALL) for folder in (tmp_path / "out", checkpoint_of(family))
         ]
-        np.testing.assert_array_equal(*draws)
+        assert_same(draws)
 
     def test_without_the_checkpoint_pictures_are_the_same(self, family, bundle_of, checkpoint_of, tmp_path):
         saved = save(orphan(bundle_of(family), tmp_path / "orphan"), tmp_path / "out", "diffusers")
@@ -86,7 +89,7 @@ class TestDiffusers:
         draws = [
             reference.draw(loaded(folder), "a cat", **CALL) for folder in (tmp_path / "out", checkpoint_of(family))
         ]
-        np.testing.assert_array_equal(*draws)
+        assert_same(draws)
 
     def test_what_is_not_linked_and_no_picture_needs_is_zeros(self, family, bundle_of, checkpoint_of, tmp_path):
         bundle = orphan(bundle_of(family, "bf16"), tmp_path / "orphan")
@@ -94,7 +97,7 @@ class TestDiffusers:
         assert any("tensors are zeros (of" in note for note in saved.notes)
         rounded = loaded(checkpoint_of(family), torch.bfloat16).to(torch.float32)
         draws = [reference.draw(pipeline, "a cat", **CALL) for pipeline in (loaded(tmp_path / "out"), rounded)]
-        np.testing.assert_array_equal(*draws)
+        assert_same(draws)
         encoder = {
             name: value for name, value in stored(tmp_path / "out", "vae").items() if name.startswith("encoder.")
         }
