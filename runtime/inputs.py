@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from zimgkit.engines.bundle import Manifest, ReferencePictures
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.families import Family
+from zimgkit.runtime.families.base import ConditionedFamily
 from zimgkit.runtime.parameters import BY_NAME, MULTIPLE, checked, texts
 from zimgkit.runtime.pictures.resizing import area_dimensions, calculate_dimensions, check_aspect
 
@@ -127,7 +128,7 @@ def read_inputs(manifest: Manifest, family: Family, given: Mapping[str, Any]) ->
         return _read_layered(source, given)
     if said := next((name for name in OF_LAYERS if name in given), None):
         raise UsageError(f"{said} is given, and this bundle takes no picture apart", "leave it out")
-    conditions = _read_context(manifest, given) | _read_entities(manifest, given)
+    conditions = _read_context(manifest, family, given) | _read_entities(manifest, family, given)
     if manifest.references is not None:
         references = _read_references(source, manifest.references, family, given)
         return replace(references, **conditions) if conditions else references
@@ -174,6 +175,13 @@ def _check_task(manifest: Manifest, task: str) -> None:
     if task not in manifest.tasks:
         hint = f"build one with zimg-export build --tasks {task}"
         raise UsageError(f"this bundle is built for {', '.join(manifest.tasks)}, not for {task}", hint)
+
+
+def _check_conditioned(manifest: Manifest, family: Family, task: str, name: str) -> None:
+    """Likewise of a task that only some families have, which ``name`` asks for."""
+    if not isinstance(family, ConditionedFamily):
+        raise UsageError(f"{name} is given, and this model has nothing like it", "leave it out")
+    _check_task(manifest, task)
 
 
 def _read_references(source: Any, config: ReferencePictures, family: Family, given: Mapping[str, Any]) -> Inputs:
@@ -260,15 +268,15 @@ def _read_layered(source: Any, given: Mapping[str, Any]) -> Inputs:
     return Inputs(layered=read_input(source, "image"))
 
 
-def _read_context(manifest: Manifest, given: Mapping[str, Any]) -> dict[str, Any]:
+def _read_context(manifest: Manifest, family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
     """The picture that controls another."""
     if "context_image" not in given:
         return {}
-    _check_task(manifest, "context")
+    _check_conditioned(manifest, family, "context", "context_image")
     return {"context_image": read_input(given["context_image"], "context_image")}
 
 
-def _read_entities(manifest: Manifest, given: Mapping[str, Any]) -> dict[str, Any]:
+def _read_entities(manifest: Manifest, family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
     """Prompts of regions, and where these are."""
     names = OF_ENTITIES
     prompts, masks = (given.get(name, ()) for name in names[:2])
@@ -281,7 +289,7 @@ def _read_entities(manifest: Manifest, given: Mapping[str, Any]) -> dict[str, An
     if len(prompts) != len(masks):
         counts = f"there are {len(prompts)} prompts of entities, and {len(masks)} masks"
         raise UsageError(counts, "give a mask for each")
-    _check_task(manifest, "regions")
+    _check_conditioned(manifest, family, "regions", names[0])
     return {
         names[0]: prompts,
         names[1]: tuple(read_input(mask, f"the mask of entity {number}") for number, mask in enumerate(masks, start=1)),

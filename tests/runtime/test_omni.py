@@ -200,7 +200,7 @@ def test_a_picture_carries_what_it_was_drawn_from(bundle_of, tmp_path, monkeypat
         ({"image": picture(64, 64), "height": "64"}, "height is '64'; give a whole number"),
         (
             {"image": picture(64, 64), "context_image": picture(64, 64)},
-            "built for text-to-image, edit, not for context",
+            "context_image is given, and this model has nothing like it",
         ),
         ({"image": picture(64, 64), "prompt": None, "prompt_embeds": np.ones((1, 3, 32))}, "are given, and pictures"),
         ({"image": "missing.png"}, "image missing.png does not exist"),
