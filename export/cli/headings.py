@@ -23,10 +23,11 @@ class ExportCommand(GroupedCommand):
             *("cost", "measure", "strict", "cost_prompts", "cost_size", "cost_steps", "references", "judge", "seed"),
         ),
         "Engines and devices": (
-            *("backend", "device", "components", "weight_streaming_budget", "workspace", "optimization_level"),
-            *("refittable", "stripped", "force"),
+            *("backend", "device", "memory", "components", "weight_streaming_budget", "workspace"),
+            *("optimization_level", "refittable", "stripped", "force"),
         ),
         "What compiled engines serve": (*("sizes", "min_size", "opt_size", "max_size", "max_prompt_tokens", "batch"),),
+        "What the server has": ("kind", "bundle_on_server"),
         "What the bundle recommends": ("num_inference_steps", "guidance_scale"),
         "Output": ("out", "overwrite", "cut_denoiser", "detailed", "quiet", "as_json"),
     }
