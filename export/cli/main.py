@@ -16,6 +16,7 @@ from zimgkit.export.cli.inspect import inspect_command
 from zimgkit.export.cli.push import push_command
 from zimgkit.export.cli.sensitivity import sensitivity_command
 from zimgkit.export.cli.swap_lora import swap_lora_command
+from zimgkit.export.cli.triton import triton_command
 from zimgkit.export.cli.verify import verify_command
 from zimgkit.runtime.commands import console
 from zimgkit.runtime.commands.options import SETTINGS
@@ -40,6 +41,7 @@ for command in (
     inspect_command,
     verify_command,
     sensitivity_command,
+    triton_command,
     demo_checkpoint_command,
 ):
     cli.add_command(command)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from zimgkit.runtime.job import Job
 from zimgkit.runtime.request import Request
 from zimgkit.runtime.serve.catalog import Model
 from zimgkit.runtime.serve.events import Progress
+from zimgkit.runtime.serve.tracing import current
 
 Pixels = NDArray[np.float32]
 _numbers = itertools.count(1)
@@ -72,6 +74,8 @@ class Drawing:
     """How long it is likely to take."""
     number: int = field(default_factory=lambda: next(_numbers))
     asked: float = field(default_factory=time.monotonic)
+    trace: Any = field(default_factory=current, repr=False)
+    """What its spans are begun under, though in another thread."""
     begun: float | None = None
     """When its first step could be taken."""
     steps: int = 0

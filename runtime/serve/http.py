@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from zimgkit.runtime.serve.errors import ApiError
+from zimgkit.runtime.serve.tracing import caller
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -62,7 +63,8 @@ class RequestIds:
             await send(message)
 
         try:
-            await self.app(scope, receive, with_id)
+            with caller(scope["headers"]):
+                await self.app(scope, receive, with_id)
         finally:
             if self.log:
                 entry = {

@@ -125,14 +125,14 @@ class Worker(threading.Thread):
     def _draw(self, drawing: Drawing) -> None:
         session, request, name = self._sessions[drawing.model.name], drawing.request, drawing.model.name
         started = time.monotonic()
-        with span("encode", model=name):
+        with span("encode", drawing.trace, model=name):
             jobs = session.begin(request)
         drawing.under_way(jobs)
         drawing.begun = begun = time.monotonic()
         decoding, previews = 0.0, drawing.preview_steps(len(jobs[0].schedule))
         drawing.tell(Progress(0, drawing.total))
         for group in list(session.groups(jobs)):
-            with span("steps", model=name, pictures=len(group)):
+            with span("steps", drawing.trace, model=name, pictures=len(group)):
                 for step in range(1, len(group[0].schedule) + 1):
                     before = time.monotonic()
                     session.step(group)
@@ -144,7 +144,7 @@ class Worker(threading.Thread):
                         self._preview(session, drawing, group, told=step in previews)
                         decoding += time.monotonic() - before
             before = time.monotonic()
-            with span("decode", model=name, pictures=len(group)):
+            with span("decode", drawing.trace, model=name, pictures=len(group)):
                 for job in group:
                     drawing.tell(FinishedPixels(job.index, session.finish(job)))
             decoding += time.monotonic() - before
