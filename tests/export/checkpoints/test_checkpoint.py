@@ -158,6 +158,21 @@ class TestOpen:
         assert open_checkpoint(str(root)).family == family
 
 
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("ZImageImg2ImgPipeline", "z-image"),
+        ("ZImageInpaintPipeline", "z-image"),
+        ("QwenImageImg2ImgPipeline", "qwen-image"),
+        ("QwenImageInpaintPipeline", "qwen-image"),
+    ],
+)
+def test_pipelines_of_the_same_weights(tmp_path: Path, name: str, family: str) -> None:
+    root = write(tmp_path / "mine", family)
+    (root / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    assert (open_checkpoint(str(root)).family, open_checkpoint(str(root)).pipeline) == (family, name)
+
+
 class TestNames:
     """What stands for a path, a hub id, a short name."""
 

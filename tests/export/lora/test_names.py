@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from tests.export.lora import lora_files
 from tests.export.lora.lora_files import TARGETS, found_by, merged_by, write
 from zimgkit.engines.errors import LoraError
 from zimgkit.export.checkpoints.checkpoint import open_checkpoint
-from zimgkit.export.checkpoints.layouts import squash
-from zimgkit.export.lora.names import names_of
+from zimgkit.export.checkpoints.layouts import LAYOUTS, squash
+from zimgkit.export.lora.names import Names, names_of
 
 DOTTED = ("unet.", "dit.", "net.", "pipe.", "module.", "_orig_mod.", "model.", "transformer.", "diffusion_model.",
           "base_model.model.")  # fmt: skip
@@ -136,3 +137,21 @@ def test_two_spellings_of_one_matrix(checkpoint, modules, tmp_path):
     path = write(tmp_path / "lora.safetensors", {k: v.clone() for k, v in lora_files.letters("")(both).items()})
     with pytest.raises(LoraError, match=r"has two (down|up) matrices \('.*', '.*'\)"):
         found_by(checkpoint, path)
+
+
+@pytest.mark.parametrize("layout", [own for own in LAYOUTS if own.component == "transformer"], ids=lambda own: own.name)
+def test_loras_may_have_the_names_of_any_layout(layout):
+    for rename in layout.renames:
+        # A name that the pattern stands for, with a block's number.
+        stored = re.sub(r"\(\.\+\)|\(\\w\+\\\.\\d\+\\\.attention\)", "layers.0.attention", rename.old)
+        stored = re.sub(r"\(\?!.*?\)", "", stored).replace("\\.", ".")
+        match = re.match(rf"(?:{rename.old})(?=\.|$)", stored)
+        assert match, stored
+        found = [f"{match.expand(new)}{end}" for new in rename.names for end in ("", ".linear")]
+        known = Names({"transformer": {f"{name}.weight": (4, 4) for name in found}})
+        for end in ("", ".linear"):
+            expected = [name for name in found if name.endswith(".linear") == bool(end)]
+            for name in (stored + end, f"diffusion_model.{stored}{end}", f"lora_unet_{squash(stored + end)}"):
+                meaning = known.find(name)
+                assert meaning is not None, name
+                assert [row.tensor.removesuffix(".weight") for row in meaning.targets] == expected, name
