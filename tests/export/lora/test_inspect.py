@@ -92,6 +92,6 @@ def test_what_is_none(tmp_path, checkpoint_of):
     invoke(main, "inspect", tmp_path / "no.safetensors").assert_refused("there is no LoRA", 1)
     (file,) = (checkpoint_of("z-image") / "transformer").glob("*.safetensors")
     shutil.copy(file, tmp_path / "whole.safetensors")
-    invoke(main, "inspect", tmp_path / "whole.safetensors").assert_refused("is no LoRA", 1)
-    # A checkpoint is still one.
+    # A checkpoint is still one, and so is a file of one.
+    assert "becomes" in invoke(main, "inspect", tmp_path / "whole.safetensors", "--base", checkpoint_of("z-image")).out
     assert "becomes" in invoke(main, "inspect", checkpoint_of("z-image")).out
