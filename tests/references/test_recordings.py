@@ -26,4 +26,4 @@ def test_the_call_of_a_case(name):
 
 
 def test_they_are_small():
-    assert sum(file.stat().st_size for file in recordings.FOLDER.iterdir()) < 3_000_000
+    assert sum(file.stat().st_size for file in recordings.FOLDER.iterdir()) < 4_000_000
