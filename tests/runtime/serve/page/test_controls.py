@@ -31,6 +31,7 @@ from tests.runtime.serve.page.browsing import (
     write,
 )
 from zimgkit.runtime.commands.cli import main as zimg_run
+from zimgkit.runtime.controls import ControlInput
 
 EDGES, DEPTH = picture(48, 64, 1), picture(48, 64, 2)
 MASK = Image.fromarray(np.pad(np.full((32, 24), 255, np.uint8), ((0, 32), (0, 24))))
@@ -131,8 +132,32 @@ def test_they_are_a_models_own(page, server):
     page.click("summary")
     page.click("details >> text=Copy command")
     text = page.evaluate("() => navigator.clipboard.readText()")
-    assert shlex.split(text)[-3:] == [
-        "--control=union=image.png:0.6:0:1",
-        "--control-mask=union=mask.png",
-        "--control-inpaint-image=union=inpaint_image.png",
-    ]
+    beside = ["--control-mask=union=mask.png", "--control-inpaint-image=union=inpaint_image.png"]
+    assert shlex.split(text)[-3:] == ["--control=union=image.png:0.6:0:1", *beside]
+    page.click("[data-input='union.image'] li button")
+    page.click("details >> text=Copy command")
+    expect(page.locator("#notice")).to_contain_text("Copied without the numbers of union, which no option takes.")
+    assert shlex.split(page.evaluate("() => navigator.clipboard.readText()"))[-2:] == beside
+
+
+def test_a_picture_to_start_from_goes_with_them(context, controlled, tmp_path, monkeypatch):
+    page = opened(context, controlled.url)
+    write(page, prompt="a red cup", num_inference_steps=2)
+    for name in ("image", "canny.image"):
+        page.set_input_files(field(name), png(EDGES, "edges.png"))
+    assert len(sent(page)["controls"]) == 1
+    expected = pixels(Image.open(BytesIO(downloaded(page))))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "edges.png").write_bytes(png(EDGES)["buffer"])
+    pytest.importorskip("openai", reason="OpenAI's client is not installed")
+    exec(compile(copied(page, "Copy Python"), "copied", "exec"), {})
+    assert np.array_equal(pixels(Image.open("picture-0.png")), expected)
+
+
+def test_windows_that_count_down_are_shares_of_the_steps(page):
+    for steps in (2, 5, 8, 30):
+        for start, end in ((1.0, 0.0), (1.0, 0.4), (0.9, 0.3), (0.75, 0.25)):
+            said = {"name": "canny", "start": start, "end": end, "counts_down": True}
+            found = page.evaluate("([said, steps]) => netOfRecord(said, steps)", [said, steps])
+            down, shares = ControlInput(**said), ControlInput(**found)
+            assert [shares.acts(i, steps) for i in range(steps)] == [down.acts(i, steps) for i in range(steps)]
