@@ -129,6 +129,8 @@ NAMES = {name: name for name in (*OF_CALL, "prompt", "image", "mask")} | {
     "num_images_per_prompt": "n",
     "mask_image": "mask",
     "seeds": "seed",
+    "ControlNet": "controls",
+    "ControlNets": "controls",
 }
 """What messages call a field -> its name here."""
 

@@ -99,8 +99,9 @@ def told(error: BaseException, names: dict[str, str]) -> ApiError:
         )
     message = ELSEWHERE.sub(lambda path: path[0].rpartition("/")[2], " ".join(str(error).split()))
     if isinstance(error, UsageError):
-        first = next((word for word in re.findall(r"\w+", error.message) if word in names), None)
-        return ApiError(400, message, param=names[first] if first else None, code="invalid_value")
+        named = [names[word] for word in re.findall(r"\w+", error.message) if word in names]
+        param = "controls" if "controls" in named else next(iter(named), None)  # Its image is no field of the body.
+        return ApiError(400, message, param=param, code="invalid_value")
     if isinstance(error, OutOfMemoryError):
         return ApiError(400, message, code="out_of_memory")
     code = "backend" if isinstance(error, BackendError) else "bundle"

@@ -1,6 +1,6 @@
 """The server on a Ray cluster: a replica draws on each GPU, and one more takes requests to where their model is open.
 
-serve run zimgkit.runtime.serve.ray_app:app bundles=/models/z-image-turbo max_replicas=8 api_key_file=/keys
+serve run zimgkit.runtime.serve.ray_app:app bundles=/models/pictures max_replicas=8 api_key_file=/keys
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,19 @@ def serving(service: LocalService, *, ready: bool = True, **access: Any) -> Iter
 def server() -> Iterator[Server]:
     """Both carried models on one device."""
     with serving(make_service(MODELS)) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def controlled_bundle(recorded_bundle_of: Callable[..., Path]) -> Path:
+    """A tiny Qwen-Image with the ControlNets canny, depth and inpaint."""
+    return recorded_bundle_of("qwen-image-control", tasks=("image-to-image",))
+
+
+@pytest.fixture(scope="session")
+def controlled(controlled_bundle: Path) -> Iterator[Server]:
+    """That bundle, served as ``qwen``."""
+    with serving(make_service((f"qwen={controlled_bundle}",), warm_up=False)) as found:
         yield found
 
 

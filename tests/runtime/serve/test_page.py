@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from importlib import resources
@@ -11,10 +12,12 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
-from zimgkit.runtime.serve.bodies import Edit, Generation
+from zimgkit.runtime.commands.cli import generate
+from zimgkit.runtime.controls import NUMBERS, PICTURES
+from zimgkit.runtime.serve.bodies import Control, Edit, Generation
 
 TEXT = resources.files("zimgkit.runtime.serve").joinpath("page.html").read_text("utf-8")
-MOST_BYTES = 64_000
+MOST_BYTES = 64 << 10
 
 
 class Elements(HTMLParser):
@@ -56,9 +59,23 @@ def test_every_field_is_of_the_api():
     names = {attributes["name"] for tag, attributes in ELEMENTS if "name" in attributes and tag != "meta"}
     assert names >= {"prompt", "seed", "width", "strength"}
     assert names <= Generation.model_fields.keys()
-    added = set(re.findall(r"\bbody\.(\w+) =", TEXT))
+    added = set(re.findall(r"\bpictures\.(\w+) =", TEXT))
     assert added == {"image", "mask_image", "context_image"}
-    assert added | {"stream", "progress", "partial_images"} <= Edit.model_fields.keys()
+    assert added | {"stream", "progress", "partial_images", "controls"} <= Edit.model_fields.keys()
+
+
+def test_what_it_says_of_controlnets_is_of_the_api_and_the_command():
+    pictures, options, numbers = re.findall(r"const NET_\w+ = \{(.*)\};", TEXT)
+    keys = re.compile(r"(\w+): ")
+    assert set(keys.findall(pictures)) == set(keys.findall(options)) == set(PICTURES)
+    assert set(keys.findall(numbers)) == set(NUMBERS)
+    assert {"name", *PICTURES, *NUMBERS} == Control.model_fields.keys()
+    usual = {"scale": 1, "start": 0, "end": 1}
+    bounds = {key: [usual[key], number.low, number.high] for key, number in NUMBERS.items()}
+    assert {key: json.loads(value) for key, value in re.findall(r"(\w+): (\[.*?\])", numbers)} == bounds
+    assert set(re.findall(r'"(control[\w-]*)"', options)) <= {
+        option.lstrip("-") for parameter in generate.params for option in parameter.opts
+    }
 
 
 def test_ids_are_of_one_element_and_are_all_used():
