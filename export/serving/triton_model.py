@@ -7,13 +7,14 @@ Inputs are the parameters of a call of ``zimgkit.runtime.Pipeline``, pictures as
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from zimgkit.engines.errors import UsageError, ZimgError
+from zimgkit.engines.errors import CancelledError, UsageError, ZimgError
 from zimgkit.runtime import Pipeline
 from zimgkit.runtime.parameters import BY_NAME, Picture
 from zimgkit.runtime.pictures.saving import encoded
@@ -56,13 +57,18 @@ class TritonPythonModel:
         self.pipeline.close()
 
     def _answer(self, request: Any) -> Any:
+        def stop_where_unwanted(*step: Any) -> None:
+            if request.is_cancelled():
+                raise CancelledError("it was cancelled")
+
         try:
-            files = self._draw(self._call(request))
-        except UsageError as error:
-            wrong = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
-            return pb_utils.InferenceResponse([], error=wrong)
+            files = self._draw(self._call(request), stop_where_unwanted)
         except ZimgError as error:
-            return pb_utils.InferenceResponse([], error=pb_utils.TritonError(str(error)))
+            codes = {UsageError: pb_utils.TritonError.INVALID_ARG, CancelledError: pb_utils.TritonError.CANCELLED}
+            code = next(
+                (code for kind, code in codes.items() if isinstance(error, kind)), pb_utils.TritonError.INTERNAL
+            )
+            return pb_utils.InferenceResponse([], error=pb_utils.TritonError(str(error), code))
         columns = zip(("images", "parameters"), zip(*files, strict=True), strict=True)
         return pb_utils.InferenceResponse(
             [pb_utils.Tensor(name, np.array(column, dtype=np.object_)) for name, column in columns]
@@ -74,9 +80,10 @@ class TritonPythonModel:
         arrays = {name: tensor.as_numpy() for name, tensor in given.items() if tensor is not None}
         return {name: _value(name, array.ravel().tolist()) for name, array in arrays.items() if array.size}
 
-    def _draw(self, call: dict[str, Any]) -> list[tuple[bytes, bytes]]:
+    def _draw(self, call: dict[str, Any], each_step: Callable[..., None]) -> list[tuple[bytes, bytes]]:
         """Each picture's file, layers one after the other, and what made it."""
-        output, files = self.pipeline(**call), []
+        watch: dict[str, Any] = {"callback_on_step_end": each_step, "callback_on_step_end_tensor_inputs": ()}
+        output, files = self.pipeline(**call, **watch), []
         for index, image in enumerate(output.images):
             made = record(self.pipeline.session, output.request, index, output.request.batch)
             layers = image if isinstance(image, list) else [image]

@@ -24,8 +24,18 @@ NUMPY = {"TYPE_STRING": np.object_, "TYPE_INT64": np.int64, "TYPE_FP64": np.floa
 PROMPT = "a red circle left of a blue square"
 
 
+class Request(dict):
+    """Tensors by name; cancelled after some looks."""
+
+    looks = 1 << 30
+
+    def is_cancelled(self):
+        self.looks -= 1
+        return self.looks < 0
+
+
 class TritonError(Exception):
-    INVALID_ARG = 3
+    INTERNAL, INVALID_ARG, CANCELLED = 1, 3, 8
 
     def __init__(self, message, code=0):
         self.message, self.code = message, code
@@ -121,7 +131,13 @@ def model(triton, tmp_path):
             assert -1 in inputs[name].dims or values.shape == (1,)
             return triton.Tensor(name, values)
 
-        return lambda *requests: instance.execute([{n: tensor(n, v) for n, v in one.items()} for one in requests])
+        def ask(*requests, looks=1 << 30):
+            made = [Request((name, tensor(name, value)) for name, value in one.items()) for one in requests]
+            for one in made:
+                one.looks = looks
+            return instance.execute(made)
+
+        return ask
 
     yield open_model
     for instance in opened:
@@ -206,6 +222,13 @@ def test_bad_input_is_one_line_and_the_next_request_is_drawn(model, request_, sa
     assert bad.error.code == TritonError.INVALID_ARG
     assert says in bad.error.message and "\n" not in bad.error.message
     assert good.error is None and opened(good.outputs["images"][0]).shape == (32, 32, 3)
+
+
+def test_a_request_that_is_cancelled_is_drawn_no_further(model):
+    ask = model("zimg-tiny-z", "--backend", "onnxruntime")
+    call = {"prompt": b"a", "num_inference_steps": 3, "height": 32, "width": 32}
+    codes = [(answer := ask(call, looks=looks)[0]).error and answer.error.code for looks in (0, 2, 3)]
+    assert codes == [TritonError.CANCELLED, TritonError.CANCELLED, None]
 
 
 def test_a_bundle_that_is_not_there_is_told_when_it_is_loaded(model, triton):
