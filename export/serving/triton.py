@@ -12,7 +12,7 @@ from pathlib import Path
 
 from zimgkit.engines.bundle import Bundle, atomic_folder
 from zimgkit.engines.errors import UsageError
-from zimgkit.runtime.parameters import PARAMETERS, Parameter, Picture
+from zimgkit.runtime.parameters import PARAMETERS, ControlPicture, Parameter, Picture
 
 CONFIG = "config.pbtxt"
 KINDS = ("gpu", "cpu")
@@ -20,6 +20,7 @@ KINDS = ("gpu", "cpu")
 TYPES: dict[type, str] = {
     str: "TYPE_STRING",
     Picture: "TYPE_STRING",
+    ControlPicture: "TYPE_STRING",
     int: "TYPE_INT64",
     float: "TYPE_FP64",
     tuple: "TYPE_FP64",

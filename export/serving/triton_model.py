@@ -6,6 +6,7 @@ Inputs are the parameters of a call of ``zimgkit.runtime.Pipeline``, pictures as
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ import triton_python_backend_utils as pb_utils
 
 from zimgkit.engines.errors import CancelledError, UsageError, ZimgError
 from zimgkit.runtime import Pipeline
-from zimgkit.runtime.parameters import BY_NAME, Picture
+from zimgkit.runtime.controls import PICTURES
+from zimgkit.runtime.parameters import BY_NAME, ControlPicture, Picture
 from zimgkit.runtime.pictures.saving import encoded
 from zimgkit.runtime.recording import record
 
@@ -98,7 +100,18 @@ def _value(name: str, values: list[Any]) -> Any:
         values = [_text(name, value) for value in values]
     if parameter.type is Picture:
         values = [bytes(value) for value in values]  # Never a path.
+    if parameter.type is ControlPicture:
+        values = [_control(name, value) for value in values]
     return values if parameter.several or parameter.type is tuple else values[0]
+
+
+def _control(name: str, data: bytes) -> dict[str, Any]:
+    """What is said of a ControlNet: a JSON object whose pictures are in base64."""
+    try:
+        said = json.loads(data)
+        return said | {key: base64.b64decode(said[key], validate=True) for key in PICTURES if key in said}
+    except (TypeError, ValueError, RecursionError):
+        raise UsageError(f"{name} is no JSON object with pictures in base64", "send one for each ControlNet") from None
 
 
 def _text(name: str, data: bytes) -> str:

@@ -214,6 +214,9 @@ def test_it_draws_what_a_pipeline_draws(model):
         ({"prompt": b"a", "image": [b""]}, "image"),
         ({"prompt": b"a", "mask_image": png(0)}, "mask_image"),
         ({"prompt": b"a", "layers": 2}, "layers"),
+        ({"prompt": b"a", "controls": b"["}, "controls is no JSON object"),
+        ({"prompt": b"a", "controls": b'{"image": "%%%"}'}, "controls is no JSON object"),
+        ({"prompt": b"a", "controls": b'{"image": "aaaa"}'}, "ControlNet"),
     ],
 )
 def test_bad_input_is_one_line_and_the_next_request_is_drawn(model, request_, says):
