@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tests.commands import heed_interrupts, invoke
 from zimgkit.engines.bundle import CPU_GRAPH, MANIFEST, Bundle, Layers
 from zimgkit.export import build as builds
+from zimgkit.export import writing
 from zimgkit.export.cli.main import main
 
 
@@ -283,7 +284,7 @@ def test_a_disk_that_fills_up_half_way(checkpoint, tmp_path, monkeypatch):
     def fill(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(builds.ir, "save", fill)
+    monkeypatch.setattr(writing.ir, "save", fill)
     assert_refused(checkpoint, tmp_path, "No space left on device); free some space")
 
 
