@@ -77,7 +77,7 @@ def test_flops_of_the_real_models(family, side, tokens, tflop):
 def prepared(request, shared_folder):
     """What ``prepare`` makes, once for all workers; without the networks that no contestant runs."""
 
-    def transformer_only(checkpoint, tasks=()):
+    def transformer_only(checkpoint, tasks=(), more=()):
         return {name: part for name, part in parts_of(checkpoint).items() if part.source == "transformer"}
 
     folder, parts_of = shared_folder / f"gpu-steps-{request.param}", build.parts_of

@@ -258,7 +258,8 @@ def test_unknown_models(tmp_path):
     for model, message in (
         ("Z-Image-Turbp", "Z-Image-Turbo"),
         ("./nowhere", "does not exist"),
-        ("Z-Image-i2L", "does not serve"),
+        ("Z-Image-Edit", "does not serve"),
+        ("Z-Image-i2L", "makes LoRAs of pictures"),
     ):
         export(model, tmp_path / "bundle").assert_refused(message, 1)
     assert list(tmp_path.iterdir()) == []
