@@ -157,6 +157,8 @@ def build(
         tasks = [*tasks, *known.tasks_for(found.loras, checkpoint.family)]
         nets = open_nets(controlnets, checkpoint.family, checkpoint.config("transformer"), source)
         tasks = tasks_of(checkpoint.family, checkpoint.pipeline, tasks)
+        for note in checkpoint.notes(checkpoint.components):
+            say(f"warning: {note}")
         scheme, keep = None, precision == KEEP
         if keep:
             precision, reason = kept_precision(_linears(checkpoint, tasks))

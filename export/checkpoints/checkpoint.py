@@ -19,13 +19,13 @@ from zimgkit.engines.bundle import CHECKPOINT, Manifest, Source
 from zimgkit.engines.decoding import read_json
 from zimgkit.engines.errors import CheckpointError, UsageError
 from zimgkit.export.checkpoints import catalog
-from zimgkit.export.checkpoints.adapters import merged_adapters
+from zimgkit.export.checkpoints.adapters import UNSCALED, merged_adapters
 from zimgkit.export.checkpoints.files import read_file
 from zimgkit.export.checkpoints.kinds import kind_of
 from zimgkit.export.checkpoints.layouts import arrange
 from zimgkit.export.checkpoints.quantized import dequantized
 from zimgkit.export.checkpoints.single_files import components_in, guess_base, is_file
-from zimgkit.export.checkpoints.stored import Stored
+from zimgkit.export.checkpoints.stored import Decoded, Stored
 from zimgkit.export.checkpoints.urls import parse_url
 from zimgkit.export.checkpoints.weight_files import weight_files
 from zimgkit.export.networks.registry import (
@@ -121,6 +121,17 @@ class Checkpoint:
             files = {own: ()} if own else _weight_files(self.root, component)
             self._tensors[component] = read_component(files, component)
         return self._tensors[component]
+
+    def notes(self, components: Iterable[str]) -> list[str]:
+        """What a user should know of components: what nothing in their files tells. The errors are those of tensors."""
+        found = []
+        for component in components:
+            tensors = self.tensors(component).values()
+            unscaled = [info for info in tensors if isinstance(info, Decoded) and info.encoding == UNSCALED]
+            if unscaled:
+                said = f"{unscaled[0].file}: nothing tells lora_alpha of the adapters in the {component}"
+                found.append(f"{said}; they are merged at the scale 1. Put its adapter_config.json beside it")
+        return found
 
 
 def open_checkpoint(
