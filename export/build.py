@@ -15,6 +15,7 @@ from zimgkit.engines.bundle import (
     SCHEMA_VERSION,
     Bundle,
     Component,
+    Kept,
     Manifest,
     Quantization,
     atomic_folder,
@@ -26,6 +27,7 @@ from zimgkit.engines.errors import OutputError, UsageError
 from zimgkit.engines.files import temporary_folder
 from zimgkit.export.checkpoints import catalog
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from zimgkit.export.checkpoints.stored import Stored
 from zimgkit.export.checkpoints.tokenizer import export_tokenizer
 from zimgkit.export.components import parts_of, wanted_by
 from zimgkit.export.controls.graphs import groups, write_controlled
@@ -45,6 +47,7 @@ from zimgkit.export.quantization.calibrate import (
 )
 from zimgkit.export.quantization.formats import SCHEMES
 from zimgkit.export.quantization.graph_pass import quantize_graph
+from zimgkit.export.quantization.keep import KEEP, kept_precision
 from zimgkit.export.quantization.quantize import QuantizationSettings, Quantized, linear_weights, quantize
 from zimgkit.export.quantization.recipe import Recipe, family_recipe
 from zimgkit.export.quantization.statistics import Statistics
@@ -77,6 +80,10 @@ class Quantizing:
     """Called with the finished folder, before it becomes the bundle; what it raises, the build fails with."""
 
 
+def _quiet(line: str) -> None:
+    """Say nothing."""
+
+
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 """Name on the command line -> element type of the weights."""
 
@@ -105,13 +112,15 @@ def build(
     base: str | None = None,
     files: Mapping[str, Path] | None = None,
     report: Report = silent,
+    say: Callable[[str], object] = _quiet,
 ) -> Bundle:
     """Build a bundle.
 
     Args:
         model: a folder in the diffusers layout, a hub id, a short name or a weight file.
         out: the bundle's folder; it must not exist unless ``overwrite``.
-        precision: ``"fp32"``, ``"bf16"``, or one of :data:`zimgkit.export.quantization.formats.SCHEMES`.
+        precision: ``"fp32"``, ``"bf16"``, one of :data:`zimgkit.export.quantization.formats.SCHEMES`, or ``"keep"`` for
+            the files' own, see :mod:`zimgkit.export.quantization.keep`.
         quantization: how it is quantized, in those; by the family's recipe and, where it needs a calibration, with
             the default prompts when None.
         revision: branch, tag or commit on the hub.
@@ -130,12 +139,13 @@ def build(
         base: of a weight file, see :func:`zimgkit.export.checkpoints.checkpoint.open_checkpoint`.
         files: likewise, component -> its weight file.
         report: called with (stage, done, total) as the work goes on.
+        say: called with lines that a user should know.
 
     Raises:
         ZimgError: whatever went wrong, in one line. Nothing is left behind then.
     """
-    if precision not in (*PRECISIONS, *SCHEMES):
-        raise UsageError(f"no precision is called {precision!r}", f"choose one of {', '.join((*PRECISIONS, *SCHEMES))}")
+    if precision not in (names := (*PRECISIONS, *SCHEMES, KEEP)):
+        raise UsageError(f"no precision is called {precision!r}", f"choose one of {', '.join(names)}")
     refuse_beside_controlnets(positive_only_loras, controlnets)
     out = out.expanduser().absolute()
     with only_writer_of(out), atomic_folder(out, overwrite=overwrite) as folder:
@@ -147,9 +157,14 @@ def build(
         tasks = [*tasks, *known.tasks_for(found.loras, checkpoint.family)]
         nets = open_nets(controlnets, checkpoint.family, checkpoint.config("transformer"), source)
         tasks = tasks_of(checkpoint.family, checkpoint.pipeline, tasks)
-        scheme = None
+        for note in checkpoint.notes(checkpoint.components):
+            say(f"warning: {note}")
+        scheme, keep = None, precision == KEEP
+        if keep:
+            precision, reason = kept_precision(_linears(checkpoint, tasks))
+            say(f"precision {precision}: {reason}")
         if precision in SCHEMES:
-            scheme = _settings(checkpoint, found, precision, quantization or Quantizing(), out, report)
+            scheme = _settings(checkpoint, found, precision, quantization or Quantizing(), out, report, keep=keep)
         chosen = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         export(
             checkpoint,
@@ -171,10 +186,21 @@ def build(
     return bundle
 
 
+def _linears(checkpoint: Checkpoint, tasks: Collection[str]) -> dict[str, list[Stored]]:
+    """The weights of the linears of each component that can be quantized, as they are stored."""
+    parts = {name: part for name, part in parts_of(checkpoint, tasks).items() if name in QUANTIZED}
+    wanted = {name: wanted_by(checkpoint.tensors, part) for name, part in parts.items()}
+    return {name: [wanted[name][linear].source for linear in linear_weights(part)] for name, part in parts.items()}
+
+
 def _settings(
-    checkpoint: Checkpoint, merged: Merge, precision: str, given: Quantizing, out: Path, report: Report
+    checkpoint: Checkpoint, merged: Merge, precision: str, given: Quantizing, out: Path, report: Report, *, keep: bool
 ) -> QuantizationSettings:
     """How a checkpoint's linears are quantized, after a calibration where that is needed and not there yet."""
+    if keep:
+        # A file's maker has decided which linears it leaves.
+        bounds = family_recipe(checkpoint.family, checkpoint.name).bounds
+        return QuantizationSettings(precision, Recipe(bounds=bounds), keep=True)
     recipe = given.recipe or family_recipe(checkpoint.family, checkpoint.name)
     settings = QuantizationSettings(precision, recipe, range=given.range, smooth=given.smooth)
     settings.check()
@@ -343,11 +369,17 @@ def _record(settings: QuantizationSettings, quantized: Mapping[str, Quantized]) 
     kept = {name: dict(entry.unquantized) for name, entry in quantized.items() if entry.unquantized}
     bounds = settings.recipe.bounds.get(settings.precision)
     bound = bounds.cosine if bounds else None
+    what = {name: _kept(entry) for name, entry in quantized.items() if entry.quantized} if settings.keep else {}
     if settings.scheme.activations is None or settings.statistics is None:
-        return Quantization(settings.precision, kept, bound=bound)
+        return Quantization(settings.precision, kept, bound=bound, kept=what)
     inputs = {name: dict(entry.inputs) for name, entry in quantized.items()}
     made = dict(settings.statistics.made)
     return Quantization(settings.precision, kept, inputs, settings.range, settings.alpha, made, bound)
+
+
+def _kept(entry: Quantized) -> Kept:
+    exact = len(entry.kept)
+    return Kept(exact, len(entry.quantized) - exact, entry.rounding.relative if entry.rounding else 0.0)
 
 
 def _check_space(wanted: Mapping[str, Mapping[str, Wanted]], precision: str, folder: Path, *, keep_base: bool) -> None:

@@ -55,6 +55,7 @@ def checkpoint_summary(
         "scheduler": scheduler,
         "components": components,
         "parameters": sum(component["parameters"] for component in components.values()),
+        "notes": checkpoint.notes(name for name in checkpoint.components if name in present),
     }
 
 
@@ -72,4 +73,5 @@ def checkpoint_text(summary: dict[str, Any]) -> str:
         f"    {name:<14}{entry['parameters']:>16,} parameters in {entry['tensors']} tensors of the {entry['from']}"
         for name, entry in summary["components"].items()
     )
+    lines.extend(f"  warning   {note}" for note in summary["notes"])
     return "\n".join(lines)

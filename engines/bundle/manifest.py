@@ -227,6 +227,17 @@ class Defaults(msgspec.Struct, frozen=True):
     negative_prompt: str | None = None
 
 
+class Kept(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What became of a component's quantized linears where the checkpoint's own precision was to be kept."""
+
+    exact: int = 0
+    """How many have the integers and the scales of its file."""
+    rounded: int = 0
+    """How many were rounded again."""
+    error: float = 0.0
+    """Of these: the norm of what was rounded off over that of the file's values."""
+
+
 class Quantization(msgspec.Struct, frozen=True, omit_defaults=True):
     """How a bundle's linears were quantized."""
 
@@ -244,6 +255,8 @@ class Quantization(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the inputs' ranges were measured on."""
     bound: float | None = None
     """What the recipe asks of the cosine of every velocity and the float32 network's: at least this."""
+    kept: dict[str, Kept] = {}
+    """Component -> what was kept of its file, where it was asked for."""
 
 
 Steps = Annotated[tuple[float, ...], msgspec.Meta(min_length=1)]

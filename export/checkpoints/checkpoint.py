@@ -19,19 +19,23 @@ from zimgkit.engines.bundle import CHECKPOINT, Manifest, Source
 from zimgkit.engines.decoding import read_json
 from zimgkit.engines.errors import CheckpointError, UsageError
 from zimgkit.export.checkpoints import catalog
-from zimgkit.export.checkpoints.adapters import merged_adapters
+from zimgkit.export.checkpoints.adapters import UNSCALED, merged_adapters
 from zimgkit.export.checkpoints.files import read_file
 from zimgkit.export.checkpoints.kinds import kind_of
 from zimgkit.export.checkpoints.layouts import arrange
 from zimgkit.export.checkpoints.quantized import dequantized
 from zimgkit.export.checkpoints.single_files import components_in, guess_base, is_file
-from zimgkit.export.checkpoints.stored import Stored
+from zimgkit.export.checkpoints.stored import Decoded, Stored
 from zimgkit.export.checkpoints.urls import parse_url
 from zimgkit.export.checkpoints.weight_files import weight_files
+from zimgkit.export.networks.parts import stored_shapes
 from zimgkit.export.networks.registry import (
     FAMILIES,
     WEIGHT_FILES,
     family_of_class,
+    is_needed,
+    is_unused,
+    parts,
     sources,
     tasks_of,
 )
@@ -122,6 +126,17 @@ class Checkpoint:
             self._tensors[component] = read_component(files, component)
         return self._tensors[component]
 
+    def notes(self, components: Iterable[str]) -> list[str]:
+        """What a user should know of components: what nothing in their files tells. The errors are those of tensors."""
+        found = []
+        for component in components:
+            tensors = self.tensors(component).values()
+            unscaled = [info for info in tensors if isinstance(info, Decoded) and info.encoding == UNSCALED]
+            if unscaled:
+                said = f"{unscaled[0].file}: nothing tells lora_alpha of the adapters in the {component}"
+                found.append(f"{said}; they are merged at the scale 1. Put its adapter_config.json beside it")
+        return found
+
 
 def open_checkpoint(
     model: str,
@@ -149,6 +164,9 @@ def open_checkpoint(
     """
     model, files = with_base(model, base, files or {})
     wanted = [pattern for pattern in FILES if pattern in CONFIGS or pattern.partition("/")[0] not in files]
+    if files:
+        # Gigabytes are not fetched only to find that a file is of another size.
+        _check_sizes(_open(*_find(model, revision, source, CONFIGS), lambda _: [], files))
     root, model, revision = _find(model, revision, source, tuple(wanted))
     return _open(root, model, revision, lambda component: list(_weight_files(root, component)), files)
 
@@ -204,7 +222,9 @@ def open_configs(
             return list(_weight_files(root, component))
         return []
 
-    return _open(root, model, revision, present, files)
+    checkpoint = _open(root, model, revision, present, files)
+    _check_sizes(checkpoint)
+    return checkpoint
 
 
 def _find(model: str, revision: str | None, source: str, wanted: tuple[str, ...]) -> tuple[Path, str, str | None]:
@@ -339,6 +359,41 @@ def _family(root: Path) -> tuple[str, str]:
                 )
             return family, name
     raise CheckpointError(f"{root} has no model_index.json", "zimgkit reads checkpoints in the diffusers layout")
+
+
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """Check that files which stand for components have as wide layers, and as many blocks, as the configs say.
+
+    Raises:
+        CheckpointError: one has not; it names both.
+    """
+    tasks = tasks_of(checkpoint.family, checkpoint.pipeline, ())
+    for component, file in checkpoint.files.items():
+        own = parts(checkpoint.family, component, checkpoint.config(component), tasks)
+        own = {name: part for name, part in own.items() if is_needed(name, tasks)}
+        expected, tensors = stored_shapes(own), checkpoint.tensors(component)
+        both = [name for name, shape in expected.items() if name in tensors and len(shape) > 1]
+        base, hint = checkpoint.source.model, "name the base that it is made from with --base"
+        if wrong := next((name for name in both if tensors[name].shape != tuple(expected[name])), None):
+            found = f"{wrong!r} has shape {tensors[wrong].shape}, and {tuple(expected[wrong])} there"
+            raise CheckpointError(f"{file} is no {component} of the size of {base}'s: {found}", hint)
+        config = checkpoint.config(component)
+        # Blocks that no picture needs may be there or not.
+        used = [name for name in tensors if not is_unused(checkpoint.family, component, config, name)]
+        depths = _depths(used)
+        for blocks, count in _depths(expected).items():
+            if (depth := depths.get(blocks, count)) != count:
+                found = f"it has {depth} of {blocks!r}, and {count} are there"
+                raise CheckpointError(f"{file} is no {component} of the size of {base}'s: {found}", hint)
+
+
+def _depths(names: Iterable[str]) -> dict[str, int]:
+    """How many blocks there are of each list of blocks, by what their names begin with."""
+    counts: dict[str, int] = {}
+    for name in names:
+        if match := re.match(r"([a-z_.]*?)\.(\d+)\.", name):
+            counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
+    return counts
 
 
 def _folder(root: Path, component: str) -> Path:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from zimgkit.engines.errors import CheckpointError, install
 from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.checkpoints.llama_cpp import joined
-from zimgkit.export.checkpoints.stored import Decoded, Stored, part_of, row_width
+from zimgkit.export.checkpoints.stored import Decoded, Integers, Stored, part_of, row_width
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -74,7 +74,9 @@ def read_gguf(path: Path) -> dict[str, Stored]:
             found[name] = part_of(TensorInfo(path, name, dtype, shape, offset, size), name, shape)
         else:
             raw = TensorInfo(path, name, "uint8", (size,), offset, size)
-            found[name] = Decoded(name, "float32", shape, (raw,), partial(_rows, raw, kind, row_width(shape)), kind)
+            width = row_width(shape)
+            integers = _four_bits(raw, width) if kind == "Q4_0" and len(shape) == 2 else None
+            found[name] = Decoded(name, "float32", shape, (raw,), partial(_rows, raw, kind, width), kind, integers)
     return joined(found)
 
 
@@ -247,6 +249,31 @@ def _rows(raw: TensorInfo, kind: str, width: int, start: int, stop: int) -> NDAr
         done += values.size
     skipped = begin - first * block
     return made[skipped : skipped + end - begin].reshape(stop - start, width)
+
+
+def _four_bits(raw: TensorInfo, width: int) -> Integers | None:
+    """The integers of Q4_0, about 8, and the scales of their blocks; None where a block lies in two rows.
+
+    A block is its scale in float16, then 16 bytes: the low nibbles are its first half.
+    """
+    block, size = _block("Q4_0")
+    if width % block:
+        return None
+    count = width // block
+
+    def read(start: int, stop: int) -> NDArray[np.uint8]:
+        return np.concatenate([*_blocks(raw, start * count, stop * count, size, STEP)])
+
+    def rows(start: int, stop: int) -> NDArray[np.int8]:
+        packed = read(start, stop)[:, 2:]
+        values = np.concatenate([packed & 15, packed >> 4], axis=1).view(np.int8) - np.int8(8)
+        return values.reshape(stop - start, width)
+
+    def scales(start: int, stop: int) -> NDArray[np.float32]:
+        found = np.ascontiguousarray(read(start, stop)[:, :2]).view("<f2")
+        return found.astype(np.float32).reshape(stop - start, count)
+
+    return Integers(4, count, rows, scales)
 
 
 def _blocks(raw: TensorInfo, first: int, last: int, size: int, step: int) -> Iterator[NDArray[np.uint8]]:

@@ -23,7 +23,15 @@ from numpy.typing import NDArray
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.engines.tensors.dtypes import to_float32
 from zimgkit.engines.tensors.safetensors import TensorInfo, read_metadata
-from zimgkit.export.checkpoints.stored import Decoded, Stored, read_elements, row_count, row_width, tensor_rows
+from zimgkit.export.checkpoints.stored import (
+    Decoded,
+    Integers,
+    Stored,
+    read_elements,
+    row_count,
+    row_width,
+    tensor_rows,
+)
 
 Array = NDArray[np.float32]
 Tensors = Mapping[str, Stored]
@@ -159,7 +167,10 @@ def scaled(name: str, tensor: Stored, tensors: Tensors) -> Decoded | None:
         return values
 
     encoding = f"{tensor.dtype} with scales" + (", rotated" if group else "")
-    return Decoded(name.removesuffix("._data"), "float32", tensor.shape, (tensor, scale), rows, encoding)
+    integers = None
+    if is_int8 and not group and len(tensor.shape) == 2 and times(0, 1).shape[1] == 1:
+        integers = Integers(8, 1, partial(tensor_rows, tensor), times)
+    return Decoded(name.removesuffix("._data"), "float32", tensor.shape, (tensor, scale), rows, encoding, integers)
 
 
 def four_bits(name: str, tensor: Stored, tensors: Tensors) -> Decoded | None:

@@ -24,6 +24,20 @@ ReadRows = Callable[[int, int], NDArray[Any]]
 
 
 @dataclass(frozen=True)
+class Integers:
+    """The integers of a quantized matrix and their scales, as a file has them: values are their products."""
+
+    bits: int
+    """8 or 4."""
+    blocks: int
+    """How many scales each row has."""
+    rows: ReadRows
+    """Rows of the integers, int8."""
+    scales: ReadRows
+    """The scales of rows, (stop - start, blocks) float32."""
+
+
+@dataclass(frozen=True)
 class Decoded:
     """A tensor that no file holds as it is."""
 
@@ -38,6 +52,8 @@ class Decoded:
     """Rows go along the first axis; all others make their width."""
     encoding: str = ""
     """What the values are stored in, for people, where that is no element type alone."""
+    integers: Integers | None = None
+    """What they are products of, where it is no more than that."""
 
     @property
     def file(self) -> Path:
@@ -105,5 +121,15 @@ def part_of(tensor: Stored, name: str, shape: tuple[int, ...], first: int = 0) -
         return tensor_rows(tensor, first + start, first + stop)
 
     if isinstance(tensor, Decoded):
-        return replace(tensor, name=name, shape=shape, rows=rows)
+        integers = tensor.integers and _later(tensor.integers, first)
+        return replace(tensor, name=name, shape=shape, rows=rows, integers=integers)
     return Decoded(name, tensor.dtype, shape, (tensor,), rows)
+
+
+def _later(integers: Integers, first: int) -> Integers:
+    """The same from a row on."""
+    return replace(
+        integers,
+        rows=lambda start, stop: integers.rows(first + start, first + stop),
+        scales=lambda start, stop: integers.scales(first + start, first + stop),
+    )

@@ -43,10 +43,11 @@ from zimgkit.runtime.commands.options import AS_JSON, QUIET
 @click.option("-o", "--out", required=True, type=FILE, help="The folder of the new bundle.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16", *QUANTIZED, "auto"]),
+    type=click.Choice(["fp32", "bf16", *QUANTIZED, "keep", "auto"]),
     default="bf16",
     show_default=True,
-    help="The precision of the weights; fp8 and int8 quantize the inputs of linears too, after a calibration.",
+    help="The precision of the weights; fp8 and int8 quantize the inputs of linears too, after a calibration. keep is "
+    "that of the files: their own integers and scales where a bundle can have them.",
 )
 @click.option(
     "--card",
@@ -142,6 +143,7 @@ def build_command(
             controlnets=controlnets,
             files=files,
             report=report,
+            say=lambda line: console.note(line, quiet=quiet),
         )
         if backend in COMPILED_BACKENDS:
             try:

@@ -166,6 +166,8 @@ def _check_precision(precision: str, given: set[str]) -> None:
     for_all = {"recipe", *_MEASURE_NAMES}
     for_all |= {"calibration_image"} if given & {"measure", "strict"} else set()
     allowed = set(_NAMES) if precision in CALIBRATED else for_all if precision in QUANTIZED else set()
+    if precision == "keep":
+        allowed = for_all - {"recipe"}
     if wrong := sorted(given - allowed):
         fitting = QUANTIZED if wrong[0] in for_all else CALIBRATED
         raise UsageError(f"{_flag(wrong[0])} is not for --precision {precision}", f"it is for {', '.join(fitting)}")

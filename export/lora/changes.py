@@ -157,8 +157,11 @@ class Changeable:
         for scale, want in change.lora.items():
             if want.suffix == WEIGHT_SCALE and want.addends:
                 plain = Wanted(base[scale], want.shape) if scale in base else replace(want, addends=())
+                dtype = want.dtype(SCALE)
                 merged, unmerged = (
-                    to_float32(np.concatenate([*pieces(one, SCALE)]), SCALE).reshape(want.shape[0], -1).max(axis=1)
+                    np.abs(to_float32(np.concatenate([*pieces(one, dtype)]), dtype))
+                    .reshape(want.shape[0], -1)
+                    .max(axis=1)
                     for one in (Wanted(change.moved[scale], want.shape), plain)
                 )
                 if (times := float((merged / unmerged).max())) > OUTGROWN:

@@ -20,8 +20,8 @@ from zimgkit.engines.errors import LoraError
 from zimgkit.engines.tensors.dtypes import to_float32
 from zimgkit.engines.tensors.safetensors import SafetensorsError, TensorInfo, read_header, read_metadata, view
 from zimgkit.export.checkpoints.layouts import squash
+from zimgkit.export.checkpoints.peft_config import PeftConfig, read_peft_config
 from zimgkit.export.lora.deltas import Change, Factor, Hadamard, Kronecker, LowRank
-from zimgkit.export.lora.peft_config import PeftConfig, read_peft_config
 from zimgkit.export.lora.source import LoraFile
 from zimgkit.export.weights.finite import count_in_words, count_non_finite
 

@@ -19,7 +19,9 @@ from zimgkit.engines.tensors.dtypes import bfloat16_to_float32, float32_to_bfloa
 Array = NDArray[np.float32]
 
 SCALE = "bfloat16"
-"""The element type that scales are stored in."""
+"""The element type that scales are stored in, but for those that come from a quantized file."""
+OWN_SCALE = "float32"
+"""The element type of these, and of all others of their component."""
 BLOCKS = (128, 64, 32, 16)
 """Block sizes of per-block scales, along the input of a linear: the first that divides its width is taken."""
 
@@ -40,6 +42,8 @@ class Format:
     """Convert stored values to float32, without their scale."""
     blocks: bool = False
     """Whether weights have per-block scales; otherwise they have per-channel ones, one for each row."""
+    bits: int = 0
+    """How many bits an integer has; 0 where values are no integers."""
 
 
 def _to_int8(values: Array) -> NDArray[Any]:
@@ -70,9 +74,9 @@ def _from_int4(stored: NDArray[Any]) -> Array:
     return np.where(nibbles > 7, nibbles - 16, nibbles).astype(np.float32)
 
 
-INT8 = Format(3, "int8", 127.0, _to_int8, _from_int8)
+INT8 = Format(3, "int8", 127.0, _to_int8, _from_int8, bits=8)
 FLOAT8 = Format(17, "float8_e4m3fn", 448.0, _to_float8, _from_float8)
-INT4 = Format(22, "uint8", 7.0, _to_int4, _from_int4, blocks=True)
+INT4 = Format(22, "uint8", 7.0, _to_int4, _from_int4, blocks=True, bits=4)
 
 
 @dataclass(frozen=True)
@@ -119,10 +123,13 @@ def block_size(width: int) -> int | None:
     return next((size for size in BLOCKS if width % size == 0), None)
 
 
-def weight_scales(rows: Array, number_format: Format) -> Array:
-    """The per-channel scales (out,), or per-block scales (out, blocks), of rows (out, in) of a weight."""
+def weight_scales(rows: Array, number_format: Format, blocks: int | None = None) -> Array:
+    """The per-channel scales (out,), or per-block scales (out, blocks), of rows (out, in) of a weight.
+
+    There are as many blocks as :func:`block_size` makes, where that is not given.
+    """
     if number_format.blocks:
-        rows = rows.reshape(len(rows), -1, block_size(rows.shape[1]) or 1)
+        rows = rows.reshape(len(rows), blocks or rows.shape[1] // (block_size(rows.shape[1]) or 1), -1)
     return scale_of(np.abs(rows).max(axis=-1), number_format)
 
 
@@ -133,6 +140,15 @@ def encode(values: Array, scales: Array, number_format: Format) -> NDArray[Any]:
     return number_format.round(divided.reshape(values.shape))
 
 
-def stored_scales(scales: Array) -> NDArray[np.uint16]:
-    """Convert scales to the bit patterns of bfloat16, as they are stored."""
-    return float32_to_bfloat16(scales)
+def decode(stored: NDArray[Any], scales: Array, number_format: Format) -> Array:
+    """The numbers (out, in) that stored rows with the scales of :func:`weight_scales` stand for."""
+    wide = number_format.widen(stored)
+    shape = wide.shape
+    wide = wide.reshape(scales.size, -1)
+    wide *= scales.reshape(-1, 1)
+    return wide.reshape(shape)
+
+
+def stored_scales(scales: Array, dtype: str = SCALE) -> NDArray[Any]:
+    """Convert scales to what they are stored as, in bfloat16 its bit patterns."""
+    return float32_to_bfloat16(scales) if dtype == SCALE else scales

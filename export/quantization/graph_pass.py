@@ -20,7 +20,7 @@ from zimgkit.engines.tensors.dtypes import BY_NAME
 from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.graphs.external import external
 from zimgkit.export.graphs.nodes import constant, insert
-from zimgkit.export.quantization.formats import Format, Scheme, block_size
+from zimgkit.export.quantization.formats import OWN_SCALE, Format, Scheme
 from zimgkit.export.quantization.linears import Linear, calls, linears, present, weight_shape
 from zimgkit.export.quantization.quantized_weights import INPUT_SCALE, SMOOTH, WEIGHT_SCALE
 
@@ -60,6 +60,10 @@ class Quantize(ir.passes.InPlacePass):
         self._weights = frozenset(weights)
         self._compute = ir.DataType(BY_NAME[compute].onnx)
         self._folder = folder
+        self._own_scales = any(
+            f"{name}{WEIGHT_SCALE}" in tensors and tensors[f"{name}{WEIGHT_SCALE}"].dtype == OWN_SCALE
+            for name in self._weights
+        )
         self._variants: dict[tuple[Any, ...], _Variant] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -119,16 +123,20 @@ class Quantize(ir.passes.InPlacePass):
         key = (function.identifier(), frozenset(inputs.index(linear.weight) for linear in found), smoothed)
         if key not in self._variants:
             count = sum(known[0] == function.identifier() for known in self._variants)
-            shapes = {inputs.index(linear.weight): weight_shape(given[linear.weight]) for linear in found}
+            shapes = {}
+            for linear in found:
+                weight = given[linear.weight]
+                blocks = self._tensors[f"{weight.name}{WEIGHT_SCALE}"].shape[1:]
+                shapes[inputs.index(linear.weight)] = (*weight_shape(weight), *blocks)
             variant = self._make(function, f"{function.name}_quantized{count or ''}", shapes, smoothed)
             model.functions[variant.function.identifier()] = variant.function
             self._variants[key] = variant
         return self._variants[key]
 
     def _make(
-        self, original: ir.Function, name: str, shapes: Mapping[int, tuple[int, int]], smoothed: Collection[int]
+        self, original: ir.Function, name: str, shapes: Mapping[int, tuple[int, ...]], smoothed: Collection[int]
     ) -> _Variant:
-        """Copy a function, and quantize some of its weights: index among its inputs -> shape (out, in)."""
+        """Copy a function, and quantize some of its weights: index among its inputs -> shape (out, in[, blocks])."""
         function = original.clone()
         function.name = name
         parameters = list(function.inputs)
@@ -139,7 +147,7 @@ class Quantize(ir.passes.InPlacePass):
             parameter = ir.Value(name=f"{value.name}{suffix}")
             function.inputs.append(parameter)
             scales.append((parameters.index(value), suffix))
-            if self._compute == ir.DataType.BFLOAT16:
+            if self._own_scales or self._compute == ir.DataType.BFLOAT16:
                 return parameter
             return insert(function, before, "Cast", [parameter], {"to": self._compute})
 
@@ -171,13 +179,13 @@ class Quantize(ir.passes.InPlacePass):
         quantized = insert(function, node, "QuantizeLinear", [value, step, point])
         return insert(function, node, "DequantizeLinear", [quantized, step, point])
 
-    def _weight(self, function: ir.Function, linear: Linear, scale: Any, shape: tuple[int, int]) -> None:
+    def _weight(self, function: ir.Function, linear: Linear, scale: Any, shape: tuple[int, ...]) -> None:
         """Replace a weight, or its cast, by the dequantized weight."""
         weight, number_format = linear.weight, self._scheme.weights
         first = linear.cast or _first_user(function, weight)
         attributes: dict[str, Any] = {"axis": 0}
         if number_format.blocks:
-            attributes = {"axis": 1, "block_size": block_size(shape[1])}
+            attributes = {"axis": 1, "block_size": shape[1] // shape[2]}
         inputs = [weight, scale(weight, WEIGHT_SCALE, first)]
         if self._compute == ir.DataType.FLOAT and number_format.onnx == ir.DataType.INT8:
             # ONNX Runtime's conversion from signed to unsigned integers adds a single zero point to per-channel scales,
@@ -185,6 +193,9 @@ class Quantize(ir.passes.InPlacePass):
             inputs.append(constant(function, first, np.zeros(shape[:1], np.int8)))
         users = [(use.node, use.idx) for use in (linear.cast.outputs[0] if linear.cast else weight).uses()]
         dequantized = insert(function, first, "DequantizeLinear", inputs, attributes)
+        if self._own_scales and self._compute != ir.DataType.FLOAT:
+            # Rounded once, as the same values in a bundle that is not quantized.
+            dequantized = insert(function, first, "Cast", [dequantized], {"to": self._compute})
         for user, index in users:
             user.replace_input_with(index, dequantized)
         if linear.cast is not None:

@@ -12,10 +12,19 @@ from torch import nn
 
 from zimgkit.engines.errors import UsageError
 from zimgkit.engines.tensors.dtypes import float32_to_bfloat16
+from zimgkit.export.checkpoints.stored import Decoded
 from zimgkit.export.networks.parts import Part
 from zimgkit.export.networks.registry import QUANTIZED
-from zimgkit.export.quantization.formats import SCALE, SCHEMES, Array, Format, Scheme, block_size, fits
-from zimgkit.export.quantization.quantized_weights import INPUT_SCALE, SMOOTH, scheme_of, weight_wanted
+from zimgkit.export.quantization.formats import OWN_SCALE, SCALE, SCHEMES, Array, Format, Scheme, block_size, fits
+from zimgkit.export.quantization.keep import bits_of, form_of
+from zimgkit.export.quantization.quantized_weights import (
+    INPUT_SCALE,
+    SMOOTH,
+    Rounding,
+    integers_of,
+    scheme_of,
+    weight_wanted,
+)
 from zimgkit.export.quantization.recipe import Recipe
 from zimgkit.export.quantization.statistics import RANGES, Statistics, scale_for, smoothing
 from zimgkit.export.weights.stream import Encoding, Wanted, read_rows
@@ -34,6 +43,9 @@ class QuantizationSettings:
     """The method that computes the ranges of inputs: ``"max"``, ``"percentile"`` or ``"mse"``."""
     smooth: float | None = None
     """SmoothQuant's alpha; the precision's own where None."""
+    keep: bool = False
+    """Whether the weights that a file holds in this precision are quantized, as they are where that can be, and no
+    others."""
 
     @property
     def scheme(self) -> Scheme:
@@ -77,6 +89,10 @@ class Quantized:
     """The other linears: name of the weight in the checkpoint -> the reason."""
     inputs: dict[str, str]
     """Name of a quantized weight in the checkpoint -> that of the first reader of its input, which the scales have."""
+    kept: tuple[str, ...] = ()
+    """Those of the quantized whose integers are those of a file."""
+    rounding: Rounding | None = None
+    """What was rounded off of the others, once they are written; None where nothing was to be kept."""
 
 
 def linear_weights(part: Part) -> list[str]:
@@ -106,6 +122,10 @@ def quantize(component: str, part: Part, wanted: Mapping[str, Wanted], settings:
     scheme = scheme_of(settings.precision, on_the_host=part.network is None)
     unquantized = settings.recipe.unquantized(settings.precision, component, names)
     first_readers: dict[str, str | None] = {}
+    if settings.keep:
+        sources = {name: wanted[name].source for name in names}
+        others = {name: tensor for name, tensor in sources.items() if bits_of(tensor) != scheme.weights.bits}
+        unquantized = {name: f"{form_of(tensor)} in the file" for name, tensor in others.items()}
     if scheme.weights.blocks:
         reason = "no block size divides its rows"
         unquantized |= {
@@ -122,14 +142,33 @@ def quantize(component: str, part: Part, wanted: Mapping[str, Wanted], settings:
     factors: dict[str, Array] = {}
     if scheme.activations is not None:
         factors = _inputs(component, {name: wanted[name] for name in chosen}, settings, scheme.activations, result)
+    kept = tuple(name for name in chosen if settings.keep and integers_of(wanted[name], scheme.weights))
+    rounding = Rounding() if settings.keep else None
+    own_blocks = {name: _own_blocks(wanted[name]) if settings.keep else None for name in chosen}
+    # All scales of a component are of one element type, with LoRAs and without, and all calls of a block have blocks of
+    # one size.
+    scale = OWN_SCALE if any(own_blocks.values()) else SCALE
     for name in chosen:
-        result |= weight_wanted(name, wanted[name], scheme.weights, factors.get(name))
+        result |= weight_wanted(
+            *(name, wanted[name], scheme.weights, factors.get(name)),
+            scale=scale,
+            blocks=own_blocks[name],
+            rounding=rounding,
+        )
     return Quantized(
         result,
         chosen,
         {wanted[name].source.name: reason for name, reason in unquantized.items()},
         {wanted[name].source.name: first_reader for name in chosen if (first_reader := first_readers.get(name))},
+        kept,
+        rounding,
     )
+
+
+def _own_blocks(want: Wanted) -> int | None:
+    """How many scales a row has in the file."""
+    integers = want.source.integers if isinstance(want.source, Decoded) else None
+    return integers.blocks if integers else None
 
 
 def _statistics(settings: QuantizationSettings) -> Statistics:

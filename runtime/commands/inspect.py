@@ -177,6 +177,13 @@ def _quantization_lines(quantization: dict[str, Any], precision: str) -> list[st
     lines = [f"  quantized {', '.join((quantization['precision'], *how))}"]
     for component, unquantized in quantization.get("unquantized", {}).items():
         lines.append(f"    kept     {len(unquantized)} linears of {component} in {precision}")
+    for component, kept in quantization.get("kept", {}).items():
+        if exact := kept.get("exact"):
+            lines.append(f"    exact    {exact} linears of {component}, with the integers and scales of the file")
+        if rounded := kept.get("rounded"):
+            lines.append(
+                f"    rounded  {rounded} linears of {component} again: {kept.get('error', 0):.2g} off, relative"
+            )
     return lines
 
 

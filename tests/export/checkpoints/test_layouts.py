@@ -212,6 +212,30 @@ def test_an_unmerged_adapter(tmp_path):
             read(tmp_path / "b.safetensors", "transformer", stored | change)
 
 
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({"r": 2, "lora_alpha": 6}, 3.0),
+        ({"r": 2, "lora_alpha": 6, "use_rslora": True}, 6 / 2**0.5),
+        ({"r": 2, "lora_alpha": 6, "alpha_pattern": {"l": 1}}, 0.5),
+        ({"r": 2}, None),
+        (None, None),
+    ],
+)
+def test_the_scale_of_an_unmerged_adapter(checkpoint_of, tmp_path, config, scale):
+    torch.manual_seed(0)
+    weight, up, down = torch.randn(5, 7), torch.randn(5, 2), torch.randn(2, 7)
+    stored = {"l.base_layer.weight": weight, "l.lora_A.weight": down, "l.lora_B.weight": up}
+    if config is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    found = read(tmp_path / "a.safetensors", "transformer", stored)
+    torch.testing.assert_close(torch.from_numpy(values(found["l.weight"])), weight + (scale or 1) * (up @ down))
+    checkpoint = open_checkpoint(str(checkpoint_of("z-image")))
+    checkpoint._tensors["transformer"] = found
+    notes = checkpoint.notes(["transformer", "vae"])
+    assert [str(tmp_path / "a.safetensors") in note and "lora_alpha" in note for note in notes] == [True] * (not scale)
+
+
 def test_what_is_unchanged_is_linked(weights, tmp_path):
     """Only what is a part of another tensor has to be decoded; the rest stays where it is."""
     path = tmp_path / "a.safetensors"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from tests import handmade
 from tests.export.checkpoints.test_layouts import original, same
 from zimgkit.engines.bundle import CHECKPOINT
 from zimgkit.engines.errors import CheckpointError, UsageError
-from zimgkit.export.checkpoints.checkpoint import open_checkpoint, open_origin, with_base
+from zimgkit.export.checkpoints.checkpoint import open_checkpoint, open_configs, open_origin, with_base
 from zimgkit.export.checkpoints.single_files import components_in, guess_base
 from zimgkit.export.cli.main import cli
 from zimgkit.export.components import parts_of
@@ -132,6 +134,24 @@ def test_what_does_not_fit(base, single, tmp_path):
         with_base(str(tmp_path / "qwen_3_4b.safetensors"), None, {})
     with pytest.raises(CheckpointError, match="does not exist"):
         with_base(str(base), None, {"vae": tmp_path / "none.safetensors"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_layers": 3}, r"it has 2 of 'layers', and 3 are there"),
+        ({"n_layers": 1}, r"it has 2 of 'layers', and 1 are there"),
+        ({"cap_feat_dim": 64}, r"has shape \(48, 32\), and \(48, 64\) there"),
+    ],
+)
+@pytest.mark.parametrize("opens", [open_checkpoint, open_configs])
+def test_a_file_of_another_size_than_its_base(base, single, tmp_path, change, message, opens):
+    """Told from the configs alone: no weights of the base are there."""
+    other = shutil.copytree(base, tmp_path / "other", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = other / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(CheckpointError, match=f"{single} is no transformer of the size of {other}'s: .*{message}"):
+        opens(str(single), base=str(other))
 
 
 def test_a_file_of_a_transformer_is_no_lora(single, tmp_path):

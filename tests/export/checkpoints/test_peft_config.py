@@ -9,7 +9,7 @@ import pytest
 from peft.utils.other import get_pattern_key
 
 from zimgkit.engines.errors import LoraError
-from zimgkit.export.lora.peft_config import DIFFUSERS_CONFIG, read_peft_config
+from zimgkit.export.checkpoints.peft_config import DIFFUSERS_CONFIG, read_peft_config
 
 MODULES = ["to_k", "layers.1.attention.to_k", "layers.11.attention.to_k", "layers.1.attention.to_out.0", "stack"]
 PATTERNS = [

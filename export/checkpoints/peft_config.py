@@ -48,12 +48,13 @@ class PeftConfig(msgspec.Struct, frozen=True):
         return self.alpha if self.lora_alpha is None else self.lora_alpha
 
 
-def read_peft_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig | None:
+def read_peft_config(path: Path, metadata: Mapping[str, str], *, beside_any: bool = False) -> PeftConfig | None:
     """The config that belongs to a file, if there is one.
 
     Args:
         path: the LoRA's file.
         metadata: the strings in its header.
+        beside_any: whether the one beside it belongs to it whatever its name is.
 
     Raises:
         LoraError: it is no JSON object, or a key is of another type; naming the key and its value.
@@ -66,7 +67,7 @@ def read_peft_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig | No
             raise LoraError(f"{where} cannot be read ({error})", "fetch the file again") from None
         if isinstance(found, dict):
             found = {key.removeprefix("transformer."): value for key, value in found.items()}
-    elif path.name == "adapter_model.safetensors" and beside.is_file():
+    elif (beside_any or path.name == "adapter_model.safetensors") and beside.is_file():
         where, found = f"{beside}, a peft config", read_json(beside, LoraError)
     else:
         return None
