@@ -37,7 +37,8 @@ def compare(family: str, folder: Path, config: Mapping[str, Any], *, size: int, 
 
     Returns:
         ``seconds``: component -> CPU seconds of each step; ``flops`` of a step without the net, ``added`` by it, and
-        of these ``once``, those that could be done once for all steps.
+        of these ``once``, those that could be done once for all steps; ``released``: these three of the real model
+        at 1024x1024.
     """
     from sparse_checkpoint import write_holes
 
@@ -64,15 +65,21 @@ def compare(family: str, folder: Path, config: Mapping[str, Any], *, size: int, 
                 seconds[name].append(clock.now().since(start).cpu_seconds)
     for engine in engines.values():
         engine.close()
-    step = flops.of_step(family, config, size, size, TOKENS)
+    released = families.family(family).configs["transformer"]
+    counts = {"released": operations(family, released, 1024)}
+    return {"family": family, "size": size, "seconds": seconds} | operations(family, config, size) | counts
+
+
+def operations(family: str, config: Mapping[str, Any], size: int) -> dict[str, int]:
+    """Of a step without a net, ``flops``, and of what one adds, ``added`` and ``once``: see :func:`compare`."""
     added, once = flops.of_control(family, config, size, size, TOKENS)
-    return {"family": family, "size": size, "seconds": seconds, "flops": step, "added": added, "once": once}
+    return {"flops": flops.of_step(family, config, size, size, TOKENS), "added": added, "once": once}
 
 
 def report(result: Mapping[str, Any]) -> int:
     """Print a result; the exit code."""
     plain, controlled = (statistics.median(result["seconds"][name]) for name in VARIANTS)
-    step, added, once = (result[key] for key in ("flops", "added", "once"))
+    step, added = result["flops"], result["added"]
     rows = [
         ("a step", f"{step / 1e12:.3f}", f"{plain:.2f} s"),
         ("with a net", f"{(step + added) / 1e12:.3f}", f"{controlled:.2f} s"),
@@ -80,7 +87,13 @@ def report(result: Mapping[str, Any]) -> int:
     ]
     print(f"\n{result['family']}, {result['size']}x{result['size']}\n")
     print(common.table(("", "TFLOP", "CPU time"), rows))
-    print(f"once for all steps could be done {once / added:.2%} of the net, {once / (step + added):.3%} of a step")
+    for size, count in ((result["size"], result), (1024, result["released"])):
+        step, added, once = (count[key] for key in ("flops", "added", "once"))
+        what = "the released model" if count is result["released"] else "this one"
+        print(
+            f"of {what} at {size}x{size} a net adds {added / 1e12:.2f} TFLOP to {step / 1e12:.2f}; "
+            f"once for all steps could be done {once / added:.2%} of it, {once / (step + added):.3%} of a step"
+        )
     return 0
 
 

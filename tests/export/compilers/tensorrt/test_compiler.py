@@ -172,7 +172,7 @@ def test_real_width(family, one_block_of, tmp_path):
 def test_a_controlnet_with_blocks_of_its_own(shapes, beside_residuals, tmp_path):
     """InstantX's, whose prompt has a length of its own."""
     graph, plan = compile_component(beside_residuals, CONTROLLED, SERVED[shapes], tmp_path / "x.plan")
-    assert len(graph.attentions) == 4 + 2
+    assert len(graph.attentions) == 1 + 2
     assert plan.unfused == () and not plan.warnings
 
 
