@@ -207,10 +207,8 @@ def test_memory(bundle, recorded_bundle_of):
     for path in (bundle, recorded_bundle_of("z-image")):
         with Pipeline.open(path, backend="onnxruntime") as pipeline:
             session = pipeline.session
-            where = session._setting(
-                check(session.bundle.manifest, session.family, prompt="a cup", width=64, height=64)
-            )
-            held.append(needs_in(where, Picture(64, 64, 20))["denoiser"])
+            request = check(session.bundle.manifest, session.family, prompt="a cup", width=64, height=64)
+            held.append(needs_in(session._setting(request), Picture(64, 64, 20))["denoiser"])
     assert held[0].held == 2 * held[1].held > 0
     assert 0 < held[0].mapped - held[1].mapped < (bundle / "denoiser.positive.safetensors").stat().st_size + 1
 
