@@ -33,3 +33,16 @@ def of_step(family: str, config: Mapping[str, Any], height: int, width: int, tok
         tokens: rows of the prompt's embedding.
     """
     return families.family(family).products(config, (height // 16) * (width // 16), tokens)
+
+
+def of_control(family: str, config: Mapping[str, Any], height: int, width: int, tokens: int) -> tuple[int, int]:
+    """The operations that a ControlNet adds to that, and those among them that read its picture alone.
+
+    Args:
+        family: its name.
+        config: of its transformer.
+        height: of the picture, in pixels.
+        width: as ``height``.
+        tokens: rows of the prompt's embedding.
+    """
+    return families.family(family).control.products(config, (height // 16) * (width // 16), tokens)

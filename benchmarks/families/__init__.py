@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from families.base import BenchmarkFamily, Configs, Editing, arguments
+from families.base import BenchmarkFamily, Configs, Controlling, Editing, arguments
 
-__all__ = ["BenchmarkFamily", "Configs", "Editing", "arguments", "family"]
+__all__ = ["BenchmarkFamily", "Configs", "Controlling", "Editing", "arguments", "family"]
 
 
 def family(name: str) -> BenchmarkFamily:

@@ -26,6 +26,17 @@ class Editing:
 
 
 @dataclass(frozen=True)
+class Controlling:
+    """The largest kind of ControlNet that a family has."""
+
+    shapes: Callable[[Config], dict[str, tuple[int, ...]]]
+    """Its tensors, by their names in its file, from the transformer's config."""
+    products: Callable[[Config, int, int], tuple[int, int]]
+    """The operations that it adds to a forward, and those among them that read the picture alone; from the same config,
+    image tokens and text tokens."""
+
+
+@dataclass(frozen=True)
 class BenchmarkFamily:
     """A family as the benchmarks know it."""
 
@@ -56,6 +67,8 @@ class BenchmarkFamily:
     (tokens, hidden), and frames, rows and columns of the image's tokens."""
     velocity: Callable[[Any], Any]
     """What that gave, as the velocity in the form of the latents; of an array."""
+    control: Controlling
+    """Its ControlNets."""
     editing: Editing | None = None
     """How it edits; None where it does not."""
 

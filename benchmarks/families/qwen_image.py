@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from families.base import BenchmarkFamily, Config, Configs, Editing, arguments
+from families.base import BenchmarkFamily, Config, Configs, Controlling, Editing, arguments
 
 CONFIGS: Configs = {
     "transformer": {
@@ -96,6 +96,25 @@ def products(config: Config, image: int, text: int) -> int:
     return layers * (block + modulation) + time + ends + 2 * text * int(config["joint_attention_dim"]) * dim
 
 
+def control_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Of a Blockwise net without a mask."""
+    dim = int(config["num_attention_heads"] * config["attention_head_dim"])
+    shapes: dict[str, tuple[int, ...]] = {"img_in.weight": (dim, config["in_channels"]), "img_in.bias": (dim,)}
+    for index in range(config["num_layers"]):
+        block = f"controlnet_blocks.{index}."
+        shapes |= {f"{block}{norm}.weight": (dim,) for norm in ("x_rms", "y_rms")}
+        for linear in ("input_proj", "output_proj"):
+            shapes |= {f"{block}{linear}.weight": (dim, dim), f"{block}{linear}.bias": (dim,)}
+    return shapes
+
+
+def control_products(config: Config, image: int, text: int) -> tuple[int, int]:
+    """Two linears after each block, and the projection of the picture's latents."""
+    dim = int(config["num_attention_heads"] * config["attention_head_dim"])
+    once = 2 * image * dim * int(config["in_channels"])
+    return int(config["num_layers"]) * 2 * image * 2 * dim**2 + once, once
+
+
 def forward(network: Any, latents: Any, time: Any, prompt_embeds: Any, sides: tuple[int, int, int]) -> Any:
     """Packed tokens go in and out."""
     return network(
@@ -145,6 +164,7 @@ FAMILY = BenchmarkFamily(
     time=lambda sigma: sigma,
     forward=forward,
     velocity=lambda out: out,
+    control=Controlling(control_shapes, control_products),
     editing=Editing(
         pipeline="QwenImageEditPlusPipeline",
         reference="qwen-image-edit-plus",

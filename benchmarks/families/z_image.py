@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from families.base import BenchmarkFamily, Config, Configs, arguments
+from families.base import BenchmarkFamily, Config, Configs, Controlling, arguments
 
 CONFIGS: Configs = {
     "transformer": {
@@ -90,6 +90,45 @@ def products(config: Config, image: int, text: int) -> int:
     return blocks + time + ends
 
 
+CONTROL_CHANNELS = 33
+"""Latents of a picture, a mask, and latents of what it leaves."""
+
+
+def control_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Of release 2.1, with a control layer beside every other layer, as diffusers makes it on the meta device."""
+    import torch
+    from diffusers import ZImageControlNetModel
+
+    with torch.device("meta"):
+        net = ZImageControlNetModel(
+            list(range(0, config["n_layers"], 2)),
+            list(range(config["n_refiner_layers"])),
+            CONTROL_CHANNELS,
+            "control_noise_refiner",
+            dim=config["dim"],
+            n_refiner_layers=config["n_refiner_layers"],
+            n_heads=config["n_heads"],
+            n_kv_heads=config["n_kv_heads"],
+        )
+    return {name: tuple(value.shape) for name, value in net.state_dict().items()}
+
+
+def control_products(config: Config, image: int, text: int) -> tuple[int, int]:
+    """Blocks of the transformer's size, each with a projection of its hint; the first of either kind with another."""
+    dim = int(config["dim"])
+    hidden, width = int(dim / 3 * 8), min(dim, 256)
+    image, text = -(-image // 32) * 32, -(-text // 32) * 32
+
+    def blocks(count: int, length: int) -> int:
+        block = 2 * length * (5 * dim**2 + 3 * dim * hidden) + 4 * length**2 * dim + 2 * width * 4 * dim
+        return count * block + 2 * length * dim**2
+
+    once = 2 * image * dim * (4 * CONTROL_CHANNELS + dim)
+    embedder = 2 * image * dim * 4 * CONTROL_CHANNELS
+    layers = len(range(0, config["n_layers"], 2))
+    return blocks(layers, image + text) + blocks(int(config["n_refiner_layers"]), image) + embedder, once
+
+
 def forward(network: Any, latents: Any, time: Any, prompt_embeds: Any, sides: tuple[int, int, int]) -> Any:
     """Lists go in and out."""
     return network([latents[0][:, None]], time, [prompt_embeds], return_dict=False)[0][0]
@@ -154,4 +193,5 @@ FAMILY = BenchmarkFamily(
     time=lambda sigma: 1 - sigma,
     forward=forward,
     velocity=velocity,
+    control=Controlling(control_shapes, control_products),
 )

@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,6 +133,18 @@ def _add_controlnet(name: str, config: dict[str, Any], file: Path) -> None:
     save_file({key: value.contiguous() for key, value in weights.items()}, file, metadata={"format": "pt"})
 
 
+def blockwise_shapes(config: Mapping[str, Any], features: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Blockwise ControlNet for a transformer of this config."""
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    shapes = {"img_in.weight": (dim, features), "img_in.bias": (dim,)}
+    for index in range(config["num_layers"]):
+        block = f"controlnet_blocks.{index}."
+        shapes |= {f"{block}{norm}.weight": (dim,) for norm in ("x_rms", "y_rms")}
+        for linear in ("input_proj", "output_proj"):
+            shapes |= {f"{block}{linear}.weight": (dim, dim), f"{block}{linear}.bias": (dim,)}
+    return shapes
+
+
 def write_blockwise(name: str, checkpoint: Path, file: Path, features: int) -> Path:
     """Write a Blockwise ControlNet for a checkpoint's transformer.
 
@@ -141,14 +154,7 @@ def write_blockwise(name: str, checkpoint: Path, file: Path, features: int) -> P
         file: where to.
         features: of a token that it takes: 64, or 68 with a mask.
     """
-    config = json.loads((checkpoint / "transformer/config.json").read_text())
-    dim = config["num_attention_heads"] * config["attention_head_dim"]
-    shapes = {"img_in.weight": (dim, features), "img_in.bias": (dim,)}
-    for index in range(config["num_layers"]):
-        block = f"controlnet_blocks.{index}."
-        shapes |= {f"{block}{norm}.weight": (dim,) for norm in ("x_rms", "y_rms")}
-        for linear in ("input_proj", "output_proj"):
-            shapes |= {f"{block}{linear}.weight": (dim, dim), f"{block}{linear}.bias": (dim,)}
+    shapes = blockwise_shapes(json.loads((checkpoint / "transformer/config.json").read_text()), features)
     file.parent.mkdir(exist_ok=True)
     weights = {key: reference.scaled(key, drawn(f"{name}.{key}", shape)) for key, shape in shapes.items()}
     save_file({key: torch.from_numpy(value).contiguous() for key, value in weights.items()}, file)

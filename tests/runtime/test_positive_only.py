@@ -25,6 +25,7 @@ from zimgkit.export.quality.verify import verify
 from zimgkit.runtime import Pipeline
 from zimgkit.runtime.commands.inspect import bundle_summary, bundle_text
 from zimgkit.runtime.memory.fitting import Picture, needs_in
+from zimgkit.runtime.request import check
 
 BOUND = 1e-4
 """On pixels from 0 to 1."""
@@ -206,9 +207,8 @@ def test_memory(bundle, recorded_bundle_of):
     for path in (bundle, recorded_bundle_of("z-image")):
         with Pipeline.open(path, backend="onnxruntime") as pipeline:
             session = pipeline.session
-            where = session._setting(64, 64)
-
-            held.append(needs_in(where, Picture(64, 64, 20))["denoiser"])
+            request = check(session.bundle.manifest, session.family, prompt="a cup", width=64, height=64)
+            held.append(needs_in(session._setting(request), Picture(64, 64, 20))["denoiser"])
     assert held[0].held == 2 * held[1].held > 0
     assert 0 < held[0].mapped - held[1].mapped < (bundle / "denoiser.positive.safetensors").stat().st_size + 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from zimgkit.export.build import build
 from zimgkit.export.cli.main import main
 from zimgkit.export.controls.change import add, remove
 from zimgkit.export.lora.swap import swap
+from zimgkit.export.quality.verify import verify
 from zimgkit.runtime import Pipeline
 from zimgkit.runtime.commands.inspect import bundle_summary, bundle_text
 
@@ -53,10 +55,18 @@ def bundle(plain, tmp_path):
     return shutil.copytree(plain, tmp_path / "bundle")
 
 
-def draw(bundle, *names, **more):
+def draw(bundle, *names):
+    return draw_all(bundle, [names])[names]
+
+
+def draw_all(bundle, groups):
+    """A picture with each of these groups of nets, by one pipeline."""
+    found = {}
     with Pipeline.open(bundle) as pipeline:
-        controls = [{"name": name, "image": EDGES} for name in names]
-        return pipeline(**CALL, controls=controls or None, output_type="np", **more).images[0]
+        for names in groups:
+            controls = [{"name": name, "image": EDGES} for name in names] or None
+            found[names] = pipeline(**CALL, controls=controls, output_type="np").images[0]
+    return found
 
 
 def test_there_and_back_again(bundle, nets, recorded_bundle_of):
@@ -93,10 +103,9 @@ def test_one_of_two_leaves_no_graph_of_both(bundle, nets):
     assert "vae_encoder" in Bundle.open(bundle).manifest.components
 
 
-def test_what_the_bundle_says_of_them(bundle, nets):
-    add(bundle, [nets["canny"], nets["inpaint"]])
-    summary = bundle_summary(bundle)
-    assert [entry["name"] for entry in summary["controls"]] == ["canny", "inpaint"]
+def test_what_the_bundle_says_of_them(nets, recorded_bundle_of):
+    summary = bundle_summary(recorded_bundle_of("qwen-image-control"))
+    assert [entry["name"] for entry in summary["controls"]] == ["canny", "depth", "inpaint"]
     text = bundle_text(summary)
     assert f"ControlNet canny (blockwise), of image, from {nets['canny']}" in text
     assert f"ControlNet inpaint (blockwise), of image and mask, from {nets['inpaint']}" in text
@@ -168,40 +177,64 @@ def test_two_at_once(bundle, nets):
 def test_loras_are_swapped_under_nets(checkpoint, bundle, nets, tmp_path):
     lora = checkpoints.write_lora("style", checkpoint, tmp_path / "style.safetensors")
     add(bundle, [nets["canny"], nets["depth"]])
-    before = {names: draw(bundle, *names) for names in ((), ("canny",), ("canny", "depth"))}
+    groups = ((), ("canny",), ("canny", "depth"))
+    before = draw_all(bundle, groups)
     swap(bundle, [str(lora)])
     merged = build(
         str(checkpoint), tmp_path / "merged", precision="fp32", loras=[str(lora)],
         controlnets=[nets["canny"], nets["depth"]],
     )  # fmt: skip
+    swapped, expected = draw_all(bundle, groups), draw_all(merged.root, groups)
     for names, old in before.items():
-        assert np.abs(draw(bundle, *names) - draw(merged.root, *names)).max() < 1e-5
-        assert np.abs(draw(bundle, *names) - old).max() > 0.01
+        assert np.abs(swapped[names] - expected[names]).max() < 1e-5
+        assert np.abs(swapped[names] - old).max() > 0.01
     # A net comes to what has LoRAs, and the LoRAs go.
     remove(bundle, ["depth"])
     add(bundle, [nets["depth"]])
-    assert np.abs(draw(bundle, "canny", "depth") - draw(merged.root, "canny", "depth")).max() < 1e-5
+    assert np.abs(draw(bundle, "canny", "depth") - expected["canny", "depth"]).max() < 1e-5
     swap(bundle, [])
-    for names, old in before.items():
-        assert np.abs(draw(bundle, *names) - old).max() < 1e-5
+    for names, found in draw_all(bundle, groups).items():
+        assert np.abs(found - before[names]).max() < 1e-5
     contents(bundle)
 
 
-def test_a_quantized_bundle(checkpoint, nets, tmp_path):
-    plain = build(str(checkpoint), tmp_path / "plain", precision="int4-weights")
-    bundle = build(str(checkpoint), tmp_path / "bundle", precision="int4-weights", controlnets=[nets["canny"]]).root
-    built, manifest, drawn = contents(bundle), Bundle.open(bundle).manifest, draw(bundle, "canny")
-    kept = manifest.quantization.unquantized["control.canny"]
+@pytest.fixture(scope="module")
+def edges(checkpoint_of, tmp_path_factory):
+    """A net for the checkpoint that quantized bundles are of."""
+    checkpoint = checkpoint_of("qwen-image")
+    features = json.loads((checkpoint / "transformer/config.json").read_text())["in_channels"]
+    folder = tmp_path_factory.mktemp("edges")
+    return str(checkpoints.write_blockwise("edges", checkpoint, folder / "edges.safetensors", features))
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8", "int8-weights"])  # The next test has the last one.
+def test_a_quantized_bundle(precision, quantized_of, checkpoint_of, edges, tmp_path):
+    bundle = shutil.copytree(quantized_of("qwen-image", precision), tmp_path / "bundle")
+    before, plain, without = contents(bundle), Bundle.open(bundle).manifest, draw(bundle)
+    add(bundle, [edges])
+    kept = Bundle.open(bundle).manifest.quantization.unquantized["control.edges"]
     assert kept["controlnet_blocks.0.input_proj.weight"] == "of a ControlNet" and len(kept) == 5
-    remove(bundle, ["canny"])
-    assert contents(bundle) == contents(plain.root)
-    assert Bundle.open(bundle).manifest == plain.manifest
-    add(bundle, [nets["canny"]])
+    assert "edges" in bundle_text(bundle_summary(bundle))
+    checked = verify(bundle, str(checkpoint_of("qwen-image")))
+    assert checked["passed"] and "denoiser.control.edges" in checked["components"]
+    drawn = draw(bundle, "edges")
+    assert np.isfinite(drawn).all() and np.abs(drawn - without).max() > 0.01
+    assert (draw(bundle) == without).all()
+    remove(bundle, ["edges"])
+    assert contents(bundle) == before
+    assert Bundle.open(bundle).manifest == plain
+
+
+def test_a_quantized_bundle_is_what_a_build_gives(checkpoint_of, edges, tmp_path):
+    checkpoint = str(checkpoint_of("qwen-image"))
+    bundle = build(checkpoint, tmp_path / "bundle", precision="int4-weights", controlnets=[edges]).root
+    built, manifest, drawn = contents(bundle), Bundle.open(bundle).manifest, draw(bundle, "edges")
+    remove(bundle, ["edges"])
+    add(bundle, [edges])
     assert contents(bundle) == built
     found = Bundle.open(bundle).manifest
-    assert found.quantization == manifest.quantization
-    assert found.controls == manifest.controls
-    assert (draw(bundle, "canny") == drawn).all()
+    assert (found.quantization, found.controls) == (manifest.quantization, manifest.controls)
+    assert (draw(bundle, "edges") == drawn).all()
 
 
 class TestWhatIsNoNetOfIt:

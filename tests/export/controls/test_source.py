@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from zimgkit.engines.errors import CheckpointError
-from zimgkit.export.checkpoints import hub
 from zimgkit.export.controls.source import find_control
+from zimgkit.runtime import hub
 
 UNION = "Z-Image-Turbo-Fun-Controlnet-Union-2.1"
 TILE = "Z-Image-Turbo-Fun-Controlnet-Tile-2.1-8steps"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ZImageControlNetModel
+from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel, ZImageControlNetModel
 from filelock import FileLock
 from onnx import TensorProto, helper
 
+from tests.references.checkpoints import blockwise_shapes
 from zimgkit.engines.bundle import Bundle, Component, TensorSpec
 from zimgkit.engines.errors import BackendError
 from zimgkit.export.build import build
@@ -44,14 +46,21 @@ ONE_BLOCK = {
     },
 }
 """The real configs with one block of each kind; Z-Image does not read the text encoder's last layer."""
-NETS = {
-    "z-image": lambda: ZImageControlNetModel([0], [0], 33, "control_noise_refiner", n_refiner_layers=1),
-}
-"""A ControlNet of the real width for that."""
+
+
+def net_of(family: str, checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors of a ControlNet for that checkpoint: Blockwise with a mask, or of Fun."""
+    if family == "qwen-image":
+        return blockwise_shapes(json.loads((checkpoint / "transformer/config.json").read_text()), 68)
+    with torch.device("meta"):
+        net = ZImageControlNetModel([0], [0], 33, "control_noise_refiner", n_refiner_layers=1)
+    return {key: tuple(value.shape) for key, value in net.state_dict().items()}
+
+
 CONTROLLED = "denoiser.control.net"
 ATTENTIONS = {
     "z-image": {"text_encoder": 1, "conditioner": 1, "denoiser": 2, CONTROLLED: 4} | dict.fromkeys(VAE, 1),
-    "qwen-image": {"text_encoder": 1, "conditioner": 0, "denoiser": 1} | dict.fromkeys(VAE, 1),
+    "qwen-image": {"text_encoder": 1, "conditioner": 0, "denoiser": 1, CONTROLLED: 1} | dict.fromkeys(VAE, 1),
 }
 """How many there are then."""
 
@@ -118,18 +127,28 @@ def one_block_of(shared_folder: Path) -> Callable[[str], Bundle]:
                 checkpoint = shared_folder / f"one-block-checkpoint-{family}"
                 sparse_checkpoint.write(family, checkpoint, overrides=ONE_BLOCK[family])
                 net = checkpoint / "net.safetensors"
-                if family in NETS:
-                    with torch.device("meta"):
-                        shapes = {key: tuple(value.shape) for key, value in NETS[family]().state_dict().items()}
-                    sparse_checkpoint.write_holes(net, "bfloat16", shapes, 1)
+                sparse_checkpoint.write_holes(net, "bfloat16", net_of(family, checkpoint), 1)
                 with pytest.MonkeyPatch.context() as patch:
                     for module in ("writing", "controls.graphs"):
                         patch.setattr(f"zimgkit.export.{module}.assemble_all", assemble_once())
-                    nets = [str(net)] if net.exists() else []
-                    build(str(checkpoint), folder, precision="bf16", tasks=TASKS, controlnets=nets)
+                    build(str(checkpoint), folder, precision="bf16", tasks=TASKS, controlnets=[str(net)])
         return Bundle.open(folder, verify=False)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def beside_residuals(shared_folder: Path, checkpoint_of: Callable[..., Path]) -> Bundle:
+    """A tiny bundle with a ControlNet of InstantX's."""
+    folder = shared_folder / "beside-residuals"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            checkpoint = checkpoint_of("qwen-image")
+            net = shared_folder / "residuals" / "net"
+            config = QwenImageTransformer2DModel.load_config(checkpoint / "transformer") | {"num_layers": 1}
+            QwenImageControlNetModel.from_config(config).bfloat16().save_pretrained(net)
+            build(str(checkpoint), folder, precision="bf16", controlnets=[str(net)])
+    return Bundle.open(folder)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -147,6 +166,14 @@ def test_real_width(family, one_block_of, tmp_path):
             # The VAE's one head of 384 or 512 numbers has no fused kernel, and that is said.
             assert plan.unfused == (graph.attentions if name in VAE else ())
             assert len(graph.attentions) == ATTENTIONS[family][name]
+
+
+@pytest.mark.parametrize("shapes", SERVED)
+def test_a_controlnet_with_blocks_of_its_own(shapes, beside_residuals, tmp_path):
+    """InstantX's, whose prompt has a length of its own."""
+    graph, plan = compile_component(beside_residuals, CONTROLLED, SERVED[shapes], tmp_path / "x.plan")
+    assert len(graph.attentions) == 1 + 2
+    assert plan.unfused == () and not plan.warnings
 
 
 def test_attention_in_float32_is_computed_in_parts(bundle_of, tmp_path):
