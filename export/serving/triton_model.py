@@ -108,7 +108,7 @@ def _value(name: str, values: list[Any]) -> Any:
 def _control(name: str, data: bytes) -> dict[str, Any]:
     """What is said of a ControlNet: a JSON object whose pictures are in base64."""
     try:
-        said = json.loads(data)
+        said: dict[str, Any] = json.loads(data)
         return said | {key: base64.b64decode(said[key], validate=True) for key in PICTURES if key in said}
     except (TypeError, ValueError, RecursionError):
         raise UsageError(f"{name} is no JSON object with pictures in base64", "send one for each ControlNet") from None
