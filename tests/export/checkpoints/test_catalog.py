@@ -34,7 +34,6 @@ def test_names_stand_for_hub_ids(model: str, hub_id: str) -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        "Z-Image-Turbo-Fun-Controlnet-Union-2.1",
         "z-image-edit",
         "DiffSynth-Studio/Qwen-Image-Distill-Full",
     ],
