@@ -28,7 +28,6 @@ from zimgkit.export.checkpoints.single_files import components_in, guess_base, i
 from zimgkit.export.checkpoints.stored import Decoded, Stored
 from zimgkit.export.checkpoints.urls import parse_url
 from zimgkit.export.checkpoints.weight_files import weight_files
-from zimgkit.export.networks.parts import stored_shapes
 from zimgkit.export.networks.registry import (
     FAMILIES,
     WEIGHT_FILES,
@@ -367,6 +366,10 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: one has not; it names both.
     """
+    if not checkpoint.files:
+        return
+    from zimgkit.export.networks.parts import stored_shapes  # With torch, which takes seconds.
+
     tasks = tasks_of(checkpoint.family, checkpoint.pipeline, ())
     for component, file in checkpoint.files.items():
         own = parts(checkpoint.family, component, checkpoint.config(component), tasks)

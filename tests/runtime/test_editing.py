@@ -22,6 +22,7 @@ from tests import reference
 from tests.runtime.test_from_pictures import mask, picture
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime import Pipeline
+from zimgkit.runtime.memory.fitting import needs_in
 from zimgkit.runtime.request import check
 
 BOUND = 3e-5
@@ -249,8 +250,14 @@ def test_a_plan_knows_of_the_pictures(kind, ours):
     few = ours.plan("x", image=picture(64, 64), height=64, width=64)
     assert "vision_encoder" in few.stay + few.in_turn
     if kind != "edit":
-        more = ours.plan("x", image=[picture(64, 64)] * 3, height=64, width=64)
-        assert more.peak > few.peak
+        session = ours.session
+
+        def working(count: int) -> int:
+            images = [picture(64, 64)] * count
+            request = check(ours.bundle.manifest, session.family, prompt="x", image=images, height=64, width=64)
+            return needs_in(session._setting(request), session._picture(request))["denoiser"].working
+
+        assert working(3) > 2 * working(1)
 
 
 @pytest.mark.parametrize(

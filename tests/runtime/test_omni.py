@@ -229,7 +229,7 @@ class TestTheCheckpoint:
     def test_a_folder_that_is_not_there(self, checkpoint_of, tmp_path, folder):
         root = tmp_path / "omni"
         shutil.copytree(checkpoint_of("z-image-omni"), root, ignore=shutil.ignore_patterns(folder))
-        with pytest.raises(CheckpointError, match=rf"omni has no folder {folder}; fetch the checkpoint again"):
+        with pytest.raises(CheckpointError, match=rf"omni has no folder {folder}; fetch the files that are missing"):
             build(str(root), tmp_path / "bundle", precision="fp32")
 
     @pytest.mark.parametrize(

@@ -84,4 +84,4 @@ def test_what_the_denoiser_takes_in(recorded, pipeline):
 
 
 def test_there_are_recordings():
-    assert len(NAMES) == 21
+    assert len(NAMES) == 26
