@@ -13,7 +13,7 @@ def test_every_family_that_is_exported_can_be_trained(name: str) -> None:
     assert family.name == name
     for component in ("pipeline", *sources(name)):
         assert family.reference_class(component).__name__ == family.classes[component].partition(".")[2]
-    assert {family.reference_class(component).__name__ for component in ("pipeline", "transformer")} == set(
+    assert {family.reference_class(component).__name__ for component in ("pipeline", "transformer")} <= set(
         FAMILIES[name].classes
     )
     family.vae_settings.check()
