@@ -7,6 +7,7 @@ weight exists in memory, none is folded, renamed or merged, and tracing takes as
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from zimgkit.engines.tensors.dtypes import BY_NAME
 from zimgkit.export.graphs.constant_reshape import ConstantReshape
 from zimgkit.export.graphs.nodes import take_over
 
+TRACING = threading.Lock()
+"""PyTorch traces in one thread at a time: what it patches meanwhile is the process's."""
 OPSET = 23
 """The first with ``RMSNormalization``, ``RotaryEmbedding`` and ``Attention``; 24 loses the first in the exporter."""
 IR_VERSION = 11
@@ -95,7 +98,7 @@ def trace(kinds: Sequence[Kind]) -> list[ir.Function]:
     dynamic = [[dict.fromkeys(e.dynamic, torch.export.Dim.DYNAMIC) for e in kind.inputs] for kind in kinds]
     # The exporter takes dimensions of equal length for one, so those of different modules must not be equal.
     examples = [[e.scaled(factor) for e in kind.inputs] for kind, factor in zip(kinds, FACTORS, strict=False)]
-    with _quiet(), torch.no_grad():
+    with TRACING, _quiet(), torch.no_grad():
         program = torch.export.export(
             _Functional(kinds).eval(),
             (examples, parameters),
