@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
-from zimgkit.export.checkpoints.urls import Address, parse_url
+from zimgkit.engines.errors import ZimgError
+from zimgkit.export.checkpoints.urls import PICKLES, Address, parse_url
 from zimgkit.runtime import hub
 
 SUFFIX = ".safetensors"
@@ -42,3 +44,37 @@ def fetch_file(address: Address) -> Path | None:
     """
     folder = hub.fetch(address.model_id, revision=address.revision, source=address.source, allow=[address.path])
     return file if (file := folder / address.path).is_file() else None
+
+
+def only_file_in(folder: Path, usual: Collection[str], refusal: type[ZimgError], hint: str) -> Path:
+    """The safetensors file of a folder: the only one, or the only one that is called as usual.
+
+    Args:
+        folder: where to look.
+        usual: what programs call the file that they save.
+        refusal: the error to raise.
+        hint: of it, where there is none.
+
+    Raises:
+        refusal: there is none, there are several, or there is a pickle.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix == SUFFIX)
+    named = [path for path in files if path.name in usual]
+    if len(files) == 1 or len(named) == 1:
+        return (named or files)[0]
+    if files:
+        names = ", ".join(path.name for path in files[:4])
+        raise refusal(f"{folder} holds {len(files)} safetensors files ({names})", "name one of them")
+    for path in sorted(folder.iterdir()):
+        refuse_pickle(path.name, refusal)
+    raise refusal(f"{folder} holds no safetensors file", hint)
+
+
+def refuse_pickle(name: str, refusal: type[ZimgError]) -> None:
+    """Refuse a file that could run code when it is opened.
+
+    Raises:
+        refusal: it is one.
+    """
+    if name.endswith(PICKLES):
+        raise refusal(f"{name} is a pickle, which zimgkit never opens", "convert it to safetensors")

@@ -10,11 +10,11 @@ from typing import Any
 
 from zimgkit.engines.decoding import read_json
 from zimgkit.engines.errors import CheckpointError, UsageError
-from zimgkit.export.checkpoints.urls import PICKLES, Address, parse_url
+from zimgkit.export.checkpoints.named_files import SUFFIX, only_file_in, refuse_pickle
+from zimgkit.export.checkpoints.urls import Address, parse_url
 from zimgkit.export.networks.registry import FAMILIES, KnownControl
 from zimgkit.runtime import hub
 
-SUFFIX = ".safetensors"
 USUAL = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 """What diffusers and DiffSynth call the file in a folder."""
 CONFIG = "config.json"
@@ -53,9 +53,9 @@ def find_control(argument: str, hub_name: str = "huggingface") -> ControlFile:
     name, place = _split_name(argument)
     path = Path(place).expanduser()
     if path.is_dir():
-        path, source = _in_folder(path), str(path.absolute())
+        path, source = only_file_in(path, USUAL, CheckpointError, HINT), str(path.absolute())
     elif path.is_file():
-        _refuse_pickle(path.name)
+        refuse_pickle(path.name, CheckpointError)
         source = str(path.absolute())
     else:
         path, source = _fetched(place, hub_name)
@@ -81,7 +81,7 @@ def _fetched(place: str, hub_name: str) -> tuple[Path, str]:
         address = Address(hub_name, match[1], path=match[2] or "")
     if address is None:
         raise CheckpointError(f"there is no ControlNet {place!r}", HINT)
-    _refuse_pickle(address.path)
+    refuse_pickle(address.path, CheckpointError)
     if address.path and (not address.path.endswith(SUFFIX) or ".." in address.path.split("/")):
         raise CheckpointError(f"{place!r} does not exist, and on a hub a ControlNet is a {SUFFIX} file", HINT)
     wanted = [address.path, CONFIG] if address.path else [*USUAL, CONFIG]
@@ -90,7 +90,9 @@ def _fetched(place: str, hub_name: str) -> tuple[Path, str]:
         raise CheckpointError(f"{address.model_id} has no file {address.path!r}", "check the name of both")
     if not folder.is_dir():
         raise CheckpointError(f"{address.model_id} has no {' nor '.join(USUAL)}", "name one of its files")
-    return (folder / address.path, address.file) if address.path else (_in_folder(folder), address.model)
+    if address.path:
+        return folder / address.path, address.file
+    return only_file_in(folder, USUAL, CheckpointError, HINT), address.model
 
 
 def _is_name_of(place: str, known: KnownControl) -> bool:
@@ -111,21 +113,3 @@ def _short_name(source: str) -> str:
     word = end.parent.name if end.name in USUAL else end.name.removesuffix(SUFFIX)
     tail = re.sub(r"[^a-z0-9_]+", "_", re.split(r"controlnet-?", word.lower())[-1] or word.lower()).strip("_")
     return tail[:40] or "control"
-
-
-def _in_folder(folder: Path) -> Path:
-    files = sorted(path for path in folder.iterdir() if path.suffix == SUFFIX)
-    usual = [path for path in files if path.name in USUAL]
-    if len(files) == 1 or len(usual) == 1:
-        return (usual or files)[0]
-    if files:
-        names = ", ".join(path.name for path in files[:4])
-        raise CheckpointError(f"{folder} holds {len(files)} safetensors files ({names})", "name one of them")
-    for path in sorted(folder.iterdir()):
-        _refuse_pickle(path.name)
-    raise CheckpointError(f"{folder} holds no safetensors file", HINT)
-
-
-def _refuse_pickle(name: str) -> None:
-    if name.endswith(PICKLES):
-        raise CheckpointError(f"{name} is a pickle, which zimgkit never opens", "convert it to safetensors")

@@ -12,8 +12,7 @@ from zimgkit.engines.decoding import read_json
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.engines.tensors.safetensors import SafetensorsError, TensorInfo, read_header
 from zimgkit.export.checkpoints.checkpoint import check_tensors
-from zimgkit.export.checkpoints.named_files import SUFFIX, address_of, fetch_file, is_within
-from zimgkit.export.checkpoints.urls import PICKLES
+from zimgkit.export.checkpoints.named_files import SUFFIX, address_of, fetch_file, is_within, refuse_pickle
 from zimgkit.export.networks import dinov3, siglip, siglip_pooled
 from zimgkit.export.networks.parts import Part, Shapes
 
@@ -119,9 +118,7 @@ class _Files:
             if not files:
                 raise CheckpointError(f"{argument} holds no safetensors file of {what}", HINT)
             return cls(argument, what, files)
-        if path.name.endswith(PICKLES):
-            message = f"{argument} is a pickle, which zimgkit never opens"
-            raise CheckpointError(message, "convert it to safetensors")
+        refuse_pickle(argument, CheckpointError)
         if path.is_file():
             return cls(argument, what, (path,))
         found = address_of(argument, hub)

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zimgkit.engines.errors import LoraError, UsageError
-from zimgkit.export.checkpoints.named_files import SUFFIX, address_of, fetch_file, is_within
+from zimgkit.export.checkpoints.named_files import (
+    SUFFIX,
+    address_of,
+    fetch_file,
+    is_within,
+    only_file_in,
+    refuse_pickle,
+)
 from zimgkit.export.checkpoints.urls import PICKLES
 from zimgkit.runtime import demo_models
 
@@ -44,18 +51,18 @@ def find_lora(argument: str, hub_name: str = "huggingface") -> LoraFile:
     name, scale = _split_scale(argument)
     path = _expanded(name)
     if path.is_dir():
-        path = _in_folder(path)
+        path = only_file_in(path, USUAL, LoraError, HINT)
     elif not path.is_file():
         if (found := address_of(name, hub_name)) is None:
             raise LoraError(f"there is no LoRA {name!r}", HINT)
         address, name = found
-        _refuse_pickle(address.path)
+        refuse_pickle(address.path, LoraError)
         if not is_within(address):
             raise LoraError(f"{name!r} does not exist, and on a hub a LoRA is a {SUFFIX} file", HINT)
         if (file := fetch_file(address)) is None:
             raise LoraError(f"{address.model_id} has no file {address.path!r}", "check the name of both")
         return LoraFile(file, name, scale)
-    _refuse_pickle(path.name)
+    refuse_pickle(path.name, LoraError)
     return LoraFile(path, str(path.absolute()), scale)
 
 
@@ -76,21 +83,3 @@ def _split_scale(argument: str) -> tuple[str, float]:
     if not math.isfinite(scale):
         raise UsageError(f"the scale of {head} is {tail}", "give a finite number")
     return head, scale
-
-
-def _in_folder(folder: Path) -> Path:
-    files = sorted(path for path in folder.iterdir() if path.suffix == SUFFIX)
-    usual = [path for path in files if path.name in USUAL]
-    if len(files) == 1 or len(usual) == 1:
-        return (usual or files)[0]
-    if files:
-        names = ", ".join(path.name for path in files[:4])
-        raise LoraError(f"{folder} holds {len(files)} safetensors files ({names})", "name one of them")
-    for path in sorted(folder.iterdir()):
-        _refuse_pickle(path.name)
-    raise LoraError(f"{folder} holds no safetensors file", HINT)
-
-
-def _refuse_pickle(name: str) -> None:
-    if name.endswith(PICKLES):
-        raise LoraError(f"{name} is a pickle, which zimgkit never opens", "convert it to safetensors")

@@ -20,6 +20,7 @@ from torch.onnx import ops
 
 from zimgkit.export.networks.layers import attention, split_heads
 from zimgkit.export.networks.parts import Input, Part
+from zimgkit.export.networks.vision_tower import VisionMLP
 
 SOURCE = "dinov3"
 
@@ -107,20 +108,6 @@ class DinoScale(nn.Module):
         return x * self.lambda1
 
 
-class DinoMLP(nn.Module):
-    """A gated MLP with biases."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(dim, hidden), nn.Linear(dim, hidden)
-        self.down_proj = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim)."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
-
-
 class DinoBlock(nn.Module):
     """One block."""
 
@@ -128,7 +115,7 @@ class DinoBlock(nn.Module):
         super().__init__()
         dim, eps = config.hidden_size, config.layer_norm_eps
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
-        self.attention, self.mlp = DinoAttention(config), DinoMLP(dim, config.intermediate_size)
+        self.attention, self.mlp = DinoAttention(config), VisionMLP(dim, config.intermediate_size)
         self.layer_scale1, self.layer_scale2 = DinoScale(dim), DinoScale(dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
