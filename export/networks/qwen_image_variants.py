@@ -7,7 +7,7 @@ All are variants of the denoiser: they have its parameters and no others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -143,20 +143,38 @@ class ConditionedDenoiser(QwenImageDenoiser):
         Returns:
             (batch, target tokens, 64) float32.
         """
+        return self.step(hidden_states, condition, (modulation,), text, cos, sin)
+
+    def step(
+        self,
+        hidden_states: Tensor,
+        condition: Tensor,
+        modulations: Sequence[Tensor],
+        text: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *masks: Tensor,
+    ) -> Tensor:
+        """What all variants with conditions do: the masks of some come last, as their blocks take them."""
         target = self.img_in(hidden_states)
         image = self.join(target, self.img_in(condition))
-        rows = self.split_modulation(self.modulation_rows(modulation, image))
-        return self.head(self.target(self.blocks(image, text, rows, cos, sin), target), rows)
+        rows = self.split_modulation(*(self.modulation_rows(one, image) for one in modulations))
+        image = self.blocks(image, text, rows, cos, sin, *self.roles(image, target), *masks)
+        return self.head(self.target(image, target), rows)
+
+    def roles(self, image: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        """What blocks are told of tokens besides: here nothing."""
+        return ()
 
 
-class ZeroConditionedDenoiser(QwenImageDenoiser):
+class ZeroConditionedDenoiser(ConditionedDenoiser):
     """Likewise, where conditions are modulated as at time 0."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.transformer_blocks = nn.ModuleList(ZeroConditionBlock(config) for _ in range(config.num_layers))
         self.split_modulation = SplitTwoModulations(config.num_layers)
-        self.join, self.target, self.is_condition = Join(), Target(), IsCondition()
+        self.is_condition = IsCondition()
 
     def forward(  # type: ignore[override]
         self,
@@ -169,13 +187,11 @@ class ZeroConditionedDenoiser(QwenImageDenoiser):
         sin: Tensor,
     ) -> Tensor:
         """As :class:`ConditionedDenoiser`; ``condition_modulation`` (12 layers + 2, dim) float32 is that of time 0."""
-        target = self.img_in(hidden_states)
-        image = self.join(target, self.img_in(condition))
-        rows = self.split_modulation(
-            self.modulation_rows(modulation, image), self.modulation_rows(condition_modulation, image)
-        )
-        image = self.blocks(image, text, rows, cos, sin, self.is_condition(image, target))
-        return self.head(self.target(image, target), rows)
+        return self.step(hidden_states, condition, (modulation, condition_modulation), text, cos, sin)
+
+    def roles(self, image: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        """Which tokens are conditions."""
+        return (self.is_condition(image, target),)
 
 
 class MaskedConditionedDenoiser(ConditionedDenoiser):
@@ -196,10 +212,7 @@ class MaskedConditionedDenoiser(ConditionedDenoiser):
         mask: Tensor,
     ) -> Tensor:
         """As :class:`ConditionedDenoiser`; the mask is that of :class:`MaskedDenoiser`."""
-        target = self.img_in(hidden_states)
-        image = self.join(target, self.img_in(condition))
-        rows = self.split_modulation(self.modulation_rows(modulation, image))
-        return self.head(self.target(self.blocks(image, text, rows, cos, sin, self.mask(mask)), target), rows)
+        return self.step(hidden_states, condition, (modulation,), text, cos, sin, self.mask(mask))
 
 
 class MaskedZeroConditionedDenoiser(ZeroConditionedDenoiser):
@@ -221,13 +234,8 @@ class MaskedZeroConditionedDenoiser(ZeroConditionedDenoiser):
         mask: Tensor,
     ) -> Tensor:
         """As :class:`ZeroConditionedDenoiser`; the mask is that of :class:`MaskedDenoiser`."""
-        target = self.img_in(hidden_states)
-        image = self.join(target, self.img_in(condition))
-        rows = self.split_modulation(
-            self.modulation_rows(modulation, image), self.modulation_rows(condition_modulation, image)
-        )
-        image = self.blocks(image, text, rows, cos, sin, self.is_condition(image, target), self.mask(mask))
-        return self.head(self.target(image, target), rows)
+        modulations = (modulation, condition_modulation)
+        return self.step(hidden_states, condition, modulations, text, cos, sin, self.mask(mask))
 
 
 def conditioned_part(config: Config, denoiser: Part) -> Part:
