@@ -40,7 +40,7 @@ from contestant_processes import Contestants, FailedError
 from peer_contestants import DTYPES, Settings, image_file
 
 WORKER = Path(__file__).with_name("peer_contestants.py")
-PRECISIONS = ("fp32", "bf16", "int8", "int8-weights", "int4-weights")
+PRECISIONS = ("fp32", "bf16", "int8", "int8-dynamic", "int8-weights", "int4-weights")
 BACKENDS = ("onnxruntime", "openvino", "torch")
 REFERENCE = "diffusers fp32"
 """Whose pictures the others are compared with."""

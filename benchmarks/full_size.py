@@ -1,7 +1,7 @@
 """The released models' real shapes, built, opened and run on this machine: memory, anonymous and of files, and time.
 
 The checkpoint has the real configs, names and shards. Its weights are one block of random numbers, repeated; where the
-disk is too short for that, they are zero and take none. INT8 takes its scales from synthetic statistics, unless
+disk is too short for that, they are zero and take none. FP8 and INT8 take their scales from synthetic statistics, unless
 --calibrate runs a real calibration. Each component is opened and run in a process of its own. All is removed at the
 end. Exits with 1 where one could not be run, gave NaN or Inf, or took more memory of its own to open than 1.3 times its
 weights as they are stored and 1 GiB. Pages of mapped files count apart: the system takes them back where it is short.
@@ -30,7 +30,7 @@ from unittest.mock import patch
 
 import common
 
-PRECISIONS = ("bf16", "int8", "int8-weights", "int4-weights")
+PRECISIONS = ("bf16", "fp8", "int8", "int8-dynamic", "int8-weights", "int4-weights")
 COMPONENTS = ("text_encoder", "denoiser", "vae_decoder")
 BACKENDS = ("auto", "onnxruntime", "openvino", "torch")
 OPENING = 1.3
@@ -317,7 +317,7 @@ def measure_family(family: str, folder: Path, options: argparse.Namespace, save:
     result = {"family": family, "checkpoint": write_checkpoint(family, model), "bundles": []}
     for precision in options.precision:
         bundle, entry, given = folder / precision, {"precision": precision}, []
-        if precision == "int8":
+        if precision in ("fp8", "int8"):
             entry["calibration"], found = statistics_of(model, folder, calibrate=options.calibrate)
             given = ["--calibration", found]
         entry |= {"build": build(model, bundle, precision, given), "runs": []}
@@ -339,7 +339,7 @@ def main() -> int:
     parser.add_argument("--component", nargs="+", choices=COMPONENTS, default=COMPONENTS, metavar="COMPONENT")
     parser.add_argument("--steps", type=int, default=1, help="runs of the denoiser")
     parser.add_argument("--limit-memory", type=float, metavar="GIB", help="of each process, files it reads included")
-    parser.add_argument("--calibrate", action="store_true", help="for INT8, with 4 prompts, one step, 256x256")
+    parser.add_argument("--calibrate", action="store_true", help="for fp8 and int8, with 4 prompts, one step, 256x256")
     options = parser.parse_args()
     facts, results, broken = common.machine(), [], 0
 

@@ -22,7 +22,7 @@ import common
 import families
 from lora_swap import write_checkpoint
 
-PRECISIONS = ("fp32", "bf16", "fp8", "int8", "int8-weights", "int4-weights")
+PRECISIONS = ("fp32", "bf16", "fp8", "int8", "int8-dynamic", "int8-weights", "int4-weights")
 MID_SIZE = 10**8
 """Models of fewer parameters spend their time elsewhere than in multiplying."""
 

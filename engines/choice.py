@@ -20,6 +20,7 @@ CUDA_PROVIDER = "capi/libonnxruntime_providers_cuda.so"
 GAINS = {
     "bfloat16": BFLOAT16,
     "int8": VNNI,
+    "int8-dynamic": VNNI,
     "int8-weights": VNNI,
     "int4-weights": VNNI,
 }

@@ -14,7 +14,7 @@ from zimgkit.runtime.pipeline import Pipeline
 
 PROMPTS = ("a red cube", "two small blue dogs on a hill", "山水", "the word OPEN in neon")
 PLAN = CalibrationSet(PROMPTS, ((64, 64), (64, 96)), 2)
-PRECISIONS = ("fp8", "int8", "int8-weights", "int4-weights")
+PRECISIONS = ("fp8", "int8", "int8-dynamic", "int8-weights", "int4-weights")
 
 
 class Recorder:

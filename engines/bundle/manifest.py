@@ -242,7 +242,7 @@ class Quantization(msgspec.Struct, frozen=True, omit_defaults=True):
     """How a bundle's linears were quantized."""
 
     precision: str
-    """``"fp8"``, ``"int8"``, ``"int8-weights"`` or ``"int4-weights"``."""
+    """``"fp8"``, ``"int8"``, ``"int8-dynamic"``, ``"int8-weights"`` or ``"int4-weights"``."""
     unquantized: dict[str, dict[str, str]] = {}
     """Component -> the weights of linears that are stored in the bundle's precision -> why."""
     inputs: dict[str, dict[str, str]] = {}

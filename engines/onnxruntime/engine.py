@@ -59,6 +59,7 @@ EXACT = {"session.x64quantprecision": "1"}
 """Without it, processors that lack VNNI add products of 8 bits in 16, which overflow; those that have it it slows."""
 SESSION = {
     # By default it rounds inputs to 8 bits where weights alone are said to be rounded.
+    "int8-dynamic": {"session.qdq_matmulnbits_accuracy_level": "1"},
     "int8-weights": {"session.qdq_matmulnbits_accuracy_level": "1"},
     "int4-weights": {"session.qdq_matmulnbits_accuracy_level": "1"},
 }

@@ -21,7 +21,7 @@ COMPILED_BACKENDS = ("tensorrt", "tensorrt-rtx")
 """Backends that engines are compiled for."""
 CALIBRATED = ("fp8", "int8")
 """Precisions that quantize the inputs of linears too, with scales from a calibration."""
-QUANTIZED = (*CALIBRATED, "int8-weights", "int4-weights")
+QUANTIZED = (*CALIBRATED, "int8-dynamic", "int8-weights", "int4-weights")
 """All precisions that quantize."""
 
 BUNDLE_FOLDER = BundleFolder()

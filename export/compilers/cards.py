@@ -33,6 +33,17 @@ def precision_for(card: str | None) -> tuple[str, str]:
     return PRECISIONS.get(device.architecture, DEFAULT_PRECISION), f"{device.name}, {device.architecture}"
 
 
+def check_compiles(precision: str) -> None:
+    """Check that a compiler can serve a precision.
+
+    Raises:
+        BackendError: it cannot.
+    """
+    if precision == "int8-dynamic":
+        message = "int8-dynamic takes a scale for each token as it comes, and compilers need scales that stay"
+        raise BackendError(message, "build the bundle with --precision int8, which calibrates, or int8-weights")
+
+
 def check_multiplies(precision: str, architecture: str, name: str) -> None:
     """Check that a GPU can run engines of a precision.
 

@@ -16,7 +16,7 @@ from zimgkit.engines.bundle.locks import only_writer_of
 from zimgkit.engines.errors import OutputError, UsageError
 from zimgkit.engines.tensorrt import api as tensorrt_api
 from zimgkit.engines.tensorrt import cuda
-from zimgkit.export.compilers.cards import check_multiplies
+from zimgkit.export.compilers.cards import check_compiles, check_multiplies
 from zimgkit.export.compilers.shape_profiles import RECOMMENDED, ServedShapes, shape_profiles
 from zimgkit.export.compilers.tensorrt.compiler import DEFAULT_OPTIONS, CompiledPlan, CompilerOptions, compile_plan
 from zimgkit.export.compilers.tensorrt.graph import read_graph
@@ -124,6 +124,7 @@ def compile_bundle(
     with only_writer_of(path):
         bundle = Bundle.open(path)
         bundle.check_changeable()
+        check_compiles(bundle.manifest.quantized)
         profiles = shape_profiles(bundle.manifest, shapes)
         if unknown := [name for name in components if name not in profiles]:
             raise UsageError(f"the bundle has no graph called {unknown[0]!r}", f"it has {', '.join(profiles)}")

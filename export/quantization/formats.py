@@ -88,11 +88,14 @@ class Scheme:
     """The format of its input, with one scale; None where inputs are not quantized."""
     smooth: float = 0.0
     """SmoothQuant's alpha: the share of the activations' outliers that goes to the weights, 0 to 1."""
+    is_dynamic: bool = False
+    """Whether kernels round each token of an input as it comes, with a scale of its own, which no graph tells."""
 
 
 SCHEMES = {
     "fp8": Scheme(FLOAT8, FLOAT8),
     "int8": Scheme(INT8, INT8, smooth=0.5),
+    "int8-dynamic": Scheme(INT8, is_dynamic=True),
     "int8-weights": Scheme(INT8),
     "int4-weights": Scheme(INT4),
 }

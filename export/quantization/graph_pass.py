@@ -21,6 +21,7 @@ from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.graphs.external import external
 from zimgkit.export.graphs.nodes import constant, insert
 from zimgkit.export.quantization.formats import OWN_SCALE, Format, Scheme
+from zimgkit.export.quantization.integer_products import DYNAMIC
 from zimgkit.export.quantization.linears import Linear, calls, linears, present, weight_shape
 from zimgkit.export.quantization.quantized_weights import INPUT_SCALE, SMOOTH, WEIGHT_SCALE
 
@@ -73,6 +74,7 @@ class Quantize(ir.passes.InPlacePass):
             RuntimeError: a weight is in no linear of the graph; a bug in a network, never a user's fault.
         """
         done: set[str] = set()
+        model.meta[DYNAMIC] = self._scheme.is_dynamic
         for node, function, given in calls(model):
             found = [linear for linear in linears(function) if given[linear.weight].name in self._weights]
             if not found:

@@ -3,8 +3,8 @@
 In a graph with ``DequantizeLinear`` a CPU would hold each weight in float32, whole and turned over, before it computes.
 Here a linear of int8 weights is a product of integers: each token of the input is rounded to 8 bits with a scale of its
 own when it comes (LLM.int8(), https://arxiv.org/abs/2208.07339, without its outliers in float). That needs no
-calibration, and is closer than the one scale that compilers want. Where weights alone are quantized, what was rounded
-off is rounded as well: an input then keeps 16 bits, and no outlier costs the others anything. Weights in float8, for
+calibration, and is closer than the one scale that compilers want. Where weights alone are to be quantized, what was
+rounded off is rounded as well: an input then keeps 16 bits, and no outlier costs the others anything. Weights in float8, for
 which CPUs have no product, are widened when they are needed, and their scales applied to what comes out.
 
 Of the products of integers ``QGemm`` alone takes weights as they are stored, (out, in), and scales them on its way.
@@ -29,6 +29,8 @@ LARGEST = 127
 """Of the integers that a token is rounded to."""
 FINE = 2 * LARGEST
 """Into how many parts one of these is divided, where what was rounded off is rounded too."""
+DYNAMIC = "zimgkit.dynamic"
+"""In a model's ``meta``: whether inputs keep 8 bits although nothing rounds them in the graph."""
 ZERO_POINT = 128
 """They are stored unsigned: the kernels multiply unsigned inputs and signed weights."""
 
@@ -42,14 +44,14 @@ class IntegerProducts(ir.passes.InPlacePass):
         # All calls of a function give it weights of the same element types.
         given = {function: values for _, function, values in calls(model)}
         for function, values in given.items():
-            changed |= _rewrite(function, values)
+            changed |= _rewrite(function, values, is_dynamic=bool(model.meta.get(DYNAMIC)))
         if changed:
             model.opset_imports[CONTRIB] = 1
             passes.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=changed)
 
 
-def _rewrite(function: ir.Function, given: Mapping[ir.Value, ir.Value]) -> bool:
+def _rewrite(function: ir.Function, given: Mapping[ir.Value, ir.Value], *, is_dynamic: bool) -> bool:
     products = [(node, dequantize) for node in function if (dequantize := _dequantized_weight(node)) is not None]
     tokens: dict[tuple[ir.Value, bool], _Tokens] = {}
     for node, dequantize in products:
@@ -57,10 +59,10 @@ def _rewrite(function: ir.Function, given: Mapping[ir.Value, ir.Value]) -> bool:
         left = present(node.inputs[0])
         if given[weight].dtype == ir.DataType.INT8:
             source = _unrounded(left)
-            key = (source, source is left)
+            key = (source, source is left and not is_dynamic)
             rows, width = weight_shape(given[weight])
             if key not in tokens:
-                tokens[key] = _round_tokens(function, node, source, twice=source is left, width=width)
+                tokens[key] = _round_tokens(function, node, source, twice=key[1], width=width)
             out = _integer_product(function, node, tokens[key], weight, scale, rows)
         else:
             wide = insert(function, node, "Cast", [weight], {"to": ir.DataType.FLOAT})

@@ -21,6 +21,7 @@ COPIES = {
     # It packs what its kernels take as it is stored; bfloat16 and float8 are widened when they are needed.
     ("onnxruntime", "float32"): 1.0,
     ("onnxruntime", "int8"): 1.0,
+    ("onnxruntime", "int8-dynamic"): 1.0,
     ("onnxruntime", "int8-weights"): 1.0,
     ("onnxruntime", "int4-weights"): 1.2,
     # It reads weights where they lie and keeps, from the first run on, those of products as its kernels read them: at
@@ -28,6 +29,7 @@ COPIES = {
     ("openvino", "float32"): 1.1,
     ("openvino", "bfloat16"): 0.9,
     ("openvino", "int8"): 1.7,
+    ("openvino", "int8-dynamic"): 1.15,
     ("openvino", "int8-weights"): 1.15,
     ("openvino", "int4-weights"): 1.5,
 }
@@ -54,7 +56,8 @@ CONVOLUTIONS = {ENCODER, "vae_decoder"}
 """Those of convolutions."""
 QUANTIZED = ("text_encoder", DENOISER)
 """Those that a quantized bundle quantizes."""
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.03, "int8": 1.03, "int8-weights": 1.03, "int4-weights": 0.6}
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "int4-weights": 0.6}
+BYTES |= dict.fromkeys(("fp8", "int8", "int8-dynamic", "int8-weights"), 1.03)
 """Precision -> bytes of a weight, scales included."""
 FLOAT = 4
 """Bytes of a number that a CPU computes in: float32."""
@@ -143,7 +146,7 @@ def widened_bytes(manifest: Manifest, backend: str) -> dict[str, float]:
     Those are quantized in 8 bits, of bundles from before there were graphs for CPUs, or on a CPU that cannot run these.
     """
     precision = manifest.quantized
-    if backend != "onnxruntime" or precision not in ("fp8", "int8", "int8-weights"):
+    if backend != "onnxruntime" or BYTES.get(precision) != BYTES["int8"]:
         return {}
     is_served = precision == "fp8" or adds_integers_exactly()
     components = {name: manifest.components[name] for name in QUANTIZED if name in manifest.components}

@@ -63,3 +63,11 @@ def test_a_card_without_fp8(monkeypatch, quantized_of):
     with pytest.raises(BackendError, match=r"NVIDIA RTX A6000 \(sm86\) does not multiply FP8") as caught:
         compiling.compile_bundle(quantized_of("z-image", "fp8"))
     assert caught.value.hint == "build the bundle with --precision int8"
+
+
+def test_a_precision_without_scales_that_stay(quantized_of):
+    """Of neither compiler, and said before either is looked for."""
+    for backend in ("tensorrt", "tensorrt-rtx"):
+        with pytest.raises(BackendError, match="compilers need scales that stay") as caught:
+            compiling.compile_bundle(quantized_of("z-image", "int8-dynamic"), backend=backend)
+        assert "--precision int8," in caught.value.hint

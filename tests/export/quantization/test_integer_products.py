@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from zimgkit.export.quantization.integer_products import IntegerProducts
+from zimgkit.export.quantization.integer_products import DYNAMIC, IntegerProducts
 
 OUT, WIDTH = 12, 32
 KINDS = {"int8": TensorProto.INT8, "float8": TensorProto.FLOAT8E4M3FN}
@@ -94,6 +94,19 @@ def test_what_it_gives(kind, static, most, count, product):
     assert "DequantizeLinear" not in kinds
     x = tokens(count)
     assert off(run(made, x), x, meant) < most
+
+
+@pytest.mark.parametrize("count", [1, 7, 64])
+def test_inputs_that_are_rounded_as_they_come_are_as_those_that_the_graph_rounds(count):
+    """By the scale of each token in both, whatever the one scale of the graph is."""
+    (dynamic, meant), (static, _) = model("int8"), model("int8", static=True)
+    dynamic.meta[DYNAMIC] = True
+    for made in (dynamic, static):
+        IntegerProducts()(made)
+    x = tokens(count)
+    found = run(dynamic, x)
+    np.testing.assert_array_equal(found, run(static, x))
+    assert 1e-4 < off(found, x, meant) < 0.02
 
 
 def test_an_outlier_costs_the_rest_nothing_where_weights_alone_are_quantized():
