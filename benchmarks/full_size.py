@@ -1,7 +1,7 @@
 """The released models' real shapes, built, opened and run on this machine: memory, anonymous and of files, and time.
 
 The checkpoint has the real configs, names and shards. Its weights are one block of random numbers, repeated; where the
-disk is too short for that, they are zero and take none. FP8 and INT8 take their scales from synthetic statistics, unless
+disk is too short for that, they are zero and take none. FP8 and INT8 take scales from synthetic statistics, unless
 --calibrate runs a real calibration. Each component is opened and run in a process of its own. All is removed at the
 end. Exits with 1 where one could not be run, gave NaN or Inf, or took more memory of its own to open than 1.3 times its
 weights as they are stored and 1 GiB. Pages of mapped files count apart: the system takes them back where it is short.

@@ -4,8 +4,8 @@ In a graph with ``DequantizeLinear`` a CPU would hold each weight in float32, wh
 Here a linear of int8 weights is a product of integers: each token of the input is rounded to 8 bits with a scale of its
 own when it comes (LLM.int8(), https://arxiv.org/abs/2208.07339, without its outliers in float). That needs no
 calibration, and is closer than the one scale that compilers want. Where weights alone are to be quantized, what was
-rounded off is rounded as well: an input then keeps 16 bits, and no outlier costs the others anything. Weights in float8, for
-which CPUs have no product, are widened when they are needed, and their scales applied to what comes out.
+rounded off is rounded as well: an input then keeps 16 bits, and no outlier costs the others anything. Weights in
+float8, for which CPUs have no product, are widened when they are needed, and their scales applied to what comes out.
 
 Of the products of integers ``QGemm`` alone takes weights as they are stored, (out, in), and scales them on its way.
 

@@ -19,7 +19,8 @@ from zimgkit.runtime.families import family_of
 
 COMPONENTS = ("text_encoder", "denoiser")
 FAMILIES = ("z-image", "qwen-image")
-TYPES = {"fp8": "float8_e4m3fn", "int4-weights": "uint8"} | dict.fromkeys(("int8", "int8-dynamic", "int8-weights"), "int8")
+TYPES = dict.fromkeys(("int8", "int8-dynamic", "int8-weights"), "int8")
+TYPES |= {"fp8": "float8_e4m3fn", "int4-weights": "uint8"}
 COSINE = {"fp8": 0.99, "int8": 0.99, "int8-dynamic": 0.995, "int8-weights": 0.9995, "int4-weights": 0.95}
 """Of tiny networks with random weights, whose rows of 48 numbers average less out than real ones."""
 
