@@ -78,7 +78,8 @@ def test_text_is_what_the_web_ui_writes() -> None:
         "a cat, 4k\nNegative prompt: blurry, low quality\n"
         "Steps: 8, Sampler: Euler, CFG scale: 4, Seed: 42, Size: 1024x768, Model: Z-Image-Turbo, Guidance scale: 3, "
         "CFG normalization: 1, CFG truncation: 0.75, Guidance low: 0.25, Max sequence length: 512, "
-        "Num images: 4, Image index: 2, Family: z-image, Precision: bfloat16, Backend: onnxruntime, Version: zimgkit 0.1.0"
+        "Num images: 4, Image index: 2, Family: z-image, Precision: bfloat16, Backend: onnxruntime, "
+        "Version: zimgkit 0.1.0"
     )
 
 
