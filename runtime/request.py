@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.controls import ControlInput, check_sizes, read_controls
+from zimgkit.runtime.diffusion.guidance import acts
 from zimgkit.runtime.families import Family
 from zimgkit.runtime.inputs import NONE, Inputs, first_step, read_inputs, size_in_area, size_like, size_of_edit
 from zimgkit.runtime.parameters import BY_NAME, TENSORS, checked, refuse_unknown, texts
@@ -41,6 +42,8 @@ class Request:
     """One seed for the whole batch, or one per picture."""
     max_sequence_length: int
     output_type: str
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
     inputs: Inputs = NONE
     """The pictures it starts from."""
     controls: tuple[ControlInput, ...] = ()
@@ -74,6 +77,10 @@ class Request:
     def is_guided(self) -> bool:
         """Whether there is something to guide away from."""
         return self.negative_prompts is not None
+
+    def guides_at(self, sigma: float) -> bool:
+        """Whether that is done at a noise level."""
+        return self.is_guided and acts(sigma, self.cfg_truncation, self.guidance_low, self.guidance_high)
 
 
 def check(manifest: Manifest, family: Family, **call: Any) -> Request:
@@ -128,6 +135,9 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
     layers = value("layers", given.get("layer_num", manifest.layers.layers)) if manifest.layers else None
     controls = read_controls(manifest, inputs, given)
     check_sizes(controls, height, width)
+    low, high = value("guidance_low", 0.0), value("guidance_high", 1.0)
+    if low > high:
+        raise UsageError(f"guidance_low is {low:g}, above guidance_high, {high:g}", "no step would be guided")
     negative_embeds = _embeds("negative_prompt_embeds", given)
     negatives = _negatives(given, negative_embeds, len(prompts), family, scale)
     return Request(
@@ -141,6 +151,8 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
         guidance_scale=scale,
         cfg_normalization=value("cfg_normalization", given.get("cfg_normalize", 0.0)),
         cfg_truncation=value("cfg_truncation", 1.0),
+        guidance_low=low,
+        guidance_high=high,
         seed=_seed(given, batch),
         max_sequence_length=value("max_sequence_length", text.max_sequence_length, high=text.max_tokens - text.drop),
         output_type=value("output_type", "pil"),

@@ -7,7 +7,6 @@ gives a picture. Between two steps jobs may be cancelled, previewed, or left lyi
 from __future__ import annotations
 
 import math
-import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,20 +20,13 @@ from zimgkit.engines.bundle import MANIFEST, POSITIVE, Bundle
 from zimgkit.engines.choice import AUTO, Choice, choose_backend
 from zimgkit.engines.errors import BackendError, OutOfMemoryError, UsageError
 from zimgkit.engines.tensors.dtypes import round_to
+from zimgkit.runtime.cautions import cautions
 from zimgkit.runtime.conditioning import Conditioner
 from zimgkit.runtime.control_conditions import acting, component_of
 from zimgkit.runtime.decoding import Decoder
 from zimgkit.runtime.diffusion.blending import Kept
 from zimgkit.runtime.diffusion.noise import Generator, generator, randn_sample, randn_tensor
-from zimgkit.runtime.diffusion.schedule import (
-    add_noise,
-    calculate_mu,
-    euler_step,
-    flow_match_sigmas,
-    layered_mu,
-    read_scheduler,
-    sigmas_from,
-)
+from zimgkit.runtime.diffusion.schedule import add_noise, euler_step, read_scheduler
 from zimgkit.runtime.encoding import Encoder
 from zimgkit.runtime.engine_pool import EnginePool, Opener
 from zimgkit.runtime.families import family_of
@@ -42,7 +34,6 @@ from zimgkit.runtime.families.base import (
     Progress,
 )
 from zimgkit.runtime.inpainting import keep_unmasked, latents_drawn_anew
-from zimgkit.runtime.inputs import first_step
 from zimgkit.runtime.job import Array, Conditions, Job, Schedule
 from zimgkit.runtime.memory.amounts import parse_budget
 from zimgkit.runtime.memory.fitting import (
@@ -62,12 +53,9 @@ from zimgkit.runtime.pictures.tiles import ignored
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.runtime.request import Request
 from zimgkit.runtime.served import largest_batch
+from zimgkit.runtime.sigmas import as_read, sigmas_of
 from zimgkit.runtime.vae_tiling import VaeTiling
 
-LORA_TAG = re.compile(r"<(lora|lyco|hypernet):[^>]*>")
-"""How web UIs ask for a LoRA within a prompt."""
-CONTEXT_PREFIX = "Context_Control."
-"""What prompts begin with where another picture controls what is drawn."""
 Device = str | Mapping[str, str] | None
 """Of all components, or component -> its device; None and what is not named take the best one present."""
 
@@ -135,27 +123,19 @@ class Session:
             BundleError: a component is missing or broken.
         """
         plan = self.plan(request)
+        sigmas = sigmas_of(request, self.family, self.scheduler)
         if self.engines.memory_budget is None:
             self.engines.in_turn = plan.in_turn
         for size in self._vae_sizes(request):
             self.tiling.tiled[size] = plan.tiled
-        if not request.is_guided and self.family.is_guided(request.guidance_scale):
-            self.warn(
-                "guidance is off, for there is no negative prompt; "
-                "give one (the models' authors use ' '), or a guidance_scale of 1"
-            )
-        if request.unused_negative_prompt:
-            off = self.family.guidance_scale(1.0)
-            self.warn(f"the negative prompt is not read, for guidance is off; give a guidance_scale above {off:g}")
-        if any(LORA_TAG.search(prompt) for prompt in request.prompts):
-            self.warn("<lora:...> in a prompt is read as words; LoRAs are merged by zimg-export swap-lora")
-        if request.inputs.context_image and not all(text.startswith(CONTEXT_PREFIX) for text in request.prompts):
-            self.warn(f"LoRAs for context images were trained on prompts that begin with {CONTEXT_PREFIX!r}")
+        for caution in cautions(request, self.family, sigmas):
+            self.warn(caution)
         noise, posterior = self._noise(request)
         with self._advising(request):
             clean = self._clean(request, posterior)
-            positive, negative, controls = self.conditioner.read(request, clean)
-        schedule = self._schedule(request)
+            positive, negative, controls = self.conditioner.read(as_read(request, sigmas), clean)
+        progress = partial(self.report, "modulation")
+        schedule = Schedule(sigmas, self.family.schedule_inputs(self.bundle, sigmas[:-1], progress))
         mask = self._mask(request)
         jobs = []
         for index in range(request.batch):
@@ -250,6 +230,7 @@ class Session:
             OutOfMemoryError: it does not fit; naming what would.
             UsageError: the VAE has to take tiles, and was compiled for other sizes.
         """
+        request = as_read(request, sigmas_of(request, self.family, self.scheduler))
         try:
             return self._plan(request)
         except OutOfMemoryError:
@@ -448,19 +429,6 @@ class Session:
         """Close all engines; those in use when they are given back. The session can go on, and opens them anew."""
         self.engines.close()
 
-    def _schedule(self, request: Request) -> Schedule:
-        tokens = (request.height // 16) * (request.width // 16)
-        mu = layered_mu(tokens) if request.layers else calculate_mu(tokens, self.scheduler)
-        steps, inputs = request.num_inference_steps, request.inputs
-        base = request.sigmas or self.family.base_sigmas(steps)
-        if inputs.denoising_strength is not None:
-            base = sigmas_from(inputs.denoising_strength, steps)
-        sigmas = flow_match_sigmas(steps, self.scheduler, mu=mu, sigmas=base)
-        if inputs.strength is not None:
-            sigmas = sigmas[first_step(steps, inputs.strength) :]
-        progress = partial(self.report, "modulation")
-        return Schedule(sigmas, self.family.schedule_inputs(self.bundle, sigmas[:-1], progress))
-
     def _step(self, group: Sequence[Job]) -> None:
         """One step of jobs that share everything but their latents."""
         first, family = group[0], self.family
@@ -488,7 +456,7 @@ class Session:
             return family.velocity(output, latents)
 
         velocity = velocity_of(positive)
-        if negative and family.is_guided(request.guidance_scale, sigma, request.cfg_truncation):
+        if negative and request.guides_at(float(sigma)):
             away = velocity_of(negative)
             velocity = family.guide(velocity, away, request.guidance_scale, request.cfg_normalization)
         for index, job in enumerate(group):

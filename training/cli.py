@@ -17,9 +17,17 @@ from zimgkit.engines.errors import UsageError, ZimgError, install
 from zimgkit.export.cli.options import TASKS
 from zimgkit.export.networks.registry import FAMILIES
 from zimgkit.runtime.commands import console
+from zimgkit.runtime.commands.options import call_options
+from zimgkit.runtime.parameters import PARAMETERS, Picture
 
 FAMILY = click.option("--family", type=click.Choice(list(FAMILIES)), required=True, help="Which architecture.")
 FOLDER = click.Path(path_type=Path)
+OF_TRIALS = (
+    *("prompt", "height", "width", "num_images_per_prompt", "seed", "keep_unmasked", "layers", "resolution"),
+    *("edit_image_auto_resize", "edit_rope_interpolation", "eligen_enable_on_negative"),
+    *(parameter.name for parameter in PARAMETERS if parameter.type is Picture),
+)
+"""Parameters of a call that what is judged has of its own, or that no model that is judged takes."""
 
 
 def settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -200,9 +208,7 @@ def ship(checkpoint: Path, out: Path, tasks: tuple[str, ...], overwrite: bool, q
     help="What to ask for.",
 )
 @click.option("--captions", type=int, default=200, show_default=True, help="Half of one thing, half of two.")
-@click.option("--strength", type=float, help="Of what is drawn from a picture. [default: the family's]")
-@click.option("--num-inference-steps", type=int, help="[default: the bundle's]")
-@click.option("--cfg-scale", type=float, help="[default: the bundle's]")
+@call_options(leave_out=OF_TRIALS)
 @click.option("--backend", type=click.Choice(list(BACKENDS)), default="onnxruntime", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print every case as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress.")

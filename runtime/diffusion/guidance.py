@@ -18,6 +18,24 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from zimgkit.runtime.diffusion.schedule import NUM_TRAIN_TIMESTEPS, timesteps
+
+
+def acts(sigma: float, cfg_truncation: float = 1.0, guidance_low: float = 0.0, guidance_high: float = 1.0) -> bool:
+    """Whether a step at a noise level is guided; a step that is not takes one prediction in the place of two.
+
+    Args:
+        sigma: the noise level, from 1 to 0.
+        cfg_truncation: guidance is off where 1 - sigma exceeds it, as in diffusers' ``ZImagePipeline``.
+        guidance_low: it is off below this noise level: interval guidance (Kynkäänniemi et al. 2024).
+        guidance_high: it is off above this noise level.
+    """
+    level = np.float32(sigma)
+    # Rounded as the reference rounds it.
+    time = (np.float32(NUM_TRAIN_TIMESTEPS) - timesteps(level)) / np.float32(NUM_TRAIN_TIMESTEPS)
+    within = np.float32(guidance_low) <= level <= np.float32(guidance_high)
+    return bool(within) and not float(time) > cfg_truncation
+
 
 def plain_guidance(
     positive: NDArray[np.float32], negative: NDArray[np.float32], guidance_scale: float

@@ -273,8 +273,8 @@ class Family(ABC):
 
     @staticmethod
     @abstractmethod
-    def is_guided(guidance_scale: float, sigma: float = 1.0, cfg_truncation: float | None = 1.0) -> bool:
-        """Whether guidance is on at this noise level."""
+    def is_guided(guidance_scale: float) -> bool:
+        """Whether there is guidance at this scale."""
 
     @abstractmethod
     def guide(self, positive: Array, negative: Array, guidance_scale: float, cfg_normalization: float = 0.0) -> Array:

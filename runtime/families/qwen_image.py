@@ -351,8 +351,8 @@ class QwenImage(ConditionedFamily):
         return guidance_scale
 
     @staticmethod
-    def is_guided(guidance_scale: float, sigma: float = 1.0, cfg_truncation: float | None = 1.0) -> bool:
-        """Guidance is on above 1, at every noise level."""
+    def is_guided(guidance_scale: float) -> bool:
+        """Guidance is on above 1."""
         return guidance_scale > 1
 
     def guide(self, positive: Array, negative: Array, guidance_scale: float, cfg_normalization: float = 0.0) -> Array:

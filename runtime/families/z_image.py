@@ -311,19 +311,9 @@ class ZImage(SegmentedFamily):
         return guidance_scale + 1
 
     @staticmethod
-    def is_guided(guidance_scale: float, sigma: float = 1.0, cfg_truncation: float | None = 1.0) -> bool:
-        """Whether ``ZImagePipeline`` runs the negative prompt at this noise level.
-
-        Args:
-            guidance_scale: on above 0.
-            sigma: the noise level of the step.
-            cfg_truncation: t <= 1 switches guidance off where 1 - sigma > t. None, or above 1, never does.
-        """
-        if guidance_scale <= 0:
-            return False
-        if cfg_truncation is None or cfg_truncation > 1:
-            return True
-        return not float(network_time(np.float32(sigma))) > cfg_truncation
+    def is_guided(guidance_scale: float) -> bool:
+        """Guidance is on above 0."""
+        return guidance_scale > 0
 
     def guide(self, positive: Array, negative: Array, guidance_scale: float, cfg_normalization: float = 0.0) -> Array:
         """``pos + g (pos - neg)``, optionally with a cap on its norm, as ``ZImagePipeline``."""

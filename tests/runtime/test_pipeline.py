@@ -165,6 +165,35 @@ def test_z_image_guidance_options(bundle_of, normalization, truncation):
     assert np.abs(found - expected).max() < BOUND
 
 
+def test_guidance_within_an_interval_of_noise_levels(family, bundle_of, monkeypatch):
+    """A reference whose network gives the prompt's prediction for the negative one outside of it: what guides none."""
+    theirs, ours = reference.FAMILIES[family](), Pipeline.open(bundle_of(family))
+    network, within, last = theirs.transformer.forward, [], []
+
+    def forward(*args, **more):
+        result = network(*args, **more)
+        time = float((args[1] if family == "z-image" else more["timestep"])[0])
+        sigma = 1 - time if family == "z-image" else time
+        if 0.35 < sigma < 0.95:
+            within.append(sigma)
+        elif family == "z-image":  # Both branches are one batch.
+            half = len(result[0]) // 2
+            return (result[0][:half] * 2,)
+        elif last and last[-1][0] == sigma:
+            return last[-1][1]
+        last.append((sigma, result))
+        return result
+
+    monkeypatch.setattr(theirs.transformer, "forward", forward)
+    call = {"height": 32, "width": 48, "sigmas": [1.0, 0.7, 0.4, 0.1], "negative_prompt": "bad", **scales(family, 4.0)}
+    expected = reference.draw(theirs, "a", seed=1, num_inference_steps=4, **call)
+    found = ours("a", seed=1, output_type="np", guidance_low=0.35, guidance_high=0.95, **call).images
+    assert 0 < len(set(within)) < 4
+    assert np.abs(found - expected).max() < BOUND
+    truncated = ours("a", seed=1, output_type="np", cfg_truncation=0.65, guidance_high=0.95, **call).images
+    assert np.array_equal(found, truncated)
+
+
 def test_torch_backend_draws_the_same_picture(pair, bundle_of):
     family, theirs, ours = pair
     call = {"height": 48, "width": 64, "num_inference_steps": 2, "negative_prompt": "bad"} | scales(family, 3.0)

@@ -138,6 +138,15 @@ class TestNegativePrompts:
         assert ask(cfg_truncation=truncation, negative_prompt="bad").negative_prompts == ("bad",)
 
     @BOTH
+    def test_guidance_within_an_interval(self, family):
+        found = ask(family, negative_prompt="bad", guidance_low=0.25, guidance_high=0.75, cfg_truncation=0.5)
+        assert [found.guides_at(sigma) for sigma in (1, 0.75, 0.5, 0.4, 0)] == [False, True, True, False, False]
+        assert not ask(family, negative_prompt="bad", guidance_scale=-1).guides_at(0.5)
+        message = refused(family, guidance_low=0.5, guidance_high=0.4)
+        assert message == "guidance_low is 0.5, above guidance_high, 0.4; no step would be guided"
+        assert refused(family, guidance_low=1.5) == "guidance_low is 1.5; give a number from 0 to 1"
+
+    @BOTH
     @pytest.mark.parametrize("scale", [0, 5])
     @pytest.mark.parametrize("negative", [7, [], [None], b"bad"])
     def test_what_is_no_text(self, family, scale, negative):

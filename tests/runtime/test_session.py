@@ -45,6 +45,41 @@ def drawn(bundle: Bundle, **call: Any) -> Any:
         return pipeline(**(SMALL | {"prompt": "a", "seed": 1, "output_type": "np"} | call)).images
 
 
+def runs(session: Session, call: dict[str, Any]) -> tuple[Any, dict[str, int]]:
+    """A picture, and how often each engine was run for it."""
+    counts: dict[str, int] = {}
+
+    def opener(bundle: Bundle, component: str, backend: str, device: str | None) -> Any:
+        engine = open_engine(bundle, component, backend, device)
+        run = engine.run
+
+        def counted(*args: Any, **more: Any) -> Any:
+            counts[component] = counts.get(component, 0) + 1
+            return run(*args, **more)
+
+        engine.run = counted  # type: ignore[method-assign]
+        return engine
+
+    with Pipeline(session.bundle, opener=opener) as pipeline:
+        picture = pipeline(**(SMALL | {"prompt": "a", "seed": 1, "output_type": "np"} | call)).images
+    return picture, counts
+
+
+def test_what_no_step_is_guided_by_is_not_read(session: Session) -> None:
+    """A step outside of the interval takes one branch; where all are, no negative prompt is encoded or planned for."""
+    low = float(np.mean(session.begin(ask(session))[0].schedule.sigmas[1:3]))
+    _, counts = runs(session, {"guidance_low": low})
+    assert (counts["text_encoder"], counts["denoiser"]) == (2, 3 + 2)
+    with pytest.warns(UserWarning, match="no step is guided: .* leave out all noise levels, 1 to 0"):
+        found, counts = runs(session, {"guidance_high": 0.01})
+    assert (counts["text_encoder"], counts["denoiser"]) == (1, 3)
+    off = session.family.guidance_scale(1.0)
+    assert np.array_equal(found, drawn(session.bundle, cfg_scale=None, guidance_scale=off))
+    long = {"negative_prompt": "b" * 400, "prompt": "a"}
+    short, whole = (session.plan(ask(session, **long, **more)) for more in ({"guidance_high": 0.01}, {}))
+    assert short.peak < whole.peak
+
+
 def test_step_by_step_is_a_call(bundle: Bundle, session: Session) -> None:
     call = {"prompt": ["a", "two of them"], "num_images_per_prompt": 2}
     jobs = session.begin(ask(session, **call))

@@ -76,7 +76,10 @@ def test_they_change_a_picture_as_they_are_asked_to(name: str, task: str) -> Non
 def test_the_command_says_what_went_wrong() -> None:
     command = [sys.executable, "-m", "zimgkit.training", "judge", "zimg-tiny-z", "--captions", "2"]
     done = subprocess.run(
-        [*command, "--num-inference-steps", "1", "--json"], capture_output=True, text=True, check=True
+        [*command, "--num-inference-steps", "1", "--cfg-truncation", "0.5", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     result = json.loads(done.stdout)
     assert [case["things"] for case in result["cases"]] == [1, 2]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, ZImagePipeline
 
-from zimgkit.runtime.diffusion.guidance import norm_capped_guidance, norm_preserving_guidance
+from zimgkit.runtime.diffusion.guidance import acts, norm_capped_guidance, norm_preserving_guidance
 from zimgkit.runtime.diffusion.schedule import euler_step, flow_match_sigmas, linspace_float32, read_scheduler
 from zimgkit.runtime.families import qwen_image, z_image
 from zimgkit.runtime.families.qwen_image import QwenImage
@@ -98,7 +98,7 @@ def scheduler_mu(tokens):
 
 @pytest.mark.parametrize(("seed", "scale"), [(0, 0.0), (1, 0.5), (2, 5.0)])
 @pytest.mark.parametrize("normalization", [False, True, 0.4, 1.3, -1.0])
-@pytest.mark.parametrize("truncation", [1.0, 0.5, 0.0, -0.5, 2.0, None])
+@pytest.mark.parametrize("truncation", [1.0, 0.5, 0.0, -0.5, 2.0])
 def test_z_image_pipeline(seed, scale, normalization, truncation):
     rng = np.random.default_rng(seed)
     latents = rng.standard_normal((2, 16, 4, 6), np.float32)
@@ -120,7 +120,7 @@ def test_z_image_pipeline(seed, scale, normalization, truncation):
     sigmas = flow_match_sigmas(5, read_scheduler(Z_SCHEDULER), mu=None, sigmas=linspace_float32(5))
     for sigma, following in itertools.pairwise(sigmas):
         output = predict(latents, z_image.network_time(sigma), positive)
-        if ZImage.is_guided(scale, sigma, truncation):
+        if ZImage.is_guided(scale) and acts(sigma, truncation):
             output = norm_capped_guidance(
                 output, predict(latents, z_image.network_time(sigma), negative), scale, normalization
             )
@@ -133,8 +133,16 @@ def test_truncation_at_its_edge():
     """With shift 3 and 8 steps the reference's 1 - sigma passes 0.25 exactly; it is not above it."""
     sigmas = flow_match_sigmas(8, read_scheduler(Z_SCHEDULER), mu=None, sigmas=linspace_float32(8))
     assert sigmas[4] == 0.75
-    assert ZImage.is_guided(1.0, sigmas[4], 0.25)
-    assert not ZImage.is_guided(1.0, sigmas[5], 0.25)
+    assert acts(sigmas[4], 0.25)
+    assert not acts(sigmas[5], 0.25)
+
+
+def test_both_ends_of_an_interval_are_guided():
+    """Also where a level is no number of float32, as those of schedules are: float32(0.3) is above 0.3."""
+    levels = np.float32([1, 0.9, 0.3, 0.1, 0])
+    assert [acts(sigma, guidance_low=0.3, guidance_high=0.9) for sigma in levels] == [False, True, True, False, False]
+    assert [acts(sigma, 0.5, 0.2, 0.8) for sigma in (0.9, 0.7, 0.5, 0.4)] == [False, True, True, False]
+    assert all(map(acts, levels))
 
 
 def test_zero_tokens_stay_zero():

@@ -31,6 +31,7 @@ FULL = Parameters(
     cfg_scale=4.0,
     cfg_normalization=1.0,
     cfg_truncation=0.75,
+    guidance_low=0.25,
     max_sequence_length=512,
     seed=42,
     num_images=4,
@@ -76,8 +77,9 @@ def test_text_is_what_the_web_ui_writes() -> None:
     assert FULL.to_text() == (
         "a cat, 4k\nNegative prompt: blurry, low quality\n"
         "Steps: 8, Sampler: Euler, CFG scale: 4, Seed: 42, Size: 1024x768, Model: Z-Image-Turbo, Guidance scale: 3, "
-        "CFG normalization: 1, CFG truncation: 0.75, Max sequence length: 512, Num images: 4, Image index: 2, "
-        "Family: z-image, Precision: bfloat16, Backend: onnxruntime, Version: zimgkit 0.1.0"
+        "CFG normalization: 1, CFG truncation: 0.75, Guidance low: 0.25, Max sequence length: 512, "
+        "Num images: 4, Image index: 2, Family: z-image, Precision: bfloat16, Backend: onnxruntime, "
+        "Version: zimgkit 0.1.0"
     )
 
 
