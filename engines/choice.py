@@ -95,8 +95,9 @@ def choose_backend(
         for engine in manifest.engines:
             if {engine.compiler, COMPILED.get(engine.backend, "")} <= machine.packages:
                 return Choice(engine.backend, "the bundle has engines that were compiled for it")
-    if "cuda" in named:
-        return Choice("onnxruntime", "the device is cuda")
+    for kind in ("cuda", "cann"):
+        if kind in named:
+            return Choice("onnxruntime", f"the device is {kind}")
     if named == [""] and machine.cuda_provider:
         return Choice("onnxruntime", "it runs on the NVIDIA GPU of this machine")
     precision = manifest.quantized or manifest.precision

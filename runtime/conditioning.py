@@ -135,6 +135,11 @@ class Conditioner:
         found = [one for key in wanted if (one := controls[key])]
         return [conditions(*entities, key, positive=True) for key in wanted], negative or None, found or None
 
+    def prompt_embeds(self, request: Request) -> list[Array]:
+        """The text encoder's rows of each prompt of a request, float32 (tokens, hidden)."""
+        rows = self._read(request, request.prompts, None)
+        return [np.concatenate(rows[prompt]) for prompt in request.prompts]
+
     def longest(self, request: Request) -> int:
         """Tokens of the longest prompt, template included."""
         text = self.bundle.manifest.text

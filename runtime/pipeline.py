@@ -324,6 +324,16 @@ class Pipeline:
         """The noise a call starts from; see :meth:`zimgkit.runtime.session.Session.draw_noise`."""
         return self.session.draw_noise(pictures, seed, height, width, frames=frames)
 
+    def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int | None = None) -> list[Array]:
+        """Rows of the text encoder as a call takes them for ``prompt_embeds``, float32 (tokens, hidden) of each prompt.
+
+        Raises:
+            UsageError: a prompt is no text.
+            BackendError: the backend failed.
+        """
+        call = {"prompt": prompt, "max_sequence_length": max_sequence_length}
+        return self.session.conditioner.prompt_embeds(check(self.bundle.manifest, self.session.family, **call))
+
     def cfg_scale(self, guidance_scale: float) -> float:
         """This family's ``guidance_scale`` as DiffSynth's ``cfg_scale``."""
         return self.session.family.cfg_scale(guidance_scale)

@@ -32,6 +32,8 @@ def resident() -> int:
 class FakeCuda:
     """The CUDA provider, imitated: sessions are on the CPU, and so is the device's memory."""
 
+    PROVIDER = "CUDAExecutionProvider"
+
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.options: list[Any] = []
         self.places: list[tuple[Any, ...]] = []
@@ -41,7 +43,7 @@ class FakeCuda:
             path: str, options: Any, *, providers: Any, enable_fallback: int, disabled_optimizers: Any
         ) -> Any:
             (name, given), rest = providers
-            assert (name, rest, enable_fallback) == ("CUDAExecutionProvider", "CPUExecutionProvider", 0)
+            assert (name, rest, enable_fallback) == (self.PROVIDER, "CPUExecutionProvider", 0)
             assert disabled_optimizers == []
             self.options.append(given)
             made = session(path, options, providers=["CPUExecutionProvider"])
@@ -55,9 +57,15 @@ class FakeCuda:
 
             return create_there
 
-        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", *OFFLINE])
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [self.PROVIDER, *OFFLINE])
         monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
         monkeypatch.setattr(value, "ortvalue_from_shape_and_type", on_cpu(value.ortvalue_from_shape_and_type))
+
+
+class FakeCann(FakeCuda):
+    """The CANN provider of Huawei's NPUs, likewise."""
+
+    PROVIDER = "CANNExecutionProvider"
 
 
 def gpu(**metadata: str) -> Any:

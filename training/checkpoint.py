@@ -91,7 +91,13 @@ def _initialize_autoencoder(vae: nn.Module) -> None:
 
 
 def derive_checkpoint(
-    source: Path, target: Path, components: Mapping[str, Any], *, precision: str = "bfloat16", overwrite: bool = False
+    source: Path,
+    target: Path,
+    components: Mapping[str, Any],
+    *,
+    configs: Mapping[str, Mapping[str, Any]] | None = None,
+    precision: str = "bfloat16",
+    overwrite: bool = False,
 ) -> None:
     """Write a checkpoint that is another one but for some components.
 
@@ -99,6 +105,7 @@ def derive_checkpoint(
         source: a checkpoint's folder.
         target: where.
         components: what is replaced, by name: models of diffusers or transformers.
+        configs: other configs, by component: of the scheduler.
         precision: the element type they are stored in.
         overwrite: replace a checkpoint that is there.
 
@@ -110,6 +117,9 @@ def derive_checkpoint(
         for name, model in components.items():
             model.to(getattr(torch, precision)).save_pretrained(work / name)
             _forget_path(work / name / "config.json")
+        for name, config in (configs or {}).items():
+            file = work / name / f"{name}_config.json"
+            file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _forget_path(config: Path) -> None:

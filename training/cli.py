@@ -19,6 +19,7 @@ from zimgkit.export.networks.registry import FAMILIES
 from zimgkit.runtime.commands import console
 from zimgkit.runtime.commands.options import call_options
 from zimgkit.runtime.parameters import PARAMETERS, Picture
+from zimgkit.training.methods import command as methods
 
 FAMILY = click.option("--family", type=click.Choice(list(FAMILIES)), required=True, help="Which architecture.")
 FOLDER = click.Path(path_type=Path)
@@ -36,6 +37,9 @@ def settings(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--quiet", is_flag=True, help="No progress."),
         click.option("--resume", is_flag=True, help="Go on with the run that was broken off."),
         click.option("--mixed-precision", type=click.Choice(["no", "bf16"]), help="bf16 is for GPUs."),
+        click.option("--device", type=click.Choice(["cpu", "cuda", "npu"]), help="To train on. [default: the best]"),
+        click.option("--report-to", type=click.Choice(["tensorboard"]), help="Where losses go, beside loss.png."),
+        click.option("--gradient-accumulation-steps", type=int, help="Batches a step, in the memory of one."),
         click.option("--save-every", type=int, help="Steps between two saved states."),
         click.option("--seed", type=int, help="Of everything that is random."),
         click.option("--ema", type=float, help="Decay of the moving average of the weights."),
@@ -131,6 +135,27 @@ def lora(
         "gradient_checkpointing": gradient_checkpointing,
     }
     _stage(stages.train_lora, stages.LORA, options, model, data, out, **own)
+
+
+@cli.command(context_settings={"token_normalize_func": methods.with_dashes})
+@click.argument("model")
+@click.argument("data", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@methods.options
+@settings
+def train(model: str, data: Path, out: Path, resume: bool, quiet: bool, **given: Any) -> None:
+    """Train MODEL on DATA by a task: adapters where OUT is a safetensors file, else its transformer.
+
+    A task is two stages, which may be taken apart: TASK:data_process writes what a bundle's engines make of DATA into
+    the folder OUT, and TASK:train takes that folder for DATA. Names are DiffSynth's.
+    """
+    _need_train()
+    from zimgkit.training.methods.run import run_method
+
+    with _progress(quiet=quiet) as ways:
+        method, how = methods.method_of(given), methods.settings_for(out, given)
+        run_method(model, data, out, method, how, resume=resume, **ways)
+    click.echo(out)
 
 
 @cli.command()

@@ -8,9 +8,9 @@ asked for it is its family's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from zimgkit.training import families, prompts
 from zimgkit.training.checkpoint import load_component, load_tokenizer
 from zimgkit.training.dataset import Dataset, Size, draw_batch
 from zimgkit.training.families import TrainingFamily
-from zimgkit.training.latents import Latents
+from zimgkit.training.latents import Latents, OfBuckets
 from zimgkit.training.preview import drawer
 
 DROPOUT = 0.1
@@ -30,6 +30,14 @@ EDGES = ("embed", "img_in", "proj_out", "norm_out", "final_layer")
 """Parts of the names of matrices that are no hidden layer's: the first and the last ones."""
 LENGTHS = 32
 """Texts of a batch lie between two multiples of so many tokens: there are networks that pad them to the next one."""
+
+
+class Rows(Protocol):
+    """A tensor for each of some rows: a list, or what reads them when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Tensor: ...
 
 
 def draw_sigmas(count: int, image_tokens: int, scheduler: Scheduler, generator: torch.Generator) -> Tensor:
@@ -84,9 +92,9 @@ class DenoiserTask:
         self,
         name: str,
         module: Denoiser,
-        latents: Latents,
-        texts: Sequence[Tensor],
-        no_prompts: Sequence[Tensor],
+        latents: OfBuckets,
+        texts: Rows,
+        no_prompts: Rows,
         scheduler: Mapping[str, Any],
     ) -> None:
         """Put together what a batch is drawn from.
@@ -130,7 +138,7 @@ class DenoiserTask:
         self.draw(path)
 
 
-def _groups(buckets: Mapping[Size, Tensor], texts: Sequence[Tensor]) -> dict[tuple[Size, int], Tensor]:
+def _groups(buckets: Mapping[Size, Tensor], texts: Rows) -> dict[tuple[Size, int], Tensor]:
     """(size, length class) -> rows of pictures of one size whose texts are about as long."""
     groups = {}
     for size, rows in buckets.items():

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,17 @@ from zimgkit.training.vae import latent_channels, load_autoencoder
 
 BATCH = 16
 """Pictures that are encoded at once."""
+
+
+class OfBuckets(Protocol):
+    """Latents by size of picture."""
+
+    @property
+    def buckets(self) -> Mapping[Size, Tensor]:
+        """As :meth:`zimgkit.training.dataset.Dataset.buckets`."""
+
+    def load(self, size: Size, rows: Tensor) -> Tensor:
+        """The latents of rows of one size: (n, channels, height / 8, width / 8) float32."""
 
 
 class Latents:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from zimgkit.engines.errors import CheckpointError, OutputError, UsageError, ZimgError
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.training.curve import write_curve
+from zimgkit.training.devices import accelerator_of, peak_memory
 from zimgkit.training.muon import Muon
 
 STATE = "state.safetensors"
@@ -43,7 +46,7 @@ class Settings:
 
     steps: int
     batch_size: int
-    """Of each process."""
+    """Of each process, and of each part of what is accumulated."""
     learning_rate: float
     """Between the warmup and the decay."""
     muon_learning_rate: float = 6e-3
@@ -62,6 +65,12 @@ class Settings:
     save_every: int = 500
     mixed_precision: str = "no"
     """``"no"`` or ``"bf16"``."""
+    gradient_accumulation_steps: int = 1
+    """So many batches, all of one draw, make a step: the gradient of their mean, in the memory of one."""
+    device: str = ""
+    """``"cpu"``, ``"cuda"`` or ``"npu"``; the best there is where this is empty."""
+    report_to: str = ""
+    """``"tensorboard"``: its files go to the run's folder."""
 
     def check(self) -> None:
         """Refuse numbers that cannot be trained with.
@@ -69,7 +78,10 @@ class Settings:
         Raises:
             UsageError: naming the first one.
         """
-        for name in ("steps", "batch_size", "learning_rate", "muon_learning_rate", "clip", "save_every"):
+        for name in (
+            *("steps", "batch_size", "learning_rate", "muon_learning_rate", "clip", "save_every"),
+            "gradient_accumulation_steps",
+        ):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}", "it must be more than 0")
         if self.restart < 0:
@@ -117,6 +129,8 @@ def rate_factor(settings: Settings, step: int) -> float:
 
 PACE = ("steps", "warmup", "decay", "restart")
 """The settings that say nothing but which rate a step has."""
+ANYWHERE = ("device", "report_to")
+"""Those that a run may go on with others of."""
 
 
 def _same_pace(run: Mapping[str, Any], settings: Settings, done: int) -> bool:
@@ -167,12 +181,10 @@ def train(
         CheckpointError: a state cannot be resumed: none is there, it is broken, or of another run.
         TrainingError: the loss is no longer finite.
     """
-    from accelerate import Accelerator
-
     settings.check()
-    accelerator = Accelerator(mixed_precision=settings.mixed_precision)
+    accelerator = accelerator_of(settings.device, settings.mixed_precision, settings.report_to, run)
     identity = {"task": task.name, **asdict(settings), **(about or {}), "processes": accelerator.num_processes}
-    identity = json.loads(json.dumps(identity))
+    identity = {name: value for name, value in json.loads(json.dumps(identity)).items() if name not in ANYWHERE}
     file = run / STATE
     if file.exists() and not resume:
         raise OutputError(f"{run} holds a run already", "add --resume to go on with it, or remove the folder")
@@ -184,39 +196,54 @@ def train(
     ema = {name: p.detach().clone() for name, p in named.items()}
     losses: list[float] = _load(file, settings, identity, named, ema, hidden, optimizers) if resume else []
     started, first = time.monotonic(), len(losses)
+    parts = settings.gradient_accumulation_steps
     for step in range(first, settings.steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate_factor(settings, step)
-        batch = task.batch(generator_of(settings.seed, step, accelerator.process_index), settings.batch_size)
+        generator = generator_of(settings.seed, step, accelerator.process_index)
+        batch = task.batch(generator, settings.batch_size * parts)
         module.train()
-        with accelerator.autocast():
-            loss = module(**{name: _to(value, accelerator.device) for name, value in batch.items()})
-        accelerator.backward(loss)
+        loss = torch.zeros((), device=accelerator.device)
+        for number, part in enumerate(_split(batch, settings.batch_size, parts)):
+            last = number == parts - 1
+            with nullcontext() if last else accelerator.no_sync(module), accelerator.autocast():
+                share = module(**{name: _to(value, accelerator.device) for name, value in part.items()}) / parts
+                accelerator.backward(share)
+            loss += share.detach()
         accelerator.clip_grad_norm_(list(named.values()), settings.clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        losses.append(float(accelerator.reduce(loss.detach(), "mean")))
+        losses.append(float(accelerator.reduce(loss, "mean")))
         if not math.isfinite(losses[-1]):
             raise TrainingError(f"the loss of step {step + 1} is {losses[-1]}", "lower --learning-rate")
         # Early weights are forgotten fast: the average looks back over a tenth of the way so far.
         keep = min(settings.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(ema.values()), [p.detach() for p in named.values()], 1 - keep)
         report(task.name, step + 1, settings.steps)
+        accelerator.log({"loss": losses[-1], "learning_rate": rate_factor(settings, step)}, step=step + 1)
         done = step + 1
         if (done % settings.save_every == 0 or done == settings.steps) and accelerator.is_main_process:
             _save(file, identity, named, ema, hidden, optimizers, losses)
             write_curve(run / "loss.png", losses, task.name)
             _preview(task, named, ema, run / "preview.png")
-            rate = settings.batch_size * accelerator.num_processes * (done - first) / (time.monotonic() - started)
             if log:
-                recent = losses[-settings.save_every :]
-                log(f"{task.name}: step {done} of {settings.steps}, loss {sum(recent) / len(recent):.5f}, {rate:.1f}/s")
+                pace = (time.monotonic() - started) / (done - first)
+                rate = settings.batch_size * parts * accelerator.num_processes / pace
+                log(f"{task.name}: {_how_far(settings, losses, pace, rate)}, {peak_memory(accelerator.device)}")
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     _assign(named, ema)
     task.module.eval()
     return ema
+
+
+def _how_far(settings: Settings, losses: list[float], pace: float, rate: float) -> str:
+    """A line about the last steps: seconds each, and pictures a second."""
+    recent, done = losses[-settings.save_every :], len(losses)
+    left = timedelta(seconds=round(pace * (settings.steps - done)))
+    return f"step {done} of {settings.steps}, loss {sum(recent) / len(recent):.5f}, {rate:.1f}/s, {left} left"
 
 
 def _optimizers(
@@ -248,6 +275,16 @@ def _states(optimizers: Iterable[Any]) -> dict[nn.Parameter, dict[str, Any]]:
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
+
+
+def _split(batch: Mapping[str, Any], size: int, parts: int) -> Iterator[Mapping[str, Any]]:
+    """A batch in parts of so many rows; what is no tensor or list goes with each."""
+    if parts == 1:
+        yield batch
+        return
+    for part in range(parts):
+        rows = slice(part * size, (part + 1) * size)
+        yield {name: value[rows] if isinstance(value, Tensor | list) else value for name, value in batch.items()}
 
 
 def _to(value: Any, device: torch.device) -> Any:
@@ -318,6 +355,10 @@ def _load(
     if not isinstance(found, dict):
         raise CheckpointError(f"{file} is no state of a run", hint)
     done = len(tensors.get("losses", ()))
+    # What an older one had no choice of was as it is by default.
+    for one in fields(Settings):
+        if one.default is not MISSING and one.name not in ANYWHERE:
+            found.setdefault(one.name, one.default)
     same_pace = _same_pace(found, settings, done)
     for key in {**found, **identity}:
         if key in PACE and same_pace:

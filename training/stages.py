@@ -80,7 +80,7 @@ def train_vae(
     Raises:
         ZimgError: whatever went wrong, in one line.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     checkpoint, dataset = open_checkpoint(str(model)), read_dataset(data)
     family = families.family(checkpoint.family)
     settings = settings or family.vae_settings
@@ -105,7 +105,7 @@ def train_diffusion(
 
     The arguments and errors are those of :func:`train_vae`; the settings are by default those of the family.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     checkpoint, dataset = open_checkpoint(str(model)), read_dataset(data)
     settings = settings or families.family(checkpoint.family).diffusion_settings
     latents = cache_latents(checkpoint, dataset, run_of(out), report)
@@ -150,7 +150,7 @@ def train_lora(
     """
     if out.suffix != ".safetensors":
         raise UsageError(f"{out} is to be a safetensors file", "let its name end in .safetensors")
-    _refuse_existing(out)
+    refuse_existing(out)
     checkpoint, dataset = open_checkpoint(model), read_dataset(data)
     latents = cache_latents(checkpoint, dataset, run_of(out), report)
     task = lora_task(
@@ -199,7 +199,7 @@ def train_demo(
     Raises:
         ZimgError: whatever went wrong, in one line.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     run = run_of(out)
     if run.exists() and not resume:
         raise OutputError(f"{run} holds a run already", "add --resume to go on with it, or remove the folder")
@@ -240,7 +240,7 @@ def _has_state(out: Path) -> bool:
     return (run_of(out) / STATE).exists()
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
     """Better said before the first step than after the last."""
     if out.exists():
         raise OutputError(f"{out} exists already", "name another, or remove it")

@@ -1,8 +1,10 @@
-"""ONNX Runtime: the default on the CPU, and the CUDA provider where it is present.
+"""ONNX Runtime: the default on the CPU, and the CUDA or the CANN provider where one is present.
 
 On CUDA: never run on a GPU so far. Of onnxruntime-gpu 1.31 it is known which kernels it has. A bfloat16 bundle's text
 encoder, conditioner and denoiser have all of theirs, ``Attention``, ``RMSNormalization`` and ``RotaryEmbedding``
 included; its VAE lacks ``Resize``, and runs its float32 graph on the same weights.
+
+On CANN, Huawei's Ascend: untested, only its imitation was run. It goes the way of CUDA, with operators one by one.
 
 No CUDA graph is recorded. One holds for fixed shapes and addresses, while prompts differ in length and the two branches
 of guidance bind inputs of their own; and a step of these networks is thousands of large kernels, not many small ones.
@@ -46,6 +48,18 @@ CUDA_OPTIONS = {
 }
 """https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html"""
 
+CANN = "CANNExecutionProvider"
+CANN_OPTIONS = {
+    # The default computes all in float16, which these networks overflow.
+    "precision_mode": "must_keep_origin_dtype",
+    # A graph is compiled for fixed shapes, while prompts differ in length.
+    "enable_cann_graph": "0",
+    "arena_extend_strategy": "kSameAsRequested",
+}
+"""https://onnxruntime.ai/docs/execution-providers/community-maintained/CANN-ExecutionProvider.html"""
+PROVIDERS = {"cuda": (CUDA, CUDA_OPTIONS), "cann": (CANN, CANN_OPTIONS)}
+"""Kind of device -> what runs there, and its options."""
+
 FOLDING = "ConstantFolding"
 """What ONNX Runtime calls the pass that computes what does not depend on the inputs."""
 FOLDED_AT_MOST = "optimization.constant_folding_max_output_size_in_bytes"
@@ -77,7 +91,8 @@ def open_engine(bundle: Bundle, component: str, device: str | None = None) -> On
     Args:
         bundle: an open bundle.
         component: a component that has a graph.
-        device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; by default CUDA where its provider is installed, else the CPU.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, ``"cann"`` or ``"cann:N"``; by default CUDA or CANN where its
+            provider is installed, else the CPU.
 
     Raises:
         UsageError: no such device.
@@ -89,17 +104,19 @@ def open_engine(bundle: Bundle, component: str, device: str | None = None) -> On
         import onnxruntime as ort
     except ImportError:
         raise BackendError("onnxruntime is not installed", "pip install onnxruntime (or onnxruntime-gpu)") from None
-    on_cuda = CUDA in ort.get_available_providers()
-    place = _parse_device(device or ("cuda" if on_cuda else "cpu"))
-    if place.kind == "cuda" and not on_cuda:
-        raise BackendError("this onnxruntime has no CUDA provider", "pip install onnxruntime-gpu, or use --device cpu")
+    there = [kind for kind, (provider, _) in PROVIDERS.items() if provider in ort.get_available_providers()]
+    place = _parse_device(device or (there[0] if there else "cpu"))
+    if place.kind not in ("cpu", *there):
+        package = {"cuda": "onnxruntime-gpu", "cann": "onnxruntime-cann"}[place.kind]
+        hint = f"pip install {package}, or use --device cpu"
+        raise BackendError(f"this onnxruntime has no {place.kind.upper()} provider", hint)
     return OnnxRuntimeEngine(bundle, component, place)
 
 
 def _parse_device(device: str) -> Place:
-    if match := re.fullmatch(r"(cpu|cuda)(?::(\d{1,4}))?", device):
-        return Place(match[1], int(match[2] or 0) if match[1] == "cuda" else 0)
-    raise UsageError(f"ONNX Runtime has no device {device!r}", "choose cpu, cuda or cuda:N")
+    if match := re.fullmatch(r"(cpu|cuda|cann)(?::(\d{1,4}))?", device):
+        return Place(match[1], int(match[2] or 0) if match[1] != "cpu" else 0)
+    raise UsageError(f"ONNX Runtime has no device {device!r}", "choose cpu, cuda, cuda:N, cann or cann:N")
 
 
 def _graphs(component: Component, place: Place, quantized: str) -> list[str]:
@@ -217,11 +234,13 @@ def _open_session(bundle: Bundle, graphs: list[str], place: Place, quantized: st
     if bundle.in_place:
         options.add_session_config_entry("session.disable_prepacking", "1")
     providers: list[Any] = ["CPUExecutionProvider"]
-    if place.kind == "cuda":
-        _load_cuda(ort)
+    if place.kind != "cpu":
+        if place.kind == "cuda":
+            _load_cuda(ort)
         # Weights in memory of their own: they stay, and would leave holes in what is shared between runs.
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-        providers.insert(0, (CUDA, {"device_id": str(place.number), **CUDA_OPTIONS}))
+        provider, of_provider = PROVIDERS[place.kind]
+        providers.insert(0, (provider, {"device_id": str(place.number), **of_provider}))
     for graph in graphs:
         source = given(bundle, graph, options)
         try:
@@ -234,6 +253,9 @@ def _open_session(bundle: Bundle, graphs: list[str], place: Place, quantized: st
                 raise explain(error, f"ONNX Runtime cannot load {bundle.file(graph)}") from None
     if place.kind == "cuda" and CUDA not in session.get_providers():
         raise _no_cuda("its provider does not load")
+    if place.kind == "cann" and CANN not in session.get_providers():
+        hint = "install CANN and source its set_env.sh, or use --device cpu"
+        raise BackendError("ONNX Runtime could not start CANN (its provider does not load)", hint)
     _give_back_freed()
     return session
 

@@ -23,7 +23,7 @@ class Place(NamedTuple):
     """Where buffers lie, as ONNX Runtime calls it."""
 
     kind: str
-    """``"cpu"``, or ``"cuda"`` for the memory of an NVIDIA GPU, whichever provider runs there."""
+    """``"cpu"``, or ``"cuda"`` for an NVIDIA GPU, whichever provider runs there, or ``"cann"`` for an NPU."""
     number: int = 0
 
     @property

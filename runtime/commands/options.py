@@ -67,7 +67,7 @@ BACKEND = click.option(
 )
 DEVICE = click.option(
     "--device",
-    help="The device to run on: cpu, cuda or cuda:N; with openvino cpu, gpu or npu. [default: the best one present]",
+    help="The device to run on: cpu, cuda, cuda:N or cann; with openvino cpu, gpu or npu. [default: the best one]",
 )
 MEMORY = click.option(
     "--memory",

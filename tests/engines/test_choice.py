@@ -42,6 +42,7 @@ TABLE: list[tuple[str, Any, Any, Machine, str, str]] = [
     ("bfloat16", (), "gpu:1", Machine(HERE, AVX2), "openvino", "it has the device gpu"),
     ("bfloat16", (), {"denoiser": "npu"}, Machine(frozenset(), AVX2), "openvino", "it has the device npu"),
     ("bfloat16", (), "cuda", Machine(HERE, ZEN5), "onnxruntime", "the device is cuda"),
+    ("bfloat16", (), "cann:1", Machine(HERE, ZEN5), "onnxruntime", "the device is cann"),
     ("bfloat16", (TENSORRT,), None, CARD, "tensorrt", "compiled for it"),
     ("bfloat16", (TENSORRT,), "cuda:1", CARD, "tensorrt", "compiled for it"),
     ("bfloat16", (TENSORRT,), "cpu", CARD, "openvino", "avx512_bf16"),

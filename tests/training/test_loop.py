@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -234,3 +235,34 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="the loss of step 1 is inf; lower --learning-rate"):
         train(Task(scale=1e30), tmp_path, SETTINGS)
     assert not (tmp_path / "state.safetensors").exists()
+
+
+def test_what_is_accumulated_is_one_step_of_a_larger_batch(tmp_path: Path) -> None:
+    whole = train(Task(), tmp_path / "whole", SETTINGS)
+    parts = replace(SETTINGS, batch_size=2, gradient_accumulation_steps=4)
+    accumulated = train(Task(), tmp_path / "parts", parts)
+    for name, value in whole.items():
+        torch.testing.assert_close(accumulated[name], value)
+    first, second = (load_file(tmp_path / run / "state.safetensors")["losses"] for run in ("whole", "parts"))
+    torch.testing.assert_close(first, second)
+    with pytest.raises(UsageError, match="gradient_accumulation_steps is 0"):
+        train(Task(), tmp_path / "none", replace(SETTINGS, gradient_accumulation_steps=0))
+
+
+def test_a_state_from_before_a_setting_was_there(tmp_path: Path) -> None:
+    train(Task(), tmp_path, SETTINGS)
+    state = tmp_path / "state.safetensors"
+    with safe_open(state, "pt") as opened:
+        run = json.loads(opened.metadata()["run"])
+    assert run.keys().isdisjoint(("device", "report_to"))
+    del run["gradient_accumulation_steps"]
+    save_file(load_file(state), state, {"run": json.dumps(run)})
+    train(Task(), tmp_path, SETTINGS, resume=True)
+    with pytest.raises(CheckpointError, match="its gradient_accumulation_steps is 1, not 2"):
+        train(Task(), tmp_path, replace(SETTINGS, gradient_accumulation_steps=2), resume=True)
+
+
+def test_a_line_says_how_long_it_takes_and_how_much_memory(tmp_path: Path) -> None:
+    lines: list[str] = []
+    train(Task(), tmp_path, SETTINGS, log=lines.append)
+    assert re.fullmatch(r"line: step 12 of 12, loss \d\.\d{5}, [\d.]+/s, 0:00:00 left, [\d.]+ [MG]B", lines[-1]), lines

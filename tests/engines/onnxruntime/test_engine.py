@@ -16,7 +16,7 @@ import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from tests import handmade
-from tests.fake_onnxruntime import OFFLINE, FakeCuda, resident
+from tests.fake_onnxruntime import OFFLINE, FakeCann, FakeCuda, resident
 from zimgkit.engines.base import Handle, open_engine
 from zimgkit.engines.bundle import CPU_GRAPH, Bundle, Component, TensorSpec
 from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError
@@ -215,7 +215,7 @@ class TestDevices:
     def test_unknown(self, bundle, device):
         with pytest.raises(UsageError) as caught:
             open_engine(bundle, "net", device=device)
-        assert str(caught.value) == f"ONNX Runtime has no device {device!r}; choose cpu, cuda or cuda:N"
+        assert str(caught.value) == f"ONNX Runtime has no device {device!r}; choose cpu, cuda, cuda:N, cann or cann:N"
 
     @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
     def test_without_cuda(self, bundle, device):
@@ -256,6 +256,26 @@ class TestDevices:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return FakeCuda(monkeypatch)
+
+
+class TestCann:
+    def test_it_runs_there_by_default_and_by_name(self, bundle, monkeypatch):
+        cann = FakeCann(monkeypatch)
+        assert_right(open_engine(bundle, "net").run(feeds(3)), feeds(3))
+        engine = open_engine(bundle, "net", device="cann:2")
+        constant = engine.upload({"scale": np.array([1.5], np.float32)})
+        assert_right(engine.run({"x": feeds(2)["x"], **constant}), feeds(2))
+        assert engine.device == "cann:2"
+        assert [options["device_id"] for options in cann.options] == ["0", "2"]
+        assert {options["precision_mode"] for options in cann.options} == {"must_keep_origin_dtype"}
+        assert set(cann.places) == {("cann", 0), ("cann", 2)}
+
+    def test_without_it(self, bundle, monkeypatch):
+        with pytest.raises(BackendError, match="has no CANN provider; pip install onnxruntime-cann, or use"):
+            open_engine(bundle, "net", device="cann")
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CANNExecutionProvider", *OFFLINE])
+        with pytest.raises(BackendError, match=r"could not start CANN \(its provider does not load\); install CANN"):
+            open_engine(bundle, "net", device="cann")
 
 
 class TestCuda:
