@@ -8,9 +8,9 @@ asked for it is its family's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from zimgkit.export.checkpoints.checkpoint import Checkpoint
 from zimgkit.runtime.diffusion.schedule import Scheduler, calculate_mu, read_scheduler
 from zimgkit.training import families, prompts
 from zimgkit.training.checkpoint import load_component, load_tokenizer
-from zimgkit.training.dataset import Dataset, Size, draw_batch
+from zimgkit.training.dataset import Dataset, draw_batch
 from zimgkit.training.families import TrainingFamily
 from zimgkit.training.latents import Latents
 from zimgkit.training.preview import drawer
@@ -49,16 +49,42 @@ def draw_sigmas(count: int, image_tokens: int, scheduler: Scheduler, generator: 
     return shift * even / (1 + (shift - 1) * even)
 
 
-class Denoiser(nn.Module):
-    """The transformer, and the text model where it is trained along; returns the loss of a batch."""
+class Beside(Protocol):
+    """What a dataset's rows give a network beside their latents and texts."""
 
-    def __init__(self, family: TrainingFamily, transformer: Any, text_encoder: Any = None) -> None:
+    def kind(self, row: int) -> Hashable:
+        """What rows of one batch have in common."""
+
+    def load(self, rows: Tensor, dropped: Tensor) -> dict[str, Any]:
+        """Arguments of the family's ``velocity`` for some rows; a text among them stands in the place of the rows' own.
+
+        Args:
+            rows: int64 (n,).
+            dropped: bool (n,), which of them are to be drawn from no prompt.
+        """
+
+
+class Denoiser(nn.Module):
+    """The transformer, with what is trained beside it; returns the loss of a batch."""
+
+    def __init__(self, family: TrainingFamily, transformer: Any, text_encoder: Any = None, net: Any = None) -> None:
+        """Put networks together.
+
+        Args:
+            family: how they are called.
+            transformer: of diffusers.
+            text_encoder: where it is trained along.
+            net: a ControlNet.
+        """
         super().__init__()
         self.family = family
         self.transformer = transformer
         self.text_encoder = text_encoder
+        self.net = net
 
-    def forward(self, latents: Tensor, noise: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, latents: Tensor, noise: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor, **beside: Any
+    ) -> Tensor:
         """The mean squared error of the velocity.
 
         Args:
@@ -67,13 +93,16 @@ class Denoiser(nn.Module):
             sigmas: (batch,).
             text: token ids (batch, tokens) where the text model is here; else its rows (batch, tokens, hidden).
             mask: (batch, tokens) bool.
+            beside: what else the family's ``velocity`` takes.
         """
         if self.text_encoder is not None:
             text, mask = self.family.encode(self.text_encoder, text, mask)
         level = sigmas[:, None, None, None]
         noisy = (1 - level) * latents + level * noise
         dtype = next(self.transformer.parameters()).dtype
-        out = self.family.velocity(self.transformer, noisy.to(dtype), sigmas.to(dtype), text.to(dtype), mask)
+        if self.net is not None:
+            beside["net"] = self.net
+        out = self.family.velocity(self.transformer, noisy.to(dtype), sigmas.to(dtype), text.to(dtype), mask, **beside)
         return (out.float() - (noise - latents)).square().mean()
 
 
@@ -84,32 +113,36 @@ class DenoiserTask:
         self,
         name: str,
         module: Denoiser,
+        dataset: Dataset,
         latents: Latents,
         texts: Sequence[Tensor],
         no_prompts: Sequence[Tensor],
         scheduler: Mapping[str, Any],
+        beside: Sequence[Beside] = (),
     ) -> None:
         """Put together what a batch is drawn from.
 
         Args:
             name: of the stage.
             module: the network.
+            dataset: pictures and captions.
             latents: of the dataset.
             texts: of each row of the dataset: token ids, or the text model's rows.
             no_prompts: the same of what stands for no prompt.
             scheduler: ``scheduler_config.json``.
+            beside: what else the network is given.
         """
-        self.name, self.module, self.latents = name, module, latents
+        self.name, self.module, self.dataset, self.latents, self.beside = name, module, dataset, latents, beside
         self.texts, self.no_prompts, self.scheduler = texts, no_prompts, read_scheduler(scheduler)
-        self.groups = _groups(latents.buckets, texts)
+        self.groups = _groups(dataset, texts, beside)
         self.hidden: frozenset[str] = frozenset()
         self.draw: Callable[[Path], None] = lambda path: None
         """Draws a preview into a file; set by who has the rest of the pipeline."""
 
     def batch(self, generator: torch.Generator, batch_size: int) -> dict[str, Tensor]:
         """Latents, noise, noise levels and texts, some of which are left out."""
-        ((height, width), _), rows = draw_batch(self.groups, batch_size, generator)
-        latents = self.latents.load((height, width), rows)
+        ((height, width), *_), rows = draw_batch(self.groups, batch_size, generator)
+        latents = self.latents.load([self.dataset.rows[int(row)].image for row in rows])
         dropped = torch.rand(batch_size, generator=generator) < DROPOUT
         instead = torch.randint(len(self.no_prompts), (batch_size,), generator=generator)
         chosen = [
@@ -123,6 +156,7 @@ class DenoiserTask:
             "sigmas": draw_sigmas(batch_size, (height // 16) * (width // 16), self.scheduler, generator),
             "text": text,
             "mask": mask,
+            **{name: value for one in self.beside for name, value in one.load(rows, dropped).items()},
         }
 
     def preview(self, path: Path) -> None:
@@ -130,14 +164,13 @@ class DenoiserTask:
         self.draw(path)
 
 
-def _groups(buckets: Mapping[Size, Tensor], texts: Sequence[Tensor]) -> dict[tuple[Size, int], Tensor]:
-    """(size, length class) -> rows of pictures of one size whose texts are about as long."""
-    groups = {}
-    for size, rows in buckets.items():
-        lengths = torch.tensor([-(-len(texts[int(row)]) // LENGTHS) for row in rows])
-        for length in lengths.unique().tolist():
-            groups[size, int(length)] = rows[lengths == length]
-    return groups
+def _groups(dataset: Dataset, texts: Sequence[Tensor], beside: Sequence[Beside]) -> dict[tuple[Any, ...], Tensor]:
+    """(size, length class, ...) -> rows of pictures of one size, whose texts are about as long, and so on."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, row in enumerate(dataset.rows):
+        length = -(-len(texts[index]) // LENGTHS)
+        groups.setdefault((row.size, length, *(one.kind(index) for one in beside)), []).append(index)
+    return {key: torch.tensor(groups[key]) for key in sorted(groups)}
 
 
 def denoiser_task(checkpoint: Checkpoint, dataset: Dataset, latents: Latents) -> DenoiserTask:
@@ -155,6 +188,7 @@ def denoiser_task(checkpoint: Checkpoint, dataset: Dataset, latents: Latents) ->
     task = DenoiserTask(
         "diffusion",
         Denoiser(family, transformer, text_encoder),
+        dataset,
         latents,
         prompts.tokenize([row.prompt for row in dataset.rows], tokenizer, family),
         prompts.tokenize(family.no_prompts, tokenizer, family),

@@ -115,6 +115,7 @@ def lora_task(
     task = DenoiserTask(
         "lora",
         Denoiser(family, transformer),
+        dataset,
         latents,
         [rows[row.prompt] for row in dataset.rows],
         [rows[prompt] for prompt in family.no_prompts],
