@@ -144,5 +144,5 @@ def test_large_pictures_are_reduced_and_cropped(tmp_path: Path) -> None:
     toy.dataset(tmp_path, [(100, 200)], count=1)
     dataset = read_dataset(tmp_path, max_pixels=64 * 128)
     assert dataset.rows[0].size == (64, 128)
-    assert dataset.load([dataset.rows[0].image]).shape == (1, 3, 48, 112)
+    assert dataset.load([dataset.rows[0].image]).shape == (1, 3, 64, 128)
     assert read_dataset(tmp_path, max_pixels=10**6).rows[0].size == (96, 192)
