@@ -95,20 +95,22 @@ def image_regions(inputs: Inputs, grids: Sequence[tuple[int, int]]) -> NDArray[n
     Raises:
         UsageError: a mask touches no token.
     """
-    from PIL.Image import Resampling
-
     from zimgkit.runtime.pictures.reading import flattened
-
-    def touched(mask: Image, rows: int, columns: int) -> NDArray[np.bool_]:
-        white = np.asarray(mask.resize((2 * columns, 2 * rows), Resampling.NEAREST), np.float32).mean(axis=2) > 127.5
-        seen: NDArray[np.bool_] = white.reshape(rows, 2, columns, 2).any(axis=(1, 3)).reshape(-1)
-        return seen
 
     found = []
     for number, entity in enumerate(inputs.eligen_entity_masks, start=1):
         mask = flattened(entity.picture, 0)
-        each = [touched(mask, *grid) for grid in grids]
+        each = [touched_tokens(mask, *grid) for grid in grids]
         if not each[0].any():
             raise UsageError(f"the mask of entity {number} covers nothing", "paint its region white")
         found.append(np.concatenate(each))
     return np.stack(found)
+
+
+def touched_tokens(mask: Image, rows: int, columns: int) -> NDArray[np.bool_]:
+    """Which tokens of a picture a mask, RGB, touches: bool (rows * columns,)."""
+    from PIL.Image import Resampling
+
+    white = np.asarray(mask.resize((2 * columns, 2 * rows), Resampling.NEAREST), np.float32).mean(axis=2) > 127.5
+    seen: NDArray[np.bool_] = white.reshape(rows, 2, columns, 2).any(axis=(1, 3)).reshape(-1)
+    return seen

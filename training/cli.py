@@ -53,7 +53,39 @@ def settings(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.group("zimg-training", context_settings={"max_content_width": 110})
+def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(filter(None, (name.strip() for name in value.split(","))))
+
+
+def columns(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say how a dataset is read, in the words of DiffSynth-Studio."""
+    for option in (
+        click.option("--max-pixels", type=click.IntRange(256), help="What larger pictures are reduced to."),
+        click.option("--dataset-metadata-path", type=FOLDER, help="The table. [default: the folder's metadata.*]"),
+        click.option("--extra-inputs", callback=_names, help="Columns that the network takes, by commas."),
+        click.option("--data-file-keys", callback=_names, help="Columns that name pictures, by commas."),
+    ):
+        command = option(command)
+    return command
+
+
+class Underscores(click.Group):
+    """Commands whose options may be written with underscores, as in DiffSynth-Studio."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As of a group, with dashes in the names of options."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command, [_dashed(word) for word in rest]
+
+
+def _dashed(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
+
+
+@click.group("zimg-training", cls=Underscores, context_settings={"max_content_width": 110})
 @click.version_option(zimgkit.__version__, message="%(version)s")
 def cli() -> None:
     """Train small models from nothing, and adapters of any."""
@@ -113,6 +145,7 @@ def diffusion(model: Path, data: Path, out: Path, **options: Any) -> None:
     "--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Of the frozen weights."
 )
 @click.option("--gradient-checkpointing", is_flag=True, help="Slower, in less memory.")
+@columns
 @settings
 def lora(
     model: str,
@@ -133,6 +166,7 @@ def lora(
         "targets": targets,
         "precision": precision,
         "gradient_checkpointing": gradient_checkpointing,
+        "table": _table(options, stages.Table()),
     }
     _stage(stages.train_lora, stages.LORA, options, model, data, out, **own)
 
@@ -156,6 +190,42 @@ def train(model: str, data: Path, out: Path, resume: bool, quiet: bool, **given:
         method, how = methods.method_of(given), methods.settings_for(out, given)
         run_method(model, data, out, method, how, resume=resume, **ways)
     click.echo(out)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("data", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--kind", help="The architecture: blockwise or fun. [default: the family's]")
+@click.option("--begin", type=FOLDER, help="A net to go on from. [default: one that does nothing]")
+@click.option(
+    "--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Of the frozen weights."
+)
+@click.option("--gradient-checkpointing", is_flag=True, help="Slower, in less memory.")
+@columns
+@settings
+def control(
+    model: str,
+    data: Path,
+    out: Path,
+    kind: str | None,
+    begin: Path | None,
+    precision: str,
+    gradient_checkpointing: bool,
+    **options: Any,
+) -> None:
+    """Train a ControlNet of MODEL on DATA, whose column control_image has what it sees; write the file OUT."""
+    _need_train()
+    from zimgkit.training import stages
+
+    own = {
+        "kind": kind,
+        "begin": begin,
+        "precision": precision,
+        "gradient_checkpointing": gradient_checkpointing,
+        "table": _table(options, stages.Table(("image", "control_image"), ("control_image",))),
+    }
+    _stage(stages.train_control, stages.CONTROL, options, model, data, out, **own)
 
 
 @cli.command()
@@ -270,6 +340,13 @@ def _stage(work: Callable[..., None], defaults: Any, options: dict[str, Any], *p
     with _progress(quiet=options["quiet"]) as ways:
         work(*paths, chosen, resume=options["resume"], **own, **ways)
     click.echo(paths[-1])
+
+
+def _table(options: dict[str, Any], default: Any) -> Any:
+    names = {"files": "data_file_keys", "extras": "extra_inputs", "path": "dataset_metadata_path"}
+    return replace(
+        default, **_given({key: options[name] for key, name in names.items()} | {"max_pixels": options["max_pixels"]})
+    )
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -8,20 +8,30 @@ asked for it is its family's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from zimgkit.engines.errors import UsageError
 from zimgkit.export.checkpoints.checkpoint import Checkpoint
 from zimgkit.runtime.diffusion.schedule import Scheduler, calculate_mu, read_scheduler
 from zimgkit.training import families, prompts
+from zimgkit.training.beside import (
+    CONDITIONS,
+    CONTROL,
+    ENTITIES,
+    ConditionPictures,
+    ControlPictures,
+    Entities,
+    entity_prompts,
+)
 from zimgkit.training.checkpoint import load_component, load_tokenizer
 from zimgkit.training.dataset import Dataset, Size, draw_batch
 from zimgkit.training.families import TrainingFamily
-from zimgkit.training.latents import Latents, OfBuckets
+from zimgkit.training.latents import Images, Latents, Targets
 from zimgkit.training.preview import drawer
 
 DROPOUT = 0.1
@@ -30,14 +40,6 @@ EDGES = ("embed", "img_in", "proj_out", "norm_out", "final_layer")
 """Parts of the names of matrices that are no hidden layer's: the first and the last ones."""
 LENGTHS = 32
 """Texts of a batch lie between two multiples of so many tokens: there are networks that pad them to the next one."""
-
-
-class Rows(Protocol):
-    """A tensor for each of some rows: a list, or what reads them when they are asked for."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int, /) -> Tensor: ...
 
 
 def draw_sigmas(count: int, image_tokens: int, scheduler: Scheduler, generator: torch.Generator) -> Tensor:
@@ -57,16 +59,50 @@ def draw_sigmas(count: int, image_tokens: int, scheduler: Scheduler, generator: 
     return shift * even / (1 + (shift - 1) * even)
 
 
-class Denoiser(nn.Module):
-    """The transformer, and the text model where it is trained along; returns the loss of a batch."""
+class Rows(Protocol):
+    """A tensor for each of some rows: a list, or what reads them when they are asked for."""
 
-    def __init__(self, family: TrainingFamily, transformer: Any, text_encoder: Any = None) -> None:
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Tensor: ...
+
+
+class Beside(Protocol):
+    """What a dataset's rows give a network beside their latents and texts."""
+
+    def kind(self, row: int) -> Hashable:
+        """What rows of one batch have in common."""
+
+    def load(self, rows: Tensor, dropped: Tensor) -> dict[str, Any]:
+        """Arguments of the family's ``velocity`` for some rows; a text among them stands in the place of the rows' own.
+
+        Args:
+            rows: int64 (n,).
+            dropped: bool (n,), which of them are to be drawn from no prompt.
+        """
+
+
+class Denoiser(nn.Module):
+    """The transformer, with what is trained beside it; returns the loss of a batch."""
+
+    def __init__(self, family: TrainingFamily, transformer: Any, text_encoder: Any = None, net: Any = None) -> None:
+        """Put networks together.
+
+        Args:
+            family: how they are called.
+            transformer: of diffusers.
+            text_encoder: where it is trained along.
+            net: a ControlNet.
+        """
         super().__init__()
         self.family = family
         self.transformer = transformer
         self.text_encoder = text_encoder
+        self.net = net
 
-    def forward(self, latents: Tensor, noise: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, latents: Tensor, noise: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor, **beside: Any
+    ) -> Tensor:
         """The mean squared error of the velocity.
 
         Args:
@@ -75,13 +111,16 @@ class Denoiser(nn.Module):
             sigmas: (batch,).
             text: token ids (batch, tokens) where the text model is here; else its rows (batch, tokens, hidden).
             mask: (batch, tokens) bool.
+            beside: what else the family's ``velocity`` takes.
         """
         if self.text_encoder is not None:
             text, mask = self.family.encode(self.text_encoder, text, mask)
         level = sigmas[:, None, None, None]
         noisy = (1 - level) * latents + level * noise
         dtype = next(self.transformer.parameters()).dtype
-        out = self.family.velocity(self.transformer, noisy.to(dtype), sigmas.to(dtype), text.to(dtype), mask)
+        if self.net is not None:
+            beside["net"] = self.net
+        out = self.family.velocity(self.transformer, noisy.to(dtype), sigmas.to(dtype), text.to(dtype), mask, **beside)
         return (out.float() - (noise - latents)).square().mean()
 
 
@@ -92,32 +131,34 @@ class DenoiserTask:
         self,
         name: str,
         module: Denoiser,
-        latents: OfBuckets,
+        targets: Targets,
         texts: Rows,
         no_prompts: Rows,
         scheduler: Mapping[str, Any],
+        beside: Sequence[Beside] = (),
     ) -> None:
         """Put together what a batch is drawn from.
 
         Args:
             name: of the stage.
             module: the network.
-            latents: of the dataset.
+            targets: what it is to draw.
             texts: of each row of the dataset: token ids, or the text model's rows.
             no_prompts: the same of what stands for no prompt.
             scheduler: ``scheduler_config.json``.
+            beside: what else the network is given.
         """
-        self.name, self.module, self.latents = name, module, latents
+        self.name, self.module, self.targets, self.beside = name, module, targets, beside
         self.texts, self.no_prompts, self.scheduler = texts, no_prompts, read_scheduler(scheduler)
-        self.groups = _groups(latents.buckets, texts)
+        self.groups = _groups(targets.sizes, texts, beside)
         self.hidden: frozenset[str] = frozenset()
         self.draw: Callable[[Path], None] = lambda path: None
         """Draws a preview into a file; set by who has the rest of the pipeline."""
 
     def batch(self, generator: torch.Generator, batch_size: int) -> dict[str, Tensor]:
         """Latents, noise, noise levels and texts, some of which are left out."""
-        ((height, width), _), rows = draw_batch(self.groups, batch_size, generator)
-        latents = self.latents.load((height, width), rows)
+        ((height, width), *_), rows = draw_batch(self.groups, batch_size, generator)
+        latents = self.targets.of_rows(rows)
         dropped = torch.rand(batch_size, generator=generator) < DROPOUT
         instead = torch.randint(len(self.no_prompts), (batch_size,), generator=generator)
         chosen = [
@@ -131,6 +172,7 @@ class DenoiserTask:
             "sigmas": draw_sigmas(batch_size, (height // 16) * (width // 16), self.scheduler, generator),
             "text": text,
             "mask": mask,
+            **{name: value for one in self.beside for name, value in one.load(rows, dropped).items()},
         }
 
     def preview(self, path: Path) -> None:
@@ -138,14 +180,13 @@ class DenoiserTask:
         self.draw(path)
 
 
-def _groups(buckets: Mapping[Size, Tensor], texts: Rows) -> dict[tuple[Size, int], Tensor]:
-    """(size, length class) -> rows of pictures of one size whose texts are about as long."""
-    groups = {}
-    for size, rows in buckets.items():
-        lengths = torch.tensor([-(-len(texts[int(row)]) // LENGTHS) for row in rows])
-        for length in lengths.unique().tolist():
-            groups[size, int(length)] = rows[lengths == length]
-    return groups
+def _groups(sizes: Sequence[Size], texts: Rows, beside: Sequence[Beside]) -> dict[tuple[Any, ...], Tensor]:
+    """(size, length class, ...) -> rows of pictures of one size, whose texts are about as long, and so on."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, size in enumerate(sizes):
+        length = -(-len(texts[index]) // LENGTHS)
+        groups.setdefault((size, length, *(one.kind(index) for one in beside)), []).append(index)
+    return {key: torch.tensor(groups[key]) for key in sorted(groups)}
 
 
 def denoiser_task(checkpoint: Checkpoint, dataset: Dataset, latents: Latents) -> DenoiserTask:
@@ -163,7 +204,7 @@ def denoiser_task(checkpoint: Checkpoint, dataset: Dataset, latents: Latents) ->
     task = DenoiserTask(
         "diffusion",
         Denoiser(family, transformer, text_encoder),
-        latents,
+        Images(dataset, latents),
         prompts.tokenize([row.prompt for row in dataset.rows], tokenizer, family),
         prompts.tokenize(family.no_prompts, tokenizer, family),
         checkpoint.config("scheduler"),
@@ -179,4 +220,59 @@ def denoiser_task(checkpoint: Checkpoint, dataset: Dataset, latents: Latents) ->
         transformer,
         lambda texts: prompts.encode_all(text_encoder, prompts.tokenize(texts, tokenizer, family), family),
     )
+    return task
+
+
+def frozen_text_task(
+    name: str,
+    checkpoint: Checkpoint,
+    dataset: Dataset,
+    latents: Latents,
+    module: Denoiser,
+    extras: Collection[str] = (),
+) -> DenoiserTask:
+    """The task of training beside a text model that stays: it reads all prompts once, and is not needed any more.
+
+    Args:
+        name: of the stage.
+        checkpoint: whose text model reads.
+        dataset: pictures and captions.
+        latents: of its images, and of the pictures in the columns.
+        module: what is trained.
+        extras: columns of the dataset that the transformer takes beside.
+
+    Raises:
+        CheckpointError: a component cannot be loaded.
+        UsageError: the family takes no such columns.
+        DatasetError: naming a row whose columns do not fit.
+    """
+    family, tokenizer = module.family, load_tokenizer(checkpoint)
+    dtype = next(module.transformer.parameters()).dtype
+    text_encoder = load_component(checkpoint, "text_encoder", dtype).eval().requires_grad_(False)
+    with_entities = ENTITIES[0] in extras
+    own = [prompt for row in dataset.rows for prompt in entity_prompts(row)] if with_entities else []
+    captions = list(dict.fromkeys([*(row.prompt for row in dataset.rows), *own, *family.no_prompts]))
+    ids = prompts.tokenize(captions, tokenizer, family)
+    rows = dict(zip(captions, prompts.encode_all(text_encoder, ids, family), strict=True))
+    beside: list[Beside] = []
+    if with_entities:
+        if family.attach_regions is None:
+            raise UsageError(f"--extra-inputs has {ENTITIES[0]}, and {family.name} has no regions", "leave it out")
+        family.attach_regions(module.transformer)
+        beside.append(Entities(dataset, rows, family.no_prompts[0]))
+    for column in (column for column in CONTROL if column in extras):
+        beside.append(ControlPictures(dataset, latents, column))
+    if columns := [column for column in CONDITIONS if column in extras]:
+        beside.append(ConditionPictures(dataset, latents, columns))
+    task = DenoiserTask(
+        name,
+        module,
+        Images(dataset, latents),
+        [rows[row.prompt] for row in dataset.rows],
+        [rows[prompt] for prompt in family.no_prompts],
+        checkpoint.config("scheduler"),
+        beside,
+    )
+    if not beside:
+        task.draw = drawer(checkpoint, dataset, module.transformer, lambda texts: [rows[text] for text in texts])
     return task

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from zimgkit.engines.errors import UsageError
 from zimgkit.engines.files import replacing
 from zimgkit.export.checkpoints.checkpoint import Checkpoint
-from zimgkit.training import families, prompts
-from zimgkit.training.checkpoint import load_component, load_tokenizer
+from zimgkit.training import families
+from zimgkit.training.checkpoint import load_component
 from zimgkit.training.dataset import Dataset
-from zimgkit.training.diffusion import Denoiser, DenoiserTask
+from zimgkit.training.diffusion import Denoiser, DenoiserTask, frozen_text_task
 from zimgkit.training.families import TrainingFamily
 from zimgkit.training.latents import Latents
-from zimgkit.training.preview import drawer
 
 
 class LoraLinear(nn.Module):
@@ -85,6 +84,7 @@ def lora_task(
     rank: int,
     seed: int,
     precision: str,
+    extras: Collection[str] = (),
     gradient_checkpointing: bool = False,
 ) -> DenoiserTask:
     """The task of training adapters: the text model has read all captions before, and is not needed any more.
@@ -97,31 +97,19 @@ def lora_task(
         rank: of the adapters.
         seed: of what they begin with.
         precision: the element type of the frozen weights.
+        extras: columns of the dataset that the transformer takes beside.
         gradient_checkpointing: compute activations twice rather than keep them, for models that leave little memory.
 
     Raises:
         CheckpointError: a component cannot be loaded.
         UsageError: see :func:`add_adapters`.
     """
-    family, tokenizer, dtype = families.family(checkpoint.family), load_tokenizer(checkpoint), getattr(torch, precision)
-    transformer = load_component(checkpoint, "transformer", dtype)
+    family = families.family(checkpoint.family)
+    transformer = load_component(checkpoint, "transformer", getattr(torch, precision))
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     add_adapters(transformer, family, targets or family.lora_targets, rank, seed)
-    text_encoder = load_component(checkpoint, "text_encoder", dtype).eval().requires_grad_(False)
-    captions = list(dict.fromkeys([*(row.prompt for row in dataset.rows), *family.no_prompts]))
-    ids = prompts.tokenize(captions, tokenizer, family)
-    rows = dict(zip(captions, prompts.encode_all(text_encoder, ids, family), strict=True))
-    task = DenoiserTask(
-        "lora",
-        Denoiser(family, transformer),
-        latents,
-        [rows[row.prompt] for row in dataset.rows],
-        [rows[prompt] for prompt in family.no_prompts],
-        checkpoint.config("scheduler"),
-    )
-    task.draw = drawer(checkpoint, dataset, transformer, lambda texts: [rows[text] for text in texts])
-    return task
+    return frozen_text_task("lora", checkpoint, dataset, latents, Denoiser(family, transformer), extras)
 
 
 def write_lora(path: Path, weights: Mapping[str, Tensor], precision: str = "bfloat16") -> None:

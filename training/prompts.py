@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from zimgkit.training.families import TrainingFamily
 from zimgkit.training.tokenizer import templated
 
+TOGETHER = 32
+"""Prompts that are encoded at once."""
+
 
 def tokenize(prompts: Sequence[str], tokenizer: Any, family: TrainingFamily) -> list[Tensor]:
     """Prompts in their templates as token ids, int64 (tokens,) each, cut where the pipeline cuts them."""
@@ -26,11 +29,17 @@ def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def encode_all(text_encoder: Any, prompts: Sequence[Tensor], family: TrainingFamily) -> list[Tensor]:
-    """The rows of many prompts, one at a time: (tokens, hidden) each, in the text model's own type, on the CPU."""
+    """The rows of many prompts, those of one length together: (tokens, hidden) each, in its type, on the CPU."""
     device = next(text_encoder.parameters()).device
+    by_length: dict[int, list[int]] = {}
+    for index, ids in enumerate(prompts):
+        by_length.setdefault(len(ids), []).append(index)
+    rows: dict[int, Tensor] = {}
     with torch.no_grad():
-        rows = []
-        for ids in prompts:
-            mask = torch.ones(1, len(ids), dtype=torch.bool, device=device)
-            rows.append(family.encode(text_encoder, ids[None].to(device), mask)[0][0].cpu())
-    return rows
+        for indexes in by_length.values():
+            for start in range(0, len(indexes), TOGETHER):
+                part = indexes[start : start + TOGETHER]
+                ids = torch.stack([prompts[index] for index in part]).to(device)
+                encoded = family.encode(text_encoder, ids, torch.ones_like(ids, dtype=torch.bool))[0].cpu()
+                rows |= {index: row.clone() for index, row in zip(part, encoded, strict=True)}
+    return [rows[index] for index in range(len(prompts))]

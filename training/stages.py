@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from zimgkit.engines.errors import OutputError, UsageError
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.training import families
+from zimgkit.training.beside import check_extras, encoded_columns
 from zimgkit.training.checkpoint import derive_checkpoint, start_checkpoint
+from zimgkit.training.control import control_task, write_net
 from zimgkit.training.dataset import Dataset, read_dataset
 from zimgkit.training.diffusion import denoiser_task
 from zimgkit.training.families import Configs
@@ -27,6 +29,34 @@ from zimgkit.training.vae import AutoencoderTask, measure, stored_autoencoder
 
 LORA = Settings(steps=600, batch_size=16, learning_rate=1e-3, weight_decay=0.0, ema=0.99, warmup=50, save_every=200)
 """How adapters are trained by default: minutes on two cores for those of a small model."""
+
+
+CONTROL = Settings(steps=4000, batch_size=16, learning_rate=1e-3, weight_decay=0.0, ema=0.995, warmup=100)
+"""Likewise ControlNets."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Which of a dataset's columns are used, in the words of DiffSynth-Studio."""
+
+    files: tuple[str, ...] = ("image",)
+    """Columns that name pictures."""
+    extras: tuple[str, ...] = ()
+    """Columns that a network takes beside image and prompt."""
+    path: Path | None = None
+    """Of the table; by default the one in the folder."""
+    max_pixels: int | None = None
+    """What larger pictures are reduced to."""
+
+    def read(self, root: Path) -> Dataset:
+        """The dataset in a folder.
+
+        Raises:
+            UsageError: columns that make no sense.
+            DatasetError: it is broken.
+        """
+        check_extras(self.extras, self.files)
+        return read_dataset(root, table=self.path, files=self.files, extras=self.extras, max_pixels=self.max_pixels)
 
 
 def run_of(out: Path) -> Path:
@@ -125,6 +155,7 @@ def train_lora(
     rank: int = 8,
     targets: str | None = None,
     precision: str = "float32",
+    table: Table = Table(),
     gradient_checkpointing: bool = False,
     resume: bool = False,
     report: Report = silent,
@@ -140,6 +171,7 @@ def train_lora(
         rank: of the adapters.
         targets: ends of names of linears, separated by commas; by default those DiffSynth adapts.
         precision: the element type of the frozen weights, ``"float32"`` or ``"bfloat16"``.
+        table: which columns of the dataset are used.
         gradient_checkpointing: compute activations twice rather than keep them.
         resume: go on with a run that was broken off.
         report: called with (stage, done, total).
@@ -148,11 +180,9 @@ def train_lora(
     Raises:
         ZimgError: whatever went wrong, in one line.
     """
-    if out.suffix != ".safetensors":
-        raise UsageError(f"{out} is to be a safetensors file", "let its name end in .safetensors")
-    refuse_existing(out)
-    checkpoint, dataset = open_checkpoint(model), read_dataset(data)
-    latents = cache_latents(checkpoint, dataset, run_of(out), report)
+    _refuse_unnamed(out)
+    checkpoint, dataset = open_checkpoint(model), table.read(data)
+    latents = cache_latents(checkpoint, dataset, run_of(out), report, columns=encoded_columns(table.extras))
     task = lora_task(
         checkpoint,
         dataset,
@@ -161,10 +191,63 @@ def train_lora(
         rank=rank,
         seed=settings.seed,
         precision=precision,
+        extras=table.extras,
         gradient_checkpointing=gradient_checkpointing,
     )
     about = _about(checkpoint, dataset) | {"rank": rank, "targets": targets, "precision": precision}
     write_lora(out, train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log))
+
+
+def train_control(
+    model: str,
+    data: Path,
+    out: Path,
+    settings: Settings = CONTROL,
+    *,
+    kind: str | None = None,
+    begin: Path | None = None,
+    precision: str = "float32",
+    table: Table = Table(("image", "control_image"), ("control_image",)),
+    gradient_checkpointing: bool = False,
+    resume: bool = False,
+    report: Report = silent,
+    log: Log | None = None,
+) -> None:
+    """Train a ControlNet of a checkpoint's transformer, which stays as it is; write it to a safetensors file.
+
+    Args:
+        model: a folder in the diffusers layout, a hub id or a short name.
+        data: a dataset's folder.
+        out: the file.
+        settings: how.
+        kind: the architecture, one of the family's; by default its usual one.
+        begin: a file with the weights to begin with; without one, a net that does nothing.
+        precision: the element type of the frozen weights, ``"float32"`` or ``"bfloat16"``.
+        table: which columns of the dataset are used.
+        gradient_checkpointing: compute activations twice rather than keep them.
+        resume: go on with a run that was broken off.
+        report: called with (stage, done, total).
+        log: given a line now and then.
+
+    Raises:
+        ZimgError: whatever went wrong, in one line.
+    """
+    _refuse_unnamed(out)
+    checkpoint, dataset = open_checkpoint(model), table.read(data)
+    latents = cache_latents(checkpoint, dataset, run_of(out), report, columns=encoded_columns(table.extras))
+    task = control_task(
+        checkpoint,
+        dataset,
+        latents,
+        kind=kind,
+        begin=begin,
+        seed=settings.seed,
+        precision=precision,
+        extras=table.extras,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    about = _about(checkpoint, dataset) | {"kind": kind, "begin": begin and begin.name, "precision": precision}
+    write_net(out, train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log))
 
 
 def train_demo(
@@ -244,6 +327,12 @@ def refuse_existing(out: Path) -> None:
     """Better said before the first step than after the last."""
     if out.exists():
         raise OutputError(f"{out} exists already", "name another, or remove it")
+
+
+def _refuse_unnamed(out: Path) -> None:
+    if out.suffix != ".safetensors":
+        raise UsageError(f"{out} is to be a safetensors file", "let its name end in .safetensors")
+    refuse_existing(out)
 
 
 def _about(checkpoint: Checkpoint, dataset: Dataset) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zimgkit.export.checkpoints.checkpoint import Checkpoint
 from zimgkit.training import families
 from zimgkit.training.checkpoint import load_component
-from zimgkit.training.dataset import Dataset, draw_batch, load_pictures
+from zimgkit.training.dataset import Dataset, draw_batch
 from zimgkit.training.families import TrainingFamily
 
 SQUARES, HUE, SHARPNESS, DIVERGENCE = 4.0, 4.0, 0.25, 1e-4
@@ -73,7 +73,7 @@ class AutoencoderTask:
     def batch(self, generator: torch.Generator, batch_size: int) -> dict[str, Tensor]:
         """Pieces of pictures, and the noise of their latents."""
         (height, width), rows = draw_batch(self.buckets, batch_size, generator)
-        pixels = load_pictures([self.dataset.rows[int(row)].image for row in rows])
+        pixels = self.dataset.load([self.dataset.rows[int(row)].image for row in rows])
         side = list(self.crops)[int(torch.multinomial(torch.tensor([*self.crops.values()]), 1, generator=generator))]
         tall, wide = min(height, side), min(width, side)
         tops = torch.randint(height - tall + 1, (batch_size,), generator=generator).tolist()
@@ -87,7 +87,7 @@ class AutoencoderTask:
     def preview(self, path: Path) -> None:
         """Eight pictures, and what becomes of them, below."""
         rows = next(iter(self.buckets.values()))
-        pixels = load_pictures([self.dataset.rows[int(row)].image for row in rows[:8]])
+        pixels = self.dataset.load([self.dataset.rows[int(row)].image for row in rows[:8]])
         pixels = pixels.to(next(self.module.parameters()).device)
         decoded = self.module.decoder(self.module.encode(pixels)[0])
         write_grid(path, torch.cat([pixels, decoded]), columns=len(pixels))
@@ -145,7 +145,7 @@ def measure(module: Autoencoder, dataset: Dataset, family: TrainingFamily) -> di
             count = max(1, MEASURED * len(rows) // len(dataset.rows))
             evenly = torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()
             for part in rows[evenly].split(32):
-                pixels = load_pictures([dataset.rows[int(row)].image for row in part]).to(device)
+                pixels = dataset.load([dataset.rows[int(row)].image for row in part]).to(device)
                 mean, _ = module.encode(pixels)
                 moments = torch.stack([torch.ones_like(mean), mean, mean.square()])
                 sums.append(moments.double().sum(dim=(1, 3, 4)).cpu())

@@ -97,3 +97,52 @@ def test_a_picture_cut_short(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(DatasetError, match=r"a\.png cannot be read"):
         load_pictures([tmp_path / "a.png"])
+
+
+TABLES = {
+    "metadata.csv": 'image,prompt,masks,seed\n0.png,"a, b","[""1.png"", ""2.png""]",3\n',
+    "metadata.jsonl": '\n{"image": "0.png", "prompt": "a, b", "masks": ["1.png", "2.png"], "seed": 3}\n',
+    "metadata.json": '[{"image": "0.png", "prompt": "a, b", "masks": ["1.png", "2.png"], "seed": 3}]',
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_columns_name_files_and_give_values(tmp_path: Path, name: str) -> None:
+    toy.dataset(tmp_path)
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / name).write_text(TABLES[name])
+    (row,) = read_dataset(tmp_path, files=("image", "masks"), extras=("masks", "seed")).rows
+    assert row.prompt == "a, b"
+    assert row.pictures == {"masks": (tmp_path / "1.png", tmp_path / "2.png")}
+    assert str(row.values["seed"]) == "3"
+
+
+BAD_TABLES = {
+    "a row without a column": ("jsonl", '{"image": "0.png", "prompt": "a"}\n', "line 1: there is no masks, only"),
+    "broken JSON": ("jsonl", '{"image": "0.png", "prompt": "a", "masks": "1.png"}\n{"image"\n', "line 2: broken JSON"),
+    "no object": ("json", '["0.png"]', "row 1: '0.png' is no object"),
+    "no list": ("json", "{}", "holds no list"),
+    "a missing mask": ("jsonl", '{"image": "0.png", "prompt": "a", "masks": ["9.png"]}', "line 1: "),
+    "a mask that is a number": ("json", '[{"image": "0.png", "prompt": "a", "masks": [1]}]', "row 1: '' is no picture"),
+    "two images": ("json", '[{"image": ["0.png", "1.png"], "prompt": "a", "masks": []}]', "row 1: 2 images are named"),
+    "a prompt that is none": ("json", '[{"image": "0.png", "prompt": 3, "masks": []}]', "caption of 0.png is empty"),
+}
+
+
+@pytest.mark.parametrize(("kind", "text", "message"), BAD_TABLES.values(), ids=BAD_TABLES.keys())
+def test_bad_tables_are_named(tmp_path: Path, kind: str, text: str, message: str) -> None:
+    toy.dataset(tmp_path)
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / f"metadata.{kind}").write_text(text)
+    with pytest.raises(DatasetError) as error:
+        read_dataset(tmp_path, files=("image", "masks"), extras=("masks",))
+    assert message in str(error.value)
+    assert f"metadata.{kind}" in str(error.value)
+
+
+def test_large_pictures_are_reduced_and_cropped(tmp_path: Path) -> None:
+    toy.dataset(tmp_path, [(100, 200)], count=1)
+    dataset = read_dataset(tmp_path, max_pixels=64 * 128)
+    assert dataset.rows[0].size == (64, 128)
+    assert dataset.load([dataset.rows[0].image]).shape == (1, 3, 64, 128)
+    assert read_dataset(tmp_path, max_pixels=10**6).rows[0].size == (96, 192)

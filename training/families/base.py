@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -14,6 +14,16 @@ from zimgkit.training.loop import Settings
 
 Configs = Mapping[str, Mapping[str, Any]]
 """Component -> config; what depends on the vocabulary is filled in with the tokenizer at hand."""
+
+
+class Net(Protocol):
+    """A ControlNet in training, a module with the parameters of its published files."""
+
+    def attach(self, transformer: Any) -> None:
+        """Let a transformer be controlled by it."""
+
+    def see(self, control: Tensor) -> None:
+        """Take latents (batch, channels, h, w) of the picture that controls the next forward."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +42,13 @@ class TrainingFamily:
     encode: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
     """What pictures are conditioned on, as the family's pipeline takes it from the text model: from that model, token
     ids (batch, tokens) int64 and their mask, bool, to embeddings (batch, tokens, hidden) and theirs."""
-    velocity: Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]
+    velocity: Callable[..., Tensor]
     """Asks the transformer of diffusers: from that network, latents (batch, channels, h, w), noise levels (batch,),
     embeddings (batch, tokens, hidden) and their mask (batch, tokens), bool, True from the left as far as each prompt
-    goes, to the velocity, of the latents' shape."""
+    goes, to the velocity, of the latents' shape. By name it takes what the family draws beside: ``net`` and
+    ``control``, latents (batch, channels, h, w) of the picture that a ControlNet sees; ``conditions``, latents of
+    pictures beside the drawn one; ``regions``, bool (batch, entities, image tokens), where the text is that of all
+    entities and then of the whole, each padded to the same length."""
     freeze_unused_text: Callable[[Any], None]
     """Freezes the parameters of a text model that no embedding depends on."""
     unused_modules: Callable[[Any], tuple[str, ...]]
@@ -65,6 +78,11 @@ class TrainingFamily:
     crops: Mapping[int, float]
     """Sides of the pieces of pictures that an autoencoder is trained on, in pixels -> how often. Small ones make many
     short steps."""
+
+    nets: Mapping[str, Callable[[Any, int], Net]] = field(default_factory=dict)
+    """Kind of ControlNet -> begins one for a transformer, from channels of latents; the first is the usual one."""
+    attach_regions: Callable[[Any], None] | None = None
+    """Lets a transformer take ``regions``; None where the family has none."""
 
     initialize_text: Callable[[Any], None] = lambda _: None
     """Changes what an untrained text model begins with."""

@@ -5,6 +5,7 @@ The network is given sigma and predicts the velocity.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from zimgkit.export.networks.qwen_image_vae import halves
 from zimgkit.runtime.families.qwen_image import QwenImage
 from zimgkit.training.families.base import Configs, TrainingFamily
+from zimgkit.training.families.qwen_image_beside import Blockwise, Regions, pack
 from zimgkit.training.loop import Settings
 from zimgkit.training.prompts import pad
 
@@ -132,21 +134,42 @@ def encode(text_encoder: Any, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, 
     return rows[:, drop:], mask[:, drop:]
 
 
-def velocity(transformer: Any, latents: Tensor, sigmas: Tensor, prompt_embeds: Tensor, mask: Tensor) -> Tensor:
-    """Patches of 2x2 go in and out as tokens."""
+def velocity(
+    transformer: Any,
+    latents: Tensor,
+    sigmas: Tensor,
+    prompt_embeds: Tensor,
+    mask: Tensor,
+    *,
+    net: Any = None,
+    control: Tensor | None = None,
+    conditions: Sequence[Tensor] = (),
+    regions: Tensor | None = None,
+) -> Tensor:
+    """Patches of 2x2 go in and out as tokens; those of other pictures follow."""
     batch, channels, height, width = latents.shape
     rows, columns = height // 2, width // 2
-    tokens = latents.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    pictures = [latents, *(condition.to(latents) for condition in conditions)]
+    if net is not None and control is not None:
+        net.see(control.to(latents))
+    if regions is not None:
+        transformer.regions.see(mask, regions)
     out: Tensor = transformer(
-        hidden_states=tokens,
+        hidden_states=torch.cat([pack(picture) for picture in pictures], dim=1),
         timestep=sigmas,
         encoder_hidden_states=prompt_embeds,
         encoder_hidden_states_mask=None if bool(mask.all()) else mask,
-        img_shapes=[[(1, rows, columns)]] * batch,
+        img_shapes=[[(1, one.shape[2] // 2, one.shape[3] // 2) for one in pictures]] * batch,
         return_dict=False,
     )[0]
-    out = out.reshape(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    out = out[:, : rows * columns].reshape(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return out.reshape(batch, channels, height, width)
+
+
+def attach_regions(transformer: Any) -> None:
+    """EliGen's."""
+    transformer.regions = Regions()
+    transformer.regions.attach(transformer)
 
 
 def freeze_unused_text(text_encoder: Any) -> None:
@@ -192,6 +215,8 @@ FAMILY = TrainingFamily(
     unused_modules=unused_modules,
     latents_statistics=latents_statistics,
     guided_call=guided_call,
+    nets={"blockwise": Blockwise},
+    attach_regions=attach_regions,
     # The pipeline takes a single space.
     no_prompts=(" ", ""),
     lora_targets="to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,"

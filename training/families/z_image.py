@@ -13,6 +13,7 @@ from torch import Tensor
 from zimgkit.export.networks.autoencoder_kl import halves
 from zimgkit.runtime.families.z_image import ZImage
 from zimgkit.training.families.base import Configs, TrainingFamily
+from zimgkit.training.families.z_image_beside import Fun
 from zimgkit.training.loop import Settings
 
 CONFIGS: Configs = {
@@ -87,8 +88,19 @@ def encode(text_encoder: Any, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, 
     return states.hidden_states[-2], mask
 
 
-def velocity(transformer: Any, latents: Tensor, sigmas: Tensor, prompt_embeds: Tensor, mask: Tensor) -> Tensor:
+def velocity(
+    transformer: Any,
+    latents: Tensor,
+    sigmas: Tensor,
+    prompt_embeds: Tensor,
+    mask: Tensor,
+    *,
+    net: Any = None,
+    control: Tensor | None = None,
+) -> Tensor:
     """Lists go in and out. Pads up to 32 tokens are the network's own; those of the batch must not be there at all."""
+    if net is not None and control is not None:
+        net.see(control.to(latents))
     captions = [rows[: int(keep.sum())] for rows, keep in zip(prompt_embeds, mask, strict=True)]
     pictures = list(latents.unsqueeze(2))
     return -torch.stack(transformer(pictures, 1 - sigmas, captions, return_dict=False)[0]).squeeze(2)
@@ -133,6 +145,7 @@ FAMILY = TrainingFamily(
     unused_modules=unused_modules,
     latents_statistics=latents_statistics,
     guided_call=guided_call,
+    nets={"fun": Fun},
     no_prompts=("",),
     lora_targets="to_q,to_k,to_v,to_out.0,w1,w2,w3",
     configs=CONFIGS,

@@ -73,7 +73,12 @@ class Cache:
         """Tokens of a row's text."""
         return int(self._files[row // ROWS].get_slice(f"text.{row}").get_shape()[0])
 
-    def load(self, size: Size, rows: Tensor) -> Tensor:
+    @property
+    def sizes(self) -> list[Size]:
+        """Height and width of each row's picture, in pixels."""
+        return [(height, width) for _, height, width in self.index.rows]
+
+    def of_rows(self, rows: Tensor) -> Tensor:
         """The latents of rows of one size: (n, channels, height / 8, width / 8) float32."""
         return torch.stack([self.get("latents", int(row)) for row in rows]).float()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.commands import console
 
 _SIDE = click.IntRange(128, 2048)
@@ -29,6 +30,11 @@ _SIDE = click.IntRange(128, 2048)
     is_flag=True,
     help="Every other picture with a shape that the models do not know, for an adapter to learn.",
 )
+@click.option(
+    "--rows",
+    type=click.Choice(["edges", "regions"]),
+    help="Pictures with their edges (control_image), or with nouns and masks of their things (eligen_entity_…).",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a dataset that is there.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def cli(
@@ -39,14 +45,22 @@ def cli(
     size: tuple[int, int] | None,
     outlined: bool,
     concept: bool,
+    rows: str | None,
     overwrite: bool,
     quiet: bool,
 ) -> None:
     """Draw pictures of shapes with captions in English and Chinese into FOLDER, with a metadata.csv."""
     from zimgkit.runtime.progress import bar
-    from zimgkit.training.world.render import write_dataset
+    from zimgkit.training.world.render import edges_row, regions_row, write_dataset, write_rows
 
+    if rows and (size or outlined or concept):
+        raise UsageError(f"--rows {rows} is given beside --size, --outlined or --concept", "give one of them")
     with bar(enabled=not quiet) as report:
+        if rows:
+            row = {"edges": edges_row, "regions": regions_row}[rows]("test" if split == "test" else "train")
+            write_rows(folder, count, row, seed=seed, overwrite=overwrite, report=report)
+            click.echo(f"{folder}  {count} pictures")
+            return
         write_dataset(
             folder,
             count,

@@ -128,6 +128,12 @@ def caption(scene: Scene) -> str:
     return _chinese(scene, rng) if scene.language == "zh" else _english(scene, rng)
 
 
+def noun(thing: Thing, scene: Scene) -> str:
+    """One thing of a scene in the scene's language, as a caption of its own."""
+    rng = random.Random(f"{scene.phrasing} {thing.shape} {thing.colour}")  # noqa: S311
+    return _chinese_noun(thing, rng) if scene.language == "zh" else _noun(thing, rng)
+
+
 def _pick(rng: random.Random, options: tuple[str, ...]) -> str:
     return options[int(rng.random() * len(options))]
 

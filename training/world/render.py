@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import csv
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
 
 from zimgkit.engines.bundle import atomic_folder
+from zimgkit.runtime.pictures.control_maps import canny
 from zimgkit.runtime.progress import Report, silent
-from zimgkit.training.world.captions import caption
+from zimgkit.training.world.captions import caption, noun
 from zimgkit.training.world.drawing import draw
 from zimgkit.training.world.sampling import Size, Split, sample, with_concept
+from zimgkit.training.world.scattered import SIDE, Box, box_of, scattered
 
 METADATA = "metadata.csv"
+LINES = "metadata.jsonl"
+"""The table where rows have lists."""
 
 
 def write_dataset(
@@ -56,3 +65,86 @@ def write_dataset(
                 draw(scene, outlined=outlined).save(work / name, compress_level=1)
                 table.writerow((name, caption(scene)))
                 report("drawing", index + 1, count)
+
+
+def write_rows(
+    folder: Path,
+    count: int,
+    row: Callable[[Path, int], dict[str, Any]],
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+    report: Report = silent,
+) -> None:
+    """Write a dataset whose rows name more than a picture: a line of JSON each; the folder is whole or absent.
+
+    Args:
+        folder: where.
+        count: how many rows.
+        row: called with the folder and a scene's seed; writes the pictures and gives the row's columns.
+        seed: from 0; see :func:`write_dataset`.
+        overwrite: replace a dataset that is there.
+        report: called with (stage, done, total).
+
+    Raises:
+        OutputError: the folder exists or cannot be written, or the disk is full.
+    """
+    with atomic_folder(folder.expanduser().absolute(), overwrite=overwrite, known_by=LINES) as work:
+        lines = []
+        for index in range(count):
+            lines.append(json.dumps(row(work, (seed << 32) + index), ensure_ascii=False))
+            report("drawing", index + 1, count)
+        (work / LINES).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def edges_row(split: Split) -> Callable[[Path, int], dict[str, Any]]:
+    """Rows with a ``control_image``: the edges of the picture, whose caption does not tell where things lie."""
+
+    def row(folder: Path, seed: int) -> dict[str, Any]:
+        scene = scattered(seed, split)
+        picture = draw(scene)
+        image, edges = _name(folder, "images", seed), _name(folder, "edges", seed)
+        _save(picture, folder / image)
+        _save(canny(picture), folder / edges)
+        return {"image": image, "prompt": caption(scene), "control_image": edges}
+
+    return row
+
+
+def regions_row(split: Split) -> Callable[[Path, int], dict[str, Any]]:
+    """Rows with ``eligen_entity_prompts`` and ``eligen_entity_masks``: a noun and a white box for each thing."""
+
+    def row(folder: Path, seed: int) -> dict[str, Any]:
+        scene = scattered(seed, split)
+        image = _name(folder, "images", seed)
+        _save(draw(scene), folder / image)
+        masks = []
+        for number, thing in enumerate(scene.things):
+            masks.append(_name(folder, "masks", seed, f"-{number}"))
+            _save(region(box_of(thing)), folder / masks[-1])
+        nouns = [noun(thing, scene) for thing in scene.things]
+        return {
+            "image": image,
+            "prompt": caption(scene),
+            "eligen_entity_prompts": nouns,
+            "eligen_entity_masks": masks,
+        }
+
+    return row
+
+
+def region(box: Box) -> Image.Image:
+    """A mask, white within a box, of the size of scattered scenes."""
+    mask = Image.new("L", (SIDE, SIDE))
+    left, top, right, bottom = box
+    ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill=255)
+    return mask
+
+
+def _name(folder: Path, kind: str, seed: int, end: str = "") -> str:
+    (folder / kind).mkdir(exist_ok=True)
+    return f"{kind}/{seed & 0xFFFFFFFF:06}{end}.png"
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    picture.save(path, compress_level=1)
