@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.controls import ControlInput, check_sizes, read_controls
+from zimgkit.runtime.diffusion.caching import OFF, Caching, caching
 from zimgkit.runtime.families import Family
 from zimgkit.runtime.inputs import NONE, Inputs, first_step, read_inputs, size_in_area, size_like, size_of_edit
 from zimgkit.runtime.parameters import BY_NAME, TENSORS, checked, refuse_unknown, texts
@@ -47,6 +48,14 @@ class Request:
     """The ControlNets that act."""
     layers: int | None = None
     """Into how many layers its picture is taken apart; None where it is not."""
+    cache: str | None = None
+    """Which steps are computed in full, as it was asked for; None where all are."""
+    cache_negative: str | None = None
+    """Likewise of the branch of the negative prompt, where something else was asked for."""
+    cache_order: int | None = None
+    """Of the extrapolation, where it was asked for."""
+    caching: Caching | None = None
+    """What follows from these."""
     unused_negative_prompt: bool = field(default=False, compare=False)
     """Whether a negative prompt was given, and guidance is off."""
     latents: Array | None = field(default=None, compare=False, repr=False)
@@ -123,8 +132,9 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
         size = dict(zip(size, size_in_area(inputs.layered, area), strict=True))
     height = value("height", size["height"], high=family.MAX_SIDE)
     width = value("width", size["width"], high=family.MAX_SIDE)
-    if inputs.strength is not None:
-        first_step(len(levels) if levels else steps, inputs.strength)
+    steps = len(levels) if levels else steps
+    left_out = 0 if inputs.strength is None else first_step(steps, inputs.strength)
+    cache = _cache(manifest, given, steps - left_out)
     layers = value("layers", given.get("layer_num", manifest.layers.layers)) if manifest.layers else None
     controls = read_controls(manifest, inputs, given)
     check_sizes(controls, height, width)
@@ -136,7 +146,7 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
         num_images_per_prompt=images,
         height=height,
         width=width,
-        num_inference_steps=len(levels) if levels else steps,
+        num_inference_steps=steps,
         sigmas=levels,
         guidance_scale=scale,
         cfg_normalization=value("cfg_normalization", given.get("cfg_normalize", 0.0)),
@@ -147,6 +157,7 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
         inputs=inputs,
         controls=controls,
         layers=layers,
+        **cache,
         unused_negative_prompt=negatives is None and _says_something(given.get("negative_prompt")),
         latents=check_latents(given["latents"], (batch, *family.latents_shape(height, width, 1 + (layers or 0))))
         if "latents" in given
@@ -186,6 +197,19 @@ def _says_something(value: Any) -> bool:
 
 def _is_empty(value: Any) -> bool:
     return isinstance(value, dict | list | tuple) and not value
+
+
+def _cache(manifest: Manifest, given: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """What is asked for of steps that are not computed in full, and what follows of it for so many steps."""
+    asked = {name: given[name] for name in ("cache", "cache_negative", "cache_order") if name in given}
+    if "cache_order" in asked:
+        asked["cache_order"] = checked(BY_NAME["cache_order"], asked["cache_order"])
+    for name in asked.keys() - {"cache_order"}:
+        if not isinstance(asked[name], str):
+            raise UsageError(f"{name} is {asked[name]!r}", "give a text, such as 'balanced'")
+    cache, negative, order = (asked.get(name) for name in ("cache", "cache_negative", "cache_order"))
+    found = caching(cache or OFF, steps, manifest.caches, negative, order)
+    return asked | {"caching": found} if found else {}
 
 
 def _embeds(name: str, given: Mapping[str, Any]) -> tuple[Array, ...] | None:
