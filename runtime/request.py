@@ -54,6 +54,8 @@ class Request:
     """Likewise of the branch of the negative prompt, where something else was asked for."""
     cache_order: int | None = None
     """Of the extrapolation, where it was asked for."""
+    cache_reuse: str | None = None
+    """What is taken over, where it was asked for."""
     caching: Caching | None = None
     """What follows from these."""
     unused_negative_prompt: bool = field(default=False, compare=False)
@@ -201,14 +203,13 @@ def _is_empty(value: Any) -> bool:
 
 def _cache(manifest: Manifest, given: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """What is asked for of steps that are not computed in full, and what follows of it for so many steps."""
-    asked = {name: given[name] for name in ("cache", "cache_negative", "cache_order") if name in given}
-    if "cache_order" in asked:
-        asked["cache_order"] = checked(BY_NAME["cache_order"], asked["cache_order"])
-    for name in asked.keys() - {"cache_order"}:
-        if not isinstance(asked[name], str):
+    names = ("cache", "cache_negative", "cache_order", "cache_reuse")
+    asked = {name: checked(BY_NAME[name], given[name]) for name in names if name in given}
+    for name in names[:2]:
+        if not isinstance(asked.get(name, OFF), str):
             raise UsageError(f"{name} is {asked[name]!r}", "give a text, such as 'balanced'")
-    cache, negative, order = (asked.get(name) for name in ("cache", "cache_negative", "cache_order"))
-    found = caching(cache or OFF, steps, manifest.caches, negative, order)
+    cache, negative, order, reuse = (asked.get(name) for name in names)
+    found = caching(OFF if cache is None else cache, steps, manifest.caches, negative, order, reuse)
     return asked | {"caching": found} if found else {}
 
 

@@ -17,10 +17,12 @@ from functools import partial
 
 import numpy as np
 
+from zimgkit.engines.base import Feeds
 from zimgkit.engines.bundle import MANIFEST, POSITIVE, Bundle
 from zimgkit.engines.choice import AUTO, Choice, choose_backend
 from zimgkit.engines.errors import BackendError, OutOfMemoryError, UsageError
 from zimgkit.engines.tensors.dtypes import round_to
+from zimgkit.runtime.caching import CachedStep, notes, pieces
 from zimgkit.runtime.conditioning import Conditioner
 from zimgkit.runtime.control_conditions import acting, component_of
 from zimgkit.runtime.decoding import Decoder
@@ -36,7 +38,7 @@ from zimgkit.runtime.diffusion.schedule import (
     sigmas_from,
 )
 from zimgkit.runtime.encoding import Encoder
-from zimgkit.runtime.engine_pool import EnginePool, Opener
+from zimgkit.runtime.engine_pool import Borrowed, EnginePool, Opener
 from zimgkit.runtime.families import family_of
 from zimgkit.runtime.families.base import (
     Progress,
@@ -151,6 +153,8 @@ class Session:
             self.warn("<lora:...> in a prompt is read as words; LoRAs are merged by zimg-export swap-lora")
         if request.inputs.context_image and not all(text.startswith(CONTEXT_PREFIX) for text in request.prompts):
             self.warn(f"LoRAs for context images were trained on prompts that begin with {CONTEXT_PREFIX!r}")
+        for note in notes(self.bundle, request, self.backend):
+            self.warn(note)
         noise, posterior = self._noise(request)
         with self._advising(request):
             clean = self._clean(request, posterior)
@@ -168,7 +172,7 @@ class Session:
                 latents = add_noise(clean, latents, schedule.sigmas[0])
             control = replace(controls[prompt], alternates=plan.alternates) if controls else None
             job = Job(request, index, latents, schedule, positive[prompt], away, control, kept)
-            kept_open = [(component, self.device_of(component)) for component in job.components]
+            kept_open = [(component, self.device_of(component)) for component in self._components(job)]
             for where in kept_open:
                 self.engines.keep(*where)
             # Once: when the job is denoised or cancelled, or when nobody refers to it any more.
@@ -204,12 +208,22 @@ class Session:
         """Jobs that can take a step together, in the order given, no more at once than the denoiser takes."""
         groups: dict[tuple[int, ...], list[Job]] = {}
         for job in jobs:
-            key = (id(job.positive), id(job.negative), id(job.schedule), job.step)
+            # Where the change decides which steps are full, no picture shall depend on others.
+            own = id(job) if job.request.caching and job.request.caching.threshold is not None else 0
+            key = (id(job.positive), id(job.negative), id(job.schedule), job.step, own)
             groups.setdefault(key, []).append(job)
         for group in groups.values():
-            most = min((largest_batch(self.bundle, name, self.backend) for name in group[0].components), default=1)
+            names = self._components(group[0])
+            most = min((largest_batch(self.bundle, name, self.backend) for name in names), default=1)
             for start in range(0, len(group), most):
                 yield group[start : start + most]
+
+    def _components(self, job: Job) -> list[str]:
+        """The denoisers that a job takes steps with, or their pieces."""
+        asked = job.request.caching
+        if asked is None or not asked.saves:
+            return job.components
+        return [one for name in job.components for one in pieces(self.bundle, name, self.backend, asked) or (name,)]
 
     def finish(self, job: Job, progress: Progress = ignored) -> Array:
         """Decode a job's latents; all steps must be done.
@@ -477,19 +491,30 @@ class Session:
 
         timed = controls.timed(family, float(sigma)) if controls and control else {}
 
-        def velocity_of(conditions: Conditions) -> Array:
+        cached = None
+        if request.caching is not None and request.caching.saves:
+            cached = CachedStep(self.engines, self.device_of, group, request.caching)
+
+        def velocity_of(conditions: Conditions, *, is_positive: bool) -> Array:
             component = (control or conditions).component
-            with self.engines.engine(component, self.device_of(component)) as engine:
+
+            def feeds(engine: Borrowed) -> Feeds:
                 more = {**control.on(engine), **timed, **(scales or {})} if control else {}
-                output = engine.run({**conditions.on(engine), **more, **inputs})["velocity"]
+                return {**conditions.on(engine), **more, **inputs}
+
+            if cached is not None:
+                output = cached.run(component, feeds, positive=is_positive)
+            else:
+                with self.engines.engine(component, self.device_of(component)) as engine:
+                    output = engine.run(feeds(engine))["velocity"]
             if not np.isfinite(output).all():
                 hint = "a broken checkpoint or LoRA, or float16, may overflow: zimg-export verify checks the bundle"
                 raise BackendError(f"step {first.step + 1} of {len(schedule)} gave NaN or Inf", hint)
             return family.velocity(output, latents)
 
-        velocity = velocity_of(positive)
+        velocity = velocity_of(positive, is_positive=True)
         if negative and family.is_guided(request.guidance_scale, sigma, request.cfg_truncation):
-            away = velocity_of(negative)
+            away = velocity_of(negative, is_positive=False)
             velocity = family.guide(velocity, away, request.guidance_scale, request.cfg_normalization)
         for index, job in enumerate(group):
             own, kept = slice(index, index + 1), job.kept
@@ -501,5 +526,5 @@ class Session:
                 moved = kept.blend_latents(moved, sigma_next)
             job.latents, job.denoised, job.velocity = moved, before - sigma * along, along
             job.step += 1
-            if job.is_denoised:
+            if job.is_denoised or job.cancelled:  # By another thread, which did not see what this step left.
                 job.release()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -25,6 +25,10 @@ TEXT_TO_IMAGE = "text-to-image"
 
 POSITIVE = ".positive"
 """What ends the name of a component whose weights have LoRAs for the branch of the prompt alone."""
+
+
+PIECES = ("head", "body", "tail")
+"""What a denoiser may be cut into: all up to its first block; the other blocks; what follows."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -352,8 +356,10 @@ class CacheMask(msgspec.Struct, frozen=True, omit_defaults=True):
     """Of both branches of guidance."""
     negative: StepMask | None = None
     """Of the negative one, where it has its own."""
-    order: Annotated[int, msgspec.Meta(ge=0, le=1)] = 0
+    order: Annotated[int, msgspec.Meta(ge=0, le=1)] = 1
     """Of the extrapolation from full steps."""
+    reuse: Literal["residual", "velocity"] | None = None
+    """What is taken over from these; None for the residual where the denoiser is cut, else the velocity."""
     change: tuple[float, ...] = ()
     """By step, where it was measured: how much the first block's residual differs from that of the step before."""
     cost: CacheCost | None = None
@@ -455,6 +461,13 @@ class Manifest(msgspec.Struct, frozen=True):
         """What serves a branch of guidance: the component, or for the prompt's the one with LoRAs of its own."""
         own = component + POSITIVE
         return own if positive and own in self.components else component
+
+    def pieces(self, component: str) -> tuple[str, ...]:
+        """The names of a denoiser's head, body and tail, for the same branch of guidance; none where it is not cut."""
+        names = [f"{component.removesuffix(POSITIVE)}.{piece}" for piece in PIECES]
+        if not self.components.keys() >= {*names}:
+            return ()
+        return tuple(self.of_branch(name, positive=component.endswith(POSITIVE)) for name in names)
 
     def for_both(self) -> Manifest:
         """The same without what is for the branch of the prompt alone."""

@@ -23,6 +23,8 @@ Mask = tuple[bool, ...]
 """For each step, whether it is computed in full."""
 
 OFF, DYNAMIC = "off", "dynamic"
+RESIDUAL, VELOCITY = REUSED = ("residual", "velocity")
+"""What is taken over from full steps: what the body added to the first block's stream, or what all of it gave."""
 PATTERNS = {"balanced": (8, 3), "fast": (4, 4)}
 """Name -> how many steps are full at first, and of how many one is full afterwards."""
 SHORTEST = 12
@@ -41,8 +43,10 @@ class Caching:
     """Of the prompt's branch; where there is a threshold, those that are full whatever has changed."""
     negative: Mask
     """Of the negative prompt's."""
-    order: int = 0
+    order: int = 1
     """Of the extrapolation."""
+    reuse: str | None = None
+    """One of :data:`REUSED`; None for the residual where the denoiser is cut, else the velocity."""
     threshold: float | None = None
     """Of the change, where that decides, for both branches alike."""
     notes: tuple[str, ...] = ()
@@ -55,7 +59,12 @@ class Caching:
 
 
 def caching(
-    cache: str, steps: int, caches: Mapping[str, CacheMask] = {}, negative: str | None = None, order: int | None = None
+    cache: str,
+    steps: int,
+    caches: Mapping[str, CacheMask] = {},
+    negative: str | None = None,
+    order: int | None = None,
+    reuse: str | None = None,
 ) -> Caching | None:
     """What a call asks for.
 
@@ -65,7 +74,8 @@ def caching(
         steps: how many are taken.
         caches: the masks in the bundle, by name.
         negative: likewise of the negative branch, without ``dynamic``; as the other where it is None.
-        order: of the extrapolation; where it is None the mask's own, or 0.
+        order: of the extrapolation; where it is None the mask's own, or 1.
+        reuse: what is taken over; where it is None what the mask was measured with, if anything.
 
     Returns:
         None where every step is full.
@@ -80,15 +90,18 @@ def caching(
             raise UsageError(message, "leave one of them out")
         limit = _threshold(threshold) if colon else THRESHOLD
         full = tuple(steps <= SHORTEST or index < WARM_UP or index == steps - 1 for index in range(steps))
-        return Caching(full, full, order or 0, limit, _too_few(cache, steps))
+        if reuse == VELOCITY:
+            raise UsageError(f"{DYNAMIC} decides by the first block, which is not run where a velocity is reused")
+        return Caching(full, full, 1 if order is None else order, reuse, limit, _too_few(cache, steps))
     own = caches.get(cache)
     positive, notes = _mask("cache", cache, steps, own.steps if own else None)
     parameter, value = ("cache", cache) if negative is None else ("cache_negative", negative)
     other = caches.get(value)
     away, more = _mask(parameter, value, steps, other.negative or other.steps if other else None)
     if order is None:
-        order = own.order if own else 0
-    found = Caching(positive, away, order, notes=tuple(dict.fromkeys(notes + more)))
+        order = own.order if own else 1
+    reuse = reuse or (own.reuse if own else None)
+    found = Caching(positive, away, order, reuse, notes=tuple(dict.fromkeys(notes + more)))
     return found if found.saves or found.notes else None
 
 

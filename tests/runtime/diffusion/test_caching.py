@@ -34,7 +34,7 @@ def test_the_masks(name, table):
     for steps, wanted in table.items():
         found = caching(name, steps)
         assert (digits(found.positive), digits(found.negative)) == (wanted, wanted)
-        assert (found.order, found.threshold, found.notes) == (0, None, ())
+        assert (found.order, found.threshold, found.notes) == (1, None, ())
     assert [sum(caching(name, 50).positive) for name in ("balanced", "fast")] == [22, 16]
 
 
@@ -59,8 +59,8 @@ def test_off():
 
 
 def test_a_mask_of_digits():
-    found = caching("111101001", 9, order=1)
-    assert digits(found.positive) == digits(found.negative) == "111101001" and found.order == 1
+    found = caching("111101001", 9, order=0)
+    assert digits(found.positive) == digits(found.negative) == "111101001" and found.order == 0
 
 
 def test_a_mask_of_the_negative_branch():
@@ -78,13 +78,13 @@ def test_dynamic():
 
 def test_masks_of_the_bundle():
     own = {
-        "quick": CacheMask("1" * 10 + "10" * 20, order=1),
+        "quick": CacheMask("1" * 10 + "10" * 20, order=0),
         "both": CacheMask("1" * 20, "10" * 10),
         "balanced": CacheMask("1" + "0" * 18 + "1"),
     }
     found = caching("quick", 50, own)
-    assert digits(found.positive) == own["quick"].steps and (found.order, found.notes) == (1, ())
-    assert caching("quick", 50, own, order=0).order == 0
+    assert digits(found.positive) == own["quick"].steps and (found.order, found.notes) == (0, ())
+    assert caching("quick", 50, own, order=1).order == 1
     assert digits(caching("both", 20, own).negative) == "10" * 10
     assert digits(caching("off", 20, own, "both").negative) == "10" * 10
     assert digits(caching("balanced", 20, own).positive) == own["balanced"].steps
