@@ -19,7 +19,7 @@ from zimgkit.export.graphs.assemble import Assembled, assemble_all
 from zimgkit.export.graphs.flash_attention import FlashAttention
 from zimgkit.export.graphs.plan import Plan, record
 from zimgkit.export.graphs.weights_first import WeightsFirst
-from zimgkit.export.networks.parts import Part
+from zimgkit.export.networks.parts import Cut, Part
 from zimgkit.export.quantization.block_products import BlockProducts
 from zimgkit.export.quantization.integer_products import IntegerProducts
 from zimgkit.export.quantization.quantized_weights import INPUT_SCALE
@@ -142,7 +142,7 @@ def _for_cpu(model: ir.Model) -> ir.Model:
 
 
 def plans_of(name: str, part: Part, compute: str, *, is_cut: bool) -> dict[str, Plan]:
-    """The plan of a component's graph, those of its variants and, where it is cut, those of its pieces.
+    """The plan of a component's graph, those of its variants and, where it is cut, those of the pieces of each.
 
     Args:
         name: of the component.
@@ -153,13 +153,20 @@ def plans_of(name: str, part: Part, compute: str, *, is_cut: bool) -> dict[str, 
     Raises:
         CheckpointError: it has too few blocks to be cut.
     """
-    plan, *others = (
-        record(own.build(getattr(torch, compute)), own.inputs, own.outputs, own.sizes)
-        for own in (part, *part.variants.values())
-    )
-    pieces = cut(plan, part.cut) if is_cut and part.cut is not None else {}
-    variants = dict(zip(part.variants, others, strict=True)) | pieces
-    return {name: plan} | {f"{name}.{key}": own for key, own in variants.items()}
+    plans: dict[str, Plan] = {}
+    for key, own in ((name, part), *((f"{name}.{variant}", own) for variant, own in part.variants.items())):
+        plan = record(own.build(getattr(torch, compute)), own.inputs, own.outputs, own.sizes)
+        plans |= {key: plan} | (pieces_of(key, plan, own.cut) if is_cut else {})
+    return plans
+
+
+def pieces_of(name: str, plan: Plan, where: Cut | None) -> dict[str, Plan]:
+    """The plans of a component's pieces, by the names that these have.
+
+    Raises:
+        CheckpointError: it has too few blocks to be cut.
+    """
+    return {f"{name}.{piece}": own for piece, own in (cut(plan, where) if where else {}).items()}
 
 
 def _entry(name: str, tensors: Mapping[str, TensorInfo], folder: Path) -> Component:

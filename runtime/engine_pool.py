@@ -267,6 +267,10 @@ class Borrowed:
         """See :meth:`zimgkit.engines.base.Engine.upload`."""
         return self._pool.retrying(lambda: self._engine.upload(feeds))
 
+    def download(self, handle: Handle) -> NDArray[Any]:
+        """See :meth:`zimgkit.engines.base.Engine.download`."""
+        return self._engine.download(handle)
+
     def run(self, feeds: Feeds, keep: Collection[str] = ()) -> dict[str, Any]:
         """See :meth:`zimgkit.engines.base.Engine.run`."""
         return self._pool.retrying(lambda: self._engine.run(feeds, keep))

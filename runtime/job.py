@@ -128,6 +128,8 @@ class Job:
     velocity: Array | None = None
     """After a step: what it moved along."""
     cancelled: bool = False
+    residuals: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What full steps left for others, where there is a cache, see :mod:`zimgkit.runtime.caching`."""
 
     @property
     def components(self) -> list[str]:
@@ -170,4 +172,5 @@ class Job:
     def release(self) -> None:
         """Let go of the conditions and the denoiser; a second call does nothing."""
         self.positive = self.negative = self.controls = None
+        self.residuals.clear()
         self.on_release()

@@ -14,6 +14,7 @@ from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.controls import ControlInput, check_sizes, read_controls
 from zimgkit.runtime.diffusion.guidance import acts
+from zimgkit.runtime.diffusion.caching import OFF, Caching, caching
 from zimgkit.runtime.families import Family
 from zimgkit.runtime.inputs import NONE, Inputs, first_step, read_inputs, size_in_area, size_like, size_of_edit
 from zimgkit.runtime.parameters import BY_NAME, TENSORS, checked, refuse_unknown, texts
@@ -50,6 +51,16 @@ class Request:
     """The ControlNets that act."""
     layers: int | None = None
     """Into how many layers its picture is taken apart; None where it is not."""
+    cache: str | None = None
+    """Which steps are computed in full, as it was asked for; None where all are."""
+    cache_negative: str | None = None
+    """Likewise of the branch of the negative prompt, where something else was asked for."""
+    cache_order: int | None = None
+    """Of the extrapolation, where it was asked for."""
+    cache_reuse: str | None = None
+    """What is taken over, where it was asked for."""
+    caching: Caching | None = None
+    """What follows from these."""
     unused_negative_prompt: bool = field(default=False, compare=False)
     """Whether a negative prompt was given, and guidance is off."""
     latents: Array | None = field(default=None, compare=False, repr=False)
@@ -130,8 +141,9 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
         size = dict(zip(size, size_in_area(inputs.layered, area), strict=True))
     height = value("height", size["height"], high=family.MAX_SIDE)
     width = value("width", size["width"], high=family.MAX_SIDE)
-    if inputs.strength is not None:
-        first_step(len(levels) if levels else steps, inputs.strength)
+    steps = len(levels) if levels else steps
+    left_out = 0 if inputs.strength is None else first_step(steps, inputs.strength)
+    cache = _cache(manifest, given, steps - left_out)
     layers = value("layers", given.get("layer_num", manifest.layers.layers)) if manifest.layers else None
     controls = read_controls(manifest, inputs, given)
     check_sizes(controls, height, width)
@@ -146,7 +158,7 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
         num_images_per_prompt=images,
         height=height,
         width=width,
-        num_inference_steps=len(levels) if levels else steps,
+        num_inference_steps=steps,
         sigmas=levels,
         guidance_scale=scale,
         cfg_normalization=value("cfg_normalization", given.get("cfg_normalize", 0.0)),
@@ -159,6 +171,7 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
         inputs=inputs,
         controls=controls,
         layers=layers,
+        **cache,
         unused_negative_prompt=negatives is None and _says_something(given.get("negative_prompt")),
         latents=check_latents(given["latents"], (batch, *family.latents_shape(height, width, 1 + (layers or 0))))
         if "latents" in given
@@ -198,6 +211,18 @@ def _says_something(value: Any) -> bool:
 
 def _is_empty(value: Any) -> bool:
     return isinstance(value, dict | list | tuple) and not value
+
+
+def _cache(manifest: Manifest, given: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """What is asked for of steps that are not computed in full, and what follows of it for so many steps."""
+    names = ("cache", "cache_negative", "cache_order", "cache_reuse")
+    asked = {name: checked(BY_NAME[name], given[name]) for name in names if name in given}
+    for name in names[:2]:
+        if not isinstance(asked.get(name, OFF), str):
+            raise UsageError(f"{name} is {asked[name]!r}", "give a text, such as 'balanced'")
+    cache, negative, order, reuse = (asked.get(name) for name in names)
+    found = caching(OFF if cache is None else cache, steps, manifest.caches, negative, order, reuse)
+    return asked | {"caching": found} if found else {}
 
 
 def _embeds(name: str, given: Mapping[str, Any]) -> tuple[Array, ...] | None:

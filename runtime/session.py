@@ -16,10 +16,12 @@ from functools import partial
 
 import numpy as np
 
+from zimgkit.engines.base import Feeds
 from zimgkit.engines.bundle import MANIFEST, POSITIVE, Bundle
 from zimgkit.engines.choice import AUTO, Choice, choose_backend
 from zimgkit.engines.errors import BackendError, OutOfMemoryError, UsageError
 from zimgkit.engines.tensors.dtypes import round_to
+from zimgkit.runtime.caching import CachedStep, notes, pieces
 from zimgkit.runtime.cautions import cautions
 from zimgkit.runtime.conditioning import Conditioner
 from zimgkit.runtime.control_conditions import acting, component_of
@@ -28,7 +30,7 @@ from zimgkit.runtime.diffusion.blending import Kept
 from zimgkit.runtime.diffusion.noise import Generator, generator, randn_sample, randn_tensor
 from zimgkit.runtime.diffusion.schedule import add_noise, euler_step, read_scheduler
 from zimgkit.runtime.encoding import Encoder
-from zimgkit.runtime.engine_pool import EnginePool, Opener
+from zimgkit.runtime.engine_pool import Borrowed, EnginePool, Opener
 from zimgkit.runtime.families import family_of
 from zimgkit.runtime.families.base import (
     Progress,
@@ -128,8 +130,8 @@ class Session:
             self.engines.in_turn = plan.in_turn
         for size in self._vae_sizes(request):
             self.tiling.tiled[size] = plan.tiled
-        for caution in cautions(request, self.family, sigmas):
-            self.warn(caution)
+        for said in (*cautions(request, self.family, sigmas), *notes(self.bundle, request, self.backend)):
+            self.warn(said)
         noise, posterior = self._noise(request)
         with self._advising(request):
             clean = self._clean(request, posterior)
@@ -148,7 +150,7 @@ class Session:
                 latents = add_noise(clean, latents, schedule.sigmas[0])
             control = replace(controls[prompt], alternates=plan.alternates) if controls else None
             job = Job(request, index, latents, schedule, positive[prompt], away, control, kept)
-            kept_open = [(component, self.device_of(component)) for component in job.components]
+            kept_open = [(component, self.device_of(component)) for component in self._components(job)]
             for where in kept_open:
                 self.engines.keep(*where)
             # Once: when the job is denoised or cancelled, or when nobody refers to it any more.
@@ -184,12 +186,22 @@ class Session:
         """Jobs that can take a step together, in the order given, no more at once than the denoiser takes."""
         groups: dict[tuple[int, ...], list[Job]] = {}
         for job in jobs:
-            key = (id(job.positive), id(job.negative), id(job.schedule), job.step)
+            # Where the change decides which steps are full, no picture shall depend on others.
+            own = id(job) if job.request.caching and job.request.caching.threshold is not None else 0
+            key = (id(job.positive), id(job.negative), id(job.schedule), job.step, own)
             groups.setdefault(key, []).append(job)
         for group in groups.values():
-            most = min((largest_batch(self.bundle, name, self.backend) for name in group[0].components), default=1)
+            names = self._components(group[0])
+            most = min((largest_batch(self.bundle, name, self.backend) for name in names), default=1)
             for start in range(0, len(group), most):
                 yield group[start : start + most]
+
+    def _components(self, job: Job) -> list[str]:
+        """The denoisers that a job takes steps with, or their pieces."""
+        asked = job.request.caching
+        if asked is None or not asked.saves:
+            return job.components
+        return [one for name in job.components for one in pieces(self.bundle, name, self.backend, asked) or (name,)]
 
     def finish(self, job: Job, progress: Progress = ignored) -> Array:
         """Decode a job's latents; all steps must be done.
@@ -445,19 +457,30 @@ class Session:
 
         timed = controls.timed(family, float(sigma)) if controls and control else {}
 
-        def velocity_of(conditions: Conditions) -> Array:
+        cached = None
+        if request.caching is not None and request.caching.saves:
+            cached = CachedStep(self.engines, self.device_of, group, request.caching)
+
+        def velocity_of(conditions: Conditions, *, is_positive: bool) -> Array:
             component = (control or conditions).component
-            with self.engines.engine(component, self.device_of(component)) as engine:
+
+            def feeds(engine: Borrowed) -> Feeds:
                 more = {**control.on(engine), **timed, **(scales or {})} if control else {}
-                output = engine.run({**conditions.on(engine), **more, **inputs})["velocity"]
+                return {**conditions.on(engine), **more, **inputs}
+
+            if cached is not None:
+                output = cached.run(component, feeds, positive=is_positive)
+            else:
+                with self.engines.engine(component, self.device_of(component)) as engine:
+                    output = engine.run(feeds(engine))["velocity"]
             if not np.isfinite(output).all():
                 hint = "a broken checkpoint or LoRA, or float16, may overflow: zimg-export verify checks the bundle"
                 raise BackendError(f"step {first.step + 1} of {len(schedule)} gave NaN or Inf", hint)
             return family.velocity(output, latents)
 
-        velocity = velocity_of(positive)
+        velocity = velocity_of(positive, is_positive=True)
         if negative and request.guides_at(float(sigma)):
-            away = velocity_of(negative)
+            away = velocity_of(negative, is_positive=False)
             velocity = family.guide(velocity, away, request.guidance_scale, request.cfg_normalization)
         for index, job in enumerate(group):
             own, kept = slice(index, index + 1), job.kept
@@ -469,5 +492,5 @@ class Session:
                 moved = kept.blend_latents(moved, sigma_next)
             job.latents, job.denoised, job.velocity = moved, before - sigma * along, along
             job.step += 1
-            if job.is_denoised:
+            if job.is_denoised or job.cancelled:  # By another thread, which did not see what this step left.
                 job.release()

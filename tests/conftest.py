@@ -53,18 +53,25 @@ def checkpoint_of(shared_folder: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def bundle_of(shared_folder: Path, checkpoint_of: Callable[..., Path]) -> Callable[..., Path]:
-    """``bundle_of(family, precision="fp32", seed=0, tasks=(), **overrides)``: that checkpoint's bundle, built once."""
+    """``bundle_of(family, precision="fp32", seed=0, tasks=(), cut=False, **overrides)``: its bundle, built once."""
 
     def make(
-        family: str, precision: str = "fp32", seed: int = 0, tasks: tuple[str, ...] = (), **overrides: Any
+        family: str,
+        precision: str = "fp32",
+        seed: int = 0,
+        tasks: tuple[str, ...] = (),
+        *,
+        cut: bool = False,
+        **overrides: Any,
     ) -> Path:
         from zimgkit.export.build import build
 
-        name = "-".join(["bundle", precision, *tasks, _key(family, seed, overrides)])
+        name = "-".join(["cut" if cut else "bundle", precision, *tasks, _key(family, seed, overrides)])
         folder = shared_folder / name
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
-                build(str(checkpoint_of(family, seed, **overrides)), folder, precision=precision, tasks=tasks)
+                checkpoint = str(checkpoint_of(family, seed, **overrides))
+                build(checkpoint, folder, precision=precision, tasks=tasks, cut_denoiser=cut)
         return folder
 
     return make

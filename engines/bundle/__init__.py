@@ -1,12 +1,16 @@
 """The bundle on disk: the contract between ``zimg-export`` and ``zimg-run``."""
 
 from zimgkit.engines.bundle.manifest import (
+    CACHE_NAME,
     CHECKPOINT,
     CPU_GRAPH,
     MANIFEST,
+    PIECES,
     POSITIVE,
     SCHEMA_VERSION,
     TEXT_TO_IMAGE,
+    CacheCost,
+    CacheMask,
     CompiledEngine,
     Component,
     Control,
@@ -31,13 +35,17 @@ from zimgkit.engines.bundle.verified import sha256
 from zimgkit.engines.bundle.writing import atomic_folder, record_files, write_manifest
 
 __all__ = [
+    "CACHE_NAME",
     "CHECKPOINT",
     "CPU_GRAPH",
     "MANIFEST",
+    "PIECES",
     "POSITIVE",
     "SCHEMA_VERSION",
     "TEXT_TO_IMAGE",
     "Bundle",
+    "CacheCost",
+    "CacheMask",
     "CompiledEngine",
     "Component",
     "Control",

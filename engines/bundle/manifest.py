@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -25,6 +25,10 @@ TEXT_TO_IMAGE = "text-to-image"
 
 POSITIVE = ".positive"
 """What ends the name of a component whose weights have LoRAs for the branch of the prompt alone."""
+
+
+PIECES = ("head", "body", "tail")
+"""What a denoiser may be cut into: all up to its first block; the other blocks; what follows."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -314,6 +318,62 @@ class Cost(msgspec.Struct, frozen=True, omit_defaults=True):
         return min(self.difference.velocity_cosine)
 
 
+class CacheCost(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a cached run costs and saves, measured against the same bundle's without a cache."""
+
+    prompts: tuple[str, ...]
+    first_seed: int
+    """Of the first prompt's noise; each further one has the next."""
+    width: int
+    height: int
+    backend: str
+    speed: Number
+    """How many times as fast whole pictures are."""
+    psnr: float | None
+    """Of the pictures, in dB, from their mean squared error; None where there is none."""
+    ssim: float
+    """The mean over pictures."""
+    lpips: float | None = None
+    """Likewise; None where it could not be measured."""
+    captions: int = 0
+    """How many pictures were judged, where the checkpoint is one that a judge knows."""
+    accuracy: dict[str, float] = {}
+    """How many things a caption tells of -> the share of pictures that show them."""
+    uncached_accuracy: dict[str, float] = {}
+    """Likewise without a cache."""
+
+
+StepMask = Annotated[str, msgspec.Meta(pattern="^1[01]*$", max_length=1000)]
+"""A digit for each step: 1 where it is computed in full."""
+CACHE_NAME = re.compile(r"(?!(off|dynamic)$)[a-z][a-z0-9_.-]{0,63}")
+"""What a bundle may call a mask."""
+
+
+class CacheMask(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Which steps of a schedule are computed in full: what was found to suit a checkpoint."""
+
+    steps: StepMask
+    """Of both branches of guidance."""
+    negative: StepMask | None = None
+    """Of the negative one, where it has its own."""
+    order: Annotated[int, msgspec.Meta(ge=0, le=1)] = 1
+    """Of the extrapolation from full steps."""
+    reuse: Literal["residual", "velocity"] | None = None
+    """What is taken over from these; None for the residual where the denoiser is cut, else the velocity."""
+    change: tuple[float, ...] = ()
+    """By step, where it was measured: how much the first block's residual differs from that of the step before."""
+    cost: CacheCost | None = None
+
+    def __post_init__(self) -> None:
+        if self.negative is not None and len(self.negative) != len(self.steps):
+            raise ValueError("steps and negative are of other lengths")
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Of how many steps it is."""
+        return len(self.steps)
+
+
 class MergedLora(msgspec.Struct, frozen=True):
     """A LoRA that was merged into the weights."""
 
@@ -372,6 +432,8 @@ class Manifest(msgspec.Struct, frozen=True):
     quantization: Quantization | None = None
     cost: Cost | None = None
     """What the precision costs, where that was measured."""
+    caches: dict[str, CacheMask] = {}
+    """Name -> a mask that was calibrated for this checkpoint, which calls may name."""
 
     def __post_init__(self) -> None:
         if CHECKPOINT not in self.sources:
@@ -381,6 +443,9 @@ class Manifest(msgspec.Struct, frozen=True):
         for control in self.controls:
             if control.source not in self.sources or control.component not in self.components:
                 raise ValueError(f"the control {control.name!r} has no source, or no component")
+        for name in self.caches:
+            if not CACHE_NAME.fullmatch(name):
+                raise ValueError(f"a cache is called {name!r}")
 
     @property
     def quantized(self) -> str:
@@ -396,6 +461,13 @@ class Manifest(msgspec.Struct, frozen=True):
         """What serves a branch of guidance: the component, or for the prompt's the one with LoRAs of its own."""
         own = component + POSITIVE
         return own if positive and own in self.components else component
+
+    def pieces(self, component: str) -> tuple[str, ...]:
+        """The names of a denoiser's head, body and tail, for the same branch of guidance; none where it is not cut."""
+        names = [f"{component.removesuffix(POSITIVE)}.{piece}" for piece in PIECES]
+        if not self.components.keys() >= {*names}:
+            return ()
+        return tuple(self.of_branch(name, positive=component.endswith(POSITIVE)) for name in names)
 
     def for_both(self) -> Manifest:
         """The same without what is for the branch of the prompt alone."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from zimgkit.engines.bundle import POSITIVE, Component, Manifest, Range
+from zimgkit.engines.bundle import Component, Manifest, Range
 from zimgkit.engines.errors import UsageError
 from zimgkit.export.networks.registry import REGIONS
 from zimgkit.runtime.families import family, family_of
@@ -101,7 +101,7 @@ def _ranges(
     for index, ((width, height), count) in enumerate(zip(sizes, tokens, strict=True)):
         # What controls a picture has its size.
         beside = read["conditions"][index] if read else height // MULTIPLE * (width // MULTIPLE)
-        conditions = beside if component.removesuffix(POSITIVE).endswith("conditions") else 0
+        conditions = beside if component.split(".")[1:2] in (["conditions"], ["masked_conditions"]) else 0
         ends.append(host.dynamic_dimensions(height, width, count, conditions, frames[index]))
     return {name: (ends[0][name], ends[1][name], ends[2][name]) for name in ends[0]} | read
 

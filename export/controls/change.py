@@ -149,7 +149,7 @@ def remove(path: Path, names: Sequence[str], *, report: Report = silent) -> Chan
         report("graphs", 0, 1)
         entries = _write(bundle, nets, graphs, {name: _tensors(bundle, name) for name in nets}) if graphs else {}
         report("graphs", 1, 1)
-        dropped = [key for key in before if key not in kept]
+        dropped = [name for key in before if key not in kept for name in (key, *manifest.pieces(key))]
         if not nets:  # They were what it needed these for.
             dropped += [name for name in ENCODED if not is_needed(name, manifest.tasks)]
         roles = {role(name) for name in gone}

@@ -18,8 +18,9 @@ from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.attachments.control import controlled, prefix
 from zimgkit.export.controls.nets import COMPONENT, DENOISER, component_of, named
 from zimgkit.export.graphs.assemble import assemble_all
+from zimgkit.export.graphs.plan import Plan
 from zimgkit.export.networks.parts import ControlNet, Part
-from zimgkit.export.writing import Rewrite, plans_of, write_graphs
+from zimgkit.export.writing import Rewrite, pieces_of, plans_of, write_graphs
 
 
 def groups(nets: Mapping[str, ControlNet]) -> dict[str, tuple[str, ...]]:
@@ -70,13 +71,16 @@ def write_controlled(
     found: dict[str, Component] = {}
     for compute in dict.fromkeys((precision, "float32")):
         before = plans_of(DENOISER, part, compute, is_cut=is_cut)
-        plans = {
-            key: controlled(part, {name: nets[name] for name in names}, getattr(torch, compute))
-            for key, names in wanted.items()
-        }
+        plans: dict[str, Plan] = {}
+        groups_of: dict[str, tuple[str, ...]] = {}
+        for key, names in wanted.items():
+            plan = controlled(part, {name: nets[name] for name in names}, getattr(torch, compute))
+            own_plans = {key: plan} | (pieces_of(key, plan, part.cut) if is_cut else {})
+            plans |= own_plans
+            groups_of |= dict.fromkeys(own_plans, names)
         made = assemble_all([*plans.values()], plain, folder, [*before.values()])
         for (key, plan), assembled in zip(plans.items(), made, strict=True):
-            own = found.get(key) or _entry(entry, {name: of_nets[name] for name in wanted[key]}, folder)
+            own = found.get(key) or _entry(entry, {name: of_nets[name] for name in groups_of[key]}, folder)
             found[key] = write_graphs(key, plan, assembled, own, (compute, precision), folder, sizes, rewrite, suffix)
     return found
 

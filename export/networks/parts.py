@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 Shapes = dict[str, tuple[int, ...]]
 """Name -> shape."""
@@ -39,10 +39,17 @@ class Cut:
 
     blocks: str
     """What the names of its blocks begin with, before the dot and the number."""
+    tail: tuple[str, ...]
+    """What is called after the blocks, and only there."""
     names: Mapping[str, tuple[str, ...]]
-    """What is called, ``blocks`` for any of the blocks -> names for its results, where they cross."""
+    """What is called, ``blocks`` for any of the blocks -> names for its results, where they cross; where it is called
+    several times, for those of all calls. The first of a block's results is the stream of what is drawn."""
     repeated: tuple[str, ...] = ()
     """Calls without parameters that each piece makes for itself: their arguments cross, and not their results."""
+
+    def is_block(self, call: fx.Node) -> bool:
+        """Whether a call of a plan is that of a block."""
+        return str(call.target).startswith(f"{self.blocks}.")
 
 
 @dataclass(frozen=True)

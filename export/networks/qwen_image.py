@@ -367,10 +367,12 @@ def every_part(found: Config) -> dict[str, Part]:
         ),
         cut=Cut(
             "transformer_blocks",
+            ("target", "norm_out", "proj_out"),
             {
                 "transformer_blocks": ("image", "text"),
-                "modulation_rows": ("modulation_rows",),
+                "modulation_rows": ("modulation_rows", "condition_modulation_rows"),
                 "tables": ("wide_cos", "wide_sin"),
+                "mask": ("wide_mask",),
             },
             repeated=("split_modulation",),
         ),

@@ -49,7 +49,7 @@ class Target(nn.Module):
     """The target's tokens again; conditions have no velocity."""
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
-        """(batch, image tokens, dim), (batch, target tokens, dim) -> the first target tokens of the image."""
+        """(batch, image tokens, dim), (batch, target tokens, 64) -> the first target tokens of the image."""
         return image[:, : target.shape[1]]
 
 
@@ -160,7 +160,7 @@ class ConditionedDenoiser(QwenImageDenoiser):
         image = self.join(target, self.img_in(condition))
         rows = self.split_modulation(*(self.modulation_rows(one, image) for one in modulations))
         image = self.blocks(image, text, rows, cos, sin, *self.roles(image, target), *masks)
-        return self.head(self.target(image, target), rows)
+        return self.head(self.target(image, hidden_states), rows)
 
     def roles(self, image: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         """What blocks are told of tokens besides: here nothing."""
@@ -248,14 +248,17 @@ def conditioned_part(config: Config, denoiser: Part) -> Part:
         denoiser,
         network=lambda: kind(config),
         inputs=(hidden_states, condition, text, modulation, *at_zero, cos, sin),
-        sizes=_more(denoiser, {"condition_tokens": 46, "all_tokens": 145}, {"condition_tokens": 59, "all_tokens": 191}),
-        cut=None,
+        sizes=_more(
+            denoiser,
+            {"condition_tokens": 46, "joint_tokens": 111, "all_tokens": 145},
+            {"condition_tokens": 59, "joint_tokens": 136, "all_tokens": 191},
+        ),
     )
 
 
 def masked_part(config: Config, denoiser: Part) -> Part:
     """The variant that takes a mask."""
-    return replace(denoiser, network=lambda: MaskedDenoiser(config), inputs=(*denoiser.inputs, MASK), cut=None)
+    return replace(denoiser, network=lambda: MaskedDenoiser(config), inputs=(*denoiser.inputs, MASK))
 
 
 def masked_conditioned_part(config: Config, denoiser: Part) -> Part:

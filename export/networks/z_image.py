@@ -343,7 +343,15 @@ def plain_parts(found: Config) -> dict[str, Part]:
             {"batch": 2, "image_tokens": 96, "caption_tokens": 64, "all_tokens": 160},
             {"batch": 3, "image_tokens": 160, "caption_tokens": 128, "all_tokens": 288},
         ),
-        cut=Cut("layers", {"layers": ("x",), "t_embedder": ("time_embedding",), "tables": ("wide_cos", "wide_sin")}),
+        cut=Cut(
+            "layers",
+            ("all_final_layer.2-1",),
+            {
+                "layers": ("x",),
+                "t_embedder": ("time_embedding", "clean_embedding"),
+                "tables": ("wide_cos", "wide_sin"),
+            },
+        ),
     )
     return {"conditioner": conditioner, "denoiser": denoiser}
 

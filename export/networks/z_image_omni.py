@@ -181,7 +181,6 @@ def edit_parts(config: Mapping[str, Any]) -> dict[str, Part]:
             {**first, "condition_tokens": 128, "picture_tokens": 192, "all_tokens": 480},
             {**second, "condition_tokens": 224, "picture_tokens": 256, "all_tokens": 768},
         ),
-        cut=None,
     )
     picture_conditioner = Part(
         "transformer",

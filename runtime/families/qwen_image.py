@@ -126,6 +126,7 @@ class QwenImage(ConditionedFamily):
             "control_all_tokens": text + image,
             "image_tokens": image,
             "condition_tokens": conditions,
+            "joint_tokens": image + conditions,
             "all_tokens": text + image + conditions,
             "height": height // 8,
             "width": width // 8,

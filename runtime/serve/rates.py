@@ -65,5 +65,10 @@ def _megapixels(request: Request) -> float:
     return request.height * request.width * request.frames / 1e6
 
 
-def _branches(request: Request) -> int:
-    return 2 if request.is_guided else 1
+def _branches(request: Request) -> float:
+    """How often the whole denoiser runs in a step, on the average."""
+    asked = request.caching
+    if asked is None or asked.threshold is not None:
+        return 2 if request.is_guided else 1
+    masks = (asked.positive, asked.negative) if request.is_guided else (asked.positive,)
+    return sum(sum(mask) / len(mask) for mask in masks)

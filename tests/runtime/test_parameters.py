@@ -43,7 +43,7 @@ def test_a_request_holds_every_parameter():
     aliases |= {"input_image", "edit_image", "inpaint_mask", "layer_input_image", "layer_num", "cfg_normalize"}
     aliases |= {"resolution"}  # It is a height and a width then.
     aliases |= {*WAYS, *OF_DIFFUSERS} - {"controls"}
-    others = {"unused_negative_prompt", "inputs", "blends_velocity", "references", "layered"}
+    others = {"unused_negative_prompt", "caching", "inputs", "blends_velocity", "references", "layered"}
     fields = {*Request.__dataclass_fields__, *Inputs.__dataclass_fields__}
     assert fields - others == {*KNOWN} - aliases | plural
 

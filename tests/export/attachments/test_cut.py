@@ -45,18 +45,18 @@ CROSSING = {
     "z-image": {
         "head": (
             ["hidden_states", "sinusoids", "caption", "cos", "sin", "pad"],
-            ["time_embedding", "wide_cos", "wide_sin", "head_x"],
+            ["time_embedding", "wide_cos", "wide_sin", "head_x", "change"],
         ),
-        "body": (["time_embedding", "wide_cos", "wide_sin", "head_x"], ["body_x"]),
-        "tail": (["pad", "time_embedding", "body_x"], ["velocity"]),
+        "body": (["time_embedding", "wide_cos", "wide_sin", "head_x"], ["residual"]),
+        "tail": (["pad", "older_residual", "weights", "time_embedding", "head_x", "residual"], ["velocity"]),
     },
     "qwen-image": {
         "head": (
             ["hidden_states", "text", "modulation", "cos", "sin"],
-            ["modulation_rows", "wide_cos", "wide_sin", "head_image", "head_text"],
+            ["modulation_rows", "wide_cos", "wide_sin", "head_image", "head_text", "change"],
         ),
-        "body": (["modulation_rows", "wide_cos", "wide_sin", "head_image", "head_text"], ["body_image"]),
-        "tail": (["modulation_rows", "body_image"], ["velocity"]),
+        "body": (["modulation_rows", "wide_cos", "wide_sin", "head_image", "head_text"], ["residual"]),
+        "tail": (["older_residual", "weights", "modulation_rows", "head_image", "residual"], ["velocity"]),
     },
 }
 
@@ -70,11 +70,14 @@ def test_what_crosses(family):
     assert found == CROSSING[family]
     known = {entry.name: entry for own in pieces.values() for entry in own.inputs}
     stream = "all_tokens" if family == "z-image" else "image_tokens"
-    (residual,) = (known[name] for name in ("head_x", "head_image") if name in known)
-    assert residual.dtype == torch.bfloat16 and residual.shape == ("batch", stream, 128)
+    (head,) = (known[name] for name in ("head_x", "head_image") if name in known)
+    assert head.dtype == torch.bfloat16 and head.shape == ("batch", stream, 128)
+    for name in ("residual", "older_residual"):
+        assert known[name].dtype == torch.float32 and known[name].shape == head.shape
     parameters = [name for own in pieces.values() for name in own.parameters()]
     assert len(parameters) == len(set(parameters)) and set(parameters) == set(plan.parameters())
-    calls = [node.target for own in pieces.values() for node in own.calls if node.target not in part.cut.repeated]
+    added = {*part.cut.repeated, "cut.change", "cut.residual", "cut.restore"}
+    calls = [node.target for own in pieces.values() for node in own.calls if node.target not in added]
     assert calls == [node.target for node in plan.calls if node.target not in part.cut.repeated]
 
 
@@ -114,10 +117,11 @@ def check_pieces(bundle: Bundle, bound: float = 1e-6, backend: str = "onnxruntim
     for which, stays in ((0, True), (1, True), (1, False)):
         feeds = _random_inputs(replace(part, sizes=(part.sizes[which], {})), which)
         expected = whole.run(feeds)["velocity"]
-        there = dict(feeds)
+        there = dict(feeds) | {"weights": np.array([1, 0], np.float32)}
         for piece in pieces:
             crossing = [name for name in piece.outputs if stays and name != "velocity"]
             there |= piece.run({name: there[name] for name in piece.inputs}, crossing)
+            there |= {"older_residual": there["residual"]} if "residual" in there else {}
         error = np.linalg.norm(there["velocity"] - expected) / np.linalg.norm(expected)
         assert expected.std() > 0 and error <= bound
 
@@ -143,11 +147,12 @@ def test_the_pieces_give_what_the_whole_gives(cut_bundle, precision):
         graph = onnx.load(bundle.file(whole.graphs[compute]), load_external_data=False)
         assert places == {t.name: [(e.key, e.value) for e in t.external_data] for t in graph.graph.initializer}
     computed = "float32" if precision == "fp32" else "bfloat16"
-    own = onnx.load(bundle.file(next(iter(pieces[1].graphs.values()))), load_external_data=False)
-    for entry in own.graph.output:
-        dtype = onnx.TensorProto.DataType.Name(entry.type.tensor_type.elem_type).lower()
-        assert pieces[1].outputs[entry.name].dtype == computed
-        assert dtype in (computed, computed.replace("float32", "float"))
+    for piece in pieces:
+        own = onnx.load(bundle.file(next(iter(piece.graphs.values()))), load_external_data=False)
+        for entry in own.graph.output:
+            dtype = onnx.TensorProto.DataType.Name(entry.type.tensor_type.elem_type).lower()
+            wanted = "float32" if entry.name in ("residual", "change", "velocity") else computed
+            assert piece.outputs[entry.name].dtype == wanted and dtype in (wanted, wanted.replace("float32", "float"))
 
 
 def test_a_bundle_is_not_cut_unless_asked(bundle_of, family):
