@@ -109,7 +109,7 @@ class Pipeline:
         Args:
             bundle: its folder, the name of one that zimgkit carries (``"zimg-tiny-z"``, ``"zimg-tiny-qwen"``), or its
                 place on a hub: ``"owner/name"``, ``"owner/name@revision"`` or ``"modelscope:owner/name"``.
-            backend: ``"onnxruntime"``, ``"openvino"``, ``"torch"``, ``"tensorrt"`` or ``"tensorrt-rtx"``; ``"auto"``
+            backend: ``"onnxruntime"``, ``"openvino"``, ``"torch"``, ``"torch-compiled"``, ``"tensorrt"`` or ``"tensorrt-rtx"``; ``"auto"``
                 takes the best one installed for the bundle and this machine, and ``session.choice`` says why.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, of OpenVINO ``"gpu"`` or ``"npu"``, or such a device for each
                 component by its name; by default the best one the backend finds, of OpenVINO the CPU.

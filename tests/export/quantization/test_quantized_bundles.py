@@ -23,7 +23,7 @@ TYPES = {"fp8": "float8_e4m3fn", "int8": "int8", "int8-weights": "int8", "int4-w
 COSINE = {"fp8": 0.99, "int8": 0.99, "int8-weights": 0.9995, "int4-weights": 0.95}
 """Of tiny networks with random weights, whose rows of 48 numbers average less out than real ones."""
 
-pytestmark = pytest.mark.parametrize("family", FAMILIES)
+pytestmark = [pytest.mark.parametrize("family", FAMILIES), pytest.mark.usefixtures("torch_in_float32")]
 
 
 @pytest.fixture(scope="module")
