@@ -165,7 +165,7 @@ class CompiledTorchEngine(TorchEngine):
 
     backend = "torch-compiled"
     compiled = True
-    hint = "use --backend torch, which needs no compiler"
+    hint = "use --backend torch, which needs none"
 
 
 def _watched(watcher: Callable[[torch.Tensor], None], call: Callable[..., Any], *inputs: torch.Tensor) -> Any:

@@ -480,9 +480,7 @@ def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(torch_blocks, "compile_block", fail)
     engine = base.open_engine(hand_written(tmp_path, "float32"), "net", "torch-compiled", "cpu")
-    message = (
-        r"torch failed running 'net': No working C\+\+ compiler found; use --backend torch, which needs no compiler$"
-    )
+    message = r"torch failed running 'net': No working C\+\+ compiler found; use --backend torch, which needs none$"
     with pytest.raises(BackendError, match=message):
         engine.run({"x": np.zeros((2, 8), np.float32)})
 
