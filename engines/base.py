@@ -96,6 +96,7 @@ BACKENDS = {
     "tensorrt": "zimgkit.engines.tensorrt.engine",
     "tensorrt-rtx": "zimgkit.engines.onnxruntime.tensorrt_rtx",
     "torch": "zimgkit.engines.torch.engine",
+    "torch-compiled": "zimgkit.engines.torch.compiled",
 }
 """Backend name -> the module whose ``open_engine(bundle, component, device)`` opens it."""
 

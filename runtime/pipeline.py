@@ -109,8 +109,9 @@ class Pipeline:
         Args:
             bundle: its folder, the name of one that zimgkit carries (``"zimg-tiny-z"``, ``"zimg-tiny-qwen"``), or its
                 place on a hub: ``"owner/name"``, ``"owner/name@revision"`` or ``"modelscope:owner/name"``.
-            backend: ``"onnxruntime"``, ``"openvino"``, ``"torch"``, ``"tensorrt"`` or ``"tensorrt-rtx"``; ``"auto"``
-                takes the best one installed for the bundle and this machine, and ``session.choice`` says why.
+            backend: ``"onnxruntime"``, ``"openvino"``, ``"torch"``, ``"torch-compiled"``, ``"tensorrt"`` or
+                ``"tensorrt-rtx"``; ``"auto"`` takes the best one installed for the bundle and this machine, and
+                ``session.choice`` says why.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, of OpenVINO ``"gpu"`` or ``"npu"``, or such a device for each
                 component by its name; by default the best one the backend finds, of OpenVINO the CPU.
             memory: how much a call may take: bytes, a text such as ``"8GB"`` or ``"50%"`` of what is free, or

@@ -158,6 +158,14 @@ def quantized_of(
 
 
 @pytest.fixture
+def torch_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PyTorch fallback as on a CPU that does not multiply bfloat16: with the numbers of others in float32."""
+    from zimgkit.engines.torch import layers
+
+    monkeypatch.setattr(layers, "PRODUCTS_IN_BFLOAT16", False)
+
+
+@pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A real TensorRT compiler, which needs no GPU; the one that is used, where there is another as well."""
     from zimgkit.engines.tensorrt import api as tensorrt_api

@@ -16,7 +16,9 @@ from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, 
 try:
     import torch
 
-    from zimgkit.engines.torch.graph import Program, compile_graph, load, read_constant, run
+    from zimgkit.engines.torch import layers
+    from zimgkit.engines.torch.graph import Program, compile_graph, load, read_constant
+    from zimgkit.engines.torch.runners import Runners
 except ImportError as error:
     raise BackendError(f"the torch backend needs {error.name}", install("torch")) from None
 
@@ -26,17 +28,20 @@ if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle, Component
 
 
-def open_engine(bundle: Bundle, component: str, device: str | None = None, compute: str | None = None) -> TorchEngine:
+def open_engine(
+    bundle: Bundle, component: str, device: str | None = None, compute: str | None = None, *, compiled: bool = False
+) -> TorchEngine:
     """Open a component of a bundle with torch.
 
-    On the CPU the float32 graph runs if there is one, elsewhere the one in the bundle's own precision. The weights are
-    mapped into memory; on another device they are copied there once.
+    The graph in the bundle's own precision runs, but on a CPU without units that multiply bfloat16: there it is the one
+    in float32, if there is one. The weights are mapped into memory; on another device they are copied there once.
 
     Args:
         bundle: an open bundle.
         component: a name in its manifest.
         device: as torch names devices; ``"cuda"`` where there is one, else ``"cpu"``, when not given.
         compute: the element type to compute in, where the bundle has a graph for it.
+        compiled: whether its blocks go through ``torch.compile``, each kind once, in the first run.
 
     Raises:
         UsageError: no such kind of device.
@@ -45,19 +50,27 @@ def open_engine(bundle: Bundle, component: str, device: str | None = None, compu
         OutOfMemoryError: the device has too little memory.
     """
     entry = bundle.component(component)
-    place = _device(device)
+    place = find_device(device)
     if not entry.graphs:
         raise BackendError(f"component {component!r} is a table of tensors and has no graph to run")
-    wanted = compute or ("float32" if place.type == "cpu" else bundle.manifest.precision)
+    widens = place.type == "cpu" and not layers.PRODUCTS_IN_BFLOAT16
+    wanted = compute or ("float32" if widens else bundle.manifest.precision)
     graph = entry.graphs.get(wanted) or next(iter(entry.graphs.values()))
     with torch.inference_mode(), _errors(f"opening {component!r}", place):
         program = compile_graph(load(bundle, graph), partial(read_constant, bundle, graph), place)
     if program.inputs.keys() != entry.inputs.keys() or program.outputs.keys() != entry.outputs.keys():
         raise BundleError(f"{bundle.file(graph)} is not what the manifest describes", "build the bundle again")
-    return TorchEngine(component, entry, program, place, graph)
+    kind = CompiledTorchEngine if compiled else TorchEngine
+    return kind(component, entry, program, place, graph)
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """The device of this name, with its number; ``cuda`` where there is one, else ``cpu``, when not given.
+
+    Raises:
+        UsageError: no such kind of device.
+        BackendError: it is not there.
+    """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -74,6 +87,9 @@ class TorchEngine(BaseEngine):
     """One compiled graph on one device; see :class:`zimgkit.engines.base.Engine`."""
 
     backend = "torch"
+    compiled = False
+    hint = ""
+    """What helps where a run fails."""
 
     def __init__(self, name: str, component: Component, program: Program, device: torch.device, graph: str) -> None:
         super().__init__(name, component, str(device))
@@ -81,6 +97,7 @@ class TorchEngine(BaseEngine):
         """The file of the bundle that it runs."""
         self._program = program
         self._place = device
+        self._runners = Runners(program, compiled=self.compiled, recorded=device.type == "cuda")
 
     def watch(self, watchers: Mapping[str, Callable[[torch.Tensor], None]]) -> None:
         """Show the first input of some nodes to functions, in every run from now on.
@@ -92,7 +109,7 @@ class TorchEngine(BaseEngine):
         self.wrap({label: partial(partial, _watched, watcher) for label, watcher in watchers.items()})
 
     def wrap(self, wrappers: Mapping[str, Callable[[Callable[..., Any]], Callable[..., Any]]]) -> None:
-        """Put other functions in the place of what some nodes call, in every run from now on.
+        """Put other functions in the place of what some nodes call, in every run from now on, step by step.
 
         Args:
             wrappers: by operator and node, as in :meth:`watch`: what makes the new function from the old.
@@ -102,6 +119,7 @@ class TorchEngine(BaseEngine):
             for index, step in enumerate(steps):
                 if wrapper := wrappers.get(step.label):
                     steps[index] = step._replace(call=wrapper(step.call))
+            self._runners = Runners(self._program)
 
     def _upload(self, name: str, array: NDArray[Any], dtype: str) -> torch.Tensor:
         with torch.inference_mode(), _errors(f"uploading to {self.name!r}", self._place):
@@ -110,8 +128,8 @@ class TorchEngine(BaseEngine):
     def _run(self, feeds: Feeds, keep: Collection[str], sizes: Mapping[str, int]) -> dict[str, Any]:
         # By default cuDNN rounds the convolutions of a float32 graph to TF32, ten bits of mantissa.
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with torch.inference_mode(), exact, _errors(f"running {self.name!r}", self._place):
-            found = run(self._program, {name: self._tensor(name, feed) for name, feed in feeds.items()})
+        with torch.inference_mode(), exact, _errors(f"running {self.name!r}", self._place, self.hint):
+            found = self._runners({name: self._tensor(name, feed) for name, feed in feeds.items()})
             # A copy always: an output may be a view of an input or of a weight.
             order = torch.contiguous_format
             return {
@@ -129,7 +147,7 @@ class TorchEngine(BaseEngine):
 
     def _close(self) -> None:
         """Drop the weights."""
-        del self._program
+        del self._program, self._runners
         if self._place.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -142,20 +160,29 @@ class TorchEngine(BaseEngine):
         return writable.to(self._place, self._program.dtypes.get(name), copy=copy)
 
 
+class CompiledTorchEngine(TorchEngine):
+    """Likewise, its blocks compiled by ``torch.compile``."""
+
+    backend = "torch-compiled"
+    compiled = True
+    hint = "use --backend torch, which needs none"
+
+
 def _watched(watcher: Callable[[torch.Tensor], None], call: Callable[..., Any], *inputs: torch.Tensor) -> Any:
     watcher(inputs[0])
     return call(*inputs)
 
 
 @contextmanager
-def _errors(doing: str, device: torch.device) -> Iterator[None]:
+def _errors(doing: str, device: torch.device, hint: str = "") -> Iterator[None]:
     """Turn what torch raises into one line that says where, and what would help."""
     try:
         yield
     except (RuntimeError, IndexError, TypeError, ValueError, MemoryError) as error:
         if is_out_of_memory(error):
             traceback.clear_frames(error.__traceback__)  # They hold tensors that filled the memory.
-            hint = "make a smaller picture, free the device's memory, or build the bundle in a smaller precision"
-            raise OutOfMemoryError(f"{device} ran out of memory {doing}", hint) from None
+            smaller = "make a smaller picture, free the device's memory, or build the bundle in a smaller precision"
+            raise OutOfMemoryError(f"{device} ran out of memory {doing}", smaller) from None
         where = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
-        raise BackendError(f"torch failed {doing}{where}: {str(error).partition(chr(10))[0]}") from None
+        reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]  # Of torch.compile, what it met.
+        raise BackendError(f"torch failed {doing}{where}: {reason}", hint) from None

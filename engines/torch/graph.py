@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle
 
 OPSETS = range(21, 24)
+COPY = "a copy to the device"
+"""The label of steps that are no node's."""
 HOST_CONSTANT = 4096
 """Integer constants of up to this many values may stay on the host: shapes, axes and small tables."""
 
@@ -32,7 +34,7 @@ _Slots = dict[ir.Value | None, int]
 """Value of a graph or of one call of a function -> its slot; an input left out is ``None``."""
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """One call: where its inputs lie, where its outputs go, and which slots nobody needs after it."""
 
     call: Callable[..., Any]
@@ -40,6 +42,13 @@ class _Step(NamedTuple):
     outputs: tuple[int, ...]
     frees: tuple[int, ...]
     label: str
+    block: str = ""
+    """The call of a function, in the graph itself, whose body it is of."""
+
+    @property
+    def operator(self) -> str:
+        """In ONNX."""
+        return self.label.partition(" ")[0]
 
 
 class Program(NamedTuple):
@@ -47,7 +56,7 @@ class Program(NamedTuple):
 
     slots: list[torch.Tensor | None]
     """What lies in each slot at the start: the constants."""
-    steps: list[_Step]
+    steps: list[Step]
     inputs: dict[str, int]
     dtypes: dict[str, torch.dtype]
     outputs: dict[str, int]
@@ -154,7 +163,8 @@ def compile_graph(model: ir.Model, read: Callable[[ir.TensorProtocol], torch.Ten
     starts = {str(value.name): slots[value] for value in graph.inputs}
     ends = {str(value.name): compiler.placed(slots[value], host=False) for value in graph.outputs}
     dtypes = {str(value.name): torch_dtype(value.dtype or 0) for value in graph.inputs}
-    return Program(compiler.values, compiler.schedule(set(ends.values())), starts, dtypes, ends)
+    constants = [slot for slot, value in enumerate(compiler.values) if value is not None]
+    return Program(compiler.values, schedule(compiler.steps, set(ends.values()), constants), starts, dtypes, ends)
 
 
 def _call(domain: str, operator: str, attributes: dict[str, Any], inputs: int, label: str) -> Callable[..., Any]:
@@ -189,10 +199,11 @@ class _Compiler:
     ) -> None:
         self._device, self._read, self._functions = device, read, functions
         self.values: list[torch.Tensor | None] = [None]  # Slot 0 stands for an input left out.
-        self._steps: list[_Step] = []
+        self.steps: list[Step] = []
         self._constants: dict[int, torch.Tensor] = {}
         self._host: set[int] = set()
         self._copies: dict[tuple[int, bool], int] = {}
+        self._block = ""
 
     def new(self) -> int:
         self.values.append(None)
@@ -218,8 +229,10 @@ class _Compiler:
             if function is not None:
                 inner: _Slots = {None: 0, **dict.fromkeys(function.inputs, 0)}
                 inner.update(zip(function.inputs, inputs, strict=False))
+                self._block = self._block or name
                 self.add(function, inner, {**function.attributes, **resolved}, f"{name}/")
                 slots.update((mine, inner[its]) for mine, its in zip(outputs, function.outputs, strict=False))
+                self._block = self._block if prefix else ""
                 continue
             attributes = {key: self._content(attribute) for key, attribute in resolved.items()}
             operator, label = node.op_type, f"{node.op_type} {name!r}"
@@ -255,7 +268,7 @@ class _Compiler:
             elif slot in self._host and not host:
                 self._copies[key] = self.new()
                 move = partial(torch.Tensor.to, device=self._device)
-                self._steps.append(_Step(move, (slot,), (self._copies[key],), (), "a copy to the device"))
+                self.steps.append(Step(move, (slot,), (self._copies[key],), (), COPY))
         return self._copies[key]
 
     def _is_host(self, slot: int) -> bool:
@@ -274,19 +287,26 @@ class _Compiler:
         )
         placed = tuple(self.placed(slot, host=host or i in reads) for i, slot in enumerate(inputs))
         found = tuple(self.new() for _ in range(outputs))
-        self._steps.append(_Step(call, placed, found, (), label))
+        self.steps.append(Step(call, placed, found, (), label, self._block))
         if host and self._device.type != "cpu":
             self._host.update(found)
         return found
 
-    def schedule(self, wanted: set[int]) -> list[_Step]:
-        """The steps that lead to some slots, each with the slots that no later one reads."""
-        wanted = wanted | {0}
-        steps = []
-        for step in reversed(self._steps):
-            if wanted.isdisjoint(step.outputs):
-                continue
-            frees = {slot for slot in step.inputs + step.outputs if self.values[slot] is None} - wanted
-            steps.append(step._replace(frees=tuple(sorted(frees))))
-            wanted.update(step.inputs)
-        return steps[::-1]
+
+def schedule(steps: Sequence[Step], wanted: Collection[int], constants: Collection[int]) -> list[Step]:
+    """The steps that lead to some slots, each with the slots that no later one reads.
+
+    Args:
+        steps: in an order in which they can run.
+        wanted: the slots.
+        constants: slots that are never emptied.
+    """
+    kept = {*wanted, *constants, 0}
+    needed, found = set(kept), []
+    for step in reversed(steps):
+        if needed.isdisjoint(step.outputs):
+            continue
+        frees = {*step.inputs, *step.outputs} - needed
+        found.append(step._replace(frees=tuple(sorted(frees))))
+        needed.update(step.inputs)
+    return found[::-1]

@@ -10,16 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zimgkit.engines.cpu import multiplies_bfloat16
+
+PRODUCTS_IN_BFLOAT16 = multiplies_bfloat16()
+"""Whether this CPU has units that multiply bfloat16. Read once: what is traced asks for it in every product."""
+
 
 def _summed_in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """On a CPU, bfloat16 is computed in float32 and rounded once, as units that multiply bfloat16 do.
+    """On a CPU without units that multiply bfloat16, it is computed in float32 and rounded once, as these do.
 
-    Without such units torch takes a hundred times as long for a product in bfloat16, and more for a convolution.
+    There torch takes a hundred times as long for a product in bfloat16, and more for a convolution.
     """
 
     @wraps(function)
     def run(x: Tensor, *others: Tensor | None, **attributes: Any) -> Tensor:
-        if x.dtype != torch.bfloat16 or x.device.type != "cpu":
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or PRODUCTS_IN_BFLOAT16:
             return function(x, *others, **attributes)
         wide = [other if other is None else other.float() for other in others]
         return function(x.float(), *wide, **attributes).to(x.dtype)
@@ -80,13 +85,22 @@ def conv(
     return torch.convolution(x, weight, bias, strides or ones, before, dilations or ones, False, (0,) * rank, group)
 
 
-def resize(x: Tensor, _roi: Tensor | None, scales: Tensor | None, sizes: Tensor | None = None) -> Tensor:
+Numbers = Tensor | Sequence[float]
+"""What is read on the host: a tensor there, or what it holds."""
+
+
+def read(numbers: Any) -> Any:
+    """The numbers of a tensor on the host, or of what they were read into before."""
+    return numbers.tolist() if isinstance(numbers, Tensor) else numbers
+
+
+def resize(x: Tensor, _roi: Tensor | None, scales: Numbers | None, sizes: Numbers | None = None) -> Tensor:
     """Nearest neighbours, by factors of all dimensions or to given sizes."""
     if sizes is not None:
-        return F.interpolate(x, size=sizes.tolist()[2:], mode="nearest")
+        return F.interpolate(x, size=read(sizes)[2:], mode="nearest")
     if scales is None:
         raise ValueError("Resize has neither scales nor sizes")
-    return F.interpolate(x, scale_factor=scales.tolist()[2:], mode="nearest")
+    return F.interpolate(x, scale_factor=read(scales)[2:], mode="nearest")
 
 
 def instance_norm(x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5) -> Tensor:
@@ -145,7 +159,10 @@ def rotary_embedding(
     cos, sin = cos.unsqueeze(axis), sin.unsqueeze(axis)
     width = rotary_embedding_dim or heads.shape[-1]
     turned = heads[..., :width]
-    if interleaved:
+    if interleaved and torch.compiler.is_compiling():
+        first, second = turned.float().reshape(*turned.shape[:-1], -1, 2).unbind(-1)
+        y = torch.stack((first * cos - second * sin, first * sin + second * cos), -1).flatten(-2).to(x.dtype)
+    elif interleaved:
         # One complex product: many times as fast as strided slices, and float32 also where the rest is not.
         pairs = torch.view_as_complex(turned.float().reshape(*turned.shape[:-1], -1, 2).contiguous())
         y = torch.view_as_real(pairs * torch.complex(cos.float(), sin.float())).flatten(-2).to(x.dtype)

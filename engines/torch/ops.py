@@ -2,8 +2,8 @@
 
 Inputs come in ONNX order, ``None`` where an optional one is left out; attributes come as keywords. The semantics
 are those of opset 23 (https://onnx.ai/onnx/operators), as far as the exporter writes them: ``ONLY`` lists the
-attribute values beyond which an operator is not covered. Shapes, axes and other small integers may come on
-the CPU whatever the device (``HOST_INPUTS``), so that reading them never waits for the device.
+attribute values beyond which an operator is not covered. Shapes, axes and other small integers (``HOST_INPUTS``) come
+on the CPU whatever the device, so that reading them never waits for the device; or as numbers, once they are known.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zimgkit.engines.tensors.dtypes import BY_ONNX
 from zimgkit.engines.torch import layers
+from zimgkit.engines.torch.layers import Numbers, read
 
 HOST_INPUTS = {
     "CumSum": {1},
@@ -102,13 +103,13 @@ def _clip(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> T
     return x if low is None and high is None else torch.clamp(x, low, high)
 
 
-def _cumsum(x: Tensor, axis: Tensor) -> Tensor:
-    return torch.cumsum(x, int(axis), dtype=x.dtype)
+def _cumsum(x: Tensor, axis: Numbers) -> Tensor:
+    return torch.cumsum(x, read(axis), dtype=x.dtype)
 
 
 def _reduction(function: Callable[[Tensor, list[int], bool], Tensor]) -> Callable[..., Tensor]:
-    def run(x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1) -> Tensor:
-        dims = axes.tolist() if axes is not None else []
+    def run(x: Tensor, axes: Numbers | None = None, *, keepdims: int = 1) -> Tensor:
+        dims = read(axes) if axes is not None else []
         return function(x, dims or list(range(x.ndim)), bool(keepdims))
 
     return run
@@ -196,15 +197,15 @@ def _range(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
     return torch.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype, device=start.device)
 
 
-def _reshape(x: Tensor, shape: Tensor, *, allowzero: int = 0) -> Tensor:
-    sizes = shape.tolist()
+def _reshape(x: Tensor, shape: Numbers, *, allowzero: int = 0) -> Tensor:
+    sizes = read(shape)
     if not allowzero and 0 in sizes:
         sizes = [size or x.shape[i] for i, size in enumerate(sizes)]
     return x.reshape(sizes)
 
 
-def _expand(x: Tensor, shape: Tensor) -> Tensor:
-    sizes = shape.tolist()
+def _expand(x: Tensor, shape: Numbers) -> Tensor:
+    sizes = read(shape)
     sizes = [1] * (x.ndim - len(sizes)) + sizes
     new = len(sizes) - x.ndim
     return x.expand(sizes[:new] + [old if size == 1 else size for old, size in zip(x.shape, sizes[new:], strict=True)])
@@ -214,36 +215,38 @@ def _transpose(x: Tensor, perm: Sequence[int] | None = None) -> Tensor:
     return torch.permute(x, tuple(perm) if perm is not None else tuple(range(x.ndim))[::-1])
 
 
-def _unsqueeze(x: Tensor, axes: Tensor) -> Tensor:
-    dims = axes.tolist()
+def _unsqueeze(x: Tensor, axes: Numbers) -> Tensor:
+    dims = read(axes)
     rank = x.ndim + len(dims)
     for dim in sorted(dim % rank for dim in dims):
         x = x.unsqueeze(dim)
     return x
 
 
-def _squeeze(x: Tensor, axes: Tensor | None = None) -> Tensor:
-    return x.squeeze() if axes is None else x.squeeze(axes.tolist())
+def _squeeze(x: Tensor, axes: Numbers | None = None) -> Tensor:
+    return x.squeeze() if axes is None else x.squeeze(read(axes))
 
 
 def _concat(*tensors: Tensor, axis: int) -> Tensor:
     return torch.cat(tensors, axis)
 
 
-def _split(x: Tensor, split: Tensor | None = None, *, axis: int = 0, num_outputs: int = 1) -> tuple[Tensor, ...]:
-    return torch.split(x, -(-x.shape[axis] // num_outputs) if split is None else split.tolist(), axis)
+def _split(x: Tensor, split: Numbers | None = None, *, axis: int = 0, num_outputs: int = 1) -> tuple[Tensor, ...]:
+    return torch.split(x, -(-x.shape[axis] // num_outputs) if split is None else read(split), axis)
 
 
-def _slice(x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor | None = None, steps: Tensor | None = None) -> Tensor:
-    begins, stops = starts.tolist(), ends.tolist()
-    dims = axes.tolist() if axes is not None else list(range(len(begins)))
-    strides = steps.tolist() if steps is not None else [1] * len(begins)
+def _slice(
+    x: Tensor, starts: Numbers, ends: Numbers, axes: Numbers | None = None, steps: Numbers | None = None
+) -> Tensor:
+    begins, stops = read(starts), read(ends)
+    dims = read(axes) if axes is not None else list(range(len(begins)))
+    strides = read(steps) if steps is not None else [1] * len(begins)
     for dim, begin, stop, stride in zip(dims, begins, stops, strides, strict=True):
-        picked = range(*slice(begin, stop, stride).indices(x.shape[dim]))
-        if stride == 1:
-            x = x.narrow(dim, picked.start, len(picked))
+        if stride > 0:
+            x = x[(slice(None),) * (dim % x.ndim) + (slice(begin, stop, stride),)]
         else:
-            x = x.index_select(dim, torch.tensor(picked, dtype=torch.int64, device=x.device))
+            picked = range(*slice(begin, stop, stride).indices(x.shape[dim]))
+            x = x.index_select(dim, picked.start + stride * torch.arange(len(picked), device=x.device))
     return x
 
 
@@ -261,25 +264,25 @@ def _gather_nd(x: Tensor, indices: Tensor) -> Tensor:
     return picked
 
 
-def _tile(x: Tensor, repeats: Tensor) -> Tensor:
-    return x.repeat(repeats.tolist())
+def _tile(x: Tensor, repeats: Numbers) -> Tensor:
+    return x.repeat(read(repeats))
 
 
-def _pad(x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None) -> Tensor:
-    amounts = pads.tolist()
-    dims = axes.tolist() if axes is not None else list(range(x.ndim))
+def _pad(x: Tensor, pads: Numbers, value: Numbers | None = None, axes: Numbers | None = None) -> Tensor:
+    amounts = read(pads)
+    dims = read(axes) if axes is not None else list(range(x.ndim))
     by_dim = {dim % x.ndim: amounts[i :: len(dims)] for i, dim in enumerate(dims)}
     # ONNX lists all beginnings, then all ends; torch lists pairs, from the last dimension on.
     pairs = [amount for dim in reversed(range(x.ndim)) for amount in by_dim.get(dim, (0, 0))]
-    return F.pad(x, pairs, value=0 if value is None else value.item())
+    return F.pad(x, pairs, value=0 if value is None else read(value))
 
 
 def _identity(x: Tensor) -> Tensor:
     return x
 
 
-def _trilu(x: Tensor, k: Tensor | None = None, *, upper: int = 1) -> Tensor:
-    return (torch.triu if upper else torch.tril)(x, 0 if k is None else int(k))
+def _trilu(x: Tensor, k: Numbers | None = None, *, upper: int = 1) -> Tensor:
+    return (torch.triu if upper else torch.tril)(x, 0 if k is None else read(k))
 
 
 OPS: dict[str, Callable[..., Any]] = {

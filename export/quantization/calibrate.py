@@ -21,7 +21,7 @@ from torch import Tensor
 from zimgkit.engines.bundle import CHECKPOINT, Bundle, MergedLora, Source
 from zimgkit.engines.errors import OutputError, UsageError, ZimgError
 from zimgkit.engines.tensors.safetensors import SafetensorsError
-from zimgkit.engines.torch.engine import TorchEngine, open_engine
+from zimgkit.engines.torch.engine import TorchEngine, find_device, open_engine
 from zimgkit.engines.torch.graph import load
 from zimgkit.export.networks.registry import QUANTIZED, WEIGHT_FILES
 from zimgkit.export.quantization.linears import named_linears
@@ -173,7 +173,7 @@ def _load(store: Path, source: tuple[Any, Sequence[MergedLora]], calibration_set
 
 def _open_observed(statistics: Statistics, bundle: Bundle, component: str, _: str, device: str | None) -> TorchEngine:
     """Open a component with observers on the inputs of its linears, if it is one that is quantized."""
-    engine = open_engine(bundle, component, device)
+    engine = open_engine(bundle, component, device, "float32" if find_device(device).type == "cpu" else None)
     component = component.partition(".")[0]  # A variant has its weights.
     if component in QUANTIZED:
         inputs = statistics.inputs.setdefault(component, {})

@@ -104,9 +104,10 @@ def test_reference_is_a_float32_run(prepared):
 
 @pytest.mark.parametrize(
     ("name", "least", "most"),
-    # On the CPU zimgkit computes in float32, with Qwen-Image's modulation table in bfloat16.
+    # Here zimgkit computes in float32, with Qwen-Image's modulation table in bfloat16.
     [("eager", 1e-3, 2e-2), ("torch.compile", 1e-3, 2e-2), ("onnxruntime", 1e-9, 1e-3), ("torch", 1e-9, 1e-3)],
 )
+@pytest.mark.usefixtures("torch_in_float32")
 def test_contestants_agree_with_float32(prepared, name, least, most, monkeypatch):
     # Inductor needs a minute and a C++ compiler; the capture of the graph is the real one.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

@@ -28,6 +28,7 @@ from zimgkit.engines.base import BACKENDS, Handle, open_engine
 from zimgkit.engines.bundle import Bundle, Component, TensorSpec
 from zimgkit.engines.errors import BackendError, OutOfMemoryError
 from zimgkit.engines.openvino import engine as openvino
+from zimgkit.engines.torch import blocks, layers
 
 Array = NDArray[Any]
 
@@ -144,6 +145,7 @@ CASES = [
     "tensorrt-rtx",
     "torch",
     "torch bfloat16",
+    "torch-compiled",
 ]
 
 
@@ -165,6 +167,10 @@ def setup(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         ranges = {"tokens": (1, 4, 1 << 20), "n": (1, 1, HUGE), "m": (1, 1, HUGE)}
         bundle = fake_tensorrt.compile_bundle(bundle.root, [ranges])
         memory = lambda: machine.used  # noqa: E731
+    elif backend.startswith("torch"):
+        monkeypatch.setattr(layers, "PRODUCTS_IN_BFLOAT16", kind == "bfloat16")
+        # What is compiled has tests of its own, and takes seconds.
+        monkeypatch.setattr(blocks, "compile_block", lambda module: module)
     elif backend == "openvino":
         monkeypatch.setattr(openvino, "multiplies_bfloat16", lambda core, place: kind == "bfloat16")
     rtol = 2**-4 if (backend, kind) == ("openvino", "bfloat16") else 1e-5

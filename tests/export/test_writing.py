@@ -63,6 +63,7 @@ def feeds_of(specs, sizes, seed):
 
 
 @pytest.mark.parametrize(("family", "name", "both"), CASES, ids=[f"{family} {name}" for family, name, _ in CASES])
+@pytest.mark.usefixtures("torch_in_float32")
 def test_what_each_graph_gives(family, name, both, picture_bundle, picture_networks):
     bundle, network = picture_bundle(family), picture_networks(family)[name]
     component = bundle.component(name)

@@ -115,6 +115,7 @@ def test_it_is_a_checkpoint_too(name: str) -> None:
 
 @pytest.mark.parametrize(("backend", "bound"), [("onnxruntime", 1e-5), ("torch", 1e-5), ("openvino", 2e-2)])
 @pytest.mark.parametrize("name", demo_models.NAMES)
+@pytest.mark.usefixtures("torch_in_float32")
 def test_its_encoder_too(name: str, backend: str, bound: float) -> None:
     """What the reference's autoencoder makes of a picture, on the same weights."""
     import torch

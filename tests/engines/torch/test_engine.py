@@ -33,6 +33,8 @@ from zimgkit.engines.bundle import (
 )
 from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError, install
 from zimgkit.engines.tensors import safetensors
+from zimgkit.engines.torch import blocks as torch_blocks
+from zimgkit.engines.torch import layers as torch_layers
 from zimgkit.engines.torch import ops as torch_ops
 from zimgkit.engines.torch.engine import open_engine
 
@@ -296,11 +298,18 @@ def two_graphs(root: Path) -> Bundle:
     return bundle_of(root, {"bfloat16": graph(TensorProto.BFLOAT16), "float32": graph(TensorProto.FLOAT)}, "bfloat16")
 
 
-def test_the_cpu_computes_in_float32_where_it_can(tmp_path: Path) -> None:
-    engine = open_engine(two_graphs(tmp_path), "net", "cpu")
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_the_cpu_computes_in_bfloat16_where_it_multiplies_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, multiplies: bool
+) -> None:
+    monkeypatch.setattr(torch_layers, "PRODUCTS_IN_BFLOAT16", multiplies)
+    bundle = two_graphs(tmp_path)
     x = np.full((1, 8), 1.001, np.float32)
-    expected = x * np.array([1 + k / 128 for k in range(8)], np.float32)
-    np.testing.assert_array_equal(engine.run({"x": x})["y"], expected)
+    weight = np.array([[1 + k / 128 for k in range(8)]], np.float32)
+    exact = open_engine(bundle, "net", "cpu", "float32")
+    np.testing.assert_array_equal(exact.run({"x": x})["y"], x * weight)
+    found = open_engine(bundle, "net", "cpu").run({"x": x})["y"]
+    np.testing.assert_array_equal(found, weight if multiplies else x * weight)
 
 
 def test_another_device_computes_in_the_bundles_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,6 +471,17 @@ def test_failures_while_running(
     monkeypatch.setitem(torch_ops.OPS, "Gelu", fail)
     engine = open_engine(hand_written(tmp_path, "float32"), "net", "cpu")
     with pytest.raises(kind, match=message):
+        engine.run({"x": np.zeros((2, 8), np.float32)})
+
+
+def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(module: nn.Module) -> nn.Module:
+        raise RuntimeError("No working C++ compiler found\nmore")
+
+    monkeypatch.setattr(torch_blocks, "compile_block", fail)
+    engine = base.open_engine(hand_written(tmp_path, "float32"), "net", "torch-compiled", "cpu")
+    message = r"torch failed running 'net': No working C\+\+ compiler found; use --backend torch, which needs none$"
+    with pytest.raises(BackendError, match=message):
         engine.run({"x": np.zeros((2, 8), np.float32)})
 
 

@@ -31,6 +31,8 @@ from zimgkit.export.quantization.quantize import QuantizationSettings, linear_we
 from zimgkit.export.quantization.recipe import Recipe, read_recipe
 from zimgkit.export.quantization.statistics import Statistics
 
+pytestmark = pytest.mark.usefixtures("torch_in_float32")
+
 TRIAL = Trial(("a green ball",), 64, 64, 1)
 
 

@@ -24,6 +24,8 @@ from zimgkit.export.checkpoints.stored import row_count, tensor_rows
 from zimgkit.export.quality.verify import verify
 from zimgkit.export.quantization.quantized_weights import dequantized
 
+pytestmark = pytest.mark.usefixtures("torch_in_float32")
+
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 FAMILY = "z-image"
 COMPONENT = "denoiser"

@@ -24,7 +24,7 @@ TYPES |= {"fp8": "float8_e4m3fn", "int4-weights": "uint8"}
 COSINE = {"fp8": 0.99, "int8": 0.99, "int8-dynamic": 0.995, "int8-weights": 0.9995, "int4-weights": 0.95}
 """Of tiny networks with random weights, whose rows of 48 numbers average less out than real ones."""
 
-pytestmark = pytest.mark.parametrize("family", FAMILIES)
+pytestmark = [pytest.mark.parametrize("family", FAMILIES), pytest.mark.usefixtures("torch_in_float32")]
 
 
 @pytest.fixture(scope="module")
