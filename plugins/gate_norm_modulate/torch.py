@@ -30,12 +30,12 @@ def _(form: str, inputs: Sequence[Tensor], branch_epsilon: float, epsilon: float
     return _empty(BY_NAME[form], inputs[0])
 
 
-def _call(form: str, *inputs: Tensor, branch_epsilon: float = 0.0, epsilon: float = 0.0) -> list[Tensor]:
+def _call(*inputs: Tensor, form: str, branch_epsilon: float = 0.0, epsilon: float = 0.0) -> list[Tensor]:
     results: list[Tensor] = gate_norm_modulate(form, list(inputs), branch_epsilon, epsilon)
     return results
 
 
-CALLS: dict[str, Callable[..., Any]] = {name: partial(_call, name) for name in BY_NAME}
+CALLS: dict[str, Callable[..., Any]] = {name: partial(_call, form=name) for name in BY_NAME}
 """Function -> what computes it."""
 SIZES = ((33, 3840), (64, 3072), (5, 48))
 

@@ -1,4 +1,4 @@
-"""A linear whose weight has 8 or 4 bits: a product, its scales, and a bias.
+"""A linear whose weight has 8 or 4 bits: a product, its scales, and a bias; and the rounding of what it reads.
 
 ``QuantizedLinear(x, step, weight, scale)``:
 
@@ -9,6 +9,9 @@
 ``QuantizedLinear_bias`` adds a bias (out,). ``QuantizedLinear_weights`` has an ``x`` that is not rounded and a weight
 of int8 or float8, ``QuantizedLinear_blocks`` one of int4 with a scale for each ``block_size`` values of a row, (out,
 in / block_size).
+
+``RoundRows_int8(x, step)`` and ``RoundRows_float8(x, step)`` round to 8 bits, halves to even;
+``RoundRows_smooth_int8(x, smooth, step)`` multiplies by ``smooth`` (in,) first.
 """
 
 from __future__ import annotations
@@ -37,5 +40,17 @@ def _definition(kind: str, *, bias: bool) -> Definition:
     return Definition(name, tuple(attributes), tuple(inputs), ("y",), tuple(lines), shared=("DequantizeLinear",))
 
 
-DEFINITIONS = tuple(_definition(kind, bias=bias) for bias in (True, False) for kind in ("", "blocks", "weights"))
-"""Those with a bias come first."""
+def _rounding(kind: str, dtype: int, *, smooth: bool) -> Definition:
+    last = f"QuantizeLinear <output_dtype: int = {dtype}>"
+    if smooth:
+        lines: tuple[str, ...] = ("smoothed = Mul (x, smooth)", f"y = {last} (smoothed, step)")
+        return Definition(f"RoundRows_smooth_{kind}", (), ("x", "smooth", "step"), ("y",), lines)
+    return Definition(f"RoundRows_{kind}", (), ("x", "step"), ("y",), (f"y = {last} (x, step)",))
+
+
+DEFINITIONS = (
+    *(_definition(kind, bias=bias) for bias in (True, False) for kind in ("", "blocks", "weights")),
+    *(_rounding("int8", 3, smooth=smooth) for smooth in (True, False)),
+    _rounding("float8", 17, smooth=False),
+)
+"""Those with more parts come first."""

@@ -45,6 +45,7 @@ def round_rows(x, smooth, step, rounded, steps, rows, width, x_row, has_smooth, 
 def rounded_product(
     x,
     step,
+    steps,
     weight,
     scale,
     bias,
@@ -73,11 +74,11 @@ def rounded_product(
         if FLOAT8:
             a, b = a.to(tl.float8e4nv, bitcast=True), b.to(tl.float8e4nv, bitcast=True)
         sums = tl.dot(a, b, sums)
-    values = sums.to(tl.float32) * tl.load(scale + column % out)[None, :]
+    values = sums.to(tl.float32) * tl.load(scale + column % out).to(tl.float32)[None, :]
     if has_steps:
-        values *= tl.load(step + row % rows)[:, None]
+        values *= tl.load(steps + row % rows)[:, None]
     else:
-        values *= tl.load(step)
+        values *= tl.load(step).to(tl.float32)
     if has_bias:
         values += tl.load(bias + column % out).to(tl.float32)[None, :]
     place = y + row.to(tl.int64)[:, None] * out + column[None, :]
@@ -119,7 +120,7 @@ def widened_product(
         b = tl.load(right + start * BITS // 8, mask=inside[None, :], other=0)
         if BITS == 4:
             b = tl.reshape(tl.join((b << 4) >> 4, b >> 4), (OUT, WIDTH))
-        factor = tl.load(scale + (column % out) * (width // block) + start // block)
+        factor = tl.load(scale + (column % out) * (width // block) + start // block).to(tl.float32)
         sums += tl.dot(a, tl.trans(b.to(a.dtype))) * factor[None, :]
     if has_bias:
         sums += tl.load(bias + column % out).to(tl.float32)[None, :]
@@ -131,8 +132,8 @@ PRODUCT = Kernel(
     rounded_product,
     grid=(("out", 128), ("rows", 128)),
     constants={"FLOAT8": False, "ROWS": 128, "OUT": 128, "WIDTH": 64},
-    floats="bias y",
-    singles="step scale",
+    floats="step scale bias y",
+    singles="steps",
     bytes="x weight",
     multiples="width out",
     warps=8,
@@ -141,8 +142,8 @@ PRODUCT = Kernel(
 WIDENED = PRODUCT._replace(
     function=widened_product,
     constants={"BITS": 8, "ROWS": 128, "OUT": 128, "WIDTH": 64},
-    floats="x bias y",
-    singles="scale",
+    floats="x scale bias y",
+    singles="",
     bytes="weight",
     multiples="width out x_row",
 )
@@ -151,8 +152,8 @@ KERNELS = (
         round_rows,
         grid=(("rows", 1),),
         constants={"WIDTH": 2048},
-        floats="x smooth",
-        singles="step steps",
+        floats="x smooth step",
+        singles="steps",
         bytes="rounded",
         multiples="width x_row",
         warps=8,

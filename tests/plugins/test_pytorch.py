@@ -81,8 +81,8 @@ def test_strides(queued: list[Any]) -> None:
             lambda m, x: m.launched(m.BY_NAME["GateNormModulate_gate"], [x, x, x[0].double()], 0, 0),
         ),
         ("gate_norm_modulate", lambda m, x: m.launched(m.BY_NAME["GateNormModulate_gate"], [x[0], x[0], x[0]], 0, 0)),
-        ("quantized_linear", lambda m, x: m.launched(x, None, x[0].to(torch.float8_e4m3fn), x[0, :, 0], None, x.dtype)),
-        ("quantized_linear", lambda m, x: m.launched(x, None, x[0].char(), torch.ones(4, 2), None, x.dtype)),
+        ("quantized_linear", lambda m, x: m.launched(x, None, x[0].to(torch.float8_e4m3fn), x[0, :, 0], None)),
+        ("quantized_linear", lambda m, x: m.launched(x, None, x[0].char(), torch.ones(4, 2), None)),
     ],
 )
 def test_what_no_kernel_takes(operator: str, call: Any, queued: list[Any]) -> None:
