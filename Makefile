@@ -8,7 +8,7 @@ INSTALL := -m pip --disable-pip-version-check install --quiet --constraint const
 PIP := $(BIN)/python $(INSTALL)
 TENSORRT_TESTS := tests/export/compilers tests/export/cli/test_compile.py tests/engines/tensorrt tests/engines/onnxruntime/test_tensorrt_rtx.py
 
-.PHONY: demo test test-tensorrt references check clean
+.PHONY: demo test test-tensorrt references plugins check clean
 
 # A dozen prompts by the two models that zimgkit carries, side by side, and pictures that they change. Needs no PyTorch.
 demo: $(VENV)/.run
@@ -26,6 +26,10 @@ test-tensorrt: $(VENV)/.dev $(VENV)/.tensorrt
 # What the tests hold DiffSynth-Studio to draw, drawn by it anew: an environment of its own, of 1.5 GB.
 references: $(REFERENCES)/.installed
 	HF_HUB_OFFLINE=1 $(REFERENCES)/bin/python -m tests.references.record
+
+# The kernels of plugins/, compiled anew: needs no GPU, but Triton, which is 0.9 GB.
+plugins: $(VENV)/.kernels
+	$(BIN)/python -m zimgkit.plugins.compile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -54,6 +58,10 @@ $(VENV)/.export: $(VENV)/.run
 
 $(VENV)/.dev: $(VENV)/.export
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/.kernels: $(VENV)/.export
+	$(PIP) --editable '.[kernels]'
 	touch $@
 
 # DiffSynth's own requirements would bring another torch; torchvision's likewise.

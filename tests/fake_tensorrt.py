@@ -69,6 +69,19 @@ class Stream:
     closed: bool = False
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel."""
+
+    name: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    shared: int
+    stream: int
+    values: tuple[Any, ...]
+    types: tuple[Any, ...]
+
+
 @dataclass
 class Machine:
     """One host with GPUs. Tests set what it lacks, and read what happened on it."""
@@ -96,6 +109,7 @@ class Machine:
     numbers: int = 1000
     reject: set[str] = field(default_factory=set)
     """Methods of TensorRT that refuse."""
+    launches: list[Launch] = field(default_factory=list)
 
     @property
     def current(self) -> int | None:
@@ -361,6 +375,67 @@ def fake_runtime(machine: Machine) -> ModuleType:
         cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76
     )
     module.cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # type: ignore[attr-defined]
+    return module
+
+
+class DriverError(IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_IMAGE = 200
+    CUDA_ERROR_NOT_FOUND = 500
+
+
+def fake_driver(machine: Machine) -> ModuleType:
+    """The part of ``cuda.bindings.driver`` that is used; launches are kept in ``machine.launches``."""
+    module = ModuleType("cuda.bindings.driver")
+    parts: dict[str, Any] = {
+        "CUfunction_attribute": SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8),
+        "cuGetErrorString": lambda status: (DriverError(0), DriverError(status).name.encode()),
+    }
+
+    def function(body: Callable[..., Any]) -> None:
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            with machine.lock:
+                machine.calls.append(body.__name__)
+                try:
+                    value = body(*arguments)
+                except CudaError as error:
+                    return (DriverError(error.args[0]), None)
+            return (DriverError(0), *([] if value is None else [value]))
+
+        parts[body.__name__] = call
+
+    @function
+    def cuInit(flags: int) -> None:
+        if machine.gpus == 0:
+            raise RuntimeError("Function cuInit not found")
+
+    @function
+    def cuLibraryLoadData(code: bytes, *options: Any) -> bytes:
+        if code[:4] != b"\x7fELF":
+            raise CudaError(DriverError.CUDA_ERROR_INVALID_IMAGE)
+        return code
+
+    @function
+    def cuLibraryGetKernel(library: bytes, name: bytes) -> Any:
+        if name not in library:
+            raise CudaError(DriverError.CUDA_ERROR_NOT_FOUND)
+        return SimpleNamespace(name=name.decode(), shared=48 * 1024)
+
+    @function
+    def cuKernelSetAttribute(attribute: int, value: int, kernel: Any, device: int) -> None:
+        kernel.shared = value
+
+    @function
+    def cuLaunchKernel(kernel: Any, *rest: Any) -> None:
+        *grid, x, y, z, shared, stream, (values, types), _ = rest
+        if shared > kernel.shared or min(*grid, x, y, z) < 1 or max(grid[1:]) > 65535:
+            raise Misuse("the kernel cannot be launched so")
+        for value, kind in zip(values, types, strict=True):
+            kind(value)
+        machine.launches.append(Launch(kernel.name, tuple(grid), (x, y, z), shared, stream, values, types))
+
+    for part, value in parts.items():
+        setattr(module, part, value)
     return module
 
 
@@ -777,10 +852,12 @@ def install(monkeypatch: pytest.MonkeyPatch, *, version: str = VERSION, **option
     """Put the imitations in the place of the real modules; ``options`` are fields of :class:`Machine`."""
     machine = Machine(**options)
     cuda, bindings, runtime = ModuleType("cuda"), ModuleType("cuda.bindings"), fake_runtime(machine)
-    cuda.bindings, bindings.runtime = bindings, runtime  # type: ignore[attr-defined]
+    driver = fake_driver(machine)
+    cuda.bindings, bindings.runtime, bindings.driver = bindings, runtime, driver  # type: ignore[attr-defined]
     modules: dict[str, ModuleType | None] = {"tensorrt": None, "tensorrt_rtx": None}
     modules |= {machine.compiler: fake_tensorrt(machine, version)}
-    modules |= {"cuda": cuda, "cuda.bindings": bindings, "cuda.bindings.runtime": runtime}
+    modules |= {"cuda": cuda, "cuda.bindings": bindings}
+    modules |= {"cuda.bindings.runtime": runtime, "cuda.bindings.driver": driver}
     for key, module in modules.items():
         if module:
             module.__spec__ = ModuleSpec(key, None)

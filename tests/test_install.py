@@ -224,7 +224,8 @@ def test_base(environment: Environment, wheel: Path, tmp_path: Path) -> None:
         "serve": "zimg-run serve",
         "train": "python -m zimgkit.training lora zimg-tiny-z data style.safetensors",
     }
-    others = {"browser", "dev", "ray", "hub"}  # For tests, for Ray's own command; tokenizers bring the hub's client.
+    # For tests, for Ray's own command, for `make plugins`; tokenizers bring the hub's client.
+    others = {"browser", "dev", "ray", "kernels", "hub"}
     assert set(lacking) == set(EXTRAS) - others, "a new extra needs a line here and a test below"
     shutil.copytree(demo_models.locate("zimg-tiny-z"), tmp_path / "bundle")
     for extra, line in lacking.items():

@@ -1,0 +1,1 @@
+"""RMS norm of queries or keys, and their rotation, in one pass."""

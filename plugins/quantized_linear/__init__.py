@@ -1,0 +1,1 @@
+"""Linears whose weights have 8 or 4 bits."""
