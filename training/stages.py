@@ -17,6 +17,7 @@ from zimgkit.runtime.progress import Report, silent
 from zimgkit.training import families
 from zimgkit.training.checkpoint import derive_checkpoint, start_checkpoint
 from zimgkit.training.dataset import Dataset, read_dataset
+from zimgkit.training.devices import accelerator_of, is_main
 from zimgkit.training.diffusion import denoiser_task
 from zimgkit.training.families import Configs
 from zimgkit.training.latents import cache_latents
@@ -87,6 +88,8 @@ def train_vae(
     task = AutoencoderTask(checkpoint, dataset)
     about = _about(checkpoint, dataset)
     train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log)
+    if not is_main():
+        return
     statistics = measure(task.module, dataset, family)
     derive_checkpoint(checkpoint.root, out, {"vae": stored_autoencoder(checkpoint, task.module, statistics)})
 
@@ -108,12 +111,14 @@ def train_diffusion(
     refuse_existing(out)
     checkpoint, dataset = open_checkpoint(str(model)), read_dataset(data)
     settings = settings or families.family(checkpoint.family).diffusion_settings
-    latents = cache_latents(checkpoint, dataset, run_of(out), report)
+    with _processes(settings, out).main_process_first():  # The others find them made.
+        latents = cache_latents(checkpoint, dataset, run_of(out), report)
     task = denoiser_task(checkpoint, dataset, latents)
     parts = {"transformer": task.module.transformer, "text_encoder": task.module.text_encoder}
     about = _about(checkpoint, dataset)
     train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log)
-    derive_checkpoint(checkpoint.root, out, parts)
+    if is_main():
+        derive_checkpoint(checkpoint.root, out, parts)
 
 
 def train_lora(
@@ -152,7 +157,8 @@ def train_lora(
         raise UsageError(f"{out} is to be a safetensors file", "let its name end in .safetensors")
     refuse_existing(out)
     checkpoint, dataset = open_checkpoint(model), read_dataset(data)
-    latents = cache_latents(checkpoint, dataset, run_of(out), report)
+    with _processes(settings, out).main_process_first():  # The others find them made.
+        latents = cache_latents(checkpoint, dataset, run_of(out), report)
     task = lora_task(
         checkpoint,
         dataset,
@@ -164,7 +170,9 @@ def train_lora(
         gradient_checkpointing=gradient_checkpointing,
     )
     about = _about(checkpoint, dataset) | {"rank": rank, "targets": targets, "precision": precision}
-    write_lora(out, train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log))
+    weights = train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log)
+    if is_main():
+        write_lora(out, weights)
 
 
 def train_demo(
@@ -233,6 +241,10 @@ def train_demo(
             log=log,
         )
     derive_checkpoint(finished, out, {})
+
+
+def _processes(settings: Settings, out: Path) -> Any:
+    return accelerator_of(settings.device, settings.mixed_precision, "", run_of(out))
 
 
 def _has_state(out: Path) -> bool:
