@@ -164,7 +164,9 @@ def _first_stage(model: str, dataset: Dataset, out: Path, method: Method, seed: 
 def _bundle_of(model: str) -> str:
     folder = demo_models.locate(model)
     if not (folder / MANIFEST).is_file():
-        raise UsageError(f"{model} is no bundle", f"zimg-export build {model} BUNDLE, and give --bundle BUNDLE")
+        raise UsageError(
+            f"{model} is no bundle", f"zimg-export build --model {model} --out BUNDLE, and give --bundle BUNDLE"
+        )
     return model
 
 
