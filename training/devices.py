@@ -31,7 +31,7 @@ def accelerator_of(device: str, mixed_precision: str, report_to: str, run: Path)
         BackendError: it is not there.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, is_npu_available
+    from accelerate.utils import is_npu_available
 
     if device not in ("", *DEVICES):
         raise UsageError(f"there is no device {device!r} to train on", f"choose of {', '.join(DEVICES)}")
@@ -49,14 +49,20 @@ def accelerator_of(device: str, mixed_precision: str, report_to: str, run: Path)
         mixed_precision=mixed_precision,
         log_with=report_to or None,
         project_dir=run,
-        # Nothing in the networks is a statistic that processes would have to share.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if device not in ("", accelerator.device.type):
         raise BackendError(f"accelerate runs on {accelerator.device.type}", f"hide that device to train on {device}")
     if report_to:
         accelerator.init_trackers("tensorboard")
     return accelerator
+
+
+def is_main() -> bool:
+    """Whether this process is the first of those that train, or the only one: it alone writes what was made."""
+    from accelerate import PartialState
+
+    found: bool = PartialState().is_main_process
+    return found
 
 
 def peak_memory(device: torch.device) -> str:

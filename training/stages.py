@@ -19,6 +19,7 @@ from zimgkit.training.beside import check_extras, encoded_columns
 from zimgkit.training.checkpoint import derive_checkpoint, start_checkpoint
 from zimgkit.training.control import control_task, write_net
 from zimgkit.training.dataset import Dataset, read_dataset
+from zimgkit.training.devices import accelerator_of, is_main
 from zimgkit.training.diffusion import denoiser_task
 from zimgkit.training.families import Configs
 from zimgkit.training.latents import cache_latents
@@ -117,6 +118,8 @@ def train_vae(
     task = AutoencoderTask(checkpoint, dataset)
     about = _about(checkpoint, dataset)
     train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log)
+    if not is_main():
+        return
     statistics = measure(task.module, dataset, family)
     derive_checkpoint(checkpoint.root, out, {"vae": stored_autoencoder(checkpoint, task.module, statistics)})
 
@@ -138,12 +141,14 @@ def train_diffusion(
     refuse_existing(out)
     checkpoint, dataset = open_checkpoint(str(model)), read_dataset(data)
     settings = settings or families.family(checkpoint.family).diffusion_settings
-    latents = cache_latents(checkpoint, dataset, run_of(out), report)
+    with _processes(settings, out).main_process_first():  # The others find them made.
+        latents = cache_latents(checkpoint, dataset, run_of(out), report)
     task = denoiser_task(checkpoint, dataset, latents)
     parts = {"transformer": task.module.transformer, "text_encoder": task.module.text_encoder}
     about = _about(checkpoint, dataset)
     train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log)
-    derive_checkpoint(checkpoint.root, out, parts)
+    if is_main():
+        derive_checkpoint(checkpoint.root, out, parts)
 
 
 def train_lora(
@@ -182,7 +187,8 @@ def train_lora(
     """
     _refuse_unnamed(out)
     checkpoint, dataset = open_checkpoint(model), table.read(data)
-    latents = cache_latents(checkpoint, dataset, run_of(out), report, columns=encoded_columns(table.extras))
+    with _processes(settings, out).main_process_first():  # The others find them made.
+        latents = cache_latents(checkpoint, dataset, run_of(out), report, columns=encoded_columns(table.extras))
     task = lora_task(
         checkpoint,
         dataset,
@@ -195,7 +201,9 @@ def train_lora(
         gradient_checkpointing=gradient_checkpointing,
     )
     about = _about(checkpoint, dataset) | {"rank": rank, "targets": targets, "precision": precision}
-    write_lora(out, train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log))
+    weights = train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log)
+    if is_main():
+        write_lora(out, weights)
 
 
 def train_control(
@@ -234,7 +242,8 @@ def train_control(
     """
     _refuse_unnamed(out)
     checkpoint, dataset = open_checkpoint(model), table.read(data)
-    latents = cache_latents(checkpoint, dataset, run_of(out), report, columns=encoded_columns(table.extras))
+    with _processes(settings, out).main_process_first():
+        latents = cache_latents(checkpoint, dataset, run_of(out), report, columns=encoded_columns(table.extras))
     task = control_task(
         checkpoint,
         dataset,
@@ -247,7 +256,9 @@ def train_control(
         gradient_checkpointing=gradient_checkpointing,
     )
     about = _about(checkpoint, dataset) | {"kind": kind, "begin": begin and begin.name, "precision": precision}
-    write_net(out, train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log))
+    weights = train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log)
+    if is_main():
+        write_net(out, weights)
 
 
 def train_demo(
@@ -316,6 +327,10 @@ def train_demo(
             log=log,
         )
     derive_checkpoint(finished, out, {})
+
+
+def _processes(settings: Settings, out: Path) -> Any:
+    return accelerator_of(settings.device, settings.mixed_precision, "", run_of(out))
 
 
 def _has_state(out: Path) -> bool:

@@ -318,6 +318,12 @@ QWEN_IMAGE = Family(
             1.0,
             scheduler=_same_shift(3) | {"shift": 1.0, "shift_terminal": None, "time_shift_type": "exponential"},
         ),
+        # What comes with zimgkit is distilled likewise: docs/training.md.
+        FewStepLora(
+            r"zimg-tiny-qwen-(?P<steps>\d+)steps",
+            1.0,
+            scheduler=_same_shift(3) | {"shift": 1.0, "shift_terminal": None, "time_shift_type": "exponential"},
+        ),
         # https://github.com/modelscope/DiffSynth-Studio, examples/qwen_image/model_inference: the ordinary schedule.
         FewStepLora(r"Qwen-Image-Distill-LoRA", 1.0, 15),
         # The same place, Qwen-Image-Distill-DMD2.py: exponential_shift_mu=math.log(2.5), the terminal sigma as it was.

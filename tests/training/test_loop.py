@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -266,3 +270,26 @@ def test_a_line_says_how_long_it_takes_and_how_much_memory(tmp_path: Path) -> No
     lines: list[str] = []
     train(Task(), tmp_path, SETTINGS, log=lines.append)
     assert re.fullmatch(r"line: step 12 of 12, loss \d\.\d{5}, [\d.]+/s, 0:00:00 left, [\d.]+ [MG]B", lines[-1]), lines
+
+
+def test_two_processes_train_as_one_does_on_both_batches(tmp_path: Path) -> None:
+    class Both(Task):
+        def batch(self, generator: torch.Generator, batch_size: int) -> dict[str, Any]:
+            step, self.batches = self.batches, self.batches + 1
+            parts = [Task().batch(generator_of(SETTINGS.seed, step, rank), batch_size // 2) for rank in (0, 1)]
+            return {name: torch.cat([part[name] for part in parts]) for name in ("x", "y")}
+
+    expected = train(Both(), tmp_path / "one", replace(SETTINGS, batch_size=2 * SETTINGS.batch_size))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.training.two_processes", str(tmp_path / "two")]
+    started = [subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    assert [process.wait(120) for process in started] == [0, 0]
+    found = load_file(tmp_path / "two" / "state.safetensors")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[f"ema.{name}"], value)
+    losses = load_file(tmp_path / "one" / "state.safetensors")["losses"]
+    torch.testing.assert_close(found["losses"], losses)

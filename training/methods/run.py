@@ -19,6 +19,7 @@ from zimgkit.runtime.progress import Report, silent
 from zimgkit.training import families
 from zimgkit.training.checkpoint import derive_checkpoint, load_component
 from zimgkit.training.dataset import Dataset, read_dataset
+from zimgkit.training.devices import accelerator_of, is_main
 from zimgkit.training.loop import Log, Settings, train
 from zimgkit.training.lora import add_adapters, write_lora
 from zimgkit.training.methods.cache import Cache, is_cache, open_cache
@@ -112,10 +113,13 @@ def run_method(
     if not is_cache(data) and method.task.endswith(TRAIN):
         raise UsageError(f"{data} is no cache", f"make one with --task {method.name}{DATA_PROCESS}")
     checkpoint = open_checkpoint(model)
+    run = run_of(out)
     if is_cache(data):
         cache = open_cache(data)
     else:
-        cache = _first_stage(model, read_dataset(data), run_of(out) / "cache", method, settings.seed, report)
+        processes = accelerator_of(settings.device, settings.mixed_precision, "", run)
+        with processes.main_process_first():  # The others find it made.
+            cache = _first_stage(model, read_dataset(data), run / "cache", method, settings.seed, report)
     _refuse_others(cache, checkpoint, method, data)
     transformer = _transformer(checkpoint, method, settings.seed, is_lora=is_lora)
     task = task_of(method.name, cache, families.family(checkpoint.family), transformer, checkpoint.config("scheduler"))
@@ -128,10 +132,10 @@ def run_method(
         "fp8": method.fp8_models is not None,
         "torch": torch.__version__.partition("+")[0],
     }
-    weights = train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log)
-    if is_lora:
+    weights = train(task, run, settings, about=about, resume=resume, report=report, log=log)
+    if is_lora and is_main():
         write_lora(out, weights)
-    else:
+    elif is_main():
         scheduler = {**checkpoint.config("scheduler"), **cache.index.scheduler}
         derive_checkpoint(checkpoint.root, out, {"transformer": transformer}, configs={"scheduler": scheduler})
 
@@ -160,7 +164,9 @@ def _first_stage(model: str, dataset: Dataset, out: Path, method: Method, seed: 
 def _bundle_of(model: str) -> str:
     folder = demo_models.locate(model)
     if not (folder / MANIFEST).is_file():
-        raise UsageError(f"{model} is no bundle", f"zimg-export build {model} BUNDLE, and give --bundle BUNDLE")
+        raise UsageError(
+            f"{model} is no bundle", f"zimg-export build --model {model} --out BUNDLE, and give --bundle BUNDLE"
+        )
     return model
 
 
