@@ -264,7 +264,7 @@ def ship(checkpoint: Path, out: Path, tasks: tuple[str, ...], overwrite: bool, q
 @click.argument("bundle")
 @click.option(
     "--task",
-    type=click.Choice([TEXT_TO_IMAGE, "image-to-image", "inpaint"]),
+    type=click.Choice([TEXT_TO_IMAGE, "image-to-image", "inpaint", "control", "regions"]),
     default=TEXT_TO_IMAGE,
     show_default=True,
     help="What to ask for.",
@@ -280,7 +280,8 @@ def judge(bundle: str, task: str, captions: int, backend: str, as_json: bool, qu
     """Draw scenes that were held out of training with BUNDLE; say how many pictures show what was asked for.
 
     From a picture, one thing's shape or colour is to change in its place. Within a mask, one thing is to become
-    another, and a picture is right only where all else is as it was, to one level of 255.
+    another, and a picture is right only where all else is as it was, to one level of 255. By edges, BUNDLE's ControlNet
+    is to put things where these are; by regions, each thing is to lie in its mask.
     """
     from dataclasses import asdict
 

@@ -84,6 +84,12 @@ class TrainingFamily:
     attach_regions: Callable[[Any], None] | None = None
     """Lets a transformer take ``regions``; None where the family has none."""
 
+    pictured_inputs: Callable[..., dict[str, Tensor]] | None = None
+    """Makes the inputs of :attr:`encode_pictured` from a tokenizer, a prompt, its pictures, RGB, how the checkpoint
+    takes pictures (:class:`ReferencePictures`) and its processor's config; None where no text model reads any."""
+    encode_pictured: Callable[[Any, Mapping[str, Tensor]], Tensor] | None = None
+    """What the text model makes of these: (tokens, hidden)."""
+
     initialize_text: Callable[[Any], None] = lambda _: None
     """Changes what an untrained text model begins with."""
 
