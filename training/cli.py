@@ -45,6 +45,16 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
     return None if value is None else tuple(filter(None, (name.strip() for name in value.split(","))))
 
 
+def validation(command: Callable[..., None]) -> Callable[..., None]:
+    """What becomes of what was trained."""
+    for option in (
+        click.option("--judge", type=click.IntRange(0), default=0, help="Held-out scenes of the world to draw then."),
+        click.option("--validate/--no-validate", default=True, help="Build a bundle then, and draw a page with it."),
+    ):
+        command = option(command)
+    return command
+
+
 def columns(command: Callable[..., None]) -> Callable[..., None]:
     """The options that say how a dataset is read, in the words of DiffSynth-Studio."""
     for option in (
@@ -112,6 +122,7 @@ def vae(model: Path, data: Path, out: Path, **options: Any) -> None:
 @click.argument("model", type=FOLDER)
 @click.argument("data", type=FOLDER)
 @click.argument("out", type=FOLDER)
+@validation
 @settings
 def diffusion(model: Path, data: Path, out: Path, **options: Any) -> None:
     """Train the transformer and the text model of MODEL on DATA; write the checkpoint OUT."""
@@ -134,6 +145,7 @@ def diffusion(model: Path, data: Path, out: Path, **options: Any) -> None:
 )
 @click.option("--gradient-checkpointing", is_flag=True, help="Slower, in less memory.")
 @columns
+@validation
 @settings
 def lora(
     model: str,
@@ -170,6 +182,7 @@ def lora(
 )
 @click.option("--gradient-checkpointing", is_flag=True, help="Slower, in less memory.")
 @columns
+@validation
 @settings
 def control(
     model: str,
@@ -262,6 +275,23 @@ def ship(checkpoint: Path, out: Path, tasks: tuple[str, ...], overwrite: bool, q
 
 @cli.command()
 @click.argument("bundle")
+@click.argument("data", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--columns", callback=_names, default="", help="What rows give beside image and prompt, by commas.")
+@click.option("--table", type=FOLDER, help="The table. [default: the folder's metadata.*]")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def page(bundle: str, data: Path, out: Path, columns: tuple[str, ...], table: Path | None, quiet: bool) -> None:
+    """Draw a few rows of the dataset DATA with BUNDLE, and write them as one PNG file OUT."""
+    from zimgkit.runtime.progress import bar
+    from zimgkit.training.page import draw_page
+
+    with bar(enabled=not quiet) as report:
+        draw_page(bundle, data, out, columns, table, report)
+    click.echo(out)
+
+
+@cli.command()
+@click.argument("bundle")
 @click.option(
     "--task",
     type=click.Choice([TEXT_TO_IMAGE, "image-to-image", "inpaint", "control", "regions"]),
@@ -309,7 +339,28 @@ def _stage(work: Callable[..., None], defaults: Any, options: dict[str, Any], *p
     chosen = replace(defaults, **_given({key: value for key, value in options.items() if key in names}))
     with _progress(quiet=options["quiet"]) as ways:
         work(*paths, chosen, resume=options["resume"], **own, **ways)
+        if options.get("validate"):
+            model, data, out = paths
+            _validate(str(model), data, out, own.get("table"), options["judge"], ways["log"])
     click.echo(paths[-1])
+
+
+def _validate(model: str, data: Path, out: Path, table: Any, captions: int, log: Callable[[str], None] | None) -> None:
+    """Build a bundle with what was trained, draw a page with it, and let the judge see it; all of that lies beside."""
+    from zimgkit.training import validation as work
+    from zimgkit.training.beside import CONTROL
+    from zimgkit.training.stages import run_of
+
+    extras = table.extras if table else ()
+    kind = "checkpoint" if out.is_dir() else "controlnet" if {*CONTROL} & {*extras} else "lora"
+    bundle, picture = run_of(out) / "bundle", run_of(out) / "page.png"
+    work.build(model, out, bundle, kind, extras)
+    work.draw_page(bundle, data, picture, extras, table.path if table else None)
+    said = [f"bundle: {bundle}", f"page: {picture}"]
+    if captions:
+        said.append(work.judged(bundle, extras, captions))
+    if log:
+        log("\n".join(said))
 
 
 def _table(options: dict[str, Any], default: Any) -> Any:

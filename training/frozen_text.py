@@ -78,6 +78,8 @@ def frozen_text_task(
     for column in (column for column in CONTROL if column in extras):
         beside.append(ControlPictures(dataset, latents, column))
     if columns := [column for column in CONDITIONS if column in extras]:
+        if not family.takes_conditions:
+            raise UsageError(f"{family.name} draws beside no other pictures", f"leave {columns[0]} out")
         beside.append(ConditionPictures(dataset, latents, columns))
     task = DenoiserTask(
         name,

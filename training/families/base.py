@@ -84,6 +84,8 @@ class TrainingFamily:
     attach_regions: Callable[[Any], None] | None = None
     """Lets a transformer take ``regions``; None where the family has none."""
 
+    takes_conditions: bool = False
+    """Whether its transformer takes ``conditions``."""
     pictured_inputs: Callable[..., dict[str, Tensor]] | None = None
     """Makes the inputs of :attr:`encode_pictured` from a tokenizer, a prompt, its pictures, RGB, how the checkpoint
     takes pictures (:class:`ReferencePictures`) and its processor's config; None where no text model reads any."""

@@ -218,6 +218,7 @@ FAMILY = TrainingFamily(
     guided_call=guided_call,
     nets={"blockwise": Blockwise},
     attach_regions=attach_regions,
+    takes_conditions=True,
     pictured_inputs=pictured_inputs,
     encode_pictured=encode_pictured,
     # The pipeline takes a single space.
