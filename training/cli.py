@@ -20,6 +20,23 @@ from zimgkit.runtime.commands import console
 
 FAMILY = click.option("--family", type=click.Choice(list(FAMILIES)), required=True, help="Which architecture.")
 FOLDER = click.Path(path_type=Path)
+RANK = click.option("--rank", "--lora-rank", "rank", type=int, default=8, show_default=True, help="Of the adapters.")
+TARGETS = click.option(
+    "--targets",
+    "--lora-target-modules",
+    "targets",
+    help="Ends of the names of linears, by commas; DiffSynth's own choice by default.",
+)
+PRECISION = click.option(
+    "--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Of the frozen weights."
+)
+RECOMPUTE = click.option(
+    "--gradient-checkpointing",
+    "--use-gradient-checkpointing",
+    "gradient_checkpointing",
+    is_flag=True,
+    help="Slower, in less memory.",
+)
 
 
 def settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -119,31 +136,38 @@ def vae(model: Path, data: Path, out: Path, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("model", type=FOLDER)
+@click.argument("model")
 @click.argument("data", type=FOLDER)
 @click.argument("out", type=FOLDER)
+@click.option(
+    "--trainable-models",
+    type=click.Choice(["dit,text_encoder", "dit"]),
+    default="dit,text_encoder",
+    show_default=True,
+    help="What is trained; dit is the transformer.",
+)
+@columns
 @validation
 @settings
-def diffusion(model: Path, data: Path, out: Path, **options: Any) -> None:
+def diffusion(model: str, data: Path, out: Path, trainable_models: str, **options: Any) -> None:
     """Train the transformer and the text model of MODEL on DATA; write the checkpoint OUT."""
     _need_train()
     from zimgkit.export.checkpoints.checkpoint import open_checkpoint
     from zimgkit.training import families, stages
 
-    defaults = families.family(open_checkpoint(str(model)).family).diffusion_settings
-    _stage(stages.train_diffusion, defaults, options, model, data, out)
+    defaults = families.family(open_checkpoint(model).family).diffusion_settings
+    own = {"with_text": "text_encoder" in trainable_models, "table": _table(options, stages.Table())}
+    _stage(stages.train_diffusion, defaults, options, model, data, out, **own)
 
 
 @cli.command()
 @click.argument("model")
 @click.argument("data", type=FOLDER)
 @click.argument("out", type=FOLDER)
-@click.option("--rank", type=int, default=8, show_default=True, help="Of the adapters.")
-@click.option("--targets", help="Ends of the names of linears, by commas; DiffSynth's own choice by default.")
-@click.option(
-    "--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Of the frozen weights."
-)
-@click.option("--gradient-checkpointing", is_flag=True, help="Slower, in less memory.")
+@RANK
+@TARGETS
+@PRECISION
+@RECOMPUTE
 @columns
 @validation
 @settings
@@ -177,10 +201,8 @@ def lora(
 @click.argument("out", type=FOLDER)
 @click.option("--kind", help="The architecture: blockwise or fun. [default: the family's]")
 @click.option("--begin", type=FOLDER, help="A net to go on from. [default: one that does nothing]")
-@click.option(
-    "--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Of the frozen weights."
-)
-@click.option("--gradient-checkpointing", is_flag=True, help="Slower, in less memory.")
+@PRECISION
+@RECOMPUTE
 @columns
 @validation
 @settings

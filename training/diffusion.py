@@ -173,6 +173,15 @@ def _groups(dataset: Dataset, texts: Sequence[Tensor], beside: Sequence[Beside])
     return {key: torch.tensor(groups[key]) for key in sorted(groups)}
 
 
+def hidden_matrices(module: nn.Module) -> frozenset[str]:
+    """The names of the matrices of hidden layers that are trained: those that Muon is for."""
+    return frozenset(
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.ndim == 2 and parameter.requires_grad and not any(edge in name for edge in EDGES)
+    )
+
+
 def denoiser_task(checkpoint: Checkpoint, dataset: Dataset, latents: Latents) -> DenoiserTask:
     """The task of training a checkpoint's transformer and text model together, both in float32.
 
@@ -194,11 +203,7 @@ def denoiser_task(checkpoint: Checkpoint, dataset: Dataset, latents: Latents) ->
         prompts.tokenize(family.no_prompts, tokenizer, family),
         checkpoint.config("scheduler"),
     )
-    task.hidden = frozenset(
-        name
-        for name, parameter in task.module.named_parameters()
-        if parameter.ndim == 2 and parameter.requires_grad and not any(edge in name for edge in EDGES)
-    )
+    task.hidden = hidden_matrices(task.module)
     task.draw = drawer(
         checkpoint,
         dataset,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from zimgkit.engines.errors import UsageError
 from zimgkit.export.checkpoints.checkpoint import Checkpoint
-from zimgkit.export.networks.registry import FAMILIES
-from zimgkit.training import prompts
+from zimgkit.export.networks.registry import FAMILIES, references_of
+from zimgkit.training import families, prompts
 from zimgkit.training.beside import (
     CONDITIONS,
     CONTROL,
@@ -25,7 +25,7 @@ from zimgkit.training.beside import (
 )
 from zimgkit.training.checkpoint import load_component, load_tokenizer
 from zimgkit.training.dataset import Dataset, open_picture
-from zimgkit.training.diffusion import Beside, Denoiser, DenoiserTask
+from zimgkit.training.diffusion import Beside, Denoiser, DenoiserTask, hidden_matrices
 from zimgkit.training.families import TrainingFamily
 from zimgkit.training.latents import Latents
 from zimgkit.training.metadata import DatasetError
@@ -96,6 +96,22 @@ def frozen_text_task(
     return task
 
 
+def transformer_task(
+    checkpoint: Checkpoint, dataset: Dataset, latents: Latents, extras: Collection[str] = ()
+) -> DenoiserTask:
+    """The task of training the whole transformer, in float32, and nothing else.
+
+    The errors are those of :func:`frozen_text_task`.
+    """
+    family = families.family(checkpoint.family)
+    transformer = load_component(checkpoint, "transformer")
+    for name in family.unused_modules(transformer):
+        transformer.get_submodule(name).requires_grad_(False)
+    task = frozen_text_task("transformer", checkpoint, dataset, latents, Denoiser(family, transformer), extras)
+    task.hidden = hidden_matrices(task.module)
+    return task
+
+
 def pictured_texts(
     checkpoint: Checkpoint, dataset: Dataset, text_encoder: Any, tokenizer: Any, family: TrainingFamily
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -105,18 +121,37 @@ def pictured_texts(
         UsageError: the checkpoint reads no pictures.
         DatasetError: a picture cannot be decoded.
     """
-    references = FAMILIES[checkpoint.family].editors.get(checkpoint.pipeline)
+    references = references_of(checkpoint.family, checkpoint.pipeline, checkpoint.name)
     if references is None or family.pictured_inputs is None or family.encode_pictured is None:
         raise UsageError(f"--extra-inputs has {EDITED}, and {checkpoint.name} edits no pictures", "name one that does")
     processor = checkpoint.config(FAMILIES[checkpoint.family].processor)
-    found: list[list[Tensor]] = [[], []]
+    found: list[dict[int, Tensor]] = [{}, {}]
+    waiting: dict[Any, list[tuple[int, int, dict[str, Tensor]]]] = {}
     with torch.no_grad():
-        for row in dataset.rows:
+        for number, row in enumerate(dataset.rows):
             pictures = [open_picture(picture) for picture in row.pictures[EDITED]]
             if len(pictures) > references.most:
                 message = f"{row.where}: {len(pictures)} pictures, and {checkpoint.name} takes {references.most}"
                 raise DatasetError(message, "name fewer")
-            for rows, prompt in zip(found, (row.prompt, family.no_prompts[0]), strict=True):
+            for place, prompt in enumerate((row.prompt, family.no_prompts[0])):
                 inputs = family.pictured_inputs(tokenizer, prompt, pictures, references, processor)
-                rows.append(family.encode_pictured(text_encoder, inputs).cpu())
-    return found[0], found[1]
+                alike = len(inputs["input_ids"]), str(inputs["image_grid_thw"].tolist())
+                waiting.setdefault(alike, []).append((place, number, inputs))
+                if len(waiting[alike]) == prompts.TOGETHER:
+                    _encode(text_encoder, family.encode_pictured, waiting.pop(alike), found)
+        for rest in waiting.values():
+            _encode(text_encoder, family.encode_pictured, rest, found)
+    with_prompt, without = ([one[number] for number in range(len(dataset.rows))] for one in found)
+    return with_prompt, without
+
+
+def _encode(
+    text_encoder: Any,
+    encode: Callable[[Any, Sequence[Mapping[str, Tensor]]], Tensor],
+    together: Sequence[tuple[int, int, dict[str, Tensor]]],
+    found: Sequence[dict[int, Tensor]],
+) -> None:
+    """Put the rows of some prompts, of equal lengths, where they belong."""
+    rows = encode(text_encoder, [inputs for *_, inputs in together]).cpu()
+    for (place, number, _), row in zip(together, rows, strict=True):
+        found[place][number] = row.clone()

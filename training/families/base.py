@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol
@@ -89,8 +89,8 @@ class TrainingFamily:
     pictured_inputs: Callable[..., dict[str, Tensor]] | None = None
     """Makes the inputs of :attr:`encode_pictured` from a tokenizer, a prompt, its pictures, RGB, how the checkpoint
     takes pictures (:class:`ReferencePictures`) and its processor's config; None where no text model reads any."""
-    encode_pictured: Callable[[Any, Mapping[str, Tensor]], Tensor] | None = None
-    """What the text model makes of these: (tokens, hidden)."""
+    encode_pictured: Callable[[Any, Sequence[Mapping[str, Tensor]]], Tensor] | None = None
+    """What the text model makes of several of these, of equal lengths: (prompts, tokens, hidden)."""
 
     initialize_text: Callable[[Any], None] = lambda _: None
     """Changes what an untrained text model begins with."""

@@ -51,19 +51,20 @@ def pictured_inputs(
     }
 
 
-def encode_pictured(text_encoder: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """What comes out of the last layer's norm, without the template's head: (tokens, hidden).
+def encode_pictured(text_encoder: Any, inputs: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """What comes out of the last layer's norm, without the template's head: (prompts, tokens, hidden).
 
-    transformers 5 has to be told which tokens are pictures; before, it counts them.
+    Prompts have equally many tokens and pictures of equal sizes. transformers 5 has to be told which tokens are
+    pictures; before, it counts them.
     """
     from inspect import signature
 
     model = text_encoder.model
     device = next(model.parameters()).device
-    given = {name: value.to(device) for name, value in inputs.items()}
-    given |= {name: given[name][None] for name in ("input_ids", "mm_token_type_ids")}
+    given = {name: torch.stack([one[name] for one in inputs]).to(device) for name in ("input_ids", "mm_token_type_ids")}
+    given |= {name: torch.cat([one[name] for one in inputs]).to(device) for name in ("pixel_values", "image_grid_thw")}
     if "mm_token_type_ids" not in signature(model.forward).parameters:
         given.pop("mm_token_type_ids")
     mask = torch.ones_like(given["input_ids"])
     rows: Tensor = model(**given, attention_mask=mask, use_cache=False).last_hidden_state
-    return rows[0, EDIT.drop :]
+    return rows[:, EDIT.drop :]
