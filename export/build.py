@@ -36,7 +36,7 @@ from zimgkit.export.lora import known
 from zimgkit.export.lora.merge import NOTHING, Merge, merge, read_loras
 from zimgkit.export.lora.names import names_of
 from zimgkit.export.lora.positive import give_positive, refuse_beside_controlnets
-from zimgkit.export.networks.registry import FAMILIES, QUANTIZED, tasks_of
+from zimgkit.export.networks.registry import FAMILIES, QUANTIZED, references_of, tasks_of
 from zimgkit.export.networks.text_encoder import language_part
 from zimgkit.export.quantization.calibrate import (
     CalibrationSet,
@@ -275,7 +275,9 @@ def export(
     family = families.family(checkpoint.family)
     row = FAMILIES[checkpoint.family]
     tasks = tasks_of(checkpoint.family, checkpoint.pipeline, tasks)
-    references = known.references_with(row.editors.get(checkpoint.pipeline), merged.loras, checkpoint.family)
+    references = known.references_with(
+        references_of(checkpoint.family, checkpoint.pipeline, checkpoint.name), merged.loras, checkpoint.family
+    )
     config = {name: checkpoint.config(name) for name in checkpoint.components}
     config |= {row.processor: checkpoint.config(row.processor)} if references else {}
     config |= {role(net.name): dict(net.file.config) for net in nets if net.file.config}

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.controls import ControlInput, check_sizes, read_controls
-from zimgkit.runtime.diffusion.guidance import acts
 from zimgkit.runtime.diffusion.caching import OFF, Caching, caching
+from zimgkit.runtime.diffusion.guidance import acts
 from zimgkit.runtime.families import Family
 from zimgkit.runtime.inputs import NONE, Inputs, first_step, read_inputs, size_in_area, size_like, size_of_edit
 from zimgkit.runtime.parameters import BY_NAME, TENSORS, checked, refuse_unknown, texts

@@ -19,7 +19,9 @@ from zimgkit.training.metadata import DatasetError
 
 CONTROL = ("control_image", "controlnet_image", "blockwise_controlnet_image")
 """Names of the column whose picture a ControlNet sees."""
-CONDITIONS = ("context_image", "edit_image")
+EDITED = "edit_image"
+"""The column of pictures that the text model reads too."""
+CONDITIONS = ("context_image", EDITED)
 """Columns of pictures whose tokens stand beside those of what is drawn, in this order."""
 ENTITIES = ("eligen_entity_prompts", "eligen_entity_masks")
 KNOWN = (*CONTROL, *CONDITIONS, *ENTITIES)
@@ -92,6 +94,27 @@ class ConditionPictures:
 
     def _pictures(self, row: int) -> list[Any]:
         return [picture for name in self.columns for picture in self.dataset.rows[row].pictures[name]]
+
+
+class PicturedTexts:
+    """The prompt of each row as the text model reads it with the row's pictures, and the same without a prompt."""
+
+    def __init__(self, texts: Sequence[Tensor], without: Sequence[Tensor]) -> None:
+        """Take what the text model made of each row, (tokens, hidden), with its prompt and with none."""
+        self.texts, self.without = texts, without
+
+    def kind(self, row: int) -> Hashable:
+        """All rows go together."""
+        return 0
+
+    def load(self, rows: Tensor, dropped: Tensor) -> dict[str, Any]:
+        """Texts (n, tokens, hidden) with their mask."""
+        chosen = [
+            (self.without if drop else self.texts)[row]
+            for row, drop in zip(rows.tolist(), dropped.tolist(), strict=True)
+        ]
+        text, mask = prompts.pad(chosen)
+        return {"text": text, "mask": mask}
 
 
 class Entities:

@@ -122,6 +122,29 @@ def derive_checkpoint(
             file.write_text(json.dumps(config, indent=2) + "\n")
 
 
+def as_editor(source: Path, target: Path, pipeline: str, processor: Mapping[str, Any]) -> None:
+    """Write a checkpoint that is another one, on the same weights, but for what it says it draws from.
+
+    Args:
+        source: a checkpoint's folder.
+        target: where. What bundles take of its pictures may depend on this name.
+        pipeline: what diffusers calls the pipeline that edits.
+        processor: ``preprocessor_config.json``, how the text model's pictures are prepared.
+
+    Raises:
+        OutputError: the folder exists or cannot be written.
+    """
+    index = json.loads((source / MARK).read_text())
+    parts = [name for name in index if (source / name).is_dir()]
+    index |= {"_class_name": pipeline, "processor": ["transformers", "Qwen2VLProcessor"]}
+    with atomic_folder(target.expanduser().absolute(), overwrite=False, known_by=MARK) as work:
+        for name in parts:
+            shutil.copytree(source / name, work / name)
+        (work / "processor").mkdir()
+        (work / "processor" / "preprocessor_config.json").write_text(json.dumps(dict(processor), indent=2) + "\n")
+        (work / MARK).write_text(json.dumps(index, indent=2) + "\n")
+
+
 def _forget_path(config: Path) -> None:
     """Take out of a config where its model was loaded from: a place on this machine."""
     values = json.loads(config.read_text())

@@ -29,6 +29,23 @@ OF_TRIALS = (
     *(parameter.name for parameter in PARAMETERS if parameter.type is Picture),
 )
 """Parameters of a call that what is judged has of its own, or that no model that is judged takes."""
+RANK = click.option("--rank", "--lora-rank", "rank", type=int, default=8, show_default=True, help="Of the adapters.")
+TARGETS = click.option(
+    "--targets",
+    "--lora-target-modules",
+    "targets",
+    help="Ends of the names of linears, by commas; DiffSynth's own choice by default.",
+)
+PRECISION = click.option(
+    "--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Of the frozen weights."
+)
+RECOMPUTE = click.option(
+    "--gradient-checkpointing",
+    "--use-gradient-checkpointing",
+    "gradient_checkpointing",
+    is_flag=True,
+    help="Slower, in less memory.",
+)
 
 
 def settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -55,6 +72,16 @@ def settings(command: Callable[..., None]) -> Callable[..., None]:
 
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
     return None if value is None else tuple(filter(None, (name.strip() for name in value.split(","))))
+
+
+def validation(command: Callable[..., None]) -> Callable[..., None]:
+    """What becomes of what was trained."""
+    for option in (
+        click.option("--judge", type=click.IntRange(0), default=0, help="Held-out scenes of the world to draw then."),
+        click.option("--validate/--no-validate", default=True, help="Build a bundle then, and draw a page with it."),
+    ):
+        command = option(command)
+    return command
 
 
 def columns(command: Callable[..., None]) -> Callable[..., None]:
@@ -121,31 +148,40 @@ def vae(model: Path, data: Path, out: Path, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("model", type=FOLDER)
+@click.argument("model")
 @click.argument("data", type=FOLDER)
 @click.argument("out", type=FOLDER)
+@click.option(
+    "--trainable-models",
+    type=click.Choice(["dit,text_encoder", "dit"]),
+    default="dit,text_encoder",
+    show_default=True,
+    help="What is trained; dit is the transformer.",
+)
+@columns
+@validation
 @settings
-def diffusion(model: Path, data: Path, out: Path, **options: Any) -> None:
+def diffusion(model: str, data: Path, out: Path, trainable_models: str, **options: Any) -> None:
     """Train the transformer and the text model of MODEL on DATA; write the checkpoint OUT."""
     _need_train()
     from zimgkit.export.checkpoints.checkpoint import open_checkpoint
     from zimgkit.training import families, stages
 
-    defaults = families.family(open_checkpoint(str(model)).family).diffusion_settings
-    _stage(stages.train_diffusion, defaults, options, model, data, out)
+    defaults = families.family(open_checkpoint(model).family).diffusion_settings
+    own = {"with_text": "text_encoder" in trainable_models, "table": _table(options, stages.Table())}
+    _stage(stages.train_diffusion, defaults, options, model, data, out, **own)
 
 
 @cli.command()
 @click.argument("model")
 @click.argument("data", type=FOLDER)
 @click.argument("out", type=FOLDER)
-@click.option("--rank", type=int, default=8, show_default=True, help="Of the adapters.")
-@click.option("--targets", help="Ends of the names of linears, by commas; DiffSynth's own choice by default.")
-@click.option(
-    "--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Of the frozen weights."
-)
-@click.option("--gradient-checkpointing", is_flag=True, help="Slower, in less memory.")
+@RANK
+@TARGETS
+@PRECISION
+@RECOMPUTE
 @columns
+@validation
 @settings
 def lora(
     model: str,
@@ -198,11 +234,10 @@ def train(model: str, data: Path, out: Path, resume: bool, quiet: bool, **given:
 @click.argument("out", type=FOLDER)
 @click.option("--kind", help="The architecture: blockwise or fun. [default: the family's]")
 @click.option("--begin", type=FOLDER, help="A net to go on from. [default: one that does nothing]")
-@click.option(
-    "--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Of the frozen weights."
-)
-@click.option("--gradient-checkpointing", is_flag=True, help="Slower, in less memory.")
+@PRECISION
+@RECOMPUTE
 @columns
+@validation
 @settings
 def control(
     model: str,
@@ -295,9 +330,26 @@ def ship(checkpoint: Path, out: Path, tasks: tuple[str, ...], overwrite: bool, q
 
 @cli.command()
 @click.argument("bundle")
+@click.argument("data", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--columns", callback=_names, default="", help="What rows give beside image and prompt, by commas.")
+@click.option("--table", type=FOLDER, help="The table. [default: the folder's metadata.*]")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def page(bundle: str, data: Path, out: Path, columns: tuple[str, ...], table: Path | None, quiet: bool) -> None:
+    """Draw a few rows of the dataset DATA with BUNDLE, and write them as one PNG file OUT."""
+    from zimgkit.runtime.progress import bar
+    from zimgkit.training.page import draw_page
+
+    with bar(enabled=not quiet) as report:
+        draw_page(bundle, data, out, columns, table, report)
+    click.echo(out)
+
+
+@cli.command()
+@click.argument("bundle")
 @click.option(
     "--task",
-    type=click.Choice([TEXT_TO_IMAGE, "image-to-image", "inpaint"]),
+    type=click.Choice([TEXT_TO_IMAGE, "image-to-image", "inpaint", "control", "regions"]),
     default=TEXT_TO_IMAGE,
     show_default=True,
     help="What to ask for.",
@@ -311,7 +363,8 @@ def judge(bundle: str, task: str, captions: int, backend: str, as_json: bool, qu
     """Draw scenes that were held out of training with BUNDLE; say how many pictures show what was asked for.
 
     From a picture, one thing's shape or colour is to change in its place. Within a mask, one thing is to become
-    another, and a picture is right only where all else is as it was, to one level of 255.
+    another, and a picture is right only where all else is as it was, to one level of 255. By edges, BUNDLE's ControlNet
+    is to put things where these are; by regions, each thing is to lie in its mask.
     """
     from dataclasses import asdict
 
@@ -339,7 +392,28 @@ def _stage(work: Callable[..., None], defaults: Any, options: dict[str, Any], *p
     chosen = replace(defaults, **_given({key: value for key, value in options.items() if key in names}))
     with _progress(quiet=options["quiet"]) as ways:
         work(*paths, chosen, resume=options["resume"], **own, **ways)
+        if options.get("validate"):
+            model, data, out = paths
+            _validate(str(model), data, out, own.get("table"), options["judge"], ways["log"])
     click.echo(paths[-1])
+
+
+def _validate(model: str, data: Path, out: Path, table: Any, captions: int, log: Callable[[str], None] | None) -> None:
+    """Build a bundle with what was trained, draw a page with it, and let the judge see it; all of that lies beside."""
+    from zimgkit.training import validation as work
+    from zimgkit.training.beside import CONTROL
+    from zimgkit.training.stages import run_of
+
+    extras = table.extras if table else ()
+    kind = "checkpoint" if out.is_dir() else "controlnet" if {*CONTROL} & {*extras} else "lora"
+    bundle, picture = run_of(out) / "bundle", run_of(out) / "page.png"
+    work.build(model, out, bundle, kind, extras)
+    work.draw_page(bundle, data, picture, extras, table.path if table else None)
+    said = [f"bundle: {bundle}", f"page: {picture}"]
+    if captions:
+        said.append(work.judged(bundle, extras, captions))
+    if log:
+        log("\n".join(said))
 
 
 def _table(options: dict[str, Any], default: Any) -> Any:

@@ -16,7 +16,8 @@ from zimgkit.training import families
 from zimgkit.training.beside import CONTROL
 from zimgkit.training.checkpoint import load_component
 from zimgkit.training.dataset import Dataset
-from zimgkit.training.diffusion import Denoiser, DenoiserTask, frozen_text_task
+from zimgkit.training.diffusion import Denoiser, DenoiserTask
+from zimgkit.training.frozen_text import frozen_text_task
 from zimgkit.training.latents import Latents
 from zimgkit.training.vae import latent_channels
 

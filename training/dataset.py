@@ -10,13 +10,16 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from zimgkit.training.metadata import NAMES, DatasetError, find_table, read_table
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PictureFile
 
 METADATA = NAMES[0]
 IMAGE, PROMPT = "image", "prompt"
@@ -175,15 +178,26 @@ def load_pictures(images: Sequence[Path], size: Size | None = None) -> Tensor:
 
     arrays = []
     for image in images:
-        try:
-            with Image.open(image) as picture:
-                rgb = picture.convert("RGB")
-        except OSError as error:
-            raise DatasetError(f"{image} cannot be read ({error})", "replace it") from None
+        rgb = open_picture(image)
         if size and rgb.size != (size[1], size[0]):
             rgb = ImageOps.fit(rgb, (size[1], size[0]), Image.Resampling.BILINEAR)
         arrays.append(np.asarray(rgb))
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def open_picture(image: Path) -> PictureFile:
+    """A picture, RGB.
+
+    Raises:
+        DatasetError: it cannot be decoded.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(image) as picture:
+            return picture.convert("RGB")
+    except OSError as error:
+        raise DatasetError(f"{image} cannot be read ({error})", "replace it") from None
 
 
 def draw_batch(buckets: Mapping[Bucket, Tensor], batch_size: int, generator: torch.Generator) -> tuple[Bucket, Tensor]:

@@ -8,26 +8,16 @@ asked for it is its family's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from zimgkit.engines.errors import UsageError
 from zimgkit.export.checkpoints.checkpoint import Checkpoint
 from zimgkit.runtime.diffusion.schedule import Scheduler, calculate_mu, read_scheduler
 from zimgkit.training import families, prompts
-from zimgkit.training.beside import (
-    CONDITIONS,
-    CONTROL,
-    ENTITIES,
-    ConditionPictures,
-    ControlPictures,
-    Entities,
-    entity_prompts,
-)
 from zimgkit.training.checkpoint import load_component, load_tokenizer
 from zimgkit.training.dataset import Dataset, Size, draw_batch
 from zimgkit.training.families import TrainingFamily
@@ -189,6 +179,15 @@ def _groups(sizes: Sequence[Size], texts: Rows, beside: Sequence[Beside]) -> dic
     return {key: torch.tensor(groups[key]) for key in sorted(groups)}
 
 
+def hidden_matrices(module: nn.Module) -> frozenset[str]:
+    """The names of the matrices of hidden layers that are trained: those that Muon is for."""
+    return frozenset(
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.ndim == 2 and parameter.requires_grad and not any(edge in name for edge in EDGES)
+    )
+
+
 def denoiser_task(checkpoint: Checkpoint, dataset: Dataset, latents: Latents) -> DenoiserTask:
     """The task of training a checkpoint's transformer and text model together, both in float32.
 
@@ -209,70 +208,11 @@ def denoiser_task(checkpoint: Checkpoint, dataset: Dataset, latents: Latents) ->
         prompts.tokenize(family.no_prompts, tokenizer, family),
         checkpoint.config("scheduler"),
     )
-    task.hidden = frozenset(
-        name
-        for name, parameter in task.module.named_parameters()
-        if parameter.ndim == 2 and parameter.requires_grad and not any(edge in name for edge in EDGES)
-    )
+    task.hidden = hidden_matrices(task.module)
     task.draw = drawer(
         checkpoint,
         dataset,
         transformer,
         lambda texts: prompts.encode_all(text_encoder, prompts.tokenize(texts, tokenizer, family), family),
     )
-    return task
-
-
-def frozen_text_task(
-    name: str,
-    checkpoint: Checkpoint,
-    dataset: Dataset,
-    latents: Latents,
-    module: Denoiser,
-    extras: Collection[str] = (),
-) -> DenoiserTask:
-    """The task of training beside a text model that stays: it reads all prompts once, and is not needed any more.
-
-    Args:
-        name: of the stage.
-        checkpoint: whose text model reads.
-        dataset: pictures and captions.
-        latents: of its images, and of the pictures in the columns.
-        module: what is trained.
-        extras: columns of the dataset that the transformer takes beside.
-
-    Raises:
-        CheckpointError: a component cannot be loaded.
-        UsageError: the family takes no such columns.
-        DatasetError: naming a row whose columns do not fit.
-    """
-    family, tokenizer = module.family, load_tokenizer(checkpoint)
-    dtype = next(module.transformer.parameters()).dtype
-    text_encoder = load_component(checkpoint, "text_encoder", dtype).eval().requires_grad_(False)
-    with_entities = ENTITIES[0] in extras
-    own = [prompt for row in dataset.rows for prompt in entity_prompts(row)] if with_entities else []
-    captions = list(dict.fromkeys([*(row.prompt for row in dataset.rows), *own, *family.no_prompts]))
-    ids = prompts.tokenize(captions, tokenizer, family)
-    rows = dict(zip(captions, prompts.encode_all(text_encoder, ids, family), strict=True))
-    beside: list[Beside] = []
-    if with_entities:
-        if family.attach_regions is None:
-            raise UsageError(f"--extra-inputs has {ENTITIES[0]}, and {family.name} has no regions", "leave it out")
-        family.attach_regions(module.transformer)
-        beside.append(Entities(dataset, rows, family.no_prompts[0]))
-    for column in (column for column in CONTROL if column in extras):
-        beside.append(ControlPictures(dataset, latents, column))
-    if columns := [column for column in CONDITIONS if column in extras]:
-        beside.append(ConditionPictures(dataset, latents, columns))
-    task = DenoiserTask(
-        name,
-        module,
-        Images(dataset, latents),
-        [rows[row.prompt] for row in dataset.rows],
-        [rows[prompt] for prompt in family.no_prompts],
-        checkpoint.config("scheduler"),
-        beside,
-    )
-    if not beside:
-        task.draw = drawer(checkpoint, dataset, module.transformer, lambda texts: [rows[text] for text in texts])
     return task

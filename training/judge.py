@@ -41,6 +41,7 @@ _STRANGE = 30.0  # In CIELAB: from every colour that has a name.
 _SMALLEST = 0.008  # Of the picture.
 _SHORTEST = 0.09  # Radius as a share of the picture's shorter side: letters are smaller.
 _LARGE = 0.175  # Half way between what is called small and what is called large.
+_SLACK = 0.03  # Of the picture, by which a thing may stand out of its box: half of a small model's patch.
 _SIDE = 64  # Of a silhouette that is measured, in pixels.
 
 
@@ -111,7 +112,18 @@ class Related:
     second: Name
 
 
-Claim = Present | Counted | Sized | Placed | Related
+@dataclass(frozen=True)
+class Within:
+    """There is such a thing within a box, and not much smaller."""
+
+    name: Name
+    box: tuple[float, float, float, float]
+    """Left and right as shares of the picture's width, top and bottom of its height: left, top, right, bottom."""
+    least: float
+    """Which share of the box's longer side the thing's longer side has at the least."""
+
+
+Claim = Within | Present | Counted | Sized | Placed | Related
 
 
 @dataclass(frozen=True)
@@ -148,6 +160,8 @@ def _holds(claim: Claim, seen: Sequence[Seen]) -> bool:
             return any(thing.name == name and (thing.radius > _LARGE) == (size == "large") for thing in seen)
         case Placed(name, place):
             return any(thing.name == name and _is_at(thing, place) for thing in seen)
+        case Within(name, box, least):
+            return any(thing.name == name and _is_within(thing, box, least) for thing in seen)
         case Related(first, relation, second):
             pairs = itertools.permutations(seen, 2)
             return any(a.name == first and b.name == second and _is_so(a, relation, b) for a, b in pairs)
@@ -158,6 +172,14 @@ def _is_at(thing: Seen, place: str) -> bool:
     if place == "centre":
         return not any(beside.values())
     return all(beside[word] for word in place.split())
+
+
+def _is_within(thing: Seen, box: tuple[float, float, float, float], least: float) -> bool:
+    """By the middle, and by how long it is; boxes are of square pictures."""
+    left, top, right, bottom = box
+    half = max(right - left, bottom - top) / 2
+    apart = max(abs(thing.x - (left + right) / 2), abs(thing.y - (top + bottom) / 2))
+    return apart + thing.radius < half + _SLACK and thing.radius > least * half
 
 
 def _is_so(first: Seen, relation: str, second: Seen) -> bool:

@@ -21,8 +21,9 @@ from zimgkit.export.checkpoints.checkpoint import Checkpoint
 from zimgkit.training import families
 from zimgkit.training.checkpoint import load_component
 from zimgkit.training.dataset import Dataset
-from zimgkit.training.diffusion import Denoiser, DenoiserTask, frozen_text_task
+from zimgkit.training.diffusion import Denoiser, DenoiserTask
 from zimgkit.training.families import TrainingFamily
+from zimgkit.training.frozen_text import frozen_text_task
 from zimgkit.training.latents import Latents
 
 

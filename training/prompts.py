@@ -29,7 +29,7 @@ def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def encode_all(text_encoder: Any, prompts: Sequence[Tensor], family: TrainingFamily) -> list[Tensor]:
-    """The rows of many prompts, those of one length together: (tokens, hidden) each, in its type, on the CPU."""
+    """The rows of many prompts: (tokens, hidden) each, in the text model's own type, on the CPU."""
     device = next(text_encoder.parameters()).device
     by_length: dict[int, list[int]] = {}
     for index, ids in enumerate(prompts):

@@ -22,6 +22,7 @@ from zimgkit.training.dataset import Dataset, read_dataset
 from zimgkit.training.devices import accelerator_of, is_main
 from zimgkit.training.diffusion import denoiser_task
 from zimgkit.training.families import Configs
+from zimgkit.training.frozen_text import transformer_task
 from zimgkit.training.latents import cache_latents
 from zimgkit.training.loop import STATE, Log, Settings, train
 from zimgkit.training.lora import lora_task, write_lora
@@ -125,26 +126,46 @@ def train_vae(
 
 
 def train_diffusion(
-    model: Path,
+    model: str | Path,
     data: Path,
     out: Path,
     settings: Settings | None = None,
     *,
+    with_text: bool = True,
+    table: Table = Table(),
     resume: bool = False,
     report: Report = silent,
     log: Log | None = None,
 ) -> None:
-    """Train a checkpoint's transformer and text model together; write the checkpoint with them.
+    """Train a checkpoint's transformer, and its text model along with it; write the checkpoint with them.
 
-    The arguments and errors are those of :func:`train_vae`; the settings are by default those of the family.
+    Args:
+        model: a folder in the diffusers layout, a hub id or a short name.
+        data: a dataset's folder.
+        out: the new checkpoint's folder.
+        settings: how, by default those of the family.
+        with_text: train the text model too.
+        table: which columns of the dataset are used; a text model that is trained takes none beside.
+        resume: go on with a run that was broken off.
+        report: called with (stage, done, total).
+        log: given a line now and then.
+
+    Raises:
+        ZimgError: whatever went wrong, in one line.
     """
     refuse_existing(out)
-    checkpoint, dataset = open_checkpoint(str(model)), read_dataset(data)
+    if with_text and table.extras:
+        raise UsageError("--extra-inputs is given, and the text model is trained", "add --trainable-models dit")
+    checkpoint, dataset = open_checkpoint(str(model)), table.read(data)
     settings = settings or families.family(checkpoint.family).diffusion_settings
     with _processes(settings, out).main_process_first():  # The others find them made.
-        latents = cache_latents(checkpoint, dataset, run_of(out), report)
-    task = denoiser_task(checkpoint, dataset, latents)
-    parts = {"transformer": task.module.transformer, "text_encoder": task.module.text_encoder}
+        latents = cache_latents(checkpoint, dataset, run_of(out), report, columns=encoded_columns(table.extras))
+    if with_text:
+        task = denoiser_task(checkpoint, dataset, latents)
+        parts = {"transformer": task.module.transformer, "text_encoder": task.module.text_encoder}
+    else:
+        task = transformer_task(checkpoint, dataset, latents, table.extras)
+        parts = {"transformer": task.module.transformer}
     about = _about(checkpoint, dataset)
     train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log)
     if is_main():

@@ -12,15 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from zimgkit.training.judge import Claim, Placed, Present, Related
-from zimgkit.training.world.captions import caption
+from zimgkit.runtime.pictures.control_maps import canny
+from zimgkit.training.judge import Claim, Counted, Placed, Present, Related, Within
+from zimgkit.training.world.captions import caption, noun
 from zimgkit.training.world.claims import claims
 from zimgkit.training.world.drawing import draw
+from zimgkit.training.world.render import region
 from zimgkit.training.world.sampling import sample, with_another
+from zimgkit.training.world.scattered import SIDE, Box, box_of, scattered
 from zimgkit.training.world.scene import Scene, Thing
 
 FIRST_SEED = 1_000_000
 """Of the scenes."""
+SNUG, LEAST = 2, 0.8
+"""How far a thing may lie from its edges, in pixels beside the judge's slack, and the least share of its size."""
+ROOMY = 0.6
+"""The least share of a region's side that its thing has."""
 MARGIN = 8
 """Of a mask around a thing, in pixels: a latent, so that no latent that is kept holds the thing's edge."""
 
@@ -33,11 +40,15 @@ class Trial:
         scene: what is to be in the picture.
         before: the picture it is drawn from.
         mask: white where that is drawn anew.
+        edges: what controls the picture.
+        regions: for each of the scene's things, the mask that it is to lie in.
     """
 
     scene: Scene
     before: Image.Image | None = None
     mask: Image.Image | None = None
+    edges: Image.Image | None = None
+    regions: tuple[Image.Image, ...] = ()
 
     @property
     def caption(self) -> str:
@@ -47,12 +58,21 @@ class Trial:
     @property
     def claims(self) -> list[Claim]:
         """What the picture has to show: things, how they lie and, where it was drawn from another, their place."""
+        if self.edges is not None:
+            return _within(self.scene, [_reach(thing, SNUG) for thing in self.scene.things], LEAST)
+        if self.regions:
+            return _within(self.scene, [box_of(thing) for thing in self.scene.things], ROOMY)
         kinds = Present | Related if self.before is None else Present | Related | Placed
         return [claim for claim in claims(self.scene) if isinstance(claim, kinds)]
 
     @property
     def pictures(self) -> dict[str, Any]:
         """Arguments of a call."""
+        if self.edges is not None:
+            return {"control_image": self.edges}
+        if self.regions:
+            nouns = [noun(thing, self.scene) for thing in self.scene.things]
+            return {"eligen_entity_prompts": nouns, "eligen_entity_masks": list(self.regions)}
         if self.before is None:
             return {}
         return {"image": self.before} | ({"mask_image": self.mask, "keep_unmasked": True} if self.mask else {})
@@ -66,7 +86,17 @@ class Trial:
 
 
 def trials(task: str, count: int) -> list[Trial]:
-    """Trials of ``"text-to-image"``, ``"image-to-image"`` or ``"inpaint"``: of one thing and of two in turns."""
+    """Trials of one thing and of two in turns.
+
+    Args:
+        task: ``"text-to-image"``, ``"image-to-image"`` or ``"inpaint"``; ``"control"``, by edges; or ``"regions"``.
+        count: how many.
+
+    Raises:
+        ZimgError: edges are asked for, and what finds them is not installed.
+    """
+    if task in {"control", "regions"}:
+        return [_placed(task, scene) for scene in scattered_scenes(count)]
     half = -(-count // 2)
     pairs = zip(held_out_scenes(half, 1), held_out_scenes(half, 2), strict=True)
     scenes = [scene for pair in pairs for scene in pair][:count]
@@ -83,6 +113,38 @@ def held_out_scenes(count: int, things: int) -> list[Scene]:
             scenes.append(scene)
         seed += 1
     return scenes
+
+
+def scattered_scenes(count: int) -> list[Scene]:
+    """Scenes of the test split whose things lie anywhere, with one thing and with two in turns."""
+    scenes: list[Scene] = []
+    seed = FIRST_SEED
+    while len(scenes) < count:
+        scene = scattered(seed, "test")
+        if len(scene.things) == len(scenes) % 2 + 1:
+            scenes.append(scene)
+        seed += 1
+    return scenes
+
+
+def _placed(task: str, scene: Scene) -> Trial:
+    if task == "control":
+        return Trial(scene, edges=canny(draw(scene)))
+    return Trial(scene, regions=tuple(region(box_of(thing)) for thing in scene.things))
+
+
+def _within(scene: Scene, boxes: list[Box], least: float) -> list[Claim]:
+    """So many things, and each of them in its box, in pixels."""
+    shares = [(left / SIDE, top / SIDE, right / SIDE, bottom / SIDE) for left, top, right, bottom in boxes]
+    told = [Within((t.shape, t.colour), box, least) for t, box in zip(scene.things, shares, strict=True)]
+    return [Counted(len(told)), *told]
+
+
+def _reach(thing: Thing, more: int) -> Box:
+    """The box that a thing fills, in pixels, and so many on each side."""
+    left, top, right, bottom = (round(v) for v in (thing.x, thing.y, thing.x, thing.y))
+    reach = round(thing.radius) + more
+    return left - reach, top - reach, right + reach, bottom + reach
 
 
 def _trial(task: str, number: int, scene: Scene) -> Trial:

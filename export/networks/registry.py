@@ -153,6 +153,8 @@ class Family:
     """What diffusers calls a pipeline -> the short name of the checkpoint whose defaults others with it have."""
     editors: Mapping[str, ReferencePictures] = field(default_factory=dict)
     """What diffusers calls the pipelines of checkpoints that edit pictures -> how these take them."""
+    small_editors: Mapping[str, ReferencePictures] = field(default_factory=dict)
+    """Short names of checkpoints that edit smaller pictures than their pipelines -> how these take them."""
     layered: Mapping[str, Layers] = field(default_factory=dict)
     """Likewise of those that take a picture apart."""
     loras: Mapping[str, str] = field(default_factory=dict)
@@ -302,6 +304,7 @@ QWEN_IMAGE = Family(
         "QwenImageEditPipeline": ReferencePictures("", MEGAPIXEL, MEGAPIXEL, 1),
         "QwenImageEditPlusPipeline": ReferencePictures("Picture {number}: ", 384 * 384, MEGAPIXEL, 3),
     },
+    small_editors={"zimg-tiny-qwen-edit": ReferencePictures("Picture {number}: ", 96 * 96, 128 * 128, 3)},
     layered={"QwenImageLayeredPipeline": Layers()},
     carried=KnownCheckpoint("zimg-tiny-qwen", Defaults(20, 1.5, 128, 128, " ")),
     base="Qwen-Image",
@@ -558,6 +561,19 @@ def is_unused(family: str, component: str, config: Config, name: str) -> bool:
 def family_of_class(name: str) -> str | None:
     """The family whose pipeline or transformer diffusers calls so."""
     return next((row.name for row in FAMILIES.values() if name in (*row.classes, *row.editors, *row.layered)), None)
+
+
+def references_of(family: str, pipeline: str, name: str) -> ReferencePictures | None:
+    """How a checkpoint takes pictures to edit; None where it takes none.
+
+    Args:
+        family: its family.
+        pipeline: what diffusers calls its pipeline.
+        name: its short name.
+    """
+    own = row(family)
+    taken = own.editors.get(pipeline)
+    return taken and own.small_editors.get(name, taken)
 
 
 def pipeline_of(manifest: Manifest) -> str:

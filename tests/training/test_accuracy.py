@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import ImageChops
 
 from zimgkit.runtime import demo_models
 from zimgkit.training.accuracy import Case, accuracy, share
@@ -41,6 +42,23 @@ def test_of_a_picture_one_thing_is_changed(task: str) -> None:
         assert darker > 20 if trial.mask else darker == 0
     assert any(isinstance(claim, Placed) for trial in made for claim in trial.claims)
     assert [trial.caption for trial in trials(task, 3)] == [trial.caption for trial in made[:3]]
+
+
+@pytest.mark.parametrize("task", ["control", "regions"])
+def test_things_lie_where_edges_or_regions_are(task: str) -> None:
+    """The scene shows it; where it lies 12 pixels off, it does not."""
+    if task == "control":
+        pytest.importorskip("cv2", reason="opencv-python-headless is not installed")
+    made = trials(task, 20)
+    assert [len(trial.scene.things) for trial in made] == [1, 2] * 10
+    for trial in made:
+        assert held_out(trial.scene)
+        picture = draw(trial.scene)
+        assert judge(picture, trial.claims).right
+        assert not judge(ImageChops.offset(picture, 12, 0), trial.claims).right
+        assert len(trial.pictures.get("eligen_entity_masks", ())) == (
+            len(trial.scene.things) if task == "regions" else 0
+        )
 
 
 def test_shares() -> None:

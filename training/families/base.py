@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol
@@ -83,6 +83,14 @@ class TrainingFamily:
     """Kind of ControlNet -> begins one for a transformer, from channels of latents; the first is the usual one."""
     attach_regions: Callable[[Any], None] | None = None
     """Lets a transformer take ``regions``; None where the family has none."""
+
+    takes_conditions: bool = False
+    """Whether its transformer takes ``conditions``."""
+    pictured_inputs: Callable[..., dict[str, Tensor]] | None = None
+    """Makes the inputs of :attr:`encode_pictured` from a tokenizer, a prompt, its pictures, RGB, how the checkpoint
+    takes pictures (:class:`ReferencePictures`) and its processor's config; None where no text model reads any."""
+    encode_pictured: Callable[[Any, Sequence[Mapping[str, Tensor]]], Tensor] | None = None
+    """What the text model makes of several of these, of equal lengths: (prompts, tokens, hidden)."""
 
     initialize_text: Callable[[Any], None] = lambda _: None
     """Changes what an untrained text model begins with."""

@@ -23,7 +23,8 @@ class Fun(nn.Module):
     refiner_hints: Sequence[Tensor] = ()
     layer_hints: Sequence[Tensor] = ()
     control: list[Tensor]
-    tokens: Tensor
+    tokens: Any
+    """What the condition's tokens become, (batch, tokens, dim)."""
 
     def __init__(self, transformer: Any, channels: int, layers: int = 1) -> None:
         """Begin a net that takes so many channels of latents and has so many layers, which are its refiners too."""
@@ -56,14 +57,15 @@ class Fun(nn.Module):
             if net.add_control_noise_refiner is None:
                 for block in refiners:
                     control = block(control, *others)
-                self.__dict__["tokens"] = control
+                self.tokens = control
                 return
-            *self.refiner_hints, self.tokens = _walk(refiners, control, x, *others)
+            seen = _walk(refiners, control, x, *others)
+            self.refiner_hints, self.tokens = seen[:-1], seen[-1]
 
         def control(_: nn.Module, args: tuple[Any, ...]) -> None:
             x, *others = args[:4]
             joined = torch.cat([self.tokens, x[:, self.tokens.shape[1] :]], dim=1)
-            *self.layer_hints, _ = _walk(net.control_layers, joined, x, *others)
+            self.layer_hints = _walk(net.control_layers, joined, x, *others)[:-1]
 
         def refined(place: int) -> Any:
             return lambda _, __, out: out + self.refiner_hints[place] if place < len(self.refiner_hints) else out

@@ -32,8 +32,9 @@ _SIDE = click.IntRange(128, 2048)
 )
 @click.option(
     "--rows",
-    type=click.Choice(["edges", "regions"]),
-    help="Pictures with their edges (control_image), or with nouns and masks of their things (eligen_entity_…).",
+    type=click.Choice(["edges", "regions", "edits"]),
+    help="Pictures with their edges (control_image), with nouns and masks of their things (eligen_entity_…), or with "
+    "what they were before (edit_image).",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a dataset that is there.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
@@ -51,13 +52,15 @@ def cli(
 ) -> None:
     """Draw pictures of shapes with captions in English and Chinese into FOLDER, with a metadata.csv."""
     from zimgkit.runtime.progress import bar
-    from zimgkit.training.world.render import edges_row, regions_row, write_dataset, write_rows
+    from zimgkit.training.world.render import edges_row, edits_row, regions_row, write_dataset, write_rows
 
     if rows and (size or outlined or concept):
         raise UsageError(f"--rows {rows} is given beside --size, --outlined or --concept", "give one of them")
     with bar(enabled=not quiet) as report:
         if rows:
-            row = {"edges": edges_row, "regions": regions_row}[rows]("test" if split == "test" else "train")
+            row = {"edges": edges_row, "regions": regions_row, "edits": edits_row}[rows](
+                "test" if split == "test" else "train"
+            )
             write_rows(folder, count, row, seed=seed, overwrite=overwrite, report=report)
             click.echo(f"{folder}  {count} pictures")
             return

@@ -15,6 +15,7 @@ from zimgkit.runtime.pictures.control_maps import canny
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.training.world.captions import caption, noun
 from zimgkit.training.world.drawing import draw
+from zimgkit.training.world.edits import edit
 from zimgkit.training.world.sampling import Size, Split, sample, with_concept
 from zimgkit.training.world.scattered import SIDE, Box, box_of, scattered
 
@@ -129,6 +130,21 @@ def regions_row(split: Split) -> Callable[[Path, int], dict[str, Any]]:
             "eligen_entity_prompts": nouns,
             "eligen_entity_masks": masks,
         }
+
+    return row
+
+
+def edits_row(split: Split) -> Callable[[Path, int], dict[str, Any]]:
+    """Rows whose prompt is an instruction, and whose ``edit_image`` are the one or two pictures that it speaks of."""
+
+    def row(folder: Path, seed: int) -> dict[str, Any]:
+        made = edit(seed & 0xFFFFFFFFFF, split)
+        image = _name(folder, "images", seed)
+        _save(draw(made.after), folder / image)
+        before = [_name(folder, "before", seed, f"-{number}") for number in range(len(made.before))]
+        for name, scene in zip(before, made.before, strict=True):
+            _save(draw(scene), folder / name)
+        return {"image": image, "prompt": made.instruction, "edit_image": before}
 
     return row
 

@@ -83,7 +83,7 @@ def with_another(scene: Scene, index: int, seed: int, *, shape: bool = True, col
     shapes = [each for each in SHAPES if each not in {thing.shape for thing in scene.things}] if shape else [old.shape]
     colours = [old.colour]
     if colour:
-        colours = [c for c in _colours(scene.background) if c not in {thing.colour for thing in scene.things}]
+        colours = [c for c in colours_on(scene.background) if c not in {thing.colour for thing in scene.things}]
     # Beside most things there is a combination that was held out; where there is none, any will do.
     named = [replace(old, shape=s, colour=c) for s in shapes for c in colours]
     scenes = [replace(scene, things=(*scene.things[:index], new, *scene.things[index + 1 :])) for new in named]
@@ -140,7 +140,7 @@ def _scene(rng: random.Random, count: int, width: int, height: int, dark_weight:
 
 def _names(rng: random.Random, count: int, background: Background) -> list[tuple[str, str]]:
     """Shapes and colours that differ and show on the background."""
-    colours = _colours(background)
+    colours = colours_on(background)
     names: list[tuple[str, str]] = []
     while len(names) < count:
         name = rng.choice(SHAPES), rng.choice(colours)
@@ -149,7 +149,7 @@ def _names(rng: random.Random, count: int, background: Background) -> list[tuple
     return names
 
 
-def _colours(background: Background) -> list[str]:
+def colours_on(background: Background) -> list[str]:
     """Those that show on a background."""
     return [colour for colour in COLOURS if not (background.ground.startswith("dark") and colour in _DARK)]
 
