@@ -18,6 +18,7 @@ try:
 
     from zimgkit.engines.torch import layers
     from zimgkit.engines.torch.graph import Program, compile_graph, load, read_constant
+    from zimgkit.engines.torch.quantized import multiplied_types, multiply_in_8_bits
     from zimgkit.engines.torch.runners import Runners
 except ImportError as error:
     raise BackendError(f"the torch backend needs {error.name}", install("torch")) from None
@@ -58,6 +59,7 @@ def open_engine(
     graph = entry.graphs.get(wanted) or next(iter(entry.graphs.values()))
     with torch.inference_mode(), _errors(f"opening {component!r}", place):
         program = compile_graph(load(bundle, graph), partial(read_constant, bundle, graph), place)
+        program = multiply_in_8_bits(program, multiplied_types(place))
     if program.inputs.keys() != entry.inputs.keys() or program.outputs.keys() != entry.outputs.keys():
         raise BundleError(f"{bundle.file(graph)} is not what the manifest describes", "build the bundle again")
     kind = CompiledTorchEngine if compiled else TorchEngine

@@ -1,0 +1,145 @@
+"""Products of quantized inputs with quantized weights, found once when a graph is opened, and multiplied in 8 bits.
+
+A weight alone in 8 or 4 bits is widened in every run: the kernels that read it as it is are made for a few rows, and
+take two and a half times as long for those of a picture (1,120 rows by 3,840 x 1,280 on a CPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zimgkit.engines.cpu import VNNI, cpu_flags
+from zimgkit.engines.torch.graph import Program, Step, schedule
+
+FEWEST_ROWS = 17
+"""Of an int8 product on CUDA."""
+FLOAT8 = torch.float8_e4m3fn
+LINEAR = {"MatMul": {}, "Gemm": {"transA": 0, "transB": 1, "alpha": 1.0, "beta": 1.0}}
+"""Operator -> the attributes with which it is a linear."""
+
+
+def multiplied_types(device: torch.device) -> dict[torch.dtype, int]:
+    """Element types that a device multiplies faster than bfloat16, and what both sides of a weight are multiples of.
+
+    On CUDA untested; a CPU has a product of float8 too, which takes three times as long as widening its weight.
+    """
+    if device.type == "cpu":
+        return {} if cpu_flags().isdisjoint(VNNI) else {torch.int8: 1}
+    if device.type != "cuda":
+        return {}
+    capability = torch.cuda.get_device_capability(device)
+    return {
+        dtype: side for dtype, side, least in ((torch.int8, 8, (7, 5)), (FLOAT8, 16, (8, 9))) if capability >= least
+    }
+
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
+    """A product of integers, summed in 32 bits.
+
+    Args:
+        x: (..., in) int8.
+        weight: (out, in) int8.
+        scale: (out,) float32, of input and weight together.
+        bias: (out,).
+        dtype: of the result.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    if x.device.type == "cuda" and count < FEWEST_ROWS:
+        rows = F.pad(rows, (0, 0, 0, FEWEST_ROWS - count))
+    return _scaled(torch._int_mm(rows, weight.t())[:count].float(), x, scale, bias, dtype)
+
+
+def float8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype
+) -> Tensor:
+    """Likewise of float8, summed in float32."""
+    one = torch.ones((), device=x.device)
+    rows = x.reshape(-1, x.shape[-1])
+    return _scaled(torch._scaled_mm(rows, weight.t(), one, one, out_dtype=torch.float32), x, scale, bias, dtype)
+
+
+def _scaled(sums: Tensor, x: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    y = sums * scale
+    y = y if bias is None else y + bias
+    return y.to(dtype).reshape(*x.shape[:-1], -1)
+
+
+LINEARS: dict[torch.dtype, Callable[..., Tensor]] = {torch.int8: int8_linear, FLOAT8: float8_linear}
+
+
+def multiply_in_8_bits(program: Program, types: Mapping[torch.dtype, int]) -> Program:
+    """Multiply in 8 bits where a product's input and weight are both dequantized, the weight by a scale for each row.
+
+    Args:
+        program: as it was compiled.
+        types: as :func:`multiplied_types` gives them.
+    """
+    matcher = _Matcher(program, types)
+    steps = [(matcher.replaced(step) or step) if step.operator in LINEAR else step for step in program.steps]
+    constants = [slot for slot, value in enumerate(matcher.values) if value is not None]
+    steps = schedule(steps, {*program.outputs.values()}, constants)
+    return program._replace(slots=matcher.values, steps=steps)
+
+
+class _Matcher:
+    def __init__(self, program: Program, types: Mapping[torch.dtype, int]) -> None:
+        self._makers = {slot: step for step in program.steps for slot in step.outputs}
+        self._types = types
+        self.values = [*program.slots]
+
+    def replaced(self, step: Step) -> Step | None:
+        """The step that multiplies in 8 bits; None where it is no such product."""
+        widened, rounded = self._weight(step), self._maker(step.inputs[0], "DequantizeLinear")
+        quantized = self._maker(rounded.inputs[0], "QuantizeLinear") if rounded else None
+        if not (widened and rounded and quantized and all(map(self._is_plain, (widened, rounded, quantized)))):
+            return None
+        weight, scale = self.values[widened.inputs[0]], self._constant(widened.inputs[1])
+        unit, zero = self._constant(rounded.inputs[1]), self._constant((*quantized.inputs, 0, 0)[2])
+        if weight is None or scale is None or unit is None or zero is None or zero.dtype != weight.dtype:
+            return None
+        multiple = self._types.get(weight.dtype)
+        one_for_each_row = scale.shape == weight.shape[:1] and _attributes(widened).get("axis", 1) == 0
+        if not (multiple and one_for_each_row and unit.numel() == 1) or any(side % multiple for side in weight.shape):
+            return None
+        self.values.append(scale.float() * unit.float().reshape(()))
+        inputs = (rounded.inputs[0], widened.inputs[0], len(self.values) - 1, *step.inputs[2:])
+        return step._replace(call=partial(LINEARS[weight.dtype], dtype=scale.dtype), inputs=inputs)
+
+    def _weight(self, step: Step) -> Step | None:
+        """What dequantizes the weight of a product, whose rows it is multiplied by."""
+        if step.operator == "MatMul":
+            transpose = self._maker(step.inputs[1], "Transpose")
+            return self._maker(transpose.inputs[0], "DequantizeLinear") if transpose else None
+        is_linear = {"transA": 0, "transB": 0, "alpha": 1.0, "beta": 1.0, **_attributes(step)} == LINEAR["Gemm"]
+        return self._maker(step.inputs[1], "DequantizeLinear") if is_linear else None
+
+    def _maker(self, slot: int, operator: str) -> Step | None:
+        step = self._makers.get(slot)
+        return step if step is not None and step.operator == operator else None
+
+    def _constant(self, slot: int) -> Tensor | None:
+        """A constant, or one that is cast."""
+        cast = self._maker(slot, "Cast")
+        if cast is None:
+            return self.values[slot]
+        value = self.values[cast.inputs[0]]
+        return None if value is None else cast.call(value)
+
+    def _is_plain(self, step: Step) -> bool:
+        """Whether there are no blocks, and no zero points but zeros."""
+        options = _attributes(step)
+        if options.get("block_size"):
+            return False
+        zero = self._constant(step.inputs[2]) if len(step.inputs) > 2 and step.inputs[2] else None
+        return zero is None or not bool(zero.float().any())
+
+
+def _attributes(step: Step) -> Mapping[str, Any]:
+    return step.call.keywords if isinstance(step.call, partial) else {}

@@ -1,0 +1,144 @@
+"""Products in 8 bits: which are found, and that they give what dequantizing gives, by sums in float64."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from zimgkit.engines.bundle import Bundle
+from zimgkit.engines.torch import engine, quantized
+from zimgkit.engines.torch.graph import Program, compile_graph, load, read_constant, run
+from zimgkit.engines.torch.quantized import FLOAT8, LINEARS, multiplied_types, multiply_in_8_bits
+
+TYPES = {torch.int8: 1, FLOAT8: 16}
+FLOAT, INT8 = TensorProto.FLOAT, TensorProto.INT8
+ROWS, WIDTH, OUT = 7, 32, 16
+
+
+def count(program: Program) -> int:
+    return sum(isinstance(step.call, partial) and step.call.func in LINEARS.values() for step in program.steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, FLOAT8])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(2, 40, WIDTH) * 50).clamp(-127, 127).to(dtype)
+    weight = (torch.randn(OUT, WIDTH) * 50).clamp(-127, 127).to(dtype)
+    scale, added = torch.rand(OUT), torch.randn(OUT) if bias else None
+    expected = x.double() @ weight.double().T * scale.double() + (added.double() if added is not None else 0)
+    for result in (torch.float32, torch.bfloat16):
+        found = LINEARS[dtype](x, weight, scale, added, dtype=result)
+        assert found.dtype == result and found.shape == (2, 40, OUT)
+        tolerance = 1e-6 if result == torch.float32 else 2**-8
+        assert float((found.double() - expected).norm() / expected.norm()) < tolerance
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("family", ["z-image", "qwen-image"])
+@torch.inference_mode()
+def test_bundles(quantized_of: Any, family: str, precision: str) -> None:
+    """No weight of a denoiser is dequantized any more; the result is as far from float32 as it was."""
+    bundle = Bundle.open(quantized_of(family, precision), verify=False)
+    entry = bundle.component("denoiser")
+    random, sizes = np.random.default_rng(0), {"batch": 1, "all_tokens": 32, "image_tokens": 24}
+    arrays = {
+        name: random.standard_normal([n if isinstance(n, int) else sizes.get(n, 8) for n in spec.shape])
+        for name, spec in entry.inputs.items()
+    }
+    results = {}
+    for compute in ("float32", "bfloat16"):
+        graph = entry.graphs[compute]
+        program = compile_graph(load(bundle, graph), partial(read_constant, bundle, graph), torch.device("cpu"))
+        feeds = {name: torch.from_numpy(array).to(program.dtypes[name]) for name, array in arrays.items()}
+        (results[compute],) = run(program, feeds).values()
+    fast = multiply_in_8_bits(program, TYPES)
+    (found,) = run(fast, feeds).values()
+    scales = [name for name in bundle.tensors("denoiser") if name.endswith(".weight.scale")]
+    assert count(fast) == len(scales) > 10
+    assert "DequantizeLinear" not in {step.operator for step in fast.steps}
+    assert len(fast.steps) < len(program.steps)
+
+    def error(y: torch.Tensor) -> float:
+        return float((y - results["float32"]).norm() / results["float32"].norm())
+
+    assert error(found) < 1.3 * error(results["bfloat16"])
+
+
+def graph(**changes: Any) -> Program:
+    """A product of quantized tensors, one of whose parts differs from what is found."""
+    options = {"transpose": [1, 0], "axis": 0, "zero": [0], "scale": [OUT], "operator": "MatMul", "constant": True}
+    options |= changes
+    random = np.random.default_rng(1)
+    weight = random.integers(-127, 128, (OUT, WIDTH))
+    tensors = [
+        helper.make_tensor("w", INT8, weight.shape, weight.ravel()),
+        helper.make_tensor("s", FLOAT, options["scale"], random.random(options["scale"]).ravel() + 0.5),
+        helper.make_tensor("u", FLOAT, [], [0.02]),
+        helper.make_tensor("z", INT8, [], options["zero"]),
+    ]
+    node = helper.make_node
+    nodes = [
+        node("QuantizeLinear", ["x", "u", "z"], ["q"]),
+        node("DequantizeLinear", ["q", "u", "z"], ["d"]),
+        node("DequantizeLinear", ["w", "s"], ["v"], axis=options["axis"], **options.get("more", {})),
+        node("Transpose", ["v"], ["t"], perm=options["transpose"]),
+        node("MatMul", ["d", "t"], ["y"])
+        if options["operator"] == "MatMul"
+        else node("Gemm", ["d", "v"], ["y"], transB=1, **options.get("gemm", {})),
+    ]
+    nodes = [each for each in nodes if options["operator"] == "MatMul" or each.op_type != "Transpose"]
+    starts = [helper.make_tensor_value_info("x", FLOAT, ["n", WIDTH])]
+    made = helper.make_graph(nodes, "g", starts, [onnx.ValueInfoProto(name="y")], tensors)
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 23)])
+    return compile_graph(ir.from_proto(model), partial(read_constant, None, ""), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({}, 1),
+        ({"operator": "Gemm"}, 1),
+        ({"operator": "Gemm", "gemm": {"alpha": 0.5}}, 0),
+        ({"zero": [3]}, 0),
+        ({"scale": [1, WIDTH], "axis": 0, "more": {"block_size": OUT}}, 0),
+    ],
+)
+@torch.inference_mode()
+def test_what_is_found(changes: dict[str, Any], found: int) -> None:
+    program = graph(**changes)
+    fast = multiply_in_8_bits(program, TYPES)
+    assert count(fast) == found
+    x = torch.randn(ROWS, WIDTH)
+    torch.testing.assert_close(run(fast, {"x": x})["y"], run(program, {"x": x})["y"], rtol=1e-5, atol=1e-4)
+    assert count(multiply_in_8_bits(program, {})) == 0
+    assert count(multiply_in_8_bits(program, {torch.int8: 24})) == 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "types"), [((7, 0), {}), ((8, 6), {torch.int8: 8}), ((9, 0), {torch.int8: 8, FLOAT8: 16})]
+)
+def test_what_devices_multiply(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], types: dict[torch.dtype, int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert multiplied_types(torch.device("cuda", 0)) == types
+    assert multiplied_types(torch.device("meta")) == {}
+    monkeypatch.setattr(quantized, "cpu_flags", lambda: frozenset({"avx2"}))
+    assert multiplied_types(torch.device("cpu")) == {}
+    monkeypatch.setattr(quantized, "cpu_flags", lambda: frozenset({"avx_vnni"}))
+    assert multiplied_types(torch.device("cpu")) == {torch.int8: 1}
+
+
+def test_an_engine_multiplies_so(quantized_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "multiplied_types", lambda device: TYPES)
+    bundle = Bundle.open(quantized_of("z-image", "int8"), verify=False)
+    opened = engine.open_engine(bundle, "denoiser", "cpu", "bfloat16")
+    assert count(opened._program) > 10
