@@ -17,6 +17,7 @@ try:
     import torch
 
     from zimgkit.engines.torch.graph import Program, compile_graph, load, read_constant, run
+    from zimgkit.engines.torch.operators import use_kernels
 except ImportError as error:
     raise BackendError(f"the torch backend needs {error.name}", install("torch")) from None
 
@@ -49,9 +50,12 @@ def open_engine(bundle: Bundle, component: str, device: str | None = None, compu
     if not entry.graphs:
         raise BackendError(f"component {component!r} is a table of tensors and has no graph to run")
     wanted = compute or ("float32" if place.type == "cpu" else bundle.manifest.precision)
-    graph = entry.graphs.get(wanted) or next(iter(entry.graphs.values()))
+    kind = wanted if wanted in entry.graphs else next(iter(entry.graphs))
+    graph = entry.graphs[kind]
     with torch.inference_mode(), _errors(f"opening {component!r}", place):
-        program = compile_graph(load(bundle, graph), partial(read_constant, bundle, graph), place)
+        model = load(bundle, graph)
+        operators = use_kernels(model, place, kind)
+        program = compile_graph(model, partial(read_constant, bundle, graph), place, operators)
     if program.inputs.keys() != entry.inputs.keys() or program.outputs.keys() != entry.outputs.keys():
         raise BundleError(f"{bundle.file(graph)} is not what the manifest describes", "build the bundle again")
     return TorchEngine(component, entry, program, place, graph)
