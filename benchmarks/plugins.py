@@ -149,10 +149,15 @@ def by_reference(case: Case) -> list[Array]:
     return [found]
 
 
+def every_call() -> dict[str, Callable[..., Any]]:
+    """All operators in PyTorch, whether they have kernels on the device or not."""
+    return {name: call for operator in OPERATORS for name, call in module_of(operator).CALLS.items()}
+
+
 def check_values() -> dict[str, float]:
     """On the CPU, in float32: the largest relative error of each operator, as PyTorch's own calls compute it."""
     found = {}
-    calls = {name: call for operator in OPERATORS for name, call in module_of(operator).CALLS.items()}
+    calls = every_call()
     for case in cases(*TINY[0], "cpu", torch.float32):
         inputs = [case.inputs[name] for name in case.definition.inputs]
         results = calls[case.definition.name](*inputs, **case.attributes)
@@ -207,15 +212,16 @@ def compare(repeats: int) -> list[dict[str, Any]]:
 
 
 def block(family: str, device: str, repeats: int, *, tiny: bool) -> dict[str, Any]:
-    """A denoiser of one layer, at its real width, with operators and without."""
+    """A denoiser of one layer with operators and without; on a CPU, which has no kernels, by PyTorch's own calls."""
     size = {"height": 64, "width": 64, "tokens": 20} if tiny else {}
     settings = step_contestants.Settings(family, device=device, tiny=tiny, layers=1, **size)
     found, usual = {}, used.operators
+    calls = usual if device == "cuda" else lambda *_: every_call()
     with tempfile.TemporaryDirectory(prefix="zimg-plugins-") as folder:
         settings.save(Path(folder))
         step_contestants.prepare(Path(folder))
         reference = np.load(Path(folder) / "reference.npy")
-        for name, kernels in (("without", lambda *_: {}), ("with", usual)):
+        for name, kernels in (("without", lambda *_: {}), ("with", calls)):
             used.operators = kernels
             step, times = step_contestants.zimg(Path(folder), settings, "torch"), []
             for _ in range(repeats + 3):
