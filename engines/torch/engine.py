@@ -18,6 +18,7 @@ try:
 
     from zimgkit.engines.torch import layers
     from zimgkit.engines.torch.graph import Program, compile_graph, load, read_constant
+    from zimgkit.engines.torch.operators import use_kernels
     from zimgkit.engines.torch.quantized import multiplied_types, multiply_in_8_bits
     from zimgkit.engines.torch.runners import Runners
 except ImportError as error:
@@ -56,9 +57,12 @@ def open_engine(
         raise BackendError(f"component {component!r} is a table of tensors and has no graph to run")
     widens = place.type == "cpu" and not layers.PRODUCTS_IN_BFLOAT16
     wanted = compute or ("float32" if widens else bundle.manifest.precision)
-    graph = entry.graphs.get(wanted) or next(iter(entry.graphs.values()))
+    computes = wanted if wanted in entry.graphs else next(iter(entry.graphs))
+    graph = entry.graphs[computes]
     with torch.inference_mode(), _errors(f"opening {component!r}", place):
-        program = compile_graph(load(bundle, graph), partial(read_constant, bundle, graph), place)
+        model = load(bundle, graph)
+        operators = use_kernels(model, place, computes)
+        program = compile_graph(model, partial(read_constant, bundle, graph), place, operators)
         program = multiply_in_8_bits(program, multiplied_types(place))
     if program.inputs.keys() != entry.inputs.keys() or program.outputs.keys() != entry.outputs.keys():
         raise BundleError(f"{bundle.file(graph)} is not what the manifest describes", "build the bundle again")

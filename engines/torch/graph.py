@@ -20,6 +20,7 @@ import torch
 
 from zimgkit.engines.errors import BackendError, BundleError
 from zimgkit.engines.torch.ops import HOST_INPUTS, ONLY, OPS, torch_dtype
+from zimgkit.plugins.definition import DOMAIN
 
 if TYPE_CHECKING:
     from zimgkit.engines.bundle import Bundle
@@ -140,18 +141,24 @@ def _unpacked(stored: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return torch.stack([(signed << 4) >> 4, signed >> 4], dim=-1).flatten()[: math.prod(shape)].reshape(shape)
 
 
-def compile_graph(model: ir.Model, read: Callable[[ir.TensorProtocol], torch.Tensor], device: torch.device) -> Program:
+def compile_graph(
+    model: ir.Model,
+    read: Callable[[ir.TensorProtocol], torch.Tensor],
+    device: torch.device,
+    operators: Mapping[str, Callable[..., Any]] = {},
+) -> Program:
     """Turn a model's graph into steps.
 
     Args:
         model: its nodes in an order in which they can run.
         read: gives a constant on the CPU.
         device: where floats are to be computed.
+        operators: functions of the domain ``zimg`` that are not inlined -> what computes them.
 
     Raises:
         BackendError: naming the first operator, or attribute of one, that is not covered.
     """
-    compiler, graph = _Compiler(device, read, model.functions), model.graph
+    compiler, graph = _Compiler(device, read, model.functions, operators), model.graph
     slots: _Slots = {None: 0}
     for value in graph.inputs:
         slots[value] = compiler.new()
@@ -167,12 +174,14 @@ def compile_graph(model: ir.Model, read: Callable[[ir.TensorProtocol], torch.Ten
     return Program(compiler.values, schedule(compiler.steps, set(ends.values()), constants), starts, dtypes, ends)
 
 
-def _call(domain: str, operator: str, attributes: dict[str, Any], inputs: int, label: str) -> Callable[..., Any]:
+def _call(
+    function: Callable[..., Any] | None, operator: str, attributes: dict[str, Any], inputs: int, label: str
+) -> Callable[..., Any]:
     """The function of an operator with its attributes bound, once it is sure that it takes them."""
-    function = OPS.get(operator) if domain in ("", "ai.onnx") else None
     if function is None:
-        name = f"{domain}.{operator}" if domain else operator
-        raise BackendError(f"the torch backend does not cover the operator {name}", "run it with --backend onnxruntime")
+        raise BackendError(
+            f"the torch backend does not cover the operator {operator}", "run it with --backend onnxruntime"
+        )
     only = ONLY.get(operator, {})
     bound = {name: value for name, value in attributes.items() if name not in only}
     try:
@@ -196,8 +205,9 @@ class _Compiler:
         device: torch.device,
         read: Callable[[ir.TensorProtocol], torch.Tensor],
         functions: Mapping[ir.OperatorIdentifier, ir.Function],
+        operators: Mapping[str, Callable[..., Any]],
     ) -> None:
-        self._device, self._read, self._functions = device, read, functions
+        self._device, self._read, self._functions, self._operators = device, read, functions, operators
         self.values: list[torch.Tensor | None] = [None]  # Slot 0 stands for an input left out.
         self.steps: list[Step] = []
         self._constants: dict[int, torch.Tensor] = {}
@@ -226,7 +236,8 @@ class _Compiler:
                 if not attribute.is_ref() or attribute.ref_attr_name in caller
             }
             function = self._functions.get(node.op_identifier())
-            if function is not None:
+            own = self._operators.get(node.op_type) if node.domain == DOMAIN else None
+            if function is not None and own is None:
                 inner: _Slots = {None: 0, **dict.fromkeys(function.inputs, 0)}
                 inner.update(zip(function.inputs, inputs, strict=False))
                 self._block = self._block or name
@@ -244,11 +255,12 @@ class _Compiler:
             if operator == "ConstantOfShape":
                 fill = attributes.pop("value", torch.zeros(1)).reshape(())
                 operator, inputs = "Expand", [self.constant(fill), *inputs]
-            if operator != "Split":
+            if operator != "Split" and own is None:
                 if any(value.uses() or value.is_graph_output() for value in outputs[1:]):
                     raise BackendError(f"the torch backend covers only the first output of {label}")
                 outputs = outputs[:1]
-            call = _call(node.domain, operator, attributes, len(inputs), label)
+            name = operator if node.domain in ("", "ai.onnx") else f"{node.domain}.{operator}"
+            call = _call(own or OPS.get(name), name, attributes, len(inputs), label)
             to_float = operator == "Cast" and torch_dtype(attributes["to"]).is_floating_point
             found = self._step(operator, call, inputs, len(outputs), label, to_float=to_float)
             slots.update(zip(outputs, found, strict=True))
