@@ -30,8 +30,7 @@ def sigmas_of(family: Family, scheduler: Scheduler, steps: int, size: Size) -> A
 def student_scheduler(config: Mapping[str, Any], shift: float | None) -> dict[str, Any]:
     """What a student changes in a scheduler's config: nothing, or one shift for all sizes and no terminal sigma.
 
-    The latter is what the few-step LoRAs of Qwen-Image are distilled at
-    (https://github.com/ModelTC/Qwen-Image-Lightning).
+    The latter is what published few-step LoRAs are distilled at.
 
     Raises:
         UsageError: the shift is not above 0.
@@ -49,7 +48,7 @@ def student_scheduler(config: Mapping[str, Any], shift: float | None) -> dict[st
 def passing_through(sigmas: Array, wanted: Array) -> tuple[Array, list[int]]:
     """A schedule with those of its levels that lie nearest to the wanted ones moved there, and their places.
 
-    As ``set_timesteps_z_image`` of DiffSynth-Studio does with ``target_timesteps``.
+    As schedules of DiffSynth-Studio do with ``target_timesteps``.
 
     Args:
         sigmas: float32 (steps + 1,), falling, down to 0.
