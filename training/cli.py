@@ -316,7 +316,7 @@ def page(bundle: str, data: Path, out: Path, columns: tuple[str, ...], table: Pa
 @click.argument("bundle")
 @click.option(
     "--task",
-    type=click.Choice([TEXT_TO_IMAGE, "image-to-image", "inpaint", "control", "regions"]),
+    type=click.Choice([TEXT_TO_IMAGE, "image-to-image", "inpaint", "control", "regions", "edit"]),
     default=TEXT_TO_IMAGE,
     show_default=True,
     help="What to ask for.",
@@ -333,7 +333,8 @@ def judge(bundle: str, task: str, captions: int, backend: str, as_json: bool, qu
 
     From a picture, one thing's shape or colour is to change in its place. Within a mask, one thing is to become
     another, and a picture is right only where all else is as it was, to one level of 255. By edges, BUNDLE's ControlNet
-    is to put things where these are; by regions, each thing is to lie in its mask.
+    is to put things where these are; by regions, each thing is to lie in its mask. Of edits, the change that is asked
+    for has to be made, and the rest left as it was.
     """
     from dataclasses import asdict
 
@@ -344,7 +345,7 @@ def judge(bundle: str, task: str, captions: int, backend: str, as_json: bool, qu
         raise UsageError(f"captions is {captions}", "give 1 or more")
     with bar(enabled=not quiet) as report:
         cases = accuracy(bundle, task=task, captions=captions, backend=backend, report=report, **_given(call))
-    shares = {"one": share(cases, 1), "two": share(cases, 2)}
+    shares = {"one": share(cases, 1), "two": share(cases, 2), "all": sum(case.right for case in cases) / len(cases)}
     if as_json:
         console.print_json({"shares": shares, "cases": [asdict(case) for case in cases]})
         return
@@ -353,6 +354,8 @@ def judge(bundle: str, task: str, captions: int, backend: str, as_json: bool, qu
             click.echo(f"seed {case.seed}: {case.caption}: shows {case.seen or 'nothing'}", err=True)
     kept = f"; outside the masks, levels changed at the most: {max(case.changed for case in cases)}"
     told = f"one thing: {shares['one']:.1%}; two things and how they lie: {shares['two']:.1%}"
+    if task == "edit":
+        told = f"edits: {shares['all']:.1%}"
     click.echo(told + (kept if task == "inpaint" else ""))
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import ImageChops
 
 from zimgkit.runtime import demo_models
-from zimgkit.training.accuracy import Case, accuracy, share
+from zimgkit.training.accuracy import MOST_HARMED, Case, accuracy, share
 from zimgkit.training.judge import Placed, Present, Related, judge
 from zimgkit.training.trials import held_out_scenes, trials
 from zimgkit.training.world.claims import claims
@@ -59,6 +59,18 @@ def test_things_lie_where_edges_or_regions_are(task: str) -> None:
         assert len(trial.pictures.get("eligen_entity_masks", ())) == (
             len(trial.scene.things) if task == "regions" else 0
         )
+
+
+def test_edits_are_made_and_nothing_else() -> None:
+    made = trials("edit", 20)
+    assert {trial.instruction.split()[0] for trial in made} == {"make", "remove", "move", "add", "the"}
+    for trial in made:
+        before, after = trial.edited[0], draw(trial.scene)
+        assert judge(after, trial.claims).right
+        assert trial.harm(after) == 0
+        assert not judge(before, trial.claims).right
+        assert trial.harm(after.point(lambda level: level // 2)) > MOST_HARMED
+        assert len(trial.edited) == (2 if trial.instruction.startswith("the") else 1)
 
 
 def test_shares() -> None:
