@@ -75,6 +75,8 @@ def validation(command: Callable[..., None]) -> Callable[..., None]:
 def columns(command: Callable[..., None]) -> Callable[..., None]:
     """The options that say how a dataset is read, in the words of DiffSynth-Studio."""
     for option in (
+        click.option("--num-epochs", type=click.IntRange(1), help="How often rows are seen, for --steps."),
+        click.option("--dataset-repeat", type=click.IntRange(1), help="How often an epoch sees each row."),
         click.option("--max-pixels", type=click.IntRange(256), help="What larger pictures are reduced to."),
         click.option("--dataset-metadata-path", type=FOLDER, help="The table. [default: the folder's metadata.*]"),
         click.option("--extra-inputs", callback=_names, help="Columns that the network takes, by commas."),
@@ -168,6 +170,10 @@ def diffusion(model: str, data: Path, out: Path, trainable_models: str, **option
 @TARGETS
 @PRECISION
 @RECOMPUTE
+@click.option("--lora-base-model", type=click.Choice(["dit"]), expose_value=False, help="What is adapted.")
+@click.option("--lora-checkpoint", help="A LoRA to go on from.")
+@click.option("--preset-lora-path", help="A LoRA to hold in the weights meanwhile, and to take off at use.")
+@click.option("--preset-lora-model", type=click.Choice(["dit"]), expose_value=False, help="What has it.")
 @columns
 @validation
 @settings
@@ -179,6 +185,8 @@ def lora(
     targets: str | None,
     precision: str,
     gradient_checkpointing: bool,
+    lora_checkpoint: str | None,
+    preset_lora_path: str | None,
     **options: Any,
 ) -> None:
     """Train adapters of MODEL, any checkpoint zimgkit serves, on DATA; write the safetensors file OUT."""
@@ -191,6 +199,8 @@ def lora(
         "precision": precision,
         "gradient_checkpointing": gradient_checkpointing,
         "table": _table(options, stages.Table()),
+        "held": preset_lora_path,
+        "begin": lora_checkpoint,
     }
     _stage(stages.train_lora, stages.LORA, options, model, data, out, **own)
 
@@ -390,9 +400,8 @@ def _validate(model: str, data: Path, out: Path, table: Any, captions: int, log:
 
 def _table(options: dict[str, Any], default: Any) -> Any:
     names = {"files": "data_file_keys", "extras": "extra_inputs", "path": "dataset_metadata_path"}
-    return replace(
-        default, **_given({key: options[name] for key, name in names.items()} | {"max_pixels": options["max_pixels"]})
-    )
+    names |= {"max_pixels": "max_pixels", "repeat": "dataset_repeat", "epochs": "num_epochs"}
+    return replace(default, **_given({key: options[name] for key, name in names.items()}))
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

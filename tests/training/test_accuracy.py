@@ -110,6 +110,6 @@ def test_the_command_says_what_went_wrong() -> None:
     )
     result = json.loads(done.stdout)
     assert [case["things"] for case in result["cases"]] == [1, 2]
-    assert set(result["shares"]) == {"one", "two"}
+    assert set(result["shares"]) == {"one", "two", "all"}
     refused = subprocess.run([*command, "--captions", "0"], capture_output=True, text=True, check=False)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)

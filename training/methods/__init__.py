@@ -1,0 +1,1 @@
+"""Training in two stages: what the encoders and the teacher give is made once by a bundle's engines; then training."""
