@@ -14,6 +14,8 @@ from zimgkit.runtime.progress import Report, silent
 from zimgkit.training.judge import judge
 from zimgkit.training.trials import trials
 
+MOST_HARMED = 4.0
+"""Levels of 255 that a picture may differ by in the mean where nothing was to be edited: half is the autoencoder's."""
 MOST_CHANGED = 1
 """Levels of 255 that a pixel may change by where a mask keeps the picture."""
 
@@ -74,7 +76,7 @@ def accuracy(
             )
             picture = pipeline(trial.caption, **asked).images[0]
             verdict, changed = judge(picture, trial.claims), trial.levels_changed(picture)
-            right = verdict.right and changed <= MOST_CHANGED
+            right = verdict.right and changed <= MOST_CHANGED and trial.harm(picture) <= MOST_HARMED
             seen = ", ".join(f"{thing.colour} {thing.shape}" for thing in verdict.seen)
             cases.append(Case(trial.caption, len(trial.scene.things), right, seen, seed, changed))
         report("accuracy", captions, captions)

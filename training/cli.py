@@ -87,6 +87,8 @@ def validation(command: Callable[..., None]) -> Callable[..., None]:
 def columns(command: Callable[..., None]) -> Callable[..., None]:
     """The options that say how a dataset is read, in the words of DiffSynth-Studio."""
     for option in (
+        click.option("--num-epochs", type=click.IntRange(1), help="How often rows are seen, for --steps."),
+        click.option("--dataset-repeat", type=click.IntRange(1), help="How often an epoch sees each row."),
         click.option("--max-pixels", type=click.IntRange(256), help="What larger pictures are reduced to."),
         click.option("--dataset-metadata-path", type=FOLDER, help="The table. [default: the folder's metadata.*]"),
         click.option("--extra-inputs", callback=_names, help="Columns that the network takes, by commas."),
@@ -180,6 +182,10 @@ def diffusion(model: str, data: Path, out: Path, trainable_models: str, **option
 @TARGETS
 @PRECISION
 @RECOMPUTE
+@click.option("--lora-base-model", type=click.Choice(["dit"]), expose_value=False, help="What is adapted.")
+@click.option("--lora-checkpoint", help="A LoRA to go on from.")
+@click.option("--preset-lora-path", help="A LoRA to hold in the weights meanwhile, and to take off at use.")
+@click.option("--preset-lora-model", type=click.Choice(["dit"]), expose_value=False, help="What has it.")
 @columns
 @validation
 @settings
@@ -191,6 +197,8 @@ def lora(
     targets: str | None,
     precision: str,
     gradient_checkpointing: bool,
+    lora_checkpoint: str | None,
+    preset_lora_path: str | None,
     **options: Any,
 ) -> None:
     """Train adapters of MODEL, any checkpoint zimgkit serves, on DATA; write the safetensors file OUT."""
@@ -203,6 +211,8 @@ def lora(
         "precision": precision,
         "gradient_checkpointing": gradient_checkpointing,
         "table": _table(options, stages.Table()),
+        "held": preset_lora_path,
+        "begin": lora_checkpoint,
     }
     _stage(stages.train_lora, stages.LORA, options, model, data, out, **own)
 
@@ -349,7 +359,7 @@ def page(bundle: str, data: Path, out: Path, columns: tuple[str, ...], table: Pa
 @click.argument("bundle")
 @click.option(
     "--task",
-    type=click.Choice([TEXT_TO_IMAGE, "image-to-image", "inpaint", "control", "regions"]),
+    type=click.Choice([TEXT_TO_IMAGE, "image-to-image", "inpaint", "control", "regions", "edit"]),
     default=TEXT_TO_IMAGE,
     show_default=True,
     help="What to ask for.",
@@ -364,7 +374,8 @@ def judge(bundle: str, task: str, captions: int, backend: str, as_json: bool, qu
 
     From a picture, one thing's shape or colour is to change in its place. Within a mask, one thing is to become
     another, and a picture is right only where all else is as it was, to one level of 255. By edges, BUNDLE's ControlNet
-    is to put things where these are; by regions, each thing is to lie in its mask.
+    is to put things where these are; by regions, each thing is to lie in its mask. Of edits, the change that is asked
+    for has to be made, and the rest left as it was.
     """
     from dataclasses import asdict
 
@@ -375,7 +386,7 @@ def judge(bundle: str, task: str, captions: int, backend: str, as_json: bool, qu
         raise UsageError(f"captions is {captions}", "give 1 or more")
     with bar(enabled=not quiet) as report:
         cases = accuracy(bundle, task=task, captions=captions, backend=backend, report=report, **_given(call))
-    shares = {"one": share(cases, 1), "two": share(cases, 2)}
+    shares = {"one": share(cases, 1), "two": share(cases, 2), "all": sum(case.right for case in cases) / len(cases)}
     if as_json:
         console.print_json({"shares": shares, "cases": [asdict(case) for case in cases]})
         return
@@ -384,6 +395,8 @@ def judge(bundle: str, task: str, captions: int, backend: str, as_json: bool, qu
             click.echo(f"seed {case.seed}: {case.caption}: shows {case.seen or 'nothing'}", err=True)
     kept = f"; outside the masks, levels changed at the most: {max(case.changed for case in cases)}"
     told = f"one thing: {shares['one']:.1%}; two things and how they lie: {shares['two']:.1%}"
+    if task == "edit":
+        told = f"edits: {shares['all']:.1%}"
     click.echo(told + (kept if task == "inpaint" else ""))
 
 
@@ -418,9 +431,8 @@ def _validate(model: str, data: Path, out: Path, table: Any, captions: int, log:
 
 def _table(options: dict[str, Any], default: Any) -> Any:
     names = {"files": "data_file_keys", "extras": "extra_inputs", "path": "dataset_metadata_path"}
-    return replace(
-        default, **_given({key: options[name] for key, name in names.items()} | {"max_pixels": options["max_pixels"]})
-    )
+    names |= {"max_pixels": "max_pixels", "repeat": "dataset_repeat", "epochs": "num_epochs"}
+    return replace(default, **_given({key: options[name] for key, name in names.items()}))
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

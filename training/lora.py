@@ -86,6 +86,8 @@ def lora_task(
     seed: int,
     precision: str,
     extras: Collection[str] = (),
+    held: str | None = None,
+    begin: str | None = None,
     gradient_checkpointing: bool = False,
 ) -> DenoiserTask:
     """The task of training adapters: the text model has read all captions before, and is not needed any more.
@@ -99,17 +101,28 @@ def lora_task(
         seed: of what they begin with.
         precision: the element type of the frozen weights.
         extras: columns of the dataset that the transformer takes beside.
+        held: a LoRA to hold in the weights meanwhile, and to take off at use.
+        begin: a LoRA to go on from, of which targets and rank are taken.
         gradient_checkpointing: compute activations twice rather than keep them, for models that leave little memory.
 
     Raises:
         CheckpointError: a component cannot be loaded.
         UsageError: see :func:`add_adapters`.
     """
+    from zimgkit.training.methods.held import begin_with, hold_lora, read_adapters
+
     family = families.family(checkpoint.family)
     transformer = load_component(checkpoint, "transformer", getattr(torch, precision))
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if held:
+        hold_lora(transformer, checkpoint, held)
+    begun: dict[str, dict[str, Tensor]] = {}
+    if begin:
+        begun, rank = read_adapters(begin)
+        targets = ",".join(begun)
     add_adapters(transformer, family, targets or family.lora_targets, rank, seed)
+    begin_with(transformer, begun)
     return frozen_text_task("lora", checkpoint, dataset, latents, Denoiser(family, transformer), extras)
 
 

@@ -47,6 +47,7 @@ def draw_page(
             target = Image.open(data / values["image"]).convert("RGB")
             call: dict[str, Any] = {CALLED.get(name, name): value for name, value in given.items()}
             call |= {"height": target.height // 16 * 16, "width": target.width // 16 * 16, "seed": number}
+            call["negative_prompt"] = pipeline.bundle.manifest.defaults.negative_prompt
             drawn = pipeline(values["prompt"], **call).images[0]
             strips.append([*_pictures(given), drawn, target])
     _side_by_side(strips).save(out)

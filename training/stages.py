@@ -49,6 +49,16 @@ class Table:
     """Of the table; by default the one in the folder."""
     max_pixels: int | None = None
     """What larger pictures are reduced to."""
+    repeat: int = 1
+    """How often an epoch sees each row."""
+    epochs: int | None = None
+    """How many, in the place of the number of steps."""
+
+    def paced(self, settings: Settings, dataset: Dataset) -> Settings:
+        """Settings with the steps that so many epochs of a dataset take."""
+        if self.epochs is None:
+            return settings
+        return replace(settings, steps=-(-len(dataset.rows) * self.repeat * self.epochs // settings.batch_size))
 
     def read(self, root: Path) -> Dataset:
         """The dataset in a folder.
@@ -157,7 +167,7 @@ def train_diffusion(
     if with_text and table.extras:
         raise UsageError("--extra-inputs is given, and the text model is trained", "add --trainable-models dit")
     checkpoint, dataset = open_checkpoint(str(model)), table.read(data)
-    settings = settings or families.family(checkpoint.family).diffusion_settings
+    settings = table.paced(settings or families.family(checkpoint.family).diffusion_settings, dataset)
     with _processes(settings, out).main_process_first():  # The others find them made.
         latents = cache_latents(checkpoint, dataset, run_of(out), report, columns=encoded_columns(table.extras))
     if with_text:
@@ -182,6 +192,8 @@ def train_lora(
     targets: str | None = None,
     precision: str = "float32",
     table: Table = Table(),
+    held: str | None = None,
+    begin: str | None = None,
     gradient_checkpointing: bool = False,
     resume: bool = False,
     report: Report = silent,
@@ -198,6 +210,8 @@ def train_lora(
         targets: ends of names of linears, separated by commas; by default those DiffSynth adapts.
         precision: the element type of the frozen weights, ``"float32"`` or ``"bfloat16"``.
         table: which columns of the dataset are used.
+        held: a LoRA to hold in the weights meanwhile, and to take off at use.
+        begin: a LoRA to go on from, of which targets and rank are taken.
         gradient_checkpointing: compute activations twice rather than keep them.
         resume: go on with a run that was broken off.
         report: called with (stage, done, total).
@@ -208,6 +222,7 @@ def train_lora(
     """
     _refuse_unnamed(out)
     checkpoint, dataset = open_checkpoint(model), table.read(data)
+    settings = table.paced(settings, dataset)
     with _processes(settings, out).main_process_first():  # The others find them made.
         latents = cache_latents(checkpoint, dataset, run_of(out), report, columns=encoded_columns(table.extras))
     task = lora_task(
@@ -219,9 +234,12 @@ def train_lora(
         seed=settings.seed,
         precision=precision,
         extras=table.extras,
+        held=held,
+        begin=begin,
         gradient_checkpointing=gradient_checkpointing,
     )
     about = _about(checkpoint, dataset) | {"rank": rank, "targets": targets, "precision": precision}
+    about |= {name: value for name, value in {"held": held, "begin": begin}.items() if value}
     weights = train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log)
     if is_main():
         write_lora(out, weights)
@@ -263,6 +281,7 @@ def train_control(
     """
     _refuse_unnamed(out)
     checkpoint, dataset = open_checkpoint(model), table.read(data)
+    settings = table.paced(settings, dataset)
     with _processes(settings, out).main_process_first():
         latents = cache_latents(checkpoint, dataset, run_of(out), report, columns=encoded_columns(table.extras))
     task = control_task(

@@ -17,6 +17,7 @@ from zimgkit.training.judge import Claim, Counted, Placed, Present, Related, Wit
 from zimgkit.training.world.captions import caption, noun
 from zimgkit.training.world.claims import claims
 from zimgkit.training.world.drawing import draw
+from zimgkit.training.world.edits import KINDS, edit
 from zimgkit.training.world.render import region
 from zimgkit.training.world.sampling import sample, with_another
 from zimgkit.training.world.scattered import SIDE, Box, box_of, scattered
@@ -42,6 +43,9 @@ class Trial:
         mask: white where that is drawn anew.
         edges: what controls the picture.
         regions: for each of the scene's things, the mask that it is to lie in.
+        edited: one or two pictures that it is to be made of.
+        instruction: what is to be made of them.
+        touched: boxes in the first of them that what changes lies in, before or after.
     """
 
     scene: Scene
@@ -49,16 +53,19 @@ class Trial:
     mask: Image.Image | None = None
     edges: Image.Image | None = None
     regions: tuple[Image.Image, ...] = ()
+    edited: tuple[Image.Image, ...] = ()
+    instruction: str = ""
+    touched: tuple[Box, ...] = ()
 
     @property
     def caption(self) -> str:
         """The prompt."""
-        return caption(self.scene)
+        return self.instruction or caption(self.scene)
 
     @property
     def claims(self) -> list[Claim]:
         """What the picture has to show: things, how they lie and, where it was drawn from another, their place."""
-        if self.edges is not None:
+        if self.edges is not None or self.edited:
             return _within(self.scene, [_reach(thing, SNUG) for thing in self.scene.things], LEAST)
         if self.regions:
             return _within(self.scene, [box_of(thing) for thing in self.scene.things], ROOMY)
@@ -68,6 +75,8 @@ class Trial:
     @property
     def pictures(self) -> dict[str, Any]:
         """Arguments of a call."""
+        if self.edited:
+            return {"image": list(self.edited)}
         if self.edges is not None:
             return {"control_image": self.edges}
         if self.regions:
@@ -84,17 +93,29 @@ class Trial:
         difference = np.abs(_levels(picture) - _levels(self.before))
         return int(difference[_levels(self.mask) == 0].max(initial=0))
 
+    def harm(self, picture: Image.Image) -> float:
+        """By how many levels a picture differs in the mean from the one that is edited, where nothing was to change."""
+        if not self.edited:
+            return 0.0
+        difference = np.abs(_levels(picture) - _levels(self.edited[0])).astype(np.float64)
+        for left, top, right, bottom in self.touched:
+            difference[max(0, top) : bottom, max(0, left) : right] = 0
+        return float(difference.mean())
+
 
 def trials(task: str, count: int) -> list[Trial]:
     """Trials of one thing and of two in turns.
 
     Args:
-        task: ``"text-to-image"``, ``"image-to-image"`` or ``"inpaint"``; ``"control"``, by edges; or ``"regions"``.
+        task: ``"text-to-image"``, ``"image-to-image"`` or ``"inpaint"``; ``"control"``, by edges; ``"regions"``; or
+            ``"edit"``, of all kinds of edits in turns.
         count: how many.
 
     Raises:
         ZimgError: edges are asked for, and what finds them is not installed.
     """
+    if task == "edit":
+        return [_edit(number) for number in range(count)]
     if task in {"control", "regions"}:
         return [_placed(task, scene) for scene in scattered_scenes(count)]
     half = -(-count // 2)
@@ -131,6 +152,18 @@ def _placed(task: str, scene: Scene) -> Trial:
     if task == "control":
         return Trial(scene, edges=canny(draw(scene)))
     return Trial(scene, regions=tuple(region(box_of(thing)) for thing in scene.things))
+
+
+def _edit(number: int) -> Trial:
+    made = edit(FIRST_SEED + number, "test", KINDS[number % len(KINDS)])
+    first = made.before[0]
+    moved = {*first.things} ^ {*made.after.things}
+    return Trial(
+        made.after,
+        edited=tuple(draw(scene) for scene in made.before),
+        instruction=made.instruction,
+        touched=tuple(_reach(thing, MARGIN) for thing in sorted(moved, key=repr)),
+    )
 
 
 def _within(scene: Scene, boxes: list[Box], least: float) -> list[Claim]:

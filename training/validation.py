@@ -15,7 +15,11 @@ from zimgkit.engines.errors import ZimgError
 
 TASKS = {"context_image": "context", "eligen_entity_prompts": "regions"}
 """Column of a dataset -> the task that a bundle has to be built for to be asked for it."""
-JUDGED = {"control_image": "control", "eligen_entity_prompts": "regions"}
+JUDGED = {
+    **dict.fromkeys(("control_image", "controlnet_image", "blockwise_controlnet_image"), "control"),
+    "eligen_entity_prompts": "regions",
+    "edit_image": "edit",
+}
 """Likewise -> what the judge asks for."""
 CONTROLNET = "trained"
 """What the ControlNet is called in the bundle."""
@@ -62,7 +66,7 @@ def judged(bundle: Path, columns: Collection[str], captions: int) -> str:
     task = next((JUDGED[name] for name in columns if name in JUDGED), "text-to-image")
     command = ["judge", str(bundle), "--task", task, "--captions", str(captions), "--json", "--quiet"]
     shares = json.loads(_run("zimgkit.training", command, "the judge failed"))["shares"]
-    return f"judge: one thing: {shares['one']:.1%}; two things: {shares['two']:.1%}"
+    return f"judge, {task}, {captions} captions: {shares['all']:.1%}"
 
 
 def _run(module: str, arguments: Sequence[str], failed: str) -> str:

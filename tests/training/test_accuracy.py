@@ -8,7 +8,7 @@ import pytest
 from PIL import ImageChops
 
 from zimgkit.runtime import demo_models
-from zimgkit.training.accuracy import Case, accuracy, share
+from zimgkit.training.accuracy import MOST_HARMED, Case, accuracy, share
 from zimgkit.training.judge import Placed, Present, Related, judge
 from zimgkit.training.trials import held_out_scenes, trials
 from zimgkit.training.world.claims import claims
@@ -61,6 +61,18 @@ def test_things_lie_where_edges_or_regions_are(task: str) -> None:
         )
 
 
+def test_edits_are_made_and_nothing_else() -> None:
+    made = trials("edit", 20)
+    assert {trial.instruction.split()[0] for trial in made} == {"make", "remove", "move", "add", "the"}
+    for trial in made:
+        before, after = trial.edited[0], draw(trial.scene)
+        assert judge(after, trial.claims).right
+        assert trial.harm(after) == 0
+        assert not judge(before, trial.claims).right
+        assert trial.harm(after.point(lambda level: level // 2)) > MOST_HARMED
+        assert len(trial.edited) == (2 if trial.instruction.startswith("the") else 1)
+
+
 def test_shares() -> None:
     cases = [
         Case("", things, right, "", 0) for things, right in [(1, True), (1, False), (2, True), (2, True), (1, True)]
@@ -101,6 +113,6 @@ def test_the_command_says_what_went_wrong() -> None:
     )
     result = json.loads(done.stdout)
     assert [case["things"] for case in result["cases"]] == [1, 2]
-    assert set(result["shares"]) == {"one", "two"}
+    assert set(result["shares"]) == {"one", "two", "all"}
     refused = subprocess.run([*command, "--captions", "0"], capture_output=True, text=True, check=False)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)

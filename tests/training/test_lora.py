@@ -15,7 +15,7 @@ from tests.training import toy
 from zimgkit.engines.errors import UsageError
 from zimgkit.training import families
 from zimgkit.training.lora import LoraLinear, add_adapters, write_lora
-from zimgkit.training.stages import LORA, train_lora, train_model_tokenizer
+from zimgkit.training.stages import LORA, Table, train_lora, train_model_tokenizer
 
 FAMILIES = {
     "z-image": (ZImageTransformer2DModel, ZImagePipeline, 7 * 4),
@@ -127,3 +127,22 @@ def test_weights_are_stored_as_given(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "a.safetensors")
     assert list(stored) == ["layers.0.to_q.lora_A.default.weight"]
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_it_goes_on_from_another_or_beside_one_that_is_held(begun: tuple[str, Path], tmp_path: Path) -> None:
+    _, folder = begun
+    arguments = (str(folder / "model"), folder / "data")
+    first, second, third = (tmp_path / f"{name}.safetensors" for name in "abc")
+    train_lora(*arguments, first, SETTINGS, rank=3, targets="to_q")
+    train_lora(*arguments, second, replace(SETTINGS, steps=1, learning_rate=1e-12), rank=8, begin=str(first))
+    stored = load_file(first)
+    assert all(value.equal(stored[name]) for name, value in load_file(second).items())
+    train_lora(*arguments, third, replace(SETTINGS, steps=1), rank=2, targets="to_k", held=str(first))
+    assert not load_file(third).keys() & stored.keys()
+
+
+def test_epochs_make_steps(begun: tuple[str, Path]) -> None:
+    _, folder = begun
+    table = Table(repeat=3, epochs=2)
+    assert table.paced(SETTINGS, table.read(folder / "data")).steps == 6 * 3 * 2 // 2
+    assert Table().paced(SETTINGS, table.read(folder / "data")).steps == SETTINGS.steps

@@ -33,14 +33,12 @@ class Edit:
         before: the pictures that it is asked for with, one or two.
         instruction: what is asked for.
         after: what is to come of them.
-        changed: what of the scene after is not in the first before, or is elsewhere.
     """
 
     kind: str
     before: tuple[Scene, ...]
     instruction: str
     after: Scene
-    changed: tuple[Thing, ...] = ()
 
 
 def edit(seed: int, split: Split = "train", kind: str | None = None) -> Edit:
@@ -72,7 +70,7 @@ def _recolour(rng: random.Random, scene: Scene) -> Edit | None:
     thing = scene.things[index]
     colour = rng.choice([name for name in colours_on(scene.background) if name != thing.colour])
     new = replace(thing, colour=colour)
-    return Edit("recolour", (scene,), f"make the {thing.shape} {colour}", _with(scene, index, new), (new,))
+    return Edit("recolour", (scene,), f"make the {thing.shape} {colour}", _with(scene, index, new))
 
 
 def _remove(rng: random.Random, scene: Scene) -> Edit | None:
@@ -93,7 +91,7 @@ def _move(rng: random.Random, scene: Scene) -> Edit | None:
     after = _with(scene, index, new)
     if max(abs(x - thing.x), abs(y - thing.y)) < 2 * CELL or _crowded(after):
         return None
-    return Edit("move", (scene,), f"move the {thing.shape} {words}", after, (new,))
+    return Edit("move", (scene,), f"move the {thing.shape} {words}", after)
 
 
 def _add(rng: random.Random, scene: Scene) -> Edit | None:
@@ -105,7 +103,7 @@ def _add(rng: random.Random, scene: Scene) -> Edit | None:
     after = replace(scene, things=(*scene.things, new))
     if len(after.things) > 3 or _crowded(after):
         return None
-    return Edit("add", (scene,), f"add {_article(colour)} {colour} {shape} {words}", after, (new,))
+    return Edit("add", (scene,), f"add {_article(colour)} {colour} {shape} {words}", after)
 
 
 def _transfer(rng: random.Random, scene: Scene) -> Edit | None:
@@ -116,7 +114,7 @@ def _transfer(rng: random.Random, scene: Scene) -> Edit | None:
         return None
     new = replace(thing, colour=wanted)
     words = "the shape of picture 1 in the colour of picture 2"
-    return Edit("transfer", (scene, other), words, _with(scene, 0, new), (new,))
+    return Edit("transfer", (scene, other), words, _with(scene, 0, new))
 
 
 _EDITS = {"recolour": _recolour, "remove": _remove, "move": _move, "add": _add, "transfer": _transfer}
