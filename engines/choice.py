@@ -101,7 +101,8 @@ def choose_backend(
     if named == [""] and machine.cuda_provider:
         return Choice("onnxruntime", "it runs on the NVIDIA GPU of this machine")
     precision = manifest.quantized or manifest.precision
-    return _choose_for_cpu(precision, sum(entry.weight_bytes for entry in manifest.components.values()), machine)
+    whole = [entry for name, entry in manifest.components.items() if not manifest.is_piece(name)]
+    return _choose_for_cpu(precision, sum(entry.weight_bytes for entry in whole), machine)
 
 
 def _choose_for_cpu(precision: str, weight_bytes: int, machine: Machine) -> Choice:

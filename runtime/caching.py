@@ -46,16 +46,19 @@ class Row:
     index: int
 
 
-def pieces(bundle: Bundle, component: str, backend: str, asked: Caching) -> tuple[str, ...]:
-    """The head, body and tail of a denoiser; none where it is not cut, or they are not compiled and have to be.
+def pieces(bundle: Bundle, component: str, backend: str, asked: Caching | None) -> tuple[str, ...]:
+    """The head, body and tail that a denoiser is run in; none where it is run whole.
+
+    That is so without a cache and where velocities are reused, and where it is not cut, or the pieces are not compiled
+    and have to be.
 
     Args:
         bundle: an open bundle.
         component: the denoiser.
         backend: what runs it.
-        asked: what cache; none either where that reuses velocities.
+        asked: the cache, if any.
     """
-    found = bundle.manifest.pieces(component) if asked.reuse != VELOCITY else ()
+    found = bundle.manifest.pieces(component) if asked and asked.saves and asked.reuse != VELOCITY else ()
     served = backend not in COMPILED or all(bundle.engines(name, backend) for name in found)
     return found if served else ()
 

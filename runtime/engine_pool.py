@@ -124,6 +124,18 @@ class EnginePool:
                     if self._changes == before and not self._close_idle() and not self._wait():
                         raise
 
+    def close_idle(self, which: Callable[[str], bool]) -> bool:
+        """Close engines of components for which that holds, where nobody has borrowed them or wants them kept.
+
+        Returns:
+            Whether there was any.
+        """
+        with self._returned:
+            idle = [key for key in self._entries if which(key[0]) and self._is_idle(key)]
+            for key in idle:
+                self._close(key)
+            return bool(idle)
+
     def close(self) -> None:
         """Close all engines that nobody has borrowed now, and the others when they are given back."""
         with self._returned:

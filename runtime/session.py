@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import numpy as np
 
 from zimgkit.engines.base import Feeds
-from zimgkit.engines.bundle import MANIFEST, POSITIVE, Bundle
+from zimgkit.engines.bundle import MANIFEST, Bundle
 from zimgkit.engines.choice import AUTO, Choice, choose_backend
 from zimgkit.engines.errors import BackendError, OutOfMemoryError, UsageError
 from zimgkit.engines.tensors.dtypes import round_to
@@ -198,10 +199,8 @@ class Session:
 
     def _components(self, job: Job) -> list[str]:
         """The denoisers that a job takes steps with, or their pieces."""
-        asked = job.request.caching
-        if asked is None or not asked.saves:
-            return job.components
-        return [one for name in job.components for one in pieces(self.bundle, name, self.backend, asked) or (name,)]
+        of_each = (pieces(self.bundle, name, self.backend, job.request.caching) or (name,) for name in job.components)
+        return [*chain.from_iterable(of_each)]
 
     def finish(self, job: Job, progress: Progress = ignored) -> Array:
         """Decode a job's latents; all steps must be done.
@@ -246,6 +245,9 @@ class Session:
         try:
             return self._plan(request)
         except OutOfMemoryError:
+            # A denoiser and its pieces are open beside each other only where there is room.
+            if self.engines.close_idle(partial(self._is_other, is_cut=bool(self._pieces(request)))):
+                return self.plan(request)
             first = self.choice
             if self._named != AUTO or first.backend != "openvino" or self.engines.opened:
                 raise
@@ -259,7 +261,8 @@ class Session:
     def _plan(self, request: Request) -> Plan:
         where = self._setting(request)
         needs = needs_in(where, picture := self._picture(request))
-        names = {name.removesuffix(POSITIVE) for name in self.engines.opened}
+        is_cut = bool(self._pieces(request))
+        names = {name.partition(".")[0] for name in self.engines.opened if not self._is_other(name, is_cut=is_cut)}
         opened = [needs[name] for name in names if name in needs]
         held = sum(need.held for need in opened)
         addresses = sum(need.addresses for need in opened)
@@ -274,6 +277,13 @@ class Session:
             self.engines.close()
             self.bundle = self.engines.bundle = replace(self.bundle, in_place=True)
         return found
+
+    def _pieces(self, request: Request) -> tuple[str, ...]:
+        return pieces(self.bundle, component_of(self.bundle, request), self.backend, request.caching)
+
+    def _is_other(self, component: str, *, is_cut: bool) -> bool:
+        """Whether it is a denoiser of the other kind, in pieces or whole."""
+        return component.startswith("denoiser") and self.bundle.manifest.is_piece(component) != is_cut
 
     def tiles(self, request: Request) -> str | None:
         """The tiles that a request's pictures are encoded or decoded in; None where none is."""
@@ -300,7 +310,7 @@ class Session:
     def _picture(self, request: Request) -> Picture:
         denoiser, nets = component_of(self.bundle, request), acting(request)
         batch = min(request.batch, largest_batch(self.bundle, denoiser, self.backend))
-        found = self.conditioner.layouts(request)
+        found, found_pieces = self.conditioner.layouts(request), self._pieces(request)
         return Picture(
             request.height,
             request.width,
@@ -312,6 +322,8 @@ class Session:
             frames=request.frames,
             denoiser=denoiser,
             alternates=any(one.is_windowed for one in nets),
+            pieces=found_pieces,
+            residuals=(1 + request.is_guided) * (1 + request.caching.order) if found_pieces and request.caching else 0,
         )
 
     @contextmanager

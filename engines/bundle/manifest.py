@@ -469,6 +469,11 @@ class Manifest(msgspec.Struct, frozen=True):
             return ()
         return tuple(self.of_branch(name, positive=component.endswith(POSITIVE)) for name in names)
 
+    def is_piece(self, component: str) -> bool:
+        """Whether a component is a denoiser's head, body or tail."""
+        whole, _, piece = component.removesuffix(POSITIVE).rpartition(".")
+        return piece in PIECES and whole in self.components
+
     def for_both(self) -> Manifest:
         """The same without what is for the branch of the prompt alone."""
         own = {name: entry for name, entry in self.components.items() if name.endswith(POSITIVE)}

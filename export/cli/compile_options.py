@@ -36,7 +36,7 @@ OPTIONS = (
         "components",
         multiple=True,
         metavar="NAME",
-        help="Compile this component alone; may be repeated.",
+        help="Compile this component alone; may be repeated. [default: all but the pieces of denoisers]",
     ),
     click.option(
         "--weight-streaming-budget",

@@ -107,7 +107,7 @@ def compile_bundle(
         path: the bundle's folder.
         backend: ``"tensorrt"``, or ``"tensorrt-rtx"``, ONNX Runtime's plugin, which has none of the options.
         shapes: the picture sizes, prompt lengths and batch sizes to serve.
-        components: which ones; all that have a graph when empty.
+        components: which ones; when empty all that have a graph, but for the pieces of a denoiser.
         options: of the compiler. The timing cache is that of this compiler and GPU unless the options name another.
         weight_streaming_budget: how many bytes of weights stay on the device at the most, while the rest is streamed to
             it in each run; None keeps as many as fit when a plan is loaded, of components that are large.
@@ -128,12 +128,14 @@ def compile_bundle(
         profiles = shape_profiles(bundle.manifest, shapes)
         if unknown := [name for name in components if name not in profiles]:
             raise UsageError(f"the bundle has no graph called {unknown[0]!r}", f"it has {', '.join(profiles)}")
+        # Few need the pieces of a denoiser, which have its size.
+        components = components or [name for name in profiles if not bundle.manifest.is_piece(name)]
         if weight_streaming_budget is not None and weight_streaming_budget < 0:
             raise UsageError(f"the weight streaming budget is {weight_streaming_budget}", "give 0 bytes or more")
         if backend == "tensorrt-rtx":
             if options != DEFAULT_OPTIONS or weight_streaming_budget is not None:
                 raise UsageError("the tensorrt-rtx backend has no options", "leave them out, or use --backend tensorrt")
-            return _compile_contexts(bundle, components or tuple(profiles), profiles, force=force, report=report)
+            return _compile_contexts(bundle, components, profiles, force=force, report=report)
         target = find_target()
         if quantization := bundle.manifest.quantization:
             check_multiplies(quantization.precision, target.device, target.device_name)
@@ -162,7 +164,7 @@ def compile_bundle(
                 force=force,
                 report=report,
             )
-            for name in components or profiles
+            for name in components
         ]
 
 

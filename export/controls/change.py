@@ -279,6 +279,7 @@ def _replaced(bundle: Bundle, manifest: Manifest, changed: Collection[str]) -> C
     result.trust()
     compiled = {engine.component for engine in engines}
     uncompiled = [name for name in manifest.components if name.startswith(COMPONENT) and name not in compiled]
+    uncompiled = [name for name in uncompiled if not manifest.is_piece(name)]
     return Changed(result, tuple(uncompiled) if compiled else ())
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zimgkit.engines.bundle import PIECES
 from zimgkit.engines.decoding import read_json
 from zimgkit.engines.errors import CheckpointError, UsageError
 from zimgkit.export.checkpoints.named_files import SUFFIX, only_file_in, refuse_pickle
@@ -67,7 +68,7 @@ def _split_name(argument: str) -> tuple[str, str]:
     head, equals, tail = argument.partition("=")
     if not equals or Path(argument).expanduser().exists():
         return "", argument
-    if not NAME.fullmatch(head):
+    if not NAME.fullmatch(head) or head in PIECES:
         raise UsageError(f"a ControlNet cannot be called {head!r}", "take letters, digits and _, 40 at most")
     return head, tail
 

@@ -16,6 +16,7 @@ from zimgkit.runtime.memory.machine import UNLIMITED, free_memory
 from zimgkit.runtime.memory.needs import (
     BYTES,
     CONVOLUTIONS,
+    DENOISER,
     ENCODER,
     PICTURES,
     VISION,
@@ -24,6 +25,7 @@ from zimgkit.runtime.memory.needs import (
     host_needs,
     on_host,
     precision_of,
+    residual_bytes,
     stored_bytes,
     widened_bytes,
     with_branches,
@@ -64,6 +66,10 @@ class Picture:
     """The component that denoises: one with ControlNets has their weights too."""
     alternates: bool = False
     """Whether the plain one is open beside it."""
+    pieces: tuple[str, ...] = ()
+    """What is open in its place where there is a cache."""
+    residuals: int = 0
+    """How many of them that keeps."""
 
 
 @dataclass(frozen=True)
@@ -179,12 +185,22 @@ def _of_encoder(picture: Picture) -> Picture:
 
 
 def _needs_of_all(where: Setting, picture: Picture, precision: str | None) -> dict[str, Need]:
+    needs, sizes = _needs_without_a_cache(where, picture, precision)
+    kept = picture.residuals * residual_bytes(where.family, sizes, picture.batch)
+    return needs | {DENOISER: replace(needs[DENOISER], working=needs[DENOISER].working + kept)}
+
+
+def _needs_without_a_cache(
+    where: Setting, picture: Picture, precision: str | None
+) -> tuple[dict[str, Need], dict[str, int]]:
+    """What each component takes, and the dynamic dimensions."""
     lengths = (picture.height, picture.width, picture.tokens, picture.conditions, picture.frames)
     sizes = where.family.dynamic_dimensions(*lengths) | {"patches": picture.patches}
     if picture.frames > 1:
         sizes["planes"] = 4 * (picture.frames - 1)
     if not where.host:
-        return device_needs(where.bundle, where.family, where.backend, sizes, picture.batch, picture.denoiser)
+        denoiser = picture.pieces or (picture.denoiser,)
+        return device_needs(where.bundle, where.family, where.backend, sizes, picture.batch, denoiser), sizes
     manifest = where.bundle.manifest
     stored = stored_bytes(manifest, precision, picture.denoiser)
     own = precision or precision_of(manifest)
@@ -196,10 +212,10 @@ def _needs_of_all(where: Setting, picture: Picture, precision: str | None) -> di
     )
     if picture.alternates:
         # What it maps are files that the other has mapped too.
-        plain = replace(picture, denoiser="denoiser", alternates=False)
-        other = _needs_of_all(where, plain, precision)["denoiser"]
-        needs["denoiser"] = replace(needs["denoiser"], held=needs["denoiser"].held + other.held)
-    return needs
+        plain = replace(picture, denoiser=DENOISER, alternates=False)
+        other = _needs_of_all(where, plain, precision)[DENOISER]
+        needs[DENOISER] = replace(needs[DENOISER], held=needs[DENOISER].held + other.held)
+    return needs, sizes
 
 
 def choices_that_fit(where: Setting, picture: Picture, budget: Budget) -> Iterator[str]:

@@ -6,7 +6,7 @@ The factors were measured with ``benchmarks/engine_memory.py``; OpenVINO's with 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -213,18 +213,31 @@ def host_needs(
 
 
 def device_needs(
-    bundle: Bundle, family: Family, backend: str, sizes: Mapping[str, int], batch: int = 1, denoiser: str = DENOISER
+    bundle: Bundle,
+    family: Family,
+    backend: str,
+    sizes: Mapping[str, int],
+    batch: int = 1,
+    denoiser: Sequence[str] = (DENOISER,),
 ) -> dict[str, Need]:
-    """Likewise on a device of its own. A plan's working memory, for its largest shapes, is among its bytes."""
+    """Likewise on a device of its own. A plan's working memory, for its largest shapes, is among its bytes.
+
+    The denoiser may be in pieces.
+    """
     working = _working(family, sizes, batch, (), cast=False)
     return {
         name: Need(
-            held=engine_bytes(bundle, component, backend),
-            working=0 if bundle.engines(component, backend) else math.ceil(MARGIN * working[name]),
+            held=sum(engine_bytes(bundle, component, backend) for component in components),
+            working=0 if bundle.engines(components[0], backend) else math.ceil(MARGIN * working[name]),
         )
         for name in stored_bytes(bundle.manifest)
-        for component in [denoiser if name == DENOISER else name]
+        for components in [denoiser if name == DENOISER else (name,)]
     }
+
+
+def residual_bytes(family: Family, sizes: Mapping[str, int], batch: int) -> int:
+    """Bytes of a residual that a cache keeps of pictures that are denoised together."""
+    return FLOAT * batch * sizes["all_tokens"] * family.denoiser_widths()[0]
 
 
 def with_branches(bundle: Bundle, needs: Mapping[str, Need]) -> dict[str, Need]:

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from tests import quantized
+from tests import quantized, reference
 from tests.commands import invoke
 from tests.export.lora.conftest import loras_of
 from tests.export.lora.swapping import contents, swap
@@ -21,7 +21,7 @@ from zimgkit.export.attachments.cut import PIECES, cut
 from zimgkit.export.build import Quantizing, build
 from zimgkit.export.cli.main import main
 from zimgkit.export.graphs.plan import record
-from zimgkit.export.networks import registry
+from zimgkit.export.networks import qwen_image_variants, registry, z_image_omni
 from zimgkit.export.quality.verify import _random_inputs
 from zimgkit.export.quantization.statistics import Statistics
 from zimgkit.runtime import Pipeline
@@ -86,6 +86,42 @@ def test_too_few_blocks(family, depth):
     part = denoiser_of(family, **{depth: 1})
     with pytest.raises(CheckpointError, match="a network of 1 blocks cannot be cut; it takes two or more"):
         cut(plan_of(part), part.cut)
+
+
+def edited(family, **overrides):
+    """The variants of a denoiser, by name."""
+    configs = registry.import_module(registry.row(family).demo).CONFIGS["transformer"] | overrides
+    if family == "z-image":
+        return z_image_omni.edit_parts(configs | {"siglip_feat_dim": 32})["denoiser"].variants
+    ways = (qwen_image_variants.edit_parts, qwen_image_variants.entity_parts, qwen_image_variants.edit_entity_parts)
+    return {name: part for way in ways for name, part in way(configs)["denoiser"].variants.items()}
+
+
+VARIANTS = [("z-image", {}), ("qwen-image", {"zero_cond_t": False}), ("qwen-image", {"zero_cond_t": True})]
+
+
+@pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+def test_variants_are_cut_as_well(family, overrides):
+    """In plain torch: each piece given what it asks for, the last gives what the whole gives."""
+    for name, part in edited(family, **overrides).items():
+        network, plan = part.network().eval(), record(part.build(torch.float32), part.inputs, part.outputs, part.sizes)
+        reference.randomize(network, 0)
+        known = dict(network.named_modules())
+
+        def on_cpu(plan, network=network, known=known):
+            own = {name: network.get_parameter(name) for name in plan.own}
+            modules = {name: known.get(name, module) for name, module in plan.modules.items()}
+            return replace(plan, modules=modules, own=own).module()
+
+        feeds = {key: torch.from_numpy(value) for key, value in _random_inputs(part, 0).items()}
+        with torch.no_grad():
+            expected = on_cpu(plan)(*feeds.values())
+            there = feeds | {"weights": torch.tensor([1.5, -0.5])}
+            for piece in cut(plan, part.cut).values():
+                found = on_cpu(piece)(*(there[entry.name] for entry in piece.inputs))
+                there |= zip(piece.outputs, found if isinstance(found, tuple) else (found,), strict=True)
+                there |= {"older_residual": there["residual"]} if "residual" in there else {}
+        torch.testing.assert_close(there["velocity"], expected, atol=1e-4, rtol=1e-4, msg=name)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
