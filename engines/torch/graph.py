@@ -140,18 +140,24 @@ def _unpacked(stored: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return torch.stack([(signed << 4) >> 4, signed >> 4], dim=-1).flatten()[: math.prod(shape)].reshape(shape)
 
 
-def compile_graph(model: ir.Model, read: Callable[[ir.TensorProtocol], torch.Tensor], device: torch.device) -> Program:
+def compile_graph(
+    model: ir.Model,
+    read: Callable[[ir.TensorProtocol], torch.Tensor],
+    device: torch.device,
+    stays: Callable[[torch.Tensor], bool] | None = None,
+) -> Program:
     """Turn a model's graph into steps.
 
     Args:
         model: its nodes in an order in which they can run.
         read: gives a constant on the CPU.
         device: where floats are to be computed.
+        stays: tells which constants are left on the host, although they are computed with on the device; none.
 
     Raises:
         BackendError: naming the first operator, or attribute of one, that is not covered.
     """
-    compiler, graph = _Compiler(device, read, model.functions), model.graph
+    compiler, graph = _Compiler(device, read, model.functions, stays), model.graph
     slots: _Slots = {None: 0}
     for value in graph.inputs:
         slots[value] = compiler.new()
@@ -196,8 +202,9 @@ class _Compiler:
         device: torch.device,
         read: Callable[[ir.TensorProtocol], torch.Tensor],
         functions: Mapping[ir.OperatorIdentifier, ir.Function],
+        stays: Callable[[torch.Tensor], bool] | None,
     ) -> None:
-        self._device, self._read, self._functions = device, read, functions
+        self._device, self._read, self._functions, self._stays = device, read, functions, stays
         self.values: list[torch.Tensor | None] = [None]  # Slot 0 stands for an input left out.
         self.steps: list[Step] = []
         self._constants: dict[int, torch.Tensor] = {}
@@ -264,7 +271,9 @@ class _Compiler:
             self._copies[key] = slot
             if slot in self._constants:
                 self._copies[key] = self.new()
-                self.values[-1] = self._constants[slot].to("cpu" if host else self._device)
+                constant = self._constants[slot]
+                on_host = host or (self._stays is not None and self._stays(constant))
+                self.values[-1] = constant.to("cpu" if on_host else self._device)
             elif slot in self._host and not host:
                 self._copies[key] = self.new()
                 move = partial(torch.Tensor.to, device=self._device)
