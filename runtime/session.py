@@ -100,8 +100,8 @@ class Session:
         self._device = self._known(device)
         self.choice = self._choose()
         """The backend, and why it was chosen where it was not named."""
-        if total is not None and self.backend == "tensorrt":
-            self.bundle = bundle = within(bundle, self.backend, total)
+        if total is not None:
+            self.bundle = bundle = within(bundle, self.backend, self._device, total)
         self.report = report
         self.warn = warn
         where = str(bundle.root / MANIFEST)

@@ -33,6 +33,8 @@ class Bundle:
     """The files that are here, of a bundle that was not fetched whole; None where all are."""
     in_place: bool = field(default=False, compare=False)
     """Whether weights are to be read from their files in every run, where a copy would be faster and take memory."""
+    weights_budget: int | None = field(default=None, compare=False)
+    """Bytes of a component's weights that PyTorch may keep on a device of its own; None for all."""
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True, names: tuple[str, ...] | None = None) -> Bundle:

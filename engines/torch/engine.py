@@ -21,6 +21,7 @@ try:
     from zimgkit.engines.torch.operators import use_kernels
     from zimgkit.engines.torch.quantized import multiplied_types, multiply_in_8_bits
     from zimgkit.engines.torch.runners import Runners
+    from zimgkit.engines.torch.streaming import stays_on_host, stream_weights
 except ImportError as error:
     raise BackendError(f"the torch backend needs {error.name}", install("torch")) from None
 
@@ -60,14 +61,19 @@ def open_engine(
     computes = wanted if wanted in entry.graphs else next(iter(entry.graphs))
     graph = entry.graphs[computes]
     with torch.inference_mode(), _errors(f"opening {component!r}", place):
+        room = bundle.weights_budget if place.type != "cpu" else None
+        room = None if room is None or room >= entry.weight_bytes else room
+        stays = None if room is None else stays_on_host
         model = load(bundle, graph)
         operators = use_kernels(model, place, computes)
-        program = compile_graph(model, partial(read_constant, bundle, graph), place, operators)
+        program = compile_graph(model, partial(read_constant, bundle, graph), place, operators, stays)
         program = multiply_in_8_bits(program, multiplied_types(place))
+        if room is not None:
+            program = stream_weights(program, room, place)
     if program.inputs.keys() != entry.inputs.keys() or program.outputs.keys() != entry.outputs.keys():
         raise BundleError(f"{bundle.file(graph)} is not what the manifest describes", "build the bundle again")
     kind = CompiledTorchEngine if compiled else TorchEngine
-    return kind(component, entry, program, place, graph)
+    return kind(component, entry, program, place, graph, streams=room is not None)
 
 
 def find_device(name: str | None) -> torch.device:
@@ -97,13 +103,24 @@ class TorchEngine(BaseEngine):
     hint = ""
     """What helps where a run fails."""
 
-    def __init__(self, name: str, component: Component, program: Program, device: torch.device, graph: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        component: Component,
+        program: Program,
+        device: torch.device,
+        graph: str,
+        *,
+        streams: bool = False,
+    ) -> None:
         super().__init__(name, component, str(device))
         self.graph = graph
         """The file of the bundle that it runs."""
         self._program = program
         self._place = device
-        self._runners = Runners(program, compiled=self.compiled, recorded=device.type == "cuda")
+        # What copies weights in every run is neither traced nor recorded.
+        recorded = device.type == "cuda" and not streams
+        self._runners = Runners(program, compiled=self.compiled and not streams, recorded=recorded)
 
     def watch(self, watchers: Mapping[str, Callable[[torch.Tensor], None]]) -> None:
         """Show the first input of some nodes to functions, in every run from now on.

@@ -146,6 +146,7 @@ def compile_graph(
     read: Callable[[ir.TensorProtocol], torch.Tensor],
     device: torch.device,
     operators: Mapping[str, Callable[..., Any]] = {},
+    stays: Callable[[torch.Tensor], bool] | None = None,
 ) -> Program:
     """Turn a model's graph into steps.
 
@@ -154,11 +155,12 @@ def compile_graph(
         read: gives a constant on the CPU.
         device: where floats are to be computed.
         operators: functions of the domain ``zimg`` that are not inlined -> what computes them.
+        stays: tells which constants are left on the host, although they are computed with on the device; none.
 
     Raises:
         BackendError: naming the first operator, or attribute of one, that is not covered.
     """
-    compiler, graph = _Compiler(device, read, model.functions, operators), model.graph
+    compiler, graph = _Compiler(device, read, model.functions, operators, stays), model.graph
     slots: _Slots = {None: 0}
     for value in graph.inputs:
         slots[value] = compiler.new()
@@ -206,8 +208,10 @@ class _Compiler:
         read: Callable[[ir.TensorProtocol], torch.Tensor],
         functions: Mapping[ir.OperatorIdentifier, ir.Function],
         operators: Mapping[str, Callable[..., Any]],
+        stays: Callable[[torch.Tensor], bool] | None,
     ) -> None:
-        self._device, self._read, self._functions, self._operators = device, read, functions, operators
+        self._device, self._read, self._functions = device, read, functions
+        self._operators, self._stays = operators, stays
         self.values: list[torch.Tensor | None] = [None]  # Slot 0 stands for an input left out.
         self.steps: list[Step] = []
         self._constants: dict[int, torch.Tensor] = {}
@@ -276,7 +280,9 @@ class _Compiler:
             self._copies[key] = slot
             if slot in self._constants:
                 self._copies[key] = self.new()
-                self.values[-1] = self._constants[slot].to("cpu" if host else self._device)
+                constant = self._constants[slot]
+                on_host = host or (self._stays is not None and self._stays(constant))
+                self.values[-1] = constant.to("cpu" if on_host else self._device)
             elif slot in self._host and not host:
                 self._copies[key] = self.new()
                 move = partial(torch.Tensor.to, device=self._device)

@@ -276,7 +276,8 @@ def engine_bytes(bundle: Bundle, component: str, backend: str) -> int:
         if engine.weight_streaming_budget is not None:
             stored = min(stored, engine.weight_streaming_budget)
         sizes.append(stored + engine.memory_bytes)
-    return max(sizes, default=bundle.component(component).weight_bytes)
+    stored = bundle.component(component).weight_bytes
+    return max(sizes, default=stored if bundle.weights_budget is None else min(stored, bundle.weights_budget))
 
 
 def _working(

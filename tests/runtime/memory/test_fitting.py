@@ -238,12 +238,25 @@ class TestDevices:
     def test_plans_keep_as_many_weights_as_are_allowed(self, allowed: int, kept: int) -> None:
         """And then they fit."""
         setting = self.setting()
-        found = within(setting.bundle, "tensorrt", allowed * GB)
+        found = within(setting.bundle, "tensorrt", None, allowed * GB)
         assert found.manifest.engines[2].weight_streaming_budget == kept * GB - (BASE if kept else 0)
         if kept:
             assert fit(replace(setting, bundle=found), picture(), Budget(total=allowed * GB)).peak <= allowed * GB
-        others = within(setting.bundle, "tensorrt-rtx", allowed * GB)
+        others = within(setting.bundle, "tensorrt-rtx", None, allowed * GB)
         assert others.manifest.engines == self.ENGINES
+
+    @pytest.mark.parametrize("backend", ["torch", "torch-compiled"])
+    def test_pytorch_streams_what_does_not_fit(self, backend: str) -> None:
+        setting = replace(where(), backend=backend, host=False)
+        with pytest.raises(OutOfMemoryError):
+            fit(setting, picture(), Budget(total=10 * GB))
+        found = within(setting.bundle, backend, "cuda:1", 10 * GB)
+        assert found.weights_budget == 5 * GB
+        assert fit(replace(setting, bundle=found), picture(), Budget(total=10 * GB)).peak <= 10 * GB
+        assert (
+            within(setting.bundle, backend, {"denoiser": "cuda", "text_encoder": "cpu"}, GB).weights_budget == GB // 2
+        )
+        assert within(setting.bundle, backend, "cpu", GB) is setting.bundle
 
     @pytest.mark.parametrize(
         ("backend", "device", "host"),
