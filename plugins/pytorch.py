@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -64,11 +65,14 @@ def operators(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[..
     Args:
         device: any; only of CUDA there are some.
         dtype: what is computed in.
+
+    Raises:
+        torch.OutOfMemoryError: the device is too full to try them.
     """
     if device.type != "cuda" or not is_available():
         return {}
-    modules = [module_of(operator) for operator in OPERATORS]
-    return {name: call for module in modules if _agrees(module, device, dtype) for name, call in module.CALLS.items()}
+    agreeing = [module_of(operator) for operator in OPERATORS if _agrees(operator, device, dtype)]
+    return {name: call for module in agreeing for name, call in module.CALLS.items()}
 
 
 def module_of(operator: str) -> ModuleType:
@@ -76,13 +80,14 @@ def module_of(operator: str) -> ModuleType:
     return importlib.import_module(f"zimgkit.plugins.{operator}.torch")
 
 
-def _agrees(module: ModuleType, device: torch.device, dtype: torch.dtype) -> bool:
+@cache
+def _agrees(operator: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether all kernels of an operator are there, and give what PyTorch's own calls give."""
     try:
         with torch.inference_mode():
-            pairs: Iterable[tuple[Tensor | None, Tensor]] = module.trials(device, dtype)
+            pairs: Iterable[tuple[Tensor | None, Tensor]] = module_of(operator).trials(device, dtype)
             return all(found is not None and agrees(found, expected) for found, expected in pairs)
-    except (KernelError, torch.cuda.OutOfMemoryError):
+    except KernelError:
         return False
 
 

@@ -26,12 +26,13 @@ def use_kernels(model: ir.Model, device: torch.device, compute: str) -> dict[str
     Args:
         model: it is changed, where there are kernels.
         device: where it will run.
-        compute: the element type that it computes in.
+        compute: the element type that it computes in; there are no kernels for graphs of other kinds.
 
     Returns:
         The functions of the model that are not to be inlined -> what computes them.
     """
-    found = operators(device, getattr(torch, compute))
+    dtype = getattr(torch, compute, None)
+    found = {} if dtype is None else operators(device, dtype)
     if found:
         rewrite(model, [definition for definition in DEFINITIONS if definition.name in found])
     return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,10 @@ def _(
     return _empty(x, context.shape[1] + x.shape[1])
 
 
-CALLS = {"QKNormRope": qk_norm_rope, "JointQKNormRope": joint_qk_norm_rope}
+CALLS: dict[str, Callable[..., Any]] = {
+    "QKNormRope": torch.ops.zimg.qk_norm_rope.default,
+    "JointQKNormRope": torch.ops.zimg.joint_qk_norm_rope.default,
+}
 """Function -> what computes it."""
 SIZES = ((33, 30, 128), (64, 24, 128), (5, 3, 16))
 
