@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from zimgkit.engines.bundle import MANIFEST
 from zimgkit.engines.errors import UsageError
-from zimgkit.runtime import Pipeline
+from zimgkit.export.lora.swap import swap
+from zimgkit.runtime import Pipeline, demo_models
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.training import families
 from zimgkit.training.dataset import Dataset, load_pictures
@@ -43,6 +46,7 @@ def process(
     out: Path,
     method: str,
     *,
+    loras: Sequence[str] = (),
     student: FewSteps | None = None,
     teacher: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -58,6 +62,7 @@ def process(
         dataset: the captions; of its pictures a teacher takes the sizes alone.
         out: the cache's folder.
         method: of :data:`METHODS`.
+        loras: what is merged into the bundle for this, as ``zimg-export swap-lora`` takes them.
         student: how it will draw, where it is distilled.
         teacher: arguments of the teacher's calls, where they are not the bundle's defaults.
         seed: of the noise of the first row; the others count on.
@@ -72,7 +77,7 @@ def process(
     student = student or FewSteps()
     if student.num_inference_steps < 1:
         raise UsageError(f"--num_inference_steps is {student.num_inference_steps}", "give 1 or more")
-    with Pipeline.open(bundle, backend=backend, device=device) as pipeline:
+    with _with_loras(bundle, loras, report) as place, Pipeline.open(place, backend=backend, device=device) as pipeline:
         manifest, session = pipeline.bundle.manifest, pipeline.session
         if method == SFT and "vae_encoder" not in manifest.components:
             raise UsageError(f"{bundle} encodes no pictures", "build it with --tasks text-to-image,image-to-image")
@@ -87,7 +92,7 @@ def process(
         index = Index(
             method,
             manifest.family,
-            _digest(pipeline, dataset, settings if method != SFT else {"precision": precision}),
+            _digest(pipeline, loras, dataset, settings if method != SFT else {"precision": precision}),
             rows_of(dataset),
             len(family.no_prompts),
             {f"{height}x{width}": tuple(map(float, found)) for (height, width), found in levels.items()},
@@ -115,8 +120,23 @@ def process(
     return open_cache(out)
 
 
-def _digest(pipeline: Pipeline, dataset: Dataset, settings: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256((pipeline.bundle.root / MANIFEST).read_bytes())
+@contextlib.contextmanager
+def _with_loras(bundle: str, loras: Sequence[str], report: Report) -> Iterator[str]:
+    """The bundle, or a passing one with LoRAs."""
+    if not loras:
+        yield bundle
+        return
+    with tempfile.TemporaryDirectory(prefix="zimgkit-") as folder:
+        yield str(swap(demo_models.locate(bundle), loras, out=Path(folder) / "bundle", report=report).bundle.root)
+
+
+def _digest(pipeline: Pipeline, loras: Sequence[str], dataset: Dataset, settings: Mapping[str, Any]) -> str:
+    manifest = pipeline.bundle.manifest
+    digest = hashlib.sha256()
+    if loras:  # Its files are called otherwise each time.
+        digest.update(repr((manifest.name, manifest.sources, manifest.loras)).encode())
+    else:
+        digest.update((pipeline.bundle.root / MANIFEST).read_bytes())
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for row in dataset.rows:
         digest.update(f"{row.image.name} {row.image.stat().st_size} {row.prompt}".encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from zimgkit.engines.bundle import MANIFEST
 from zimgkit.engines.errors import UsageError
 from zimgkit.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from zimgkit.export.lora.swap import swap
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.training import families
@@ -141,24 +139,21 @@ def run_method(
 
 
 def _first_stage(model: str, dataset: Dataset, out: Path, method: Method, seed: int, report: Report) -> Cache:
-    bundle = method.bundle or _bundle_of(model)
-    with tempfile.TemporaryDirectory(prefix="zimgkit-") as folder:
-        if method.loras and method.name != SFT:  # The teacher is what is trained on, as it begins.
-            place = Path(folder) / "teacher"
-            bundle = str(swap(demo_models.locate(bundle), method.loras, out=place, report=report).bundle.root)
-        return process(
-            bundle,
-            dataset,
-            out,
-            method.name,
-            student=method.student,
-            teacher=method.teacher,
-            seed=seed,
-            precision=method.precision,
-            backend=method.backend,
-            device=method.bundle_device,
-            report=report,
-        )
+    return process(
+        method.bundle or _bundle_of(model),
+        dataset,
+        out,
+        method.name,
+        # The teacher is what is trained on, as it begins.
+        loras=method.loras if method.name != SFT else (),
+        student=method.student,
+        teacher=method.teacher,
+        seed=seed,
+        precision=method.precision,
+        backend=method.backend,
+        device=method.bundle_device,
+        report=report,
+    )
 
 
 def _bundle_of(model: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.commands import invoke
-from zimgkit.engines.errors import LoraError, UsageError
+from zimgkit.engines.errors import LoraError, OutputError, UsageError
 from zimgkit.export.checkpoints.checkpoint import open_checkpoint
 from zimgkit.runtime import demo_models
 from zimgkit.training.checkpoint import load_component
@@ -20,7 +20,7 @@ from zimgkit.training.cli import main
 from zimgkit.training.lora import LoraLinear
 from zimgkit.training.methods.cache import Cache
 from zimgkit.training.methods.held import begin_with, hold_lora, read_adapters
-from zimgkit.training.methods.process import DISTILL, IMITATE, SFT
+from zimgkit.training.methods.process import DISTILL, IMITATE, SFT, FewSteps
 from zimgkit.training.methods.run import FULL, Method, run_method
 from zimgkit.training.stages import LORA, train_lora
 
@@ -108,6 +108,19 @@ def test_adapters_go_on_from_a_file(cache_of: CacheOf, tmp_path: Path) -> None:
     assert found.keys() == begun.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, begun[name], rtol=1e-2, atol=1e-6)
+
+
+def test_a_teacher_with_loras_goes_on_where_it_was_broken_off(pictures: Path, tmp_path: Path) -> None:
+    """It is merged anew then, and known for the same."""
+    how = Method(f"{IMITATE}:data_process", lora_checkpoint=BOLT, teacher={"num_inference_steps": 4})
+    how = replace(how, student=FewSteps(1))
+    run_method(MODEL, pictures, tmp_path / "cache", how, SETTINGS)
+    before = (tmp_path / "cache" / "000000.safetensors").read_bytes()
+    (tmp_path / "cache" / "000000.safetensors").unlink()
+    run_method(MODEL, pictures, tmp_path / "cache", how, SETTINGS)
+    assert (tmp_path / "cache" / "000000.safetensors").read_bytes() == before
+    with pytest.raises(OutputError, match="holds a cache of something else"):
+        run_method(MODEL, pictures, tmp_path / "cache", replace(how, lora_checkpoint=f"{MODEL}-outlined"), SETTINGS)
 
 
 def test_loras_that_adapters_cannot_go_on_from(tmp_path: Path) -> None:
