@@ -238,6 +238,18 @@ def demo(
 
 
 @cli.command()
+@click.argument("model")
+@click.argument("out", type=FOLDER)
+def editor(model: str, out: Path) -> None:
+    """Write MODEL, whose text model reads pictures, as a checkpoint OUT that edits pictures, to be trained to do so."""
+    from zimgkit.runtime import demo_models
+    from zimgkit.training.checkpoint import EDITS, READS, as_editor
+
+    as_editor(demo_models.locate(model), out, EDITS, READS)
+    click.echo(out)
+
+
+@cli.command()
 @click.argument("checkpoint", type=FOLDER)
 @click.argument("out", type=FOLDER)
 @TASKS
