@@ -18,6 +18,17 @@ from zimgkit.training import families
 from zimgkit.training.families import Configs, TrainingFamily
 
 MARK = "model_index.json"
+EDITS = "QwenImageEditPlusPipeline"
+"""What diffusers calls the pipeline that edits one picture or several."""
+READS = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "min_pixels": 784,
+    "max_pixels": 12_845_056,
+}
+"""How its pictures are prepared, down to one patch of the text model."""
 LOG_VARIANCE = -6.0
 """Of an autoencoder's latents, at first."""
 
@@ -132,8 +143,11 @@ def as_editor(source: Path, target: Path, pipeline: str, processor: Mapping[str,
         processor: ``preprocessor_config.json``, how the text model's pictures are prepared.
 
     Raises:
+        CheckpointError: the source is no checkpoint in the diffusers layout.
         OutputError: the folder exists or cannot be written.
     """
+    if not (source / MARK).is_file():
+        raise CheckpointError(f"{source} has no {MARK}", "name a checkpoint in the diffusers layout")
     index = json.loads((source / MARK).read_text())
     parts = [name for name in index if (source / name).is_dir()]
     index |= {"_class_name": pipeline, "processor": ["transformers", "Qwen2VLProcessor"]}

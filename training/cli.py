@@ -20,32 +20,25 @@ from zimgkit.runtime.commands import console
 from zimgkit.runtime.commands.options import call_options
 from zimgkit.runtime.parameters import PARAMETERS, Picture
 from zimgkit.training.methods import command as methods
+from zimgkit.training.options import (
+    FOLDER,
+    PRECISION,
+    RANK,
+    RECOMPUTE,
+    TARGETS,
+    Underscores,
+    columns,
+    names_of,
+    validation,
+)
 
 FAMILY = click.option("--family", type=click.Choice(list(FAMILIES)), required=True, help="Which architecture.")
-FOLDER = click.Path(path_type=Path)
 OF_TRIALS = (
     *("prompt", "height", "width", "num_images_per_prompt", "seed", "keep_unmasked", "layers", "resolution"),
     *("edit_image_auto_resize", "edit_rope_interpolation", "eligen_enable_on_negative"),
     *(parameter.name for parameter in PARAMETERS if parameter.type is Picture),
 )
 """Parameters of a call that what is judged has of its own, or that no model that is judged takes."""
-RANK = click.option("--rank", "--lora-rank", "rank", type=int, default=8, show_default=True, help="Of the adapters.")
-TARGETS = click.option(
-    "--targets",
-    "--lora-target-modules",
-    "targets",
-    help="Ends of the names of linears, by commas; DiffSynth's own choice by default.",
-)
-PRECISION = click.option(
-    "--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Of the frozen weights."
-)
-RECOMPUTE = click.option(
-    "--gradient-checkpointing",
-    "--use-gradient-checkpointing",
-    "gradient_checkpointing",
-    is_flag=True,
-    help="Slower, in less memory.",
-)
 
 
 def settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -68,50 +61,6 @@ def settings(command: Callable[..., None]) -> Callable[..., None]:
     ):
         command = option(command)
     return command
-
-
-def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else tuple(filter(None, (name.strip() for name in value.split(","))))
-
-
-def validation(command: Callable[..., None]) -> Callable[..., None]:
-    """What becomes of what was trained."""
-    for option in (
-        click.option("--judge", type=click.IntRange(0), default=0, help="Held-out scenes of the world to draw then."),
-        click.option("--validate/--no-validate", default=True, help="Build a bundle then, and draw a page with it."),
-    ):
-        command = option(command)
-    return command
-
-
-def columns(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say how a dataset is read, in the words of DiffSynth-Studio."""
-    for option in (
-        click.option("--num-epochs", type=click.IntRange(1), help="How often rows are seen, for --steps."),
-        click.option("--dataset-repeat", type=click.IntRange(1), help="How often an epoch sees each row."),
-        click.option("--max-pixels", type=click.IntRange(256), help="What larger pictures are reduced to."),
-        click.option("--dataset-metadata-path", type=FOLDER, help="The table. [default: the folder's metadata.*]"),
-        click.option("--extra-inputs", callback=_names, help="Columns that the network takes, by commas."),
-        click.option("--data-file-keys", callback=_names, help="Columns that name pictures, by commas."),
-    ):
-        command = option(command)
-    return command
-
-
-class Underscores(click.Group):
-    """Commands whose options may be written with underscores, as in DiffSynth-Studio."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As of a group, with dashes in the names of options."""
-        name, command, rest = super().resolve_command(ctx, args)
-        return name, command, [_dashed(word) for word in rest]
-
-
-def _dashed(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return f"{name.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
 
 
 @click.group("zimg-training", cls=Underscores, context_settings={"max_content_width": 110})
@@ -322,6 +271,18 @@ def demo(
 
 
 @cli.command()
+@click.argument("model")
+@click.argument("out", type=FOLDER)
+def editor(model: str, out: Path) -> None:
+    """Write MODEL, whose text model reads pictures, as a checkpoint OUT that edits pictures, to be trained to do so."""
+    from zimgkit.runtime import demo_models
+    from zimgkit.training.checkpoint import EDITS, READS, as_editor
+
+    as_editor(demo_models.locate(model), out, EDITS, READS)
+    click.echo(out)
+
+
+@cli.command()
 @click.argument("checkpoint", type=FOLDER)
 @click.argument("out", type=FOLDER)
 @TASKS
@@ -342,7 +303,7 @@ def ship(checkpoint: Path, out: Path, tasks: tuple[str, ...], overwrite: bool, q
 @click.argument("bundle")
 @click.argument("data", type=FOLDER)
 @click.argument("out", type=FOLDER)
-@click.option("--columns", callback=_names, default="", help="What rows give beside image and prompt, by commas.")
+@click.option("--columns", callback=names_of, default="", help="What rows give beside image and prompt, by commas.")
 @click.option("--table", type=FOLDER, help="The table. [default: the folder's metadata.*]")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def page(bundle: str, data: Path, out: Path, columns: tuple[str, ...], table: Path | None, quiet: bool) -> None:
