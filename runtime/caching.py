@@ -63,6 +63,12 @@ def pieces(bundle: Bundle, component: str, backend: str, asked: Caching | None) 
     return found if served else ()
 
 
+def most_residuals(request: Request) -> int:
+    """How many residuals a request keeps at the most: one in each branch, or two to extrapolate, and a new one."""
+    order = request.caching.order if request.caching else 0
+    return (1 + request.is_guided) * (1 + order) + 1
+
+
 def notes(bundle: Bundle, request: Request, backend: str) -> list[str]:
     """What the caller should know of the cache that was asked for.
 

@@ -22,7 +22,7 @@ from zimgkit.engines.bundle import MANIFEST, Bundle
 from zimgkit.engines.choice import AUTO, Choice, choose_backend
 from zimgkit.engines.errors import BackendError, OutOfMemoryError, UsageError
 from zimgkit.engines.tensors.dtypes import round_to
-from zimgkit.runtime.caching import CachedStep, notes, pieces
+from zimgkit.runtime.caching import CachedStep, most_residuals, notes, pieces
 from zimgkit.runtime.cautions import cautions
 from zimgkit.runtime.conditioning import Conditioner
 from zimgkit.runtime.control_conditions import acting, component_of
@@ -323,7 +323,7 @@ class Session:
             denoiser=denoiser,
             alternates=any(one.is_windowed for one in nets),
             pieces=found_pieces,
-            residuals=(1 + request.is_guided) * (1 + request.caching.order) if found_pieces and request.caching else 0,
+            residuals=most_residuals(request) if found_pieces else 0,
         )
 
     @contextmanager

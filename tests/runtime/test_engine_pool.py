@@ -167,3 +167,14 @@ def test_what_goes_wrong_in_an_engine_leaves_the_pool_usable(bundle: Bundle, mon
     with pytest.raises(BundleError, match="no component 'controlnet'"):
         use(pool, "controlnet")
     use(pool, "denoiser")
+
+
+def test_what_is_idle_is_closed_when_asked(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    pool = pool_on(device, bundle, monkeypatch, None)
+    use(pool, *SIZES)
+    pool.keep("conditioner")
+    with pool.engine("denoiser"):
+        assert pool.close_idle(lambda name: name != "vae_decoder")
+    assert set(device.open) == {"conditioner", "vae_decoder", "denoiser"}
+    assert not pool.close_idle(lambda name: name == "text_encoder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +18,16 @@ from tests.export.lora.swapping import contents, swap
 from zimgkit.engines.base import open_engine
 from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import CheckpointError
+from zimgkit.export.attachments.control import controlled
 from zimgkit.export.attachments.cut import PIECES, cut
 from zimgkit.export.build import Quantizing, build
 from zimgkit.export.cli.main import main
 from zimgkit.export.graphs.plan import record
-from zimgkit.export.networks import qwen_image_variants, registry, z_image_omni
+from zimgkit.export.networks import qwen_image, qwen_image_variants, registry, z_image_omni
+from zimgkit.export.networks.parts import Part
+from zimgkit.export.networks.qwen_image_control import BlockwiseControlNet, ResidualControlNet, blockwise, residual
+from zimgkit.export.networks.z_image import read_config
+from zimgkit.export.networks.z_image_control import OWN, PLAIN, SHARED, ControlConfig, FunControlNet, fun
 from zimgkit.export.quality.verify import _random_inputs
 from zimgkit.export.quantization.statistics import Statistics
 from zimgkit.runtime import Pipeline
@@ -100,28 +106,70 @@ def edited(family, **overrides):
 VARIANTS = [("z-image", {}), ("qwen-image", {"zero_cond_t": False}), ("qwen-image", {"zero_cond_t": True})]
 
 
+def check_in_torch(plan, where):
+    """Without a graph: each piece is given what it asks for, and the last gives what the whole gives."""
+    weights = {}
+
+    def on_cpu(plan):
+        def filled(name, value):
+            if name not in weights:
+                noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(len(weights)))
+                weights[name] = reference.scaled(name, noise)
+            return weights[name]
+
+        module = copy.deepcopy(plan.module()).to_empty(device="cpu").eval()
+        for name, parameter in module.named_parameters():
+            parameter.data = filled(name, parameter)
+        return module
+
+    example = Part("", inputs=plan.inputs, sizes=plan.sizes)
+    feeds = {name: torch.from_numpy(value) for name, value in _random_inputs(example, 0).items()}
+    with torch.no_grad():
+        expected = on_cpu(plan)(*feeds.values())
+        there = feeds | {"weights": torch.tensor([1.5, -0.5])}
+        for piece in cut(plan, where).values():
+            found = on_cpu(piece)(*(there[entry.name] for entry in piece.inputs))
+            there |= zip(piece.outputs, found if isinstance(found, tuple) else (found,), strict=True)
+            there |= {"older_residual": there["residual"]} if "residual" in there else {}
+    assert expected.std() > 0.01
+    torch.testing.assert_close(there["velocity"], expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
 def test_variants_are_cut_as_well(family, overrides):
-    """In plain torch: each piece given what it asks for, the last gives what the whole gives."""
-    for name, part in edited(family, **overrides).items():
-        network, plan = part.network().eval(), record(part.build(torch.float32), part.inputs, part.outputs, part.sizes)
-        reference.randomize(network, 0)
-        known = dict(network.named_modules())
+    for part in edited(family, **overrides).values():
+        check_in_torch(record(part.build(torch.float32), part.inputs, part.outputs, part.sizes), part.cut)
 
-        def on_cpu(plan, network=network, known=known):
-            own = {name: network.get_parameter(name) for name in plan.own}
-            modules = {name: known.get(name, module) for name, module in plan.modules.items()}
-            return replace(plan, modules=modules, own=own).module()
 
-        feeds = {key: torch.from_numpy(value) for key, value in _random_inputs(part, 0).items()}
-        with torch.no_grad():
-            expected = on_cpu(plan)(*feeds.values())
-            there = feeds | {"weights": torch.tensor([1.5, -0.5])}
-            for piece in cut(plan, part.cut).values():
-                found = on_cpu(piece)(*(there[entry.name] for entry in piece.inputs))
-                there |= zip(piece.outputs, found if isinstance(found, tuple) else (found,), strict=True)
-                there |= {"older_residual": there["residual"]} if "residual" in there else {}
-        torch.testing.assert_close(there["velocity"], expected, atol=1e-4, rtol=1e-4, msg=name)
+def nets_of(family):
+    """A ControlNet of each kind, by name."""
+    config = registry.import_module(registry.row(family).demo).CONFIGS["transformer"]
+    if family == "z-image":
+        own = read_config(config)
+        kinds = {kind or "plain": ControlConfig(16, 1, kind) for kind in (PLAIN, SHARED, OWN)}
+        with torch.device("meta"):
+            nets = {name: FunControlNet(own, kind).state_dict() for name, kind in kinds.items()}
+        make = dict.fromkeys(nets, fun)
+    else:
+        with torch.device("meta"):
+            wide = BlockwiseControlNet(config["num_layers"], 64, 128).state_dict()
+            beside = ResidualControlNet(qwen_image.read_config(config), 2, 64).state_dict()
+        nets, make = {"wide": wide, "beside": beside}, {"wide": blockwise, "beside": residual}
+    return {
+        name: make[name](config, {key: tuple(value.shape) for key, value in tensors.items()}, {})
+        for name, tensors in nets.items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_denoisers_with_controlnets_are_cut_as_well(family):
+    """Their blocks are in the body but for those that the first of the denoiser's needs."""
+    part = denoiser_of(family)
+    for name, net in nets_of(family).items():
+        plan = controlled(part, {name: net}, torch.float32)
+        check_in_torch(plan, part.cut)
+        tail = cut(plan, part.cut)["tail"]
+        assert not [parameter for parameter in tail.parameters() if parameter.startswith("control.")]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -318,3 +318,22 @@ def test_what_is_encoded_counts_at_its_own_size() -> None:
     assert not fit(replace(setting, vae_tiling="on"), small, Budget()).tiled
     assert next(each.encoded for each in smaller(small)) == (496, 496)
     assert next(each.encoded for each in smaller(large)) == (1024, 1024)
+
+
+@pytest.mark.parametrize(("family", "tokens", "width"), [("z-image", 4096 + 64, 3840), ("qwen-image", 4096 + 6, 3072)])
+def test_a_cache_keeps_residuals(family: str, tokens: int, width: int) -> None:
+    """In float32, of all tokens at the most: the prompt's 40, without a template of 34 or filled up to 64."""
+    plain, cached = (needs_in(where(family), replace(picture(), residuals=count)) for count in (0, 5))
+    assert cached["denoiser"].working - plain["denoiser"].working == 5 * 4 * tokens * width
+    assert cached | {"denoiser": plain["denoiser"]} == plain
+
+
+def test_pieces_are_in_the_place_of_the_denoiser() -> None:
+    setting = where(host=False)
+    manifest = setting.bundle.manifest
+    pieces = {
+        f"denoiser.{name}": Component((), weight_bytes=size) for name, size in (("head", 2), ("body", 9), ("tail", 1))
+    }
+    cut = msgspec.structs.replace(manifest, components=manifest.components | pieces)
+    setting = replace(setting, bundle=replace(setting.bundle, manifest=cut))
+    assert needs_in(setting, replace(picture(), pieces=tuple(pieces)))["denoiser"].held == 12
