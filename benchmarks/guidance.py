@@ -31,10 +31,8 @@ WAYS = {
     "first 80 %": (0.0, 0.8),
     "first 60 %": (0.0, 0.6),
     "first 40 %": (0.0, 0.4),
-    "first 20 %": (0.0, 0.2),
     "without the first 20 %": (0.2, 1.0),
     "from 20 to 80 %": (0.2, 0.8),
-    "from 20 to 60 %": (0.2, 0.6),
     "last 40 %": (0.6, 1.0),
 }
 """What is guided -> from which share of the steps to which."""

@@ -46,11 +46,12 @@ def drawn(bundle: Bundle, **call: Any) -> Any:
 
 
 def runs(session: Session, call: dict[str, Any]) -> tuple[Any, dict[str, int]]:
-    """A picture, and how often each engine was run for it."""
+    """A picture, and how often each engine was run and opened for it."""
     counts: dict[str, int] = {}
 
     def opener(bundle: Bundle, component: str, backend: str, device: str | None) -> Any:
         engine = open_engine(bundle, component, backend, device)
+        counts[f"{component} opened"] = counts.get(f"{component} opened", 0) + 1
         run = engine.run
 
         def counted(*args: Any, **more: Any) -> Any:
@@ -60,7 +61,7 @@ def runs(session: Session, call: dict[str, Any]) -> tuple[Any, dict[str, int]]:
         engine.run = counted  # type: ignore[method-assign]
         return engine
 
-    with Pipeline(session.bundle, opener=opener) as pipeline:
+    with Pipeline(session.bundle, opener=opener, memory_budget=0) as pipeline:
         picture = pipeline(**(SMALL | {"prompt": "a", "seed": 1, "output_type": "np"} | call)).images
     return picture, counts
 
@@ -69,7 +70,7 @@ def test_what_no_step_is_guided_by_is_not_read(session: Session) -> None:
     """A step outside of the interval takes one branch; where all are, no negative prompt is encoded or planned for."""
     low = float(np.mean(session.begin(ask(session))[0].schedule.sigmas[1:3]))
     _, counts = runs(session, {"guidance_low": low})
-    assert (counts["text_encoder"], counts["denoiser"]) == (2, 3 + 2)
+    assert (counts["text_encoder"], counts["denoiser"], counts["denoiser opened"]) == (2, 3 + 2, 1)
     with pytest.warns(UserWarning, match="no step is guided: .* leave out all noise levels, 1 to 0"):
         found, counts = runs(session, {"guidance_high": 0.01})
     assert (counts["text_encoder"], counts["denoiser"]) == (1, 3)
