@@ -72,6 +72,16 @@ def test_sizes_while_it_grows(pipeline: Pipeline) -> None:
     assert len(set(shapes)) == 2
 
 
+def test_what_a_cache_keeps_ends_with_the_smaller_size(pipeline: Pipeline) -> None:
+    """The first step of the whole size is full, whatever the mask says of it."""
+    masks = ("1111", "1101", "1011", "1001")
+    full, asked, late, both = (pipeline(**CALL, progressive=0.5, cache=mask).images for mask in masks)
+    np.testing.assert_array_equal(full, pipeline(**CALL, progressive=0.5).images)
+    np.testing.assert_array_equal(asked, full)
+    np.testing.assert_array_equal(late, both)
+    assert not np.array_equal(late, full)
+
+
 def test_the_last_step_has_the_whole_size(pipeline: Pipeline) -> None:
     assert pipeline.session.begin(ask(pipeline, progressive=1.0))[0].growth.step == 3  # type: ignore[union-attr]
     one = {"num_inference_steps": 1, "output_type": "np"}
