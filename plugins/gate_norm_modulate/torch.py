@@ -46,9 +46,17 @@ def launched(form: Form, inputs: Sequence[Tensor], branch_epsilon: float, epsilo
     if x.ndim != 3 or any(each.dtype != x.dtype for each in inputs):
         return None
     batch, tokens, width = x.shape
+    shapes = dict.fromkeys(("branch_weight", "weight", "smooth"), (width,)) | {"branch": x.shape, "step": ()}
+    if any(name in shapes and (each is None or each.shape != shapes[name]) for name, each in given.items()):
+        return None
+    if any(each is not None and each.ndim == 1 and not each.is_contiguous() for each in given.values()):
+        return None
     strides = {}
     for name in ("x", "branch", "gate", "factor", "shift"):
-        wide = tensor.expand(x.shape) if (tensor := given.get(name)) is not None else None
+        tensor = given.get(name)
+        if tensor is not None and tensor.ndim > x.ndim:
+            return None
+        wide = None if tensor is None else tensor.expand(x.shape)
         if wide is not None and wide.stride(-1) != 1:
             return None
         strides[f"{name}_batch"], strides[f"{name}_token"] = (0, 0) if wide is None else wide.stride()[:2]
@@ -89,14 +97,17 @@ def composed(form: Form, inputs: Sequence[Tensor], branch_epsilon: float, epsilo
     if form.gate:
         share, branch = given["gate"], given["branch"]
         if form.gate == "tanh":
-            share, branch = share.tanh(), F.rms_norm(branch, width, given["branch_weight"], branch_epsilon)
+            share, branch = (
+                share.tanh(),
+                F.rms_norm(branch, width, given["branch_weight"].expand(width), branch_epsilon),
+            )
         # What is added up is rounded as those who read it later find it.
         results.append((value + share * branch).to(inputs[0].dtype))
         value = results[0].float()
     if form.norm == "layer":
-        value = F.layer_norm(value, width, given["weight"], None, epsilon)
+        value = F.layer_norm(value, width, given["weight"].expand(width), None, epsilon)
     elif form.norm:
-        value = F.rms_norm(value, width, given["weight"], epsilon)
+        value = F.rms_norm(value, width, given["weight"].expand(width), epsilon)
     if form.norm:
         value = value * given["factor"]
         value = value + given["shift"] if form.shift else value

@@ -55,12 +55,16 @@ Streams = list[tuple[Tensor, Tensor]]
 def launched(streams: Streams, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor | None:
     """By the kernel, where there is one."""
     x, first = streams[-1][0], 0
+    y = _empty(x, sum(tokens.shape[1] for tokens, _ in streams))
     if cos.dtype != torch.float32 or cos.stride() != sin.stride() or cos.stride(-1) != 1:
         return None
-    y = _empty(x, sum(tokens.shape[1] for tokens, _ in streams))
+    if not cos.shape == sin.shape == (len(y), y.shape[2], y.shape[3] // 2):
+        return None
     for tokens, weight in streams:
         batch, count, heads, width = tokens.shape
         if not tokens.dtype == weight.dtype == x.dtype or tokens.stride()[2:] != (width, 1):
+            return None
+        if weight.shape != (width,) or not weight.is_contiguous() or tokens.shape[2:] != x.shape[2:]:
             return None
         if not queue(
             "qk_norm_rope",
@@ -90,10 +94,14 @@ def launched(streams: Streams, cos: Tensor, sin: Tensor, epsilon: float) -> Tens
 
 def composed(streams: Streams, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
     """By PyTorch's own calls."""
-    normed = torch.cat([F.rms_norm(x.float(), x.shape[-1:], weight.float(), epsilon) for x, weight in streams], dim=1)
+    normed = torch.cat([_normed(x, weight, epsilon) for x, weight in streams], dim=1)
     pairs = torch.view_as_complex(normed.reshape(*normed.shape[:-1], -1, 2))
     turned = torch.view_as_real(pairs * torch.complex(cos, sin).unsqueeze(2)).flatten(-2)
     return turned.to(streams[-1][0].dtype).transpose(1, 2)
+
+
+def _normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return F.rms_norm(x.float(), x.shape[-1:], weight.float().expand(x.shape[-1:]), epsilon)
 
 
 def trials(

@@ -40,7 +40,10 @@ def rounded_by_kernel(
 ) -> tuple[Tensor, Tensor] | None:
     """By the kernel, where there is one."""
     rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1 or any(each is not None and each.dtype != x.dtype for each in (smooth, step)):
+    shapes = [(smooth, rows.shape[1:]), (step, ())]
+    if any(each is not None and (each.dtype != x.dtype or each.shape != shape) for each, shape in shapes):
+        return None
+    if rows.stride(1) != 1 or (smooth is not None and not smooth.is_contiguous()):
         return None
     rounded = x.new_empty(x.shape, dtype=dtype)
     # What an operator gives is never what it took.
@@ -133,7 +136,7 @@ def launched(x: Tensor, step: Tensor | None, weight: Tensor, scale: Tensor, bias
     out, width = len(weight), rows.shape[1]
     if not (weight.is_contiguous() and scale.is_contiguous() and rows.stride(1) == 1):
         return None
-    if bias is not None and bias.dtype != dtype:
+    if scale.shape[0] != out or (bias is not None and (bias.dtype != dtype or bias.shape != (out,))):
         return None
     own_steps = step is not None and step.ndim > 0
     if step is None:
@@ -167,13 +170,16 @@ def composed(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> T
 
 
 def _rounded_call(x: Tensor, step: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    y: Tensor = quantized_linear(x, step, weight, scale, bias)
-    return y
+    own = bias if bias is not None and bias.ndim == 1 else None
+    y: Tensor = quantized_linear(x, step, weight, scale, own)
+    # A sum with something else looks like a bias too.
+    return y if bias is None or bias is own else y + bias
 
 
 def _weights_call(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, block_size: int = 0) -> Tensor:
-    y: Tensor = weights_linear(x, weight, scale, bias)
-    return y
+    own = bias if bias is not None and bias.ndim == 1 else None
+    y: Tensor = weights_linear(x, weight, scale, own)
+    return y if bias is None or bias is own else y + bias
 
 
 def _round_call(x: Tensor, *inputs: Tensor, kind: str) -> Tensor:

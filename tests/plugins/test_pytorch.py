@@ -71,6 +71,31 @@ def test_strides(queued: list[Any]) -> None:
     assert (arguments["gate_batch"], arguments["y"], arguments["has_norm"]) == (0, None, False)
 
 
+@pytest.mark.parametrize("name", ["weight", "branch_weight", "smooth"])
+def test_what_is_broadcast_goes_to_no_kernel(name: str, queued: list[Any]) -> None:
+    """A norm may have one weight for all; a kernel would read on behind it."""
+    module = module_of("gate_norm_modulate")
+    form = module.BY_NAME["GateNormModulate_tanh_rms_smooth_int8"]
+    shapes = dict.fromkeys(("x", "branch"), (2, 3, 16)) | {"step": ()}
+    inputs = {key: torch.rand(shapes.get(key, (16,))) for key in form.inputs}
+    assert module.launched(form, list(inputs.values()), 0.1, 0.1) is not None
+    inputs[name] = inputs[name].flatten()[:1]
+    assert module.launched(form, list(inputs.values()), 0.1, 0.1) is None
+    residual, y = module.composed(form, list(inputs.values()), 0.1, 0.1)
+    assert residual.shape == y.shape == (2, 3, 16)
+
+
+def test_a_sum_with_something_else_is_no_bias() -> None:
+    """The stream that a product is added to, where a linear has no bias, comes in the place of one."""
+    call, maker = module_of("quantized_linear").CALLS["QuantizedLinear_weights_bias"], torch.Generator().manual_seed(0)
+    x, stream = (torch.randn(2, 3, 16, generator=maker) for _ in range(2))
+    weight, scale = torch.randint(-9, 9, (16, 16), generator=maker, dtype=torch.int8), torch.rand(16, generator=maker)
+    expected = x @ (weight.float() * scale[:, None]).T
+    for addend in (stream, stream[0, 0]):
+        torch.testing.assert_close(call(x, weight, scale, addend), expected + addend)
+    assert module_of("quantized_linear").launched(x, None, weight, scale, stream) is None
+
+
 @pytest.mark.parametrize(
     ("operator", "call"),
     [
