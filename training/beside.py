@@ -16,6 +16,7 @@ from zimgkit.training import prompts
 from zimgkit.training.dataset import Dataset, Row
 from zimgkit.training.latents import Latents
 from zimgkit.training.metadata import DatasetError
+from zimgkit.training.pictures import open_picture
 
 CONTROL = ("control_image", "controlnet_image", "blockwise_controlnet_image")
 """Names of the column whose picture a ControlNet sees."""
@@ -164,8 +165,6 @@ def entity_prompts(row: Row) -> list[str]:
 
 
 def _regions(dataset: Dataset, row: Row) -> Tensor:
-    from PIL import Image
-
     own, masks = entity_prompts(row), row.pictures[ENTITIES[1]]
     if len(own) != len(masks) or not own:
         raise DatasetError(
@@ -173,8 +172,7 @@ def _regions(dataset: Dataset, row: Row) -> Tensor:
         )
     regions = []
     for mask in masks:
-        with Image.open(mask) as picture:
-            touched = touched_tokens(picture.convert("RGB"), row.size[0] // 16, row.size[1] // 16)
+        touched = touched_tokens(open_picture(mask), row.size[0] // 16, row.size[1] // 16)
         if not touched.any():
             raise DatasetError(f"{row.where}: {mask} covers nothing", "paint its region white")
         regions.append(touched)

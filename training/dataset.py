@@ -10,16 +10,14 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from zimgkit.training.metadata import NAMES, DatasetError, find_table, read_table
-
-if TYPE_CHECKING:
-    from PIL.Image import Image as PictureFile
+from zimgkit.training.pictures import open_picture
 
 METADATA = NAMES[0]
 IMAGE, PROMPT = "image", "prompt"
@@ -183,21 +181,6 @@ def load_pictures(images: Sequence[Path], size: Size | None = None) -> Tensor:
             rgb = ImageOps.fit(rgb, (size[1], size[0]), Image.Resampling.BILINEAR)
         arrays.append(np.asarray(rgb))
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def open_picture(image: Path) -> PictureFile:
-    """A picture, RGB.
-
-    Raises:
-        DatasetError: it cannot be decoded.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(image) as picture:
-            return picture.convert("RGB")
-    except OSError as error:
-        raise DatasetError(f"{image} cannot be read ({error})", "replace it") from None
 
 
 def draw_batch(buckets: Mapping[Bucket, Tensor], batch_size: int, generator: torch.Generator) -> tuple[Bucket, Tensor]:

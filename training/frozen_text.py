@@ -24,11 +24,12 @@ from zimgkit.training.beside import (
     entity_prompts,
 )
 from zimgkit.training.checkpoint import load_component, load_tokenizer
-from zimgkit.training.dataset import Dataset, open_picture
+from zimgkit.training.dataset import Dataset
 from zimgkit.training.diffusion import Beside, Denoiser, DenoiserTask, hidden_matrices
 from zimgkit.training.families import TrainingFamily
 from zimgkit.training.latents import Images, Latents
 from zimgkit.training.metadata import DatasetError
+from zimgkit.training.pictures import open_picture
 from zimgkit.training.preview import drawer
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from zimgkit.runtime import Pipeline
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.training.metadata import find_table, read_table
+from zimgkit.training.pictures import open_picture
 
 ROWS = 8
 GAP = 4
@@ -44,7 +45,7 @@ def draw_page(
         for number, (_, values) in enumerate(chosen):
             report("page", number, len(chosen))
             given = {name: _opened(data, name, values[name]) for name in columns}
-            target = Image.open(data / values["image"]).convert("RGB")
+            target = open_picture(data / str(values["image"]))
             call: dict[str, Any] = {CALLED.get(name, name): value for name, value in given.items()}
             call |= {"height": target.height // 16 * 16, "width": target.width // 16 * 16, "seed": number}
             call["negative_prompt"] = pipeline.bundle.manifest.defaults.negative_prompt
@@ -58,8 +59,8 @@ def _opened(data: Path, column: str, value: Any) -> Any:
     if column in TEXTS:
         return value
     if isinstance(value, list):
-        return [Image.open(data / name).convert("RGB") for name in value]
-    return Image.open(data / value).convert("RGB")
+        return [open_picture(data / str(name)) for name in value]
+    return open_picture(data / str(value))
 
 
 def _pictures(given: Mapping[str, Any]) -> list[Image.Image]:

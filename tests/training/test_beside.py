@@ -71,6 +71,14 @@ def test_what_controls_is_as_large_as_the_image(tmp_path: Path) -> None:
         ControlPictures(dataset, None, "control_image")  # type: ignore[arg-type]
 
 
+def test_a_mask_that_breaks_off_is_named(tmp_path: Path) -> None:
+    dataset = regions(tmp_path)
+    whole = (tmp_path / "mask1.png").read_bytes()
+    (tmp_path / "mask1.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DatasetError, match=r"mask1\.png cannot be read"):
+        Entities(dataset, TEXTS, "")
+
+
 @pytest.mark.parametrize(
     ("extras", "files", "message"),
     [
