@@ -166,7 +166,7 @@ def test_what_is_run(bundle: Bundle) -> None:
 
 def test_dynamic(family: str, bundle: Bundle) -> None:
     """After four steps the change of what the first block adds decides, in the prompt's branch for both."""
-    steps, threshold = 40, 0.7
+    steps, threshold = 40, {"z-image": 0.955, "qwen-image": 0.7}[family]  # Random weights change a lot.
     full: dict[int, Any] = {}
 
     def is_full(step: int, branch: int, added: Any) -> bool:
