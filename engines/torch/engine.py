@@ -65,7 +65,8 @@ def open_engine(
         room = None if room is None or room >= entry.weight_bytes else room
         stays = None if room is None else stays_on_host
         model = load(bundle, graph)
-        operators = use_kernels(model, place, computes)
+        # torch.compile makes kernels of its own, and stops at ours.
+        operators = {} if compiled else use_kernels(model, place, computes)
         program = compile_graph(model, partial(read_constant, bundle, graph), place, operators, stays)
         program = multiply_in_8_bits(program, multiplied_types(place))
         if room is not None:
