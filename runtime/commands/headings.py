@@ -43,7 +43,7 @@ class RunCommand(GroupedCommand):
         "Regions": ("entities", "eligen_enable_on_negative"),
         "Sampling": (
             *("num_inference_steps", "guidance_scale", "cfg_scale", "cfg_normalization", "cfg_truncation"),
-            *("guidance_low", "guidance_high", "progressive", "max_sequence_length"),
+            *("guidance_low", "guidance_high", "max_sequence_length"),
         ),
         "Edges": ("low", "high"),
         "An ONNX file": ("onnx", "layout", "size", "scaling", "levels", "invert"),
