@@ -66,8 +66,8 @@ def compare(pipeline: Any, ways: Mapping[str, Mapping[str, Any]], call: Mapping[
         captions: how many are drawn, half of them of one thing.
 
     Returns:
-        Way -> the median of a picture's seconds, the median PSNR against the first way, and the shares that the judge
-        finds right, of one thing and of two.
+        Way -> the median of a picture's seconds; the median PSNR against the first way, None where it is the same; and
+        the shares that the judge finds right, of one thing and of two.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     psnr: dict[str, list[float]] = {name: [] for name in ways}
@@ -88,7 +88,7 @@ def compare(pipeline: Any, ways: Mapping[str, Mapping[str, Any]], call: Mapping[
     return {
         name: {
             "seconds": statistics.median(seconds[name]),
-            "psnr": statistics.median(psnr[name]),
+            "psnr": None if math.inf in psnr[name] else statistics.median(psnr[name]),
             "right": [statistics.mean(right[name][things]) for things in (1, 2) if right[name][things]],
         }
         for name in ways
@@ -103,7 +103,7 @@ def report(result: Mapping[str, Any]) -> int:
         (
             name,
             f"{whole / own['seconds']:.2f}",
-            "-" if math.isinf(own["psnr"]) else f"{own['psnr']:.1f} dB",
+            "-" if own["psnr"] is None else f"{own['psnr']:.1f} dB",
             *(f"{share:.1%}" for share in own["right"]),
         )
         for name, own in ways.items()

@@ -205,8 +205,8 @@ class Conditioner:
         if isinstance(family, PictureFamily) and beside is not None:
             make = partial(family.conditioned_constants, self.bundle, last, *size, beside)
             return Conditions(make, of_branch("denoiser.conditions"))
-        of_size = partial(family.denoiser_constants, last.conditioning, last.tokens)
-        return Conditions(partial(of_size, *size), of_branch("denoiser"), of_size)
+        make = partial(family.denoiser_constants, last.conditioning, last.tokens, *size)
+        return Conditions(make, of_branch("denoiser"))
 
     def _controls(self, request: Request, text: Encoded) -> Controls | None:
         """What ControlNets add to every step of a prompt."""
@@ -347,7 +347,3 @@ class Conditioner:
             components.append(self._encoder.COMPONENT)
         components += [name + POSITIVE for name in components]
         check_served(self.bundle, self._engines.backend, components, dimensions, request.width, request.height)
-        if request.small_size is not None:
-            tall, wide = request.small_size
-            small = self._family.dynamic_dimensions(tall, wide, tokens)
-            check_served(self.bundle, self._engines.backend, [denoiser, denoiser + POSITIVE], small, wide, tall)

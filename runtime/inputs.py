@@ -97,12 +97,6 @@ class Inputs:
     keep_unmasked: bool = False
 
     @property
-    def are_none(self) -> bool:
-        """Whether there is nothing but the prompt."""
-        said = (self.image, self.layered, self.references, self.context_image, self.eligen_entity_prompts)
-        return not any(said)
-
-    @property
     def samples_latents(self) -> bool:
         """Whether the picture's latents are drawn from the posterior, as diffusers does, and are not its mean."""
         return self.image is not None and self.denoising_strength is None and not self.blends_velocity

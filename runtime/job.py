@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,18 +41,11 @@ class Conditions:
     Args:
         make: computes the inputs when they are first needed.
         component: which denoiser takes them.
-        of_size: likewise for a picture of another height and width, where there may be one.
     """
 
-    def __init__(
-        self,
-        make: Callable[[], Mapping[str, NDArray[Any]]],
-        component: str = "denoiser",
-        of_size: Callable[[int, int], Mapping[str, NDArray[Any]]] | None = None,
-    ) -> None:
+    def __init__(self, make: Callable[[], Mapping[str, NDArray[Any]]], component: str = "denoiser") -> None:
         self.component = component
         self._make = make
-        self._of_size = of_size
         self._lock = threading.Lock()
         self._uploaded: tuple[str, Feeds] | None = None
 
@@ -63,12 +55,6 @@ class Conditions:
             if self._uploaded is None or self._uploaded[0] != engine.device:
                 self._uploaded = engine.device, engine.upload(self._make())
             return self._uploaded[1]
-
-    def at(self, height: int, width: int) -> Conditions:
-        """Those of the same prompt for a picture of another size."""
-        if self._of_size is None:
-            raise ValueError(f"conditions of {self.component} are for one size")
-        return Conditions(partial(self._of_size, height, width), self.component)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,22 +99,6 @@ class Schedule:
         return len(self.sigmas) - 1
 
 
-@dataclass(frozen=True, eq=False)
-class Growth:
-    """How a picture whose first steps are taken at a smaller size goes on at its own; see :mod:`.progressive`."""
-
-    step: int
-    """From which step on."""
-    size: tuple[int, int]
-    """Height and width before."""
-    levels: Array
-    """Float32 (step + 1,), the noise levels before, and the one that these steps reach."""
-    positive: Conditions
-    negative: Conditions | None
-    enlarge: Callable[[Array], Array]
-    """Latents of the smaller size at the last of those levels -> latents at the schedule's own level."""
-
-
 def _nothing() -> None:
     """There is nothing to release."""
 
@@ -149,8 +119,6 @@ class Job:
     controls: Controls | None = None
     kept: Kept | None = None
     """What a mask keeps of the picture it starts from."""
-    growth: Growth | None = None
-    """How it goes on at its own size, while it has a smaller one."""
     on_release: Callable[[], object] = field(default=_nothing, repr=False)
     """Called when the job needs the denoiser no more; a second call does nothing."""
     step: int = 0
@@ -173,25 +141,6 @@ class Job:
         return sorted({conditions.component for conditions in used})
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of what the latents are now."""
-        return self.growth.size if self.growth else self.request.size
-
-    @property
-    def levels(self) -> Array:
-        """The noise levels of its steps at the size that it has now, float32 (steps + 1,)."""
-        return self.growth.levels if self.growth else self.schedule.sigmas
-
-    def grow(self) -> None:
-        """Go on at its own size where the steps before are done; otherwise nothing."""
-        growth = self.growth
-        if growth is None or growth.step > self.step:
-            return
-        self.latents, self.positive, self.negative = growth.enlarge(self.latents), growth.positive, growth.negative
-        self.growth = None
-        self.residuals.clear()  # They are of the smaller size.
-
-    @property
     def is_denoised(self) -> bool:
         """Whether all steps are done."""
         return self.step == len(self.schedule)
@@ -199,7 +148,7 @@ class Job:
     @property
     def sigma(self) -> float:
         """The noise level of the latents now."""
-        return float(self.levels[self.step])
+        return float(self.schedule.sigmas[self.step])
 
     @property
     def progress(self) -> float:
@@ -222,6 +171,6 @@ class Job:
 
     def release(self) -> None:
         """Let go of the conditions and the denoiser; a second call does nothing."""
-        self.positive = self.negative = self.controls = self.growth = None
+        self.positive = self.negative = self.controls = None
         self.residuals.clear()
         self.on_release()

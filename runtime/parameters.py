@@ -195,17 +195,6 @@ PARAMETERS = (
         recorded=True,
     ),
     Parameter(
-        "progressive",
-        float,
-        "The share of the steps, the first ones, that are taken at half the size.",
-        "0",
-        low=0,
-        high=1,
-        option="progressive",
-        key="Progressive",
-        recorded=True,
-    ),
-    Parameter(
         "num_images_per_prompt",
         int,
         "How many pictures to draw of each prompt.",

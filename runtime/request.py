@@ -15,7 +15,6 @@ from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.controls import ControlInput, check_sizes, read_controls
 from zimgkit.runtime.diffusion.caching import OFF, Caching, caching
 from zimgkit.runtime.diffusion.guidance import acts
-from zimgkit.runtime.diffusion.progressive import half_size
 from zimgkit.runtime.families import Family
 from zimgkit.runtime.inputs import NONE, Inputs, first_step, read_inputs, size_in_area, size_like, size_of_edit
 from zimgkit.runtime.parameters import BY_NAME, TENSORS, checked, refuse_unknown, texts
@@ -46,7 +45,6 @@ class Request:
     output_type: str
     guidance_low: float = 0.0
     guidance_high: float = 1.0
-    progressive: float = 0.0
     inputs: Inputs = NONE
     """The pictures it starts from."""
     controls: tuple[ControlInput, ...] = ()
@@ -85,11 +83,6 @@ class Request:
     def size(self) -> tuple[int, int]:
         """Height and width."""
         return self.height, self.width
-
-    @property
-    def small_size(self) -> tuple[int, int] | None:
-        """Height and width of the first steps, where these are taken at another size; see :mod:`.progressive`."""
-        return half_size(*self.size) if self.progressive else None
 
     @property
     def is_guided(self) -> bool:
@@ -157,9 +150,6 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
     low, high = value("guidance_low", 0.0), value("guidance_high", 1.0)
     if low > high:
         raise UsageError(f"guidance_low is {low:g}, above guidance_high, {high:g}", "no step would be guided")
-    progressive = value("progressive", 0.0)
-    if progressive and (controls or not inputs.are_none):
-        raise UsageError("progressive is for pictures that are drawn from a prompt alone", "leave it out, or all else")
     negative_embeds = _embeds("negative_prompt_embeds", given)
     negatives = _negatives(given, negative_embeds, len(prompts), family, scale)
     return Request(
@@ -175,7 +165,6 @@ def check(manifest: Manifest, family: Family, **call: Any) -> Request:
         cfg_truncation=value("cfg_truncation", 1.0),
         guidance_low=low,
         guidance_high=high,
-        progressive=progressive,
         seed=_seed(given, batch),
         max_sequence_length=value("max_sequence_length", text.max_sequence_length, high=text.max_tokens - text.drop),
         output_type=value("output_type", "pil"),

@@ -36,7 +36,6 @@ from zimgkit.runtime.families import family_of
 from zimgkit.runtime.families.base import (
     Progress,
 )
-from zimgkit.runtime.growing import begin_small, small_levels
 from zimgkit.runtime.inpainting import keep_unmasked, latents_drawn_anew
 from zimgkit.runtime.job import Array, Conditions, Job, Schedule
 from zimgkit.runtime.memory.amounts import parse_budget
@@ -139,9 +138,7 @@ class Session:
             clean = self._clean(request, posterior)
             positive, negative, controls = self.conditioner.read(as_read(request, sigmas), clean)
         progress = partial(self.report, "modulation")
-        small = small_levels(request, sigmas)
-        levels = sigmas if small is None else np.concatenate([small[:-1], sigmas[len(small) - 1 :]])
-        schedule = Schedule(sigmas, self.family.schedule_inputs(self.bundle, levels[:-1], progress))
+        schedule = Schedule(sigmas, self.family.schedule_inputs(self.bundle, sigmas[:-1], progress))
         mask = self._mask(request)
         jobs = []
         for index in range(request.batch):
@@ -162,8 +159,6 @@ class Session:
             release.atexit = False
             job.on_release = release
             jobs.append(job)
-        if small is not None:
-            begin_small(jobs, small, self.family)
         return jobs
 
     def _let_go(self, engines: Iterable[tuple[str, str | None]]) -> None:
@@ -460,12 +455,10 @@ class Session:
 
     def _step(self, group: Sequence[Job]) -> None:
         """One step of jobs that share everything but their latents."""
-        for job in group:
-            job.grow()
         first, family = group[0], self.family
         schedule, request = first.schedule, first.request
         positive, negative, controls = first.positive, first.negative, first.controls
-        sigma, sigma_next = first.levels[first.step : first.step + 2]
+        sigma, sigma_next = schedule.sigmas[first.step : first.step + 2]
         latents = np.concatenate([job.latents for job in group])
         inputs = {**schedule.inputs(first.step), **family.denoiser_inputs(latents)}
         if positive is None:
@@ -498,7 +491,7 @@ class Session:
             return family.velocity(output, latents)
 
         velocity = velocity_of(positive, is_positive=True)
-        if negative and request.guides_at(float(schedule.sigmas[first.step])):
+        if negative and request.guides_at(float(sigma)):
             away = velocity_of(negative, is_positive=False)
             velocity = family.guide(velocity, away, request.guidance_scale, request.cfg_normalization)
         for index, job in enumerate(group):

@@ -43,7 +43,7 @@ class RunCommand(GroupedCommand):
         "Regions": ("entities", "eligen_enable_on_negative"),
         "Sampling": (
             *("num_inference_steps", "guidance_scale", "cfg_scale", "cfg_normalization", "cfg_truncation"),
-            *("guidance_low", "guidance_high", "progressive"),
+            *("guidance_low", "guidance_high"),
             *("cache", "cache_negative", "cache_order", "cache_reuse", "max_sequence_length"),
         ),
         "Edges": ("low", "high"),

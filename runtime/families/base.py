@@ -164,10 +164,6 @@ class Family(ABC):
         """Drawn noise (batch, ...) to latents in the form the reference pipeline keeps them."""
 
     @abstractmethod
-    def to_noise(self, latents: Array, height: int, width: int) -> Array:
-        """The inverse: latents of pictures of this size, (batch, ...), in the shape that noise is drawn in."""
-
-    @abstractmethod
     def latents_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """The shape of one picture's latents in that form."""
 

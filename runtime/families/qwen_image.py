@@ -151,12 +151,6 @@ class QwenImage(ConditionedFamily):
         packed = pack(noise.reshape(-1, *noise.shape[2:]), LAYOUT)
         return packed.reshape(len(noise), -1, packed.shape[2])
 
-    def to_noise(self, latents: Array, height: int, width: int) -> Array:
-        """(batch, frames, channels, height / 8, width / 8)."""
-        tokens, features = self.latents_shape(height, width)
-        unpacked = unpack(latents.reshape(-1, tokens, features), LAYOUT, height // 8, width // 8)
-        return unpacked.reshape(len(latents), -1, *unpacked.shape[1:])
-
     def latents_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """(tokens, 4 * channels)."""
         return (frames * (height // 16) * (width // 16), self.transformer.in_channels)

@@ -150,10 +150,6 @@ class ZImage(SegmentedFamily):
         """Latents are kept as (batch, channels, height / 8, width / 8)."""
         return noise
 
-    def to_noise(self, latents: Array, height: int, width: int) -> Array:
-        """The same."""
-        return latents
-
     def latents_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """(channels, height / 8, width / 8)."""
         return self.noise_shape(height, width)

@@ -156,7 +156,8 @@ class Worker(threading.Thread):
         """Decode the clean latents that pictures aim at now."""
         drawing.preview_wanted = False
         latents = np.concatenate([job.denoised for job in group if job.denoised is not None])
-        for job, pixels in zip(group, session.decode(latents, *group[0].size), strict=True):
+        request = drawing.request
+        for job, pixels in zip(group, session.decode(latents, request.height, request.width), strict=True):
             drawing.preview = pixels
             if told:
                 drawing.tell(PreviewPixels(job.index, pixels))
