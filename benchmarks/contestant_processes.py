@@ -50,10 +50,10 @@ class Contestant:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
             )
 
-    def ask(self) -> None:
-        """Tell it to take its turn; :meth:`answer` waits for that."""
+    def ask(self, what: str = "draw") -> None:
+        """Tell it to take its turn, in a line of text; :meth:`answer` waits for that."""
         with contextlib.suppress(BrokenPipeError):  # Its end is told as the answer.
-            self._process.stdin.write(b"draw\n")  # type: ignore[union-attr]
+            self._process.stdin.write(f"{what}\n".encode())  # type: ignore[union-attr]
             self._process.stdin.flush()  # type: ignore[union-attr]
 
     def answer(self, meanwhile: Callable[[], None]) -> dict[str, Any]:

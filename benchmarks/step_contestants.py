@@ -1,10 +1,12 @@
 """The contestants of ``gpu_steps.py``, each in a process of its own; and what they need made first.
 
     python benchmarks/step_contestants.py FOLDER prepare
-    python benchmarks/step_contestants.py FOLDER eager
+    python benchmarks/step_contestants.py FOLDER build int8
+    python benchmarks/step_contestants.py FOLDER step eager
+    python benchmarks/step_contestants.py FOLDER picture "int8 tensorrt"
 
-FOLDER holds ``settings.json``. ``prepare`` adds a checkpoint, its bundle, the inputs, and the velocity in float32;
-a contestant adds ``<name>.json``.
+FOLDER holds ``settings.json``. ``prepare`` adds a checkpoint, the inputs, and the velocity in float32; ``build`` a
+bundle; what is measured adds ``<what> <name>.json``.
 """
 
 from __future__ import annotations
@@ -30,11 +32,17 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import nn
 
+    from zimgkit.engines.bundle import Bundle
+
 Array = NDArray[np.float32]
 
 SIGMA = np.float32(0.75)
 """The noise level of the step: its time is exact in bfloat16 as well, in any family's units."""
 FLOAT32 = "float32"
+FLOATING = "bf16"
+PRECISIONS = (FLOATING, "fp8", "int8", "int8-weights", "int4-weights")
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
+CLOCKS = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,8 @@ class Settings:
     seed: int = 0
     warmup: int = 3
     repeats: int = 20
+    steps: int = 50
+    """Of a whole picture."""
 
     def config(self) -> dict[str, Any]:
         """Of the transformer."""
@@ -76,9 +86,8 @@ class Step:
 
 
 def prepare(folder: Path) -> None:
-    """Write the checkpoint, the bundle and the inputs, and compute the velocity in float32."""
+    """Write the checkpoint and the inputs, and compute the velocity in float32."""
     from zimgkit.engines.tensors.dtypes import round_to
-    from zimgkit.export.build import build
     from zimgkit.runtime.diffusion.noise import randn_tensor
     from zimgkit.runtime.families import family as family_named
 
@@ -87,7 +96,6 @@ def prepare(folder: Path) -> None:
     family = family_named(settings.family)({**families.family(settings.family).configs, "transformer": config})
     card = _card(settings.device)
     random_checkpoint.write(settings.family, folder / "checkpoint", config, device=settings.device, seed=settings.seed)
-    build(str(folder / "checkpoint"), folder / "bundle", precision="bf16")
     shape = (1, *family.noise_shape(settings.height, settings.width))
     # All contestants read these, and those in bfloat16 cannot hold more.
     latents = round_to(family.from_noise(randn_tensor(shape, settings.seed)), "bfloat16")
@@ -97,6 +105,27 @@ def prepare(folder: Path) -> None:
     step = diffusers(folder, settings, FLOAT32)
     np.save(folder / "reference.npy", step.velocity(step.run()))
     (folder / "prepare.json").write_text(json.dumps(card))
+
+
+def build_bundle(folder: Path, precision: str) -> None:
+    """Build the checkpoint in a precision, its denoiser cut. Nothing is calibrated: inputs get synthetic ranges.
+
+    One that is there stays.
+    """
+    from synthetic_statistics import synthetic
+
+    from zimgkit.engines.bundle import Bundle
+    from zimgkit.export.build import Quantizing, build
+    from zimgkit.export.cli.options import CALIBRATED
+
+    quantizing = None
+    if (folder / precision).exists():
+        return
+    if precision in CALIBRATED:
+        build_bundle(folder, FLOATING)
+        quantizing = Quantizing(calibration=synthetic(Bundle.open(folder / FLOATING, verify=False)))
+    model, out = str(folder / "checkpoint"), folder / precision
+    build(model, out, precision=precision, quantization=quantizing, cut_denoiser=True)
 
 
 def _card(device: str) -> dict[str, Any]:
@@ -184,51 +213,132 @@ def _visit(transformer: nn.Module, device: str) -> None:
         parameter.data = parameter.data.to(device, torch.float32)
 
 
-def zimg(folder: Path, settings: Settings, backend: str) -> Step:
-    """The bundle on a backend; the conditioner runs there once, and what stays the same is uploaded once."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a step of a bundle takes."""
+
+    constants: dict[str, Any]
+    """What stays the same from step to step."""
+    changing: dict[str, Any]
+    family: Any
+    latents: Array
+
+
+def _inputs(folder: Path, settings: Settings, bundle: Bundle, backend: str) -> Inputs:
+    """The conditioner runs once, on the backend."""
     from zimgkit.engines.base import open_engine
-    from zimgkit.engines.bundle import Bundle
     from zimgkit.runtime.families import family_of
 
-    bundle = Bundle.open(folder / "bundle", verify=False)
-    family = family_of(bundle.manifest)
-    inputs = np.load(folder / "inputs.npz")
-    latents, prompt_embeds = inputs["latents"], inputs["prompt_embeds"]
+    family, given = family_of(bundle.manifest), np.load(folder / "inputs.npz")
+    latents = given["latents"]
     conditioner = open_engine(bundle, "conditioner", backend, settings.device)
-    (conditioning,) = conditioner.run(family.conditioner_inputs(prompt_embeds)).values()
+    (conditioning,) = conditioner.run(family.conditioner_inputs(given["prompt_embeds"])).values()
     conditioner.close()
-    engine = open_engine(bundle, "denoiser", backend, settings.device)
-    size = settings.height, settings.width
-    constants = engine.upload(family.denoiser_constants(conditioning, settings.tokens, *size))
+    constants = family.denoiser_constants(conditioning, settings.tokens, settings.height, settings.width)
     changing = family.schedule_inputs(bundle, np.array([SIGMA]))(0) | family.denoiser_inputs(latents)
-    return Step(lambda: engine.run({**constants, **changing})["velocity"], lambda out: family.velocity(out, latents))
+    return Inputs(constants, changing, family, latents)
 
 
-CONTESTANTS: dict[str, Callable[[Path, Settings], Step]] = {
+def zimg(folder: Path, settings: Settings, precision: str, backend: str) -> Step:
+    """The bundle on a backend; what stays the same is uploaded once."""
+    from zimgkit.engines.base import open_engine
+    from zimgkit.engines.bundle import Bundle
+
+    bundle = Bundle.open(folder / precision, verify=False)
+    given = _inputs(folder, settings, bundle, backend)
+    engine = open_engine(bundle, "denoiser", backend, settings.device)
+    feeds = {**engine.upload(given.constants), **given.changing}
+    return Step(lambda: engine.run(feeds)["velocity"], lambda out: given.family.velocity(out, given.latents))
+
+
+def cached(folder: Path, settings: Settings, precision: str, backend: str) -> Step:
+    """A step that leaves the body out: its residual is that of the same step, so that the velocity can be compared."""
+    from zimgkit.engines.base import open_engine
+    from zimgkit.engines.bundle import Bundle
+
+    bundle = Bundle.open(folder / precision, verify=False)
+    given = _inputs(folder, settings, bundle, backend)
+    pieces = [open_engine(bundle, name, backend, settings.device) for name in bundle.manifest.pieces("denoiser")]
+    head, body, tail = pieces
+    feeds = dict(given.changing)
+    for piece in pieces:
+        feeds |= piece.upload({name: value for name, value in given.constants.items() if name in piece.inputs})
+
+    def run(piece: Any, known: dict[str, Any], keep: bool = True) -> dict[str, Any]:
+        found: dict[str, Any] = piece.run({name: known[name] for name in piece.inputs}, piece.outputs if keep else ())
+        return found
+
+    first = feeds | run(head, feeds)
+    residual = run(body, first)["residual"]
+    body.close()
+    feeds |= {"residual": residual, "older_residual": residual, "weights": np.array([1, 0], np.float32)}
+    return Step(
+        lambda: run(tail, feeds | run(head, feeds), keep=False)["velocity"],
+        lambda out: given.family.velocity(out, given.latents),
+    )
+
+
+def picture(folder: Path, settings: Settings, precision: str, backend: str) -> dict[str, float]:
+    """Seconds of a whole picture from the prompt's embeddings, by cache; after one of each that does not count."""
+    from zimgkit.runtime.diffusion.caching import PATTERNS
+    from zimgkit.runtime.families import family
+    from zimgkit.runtime.pipeline import Pipeline
+
+    host = family(settings.family)
+    call = {"height": settings.height, "width": settings.width, "num_inference_steps": settings.steps, "seed": 0}
+    call |= {"guidance_scale": host.guidance_scale(1.0), "output_type": "np"}
+    embeds, found = np.load(folder / "inputs.npz")["prompt_embeds"][None], {}
+    with Pipeline.open(folder / precision, backend=backend, device=settings.device, verify=False) as pipeline:
+        for cache in ("off", *PATTERNS):
+            for _ in range(2):
+                start = time.perf_counter()
+                image = pipeline(prompt_embeds=embeds, cache=cache, **call).images
+                found[cache] = time.perf_counter() - start
+            if not np.isfinite(image).all():
+                raise ArithmeticError("the picture is not finite")
+    return found
+
+
+PEERS: dict[str, Callable[[Path, Settings], Step]] = {
     "eager": diffusers,
     "torch.compile": partial(diffusers, compiled=True),
-    "onnxruntime": partial(zimg, backend="onnxruntime"),
-    "tensorrt": partial(zimg, backend="tensorrt"),
-    "tensorrt-rtx": partial(zimg, backend="tensorrt-rtx"),
-    "torch": partial(zimg, backend="torch"),
 }
-"""The first two are diffusers' transformer, the others are backends of zimgkit."""
+"""Diffusers' transformer."""
+CONTESTANTS = (*PEERS, *(f"{precision} {backend}" for precision in PRECISIONS for backend in BACKENDS))
+"""Those, and what zimgkit has: a precision and what runs it."""
+STEP, CACHED, PICTURE = "step", "cached", "picture"
 
 
-def take_part(folder: Path, name: str) -> dict[str, Any]:
-    """Run one contestant.
+def measures(name: str) -> tuple[str, ...]:
+    """What is measured of a contestant."""
+    return (STEP,) if name in PEERS else (STEP, CACHED, PICTURE)
+
+
+def take_part(folder: Path, name: str, what: str = STEP) -> dict[str, Any]:
+    """Measure a contestant.
+
+    Args:
+        folder: what :func:`prepare` and :func:`build_bundle` made.
+        name: of :data:`CONTESTANTS`.
+        what: of :func:`measures`.
 
     Returns:
-        ``seconds`` of each step, ``first_step_s`` from the start of loading to the end of the first step, and the
-        error of the last velocity against float32: ``relative_l2`` and ``max_error``.
+        Of steps ``seconds`` of each, ``first_step_s`` from the start of loading to the end of the first one, and the
+        error of the last velocity against float32: ``relative_l2`` and ``max_error``. Of pictures ``pictures``: cache
+        -> seconds. ``clocks``: what the driver says right afterwards, where there is one.
 
     Raises:
         Exception: as the contestant fails.
         ArithmeticError: its velocity is not finite.
     """
     settings = Settings.load(folder)
+    if what == PICTURE:
+        return {"pictures": picture(folder, settings, *name.split()), "clocks": _clocks(settings)}
     start = time.perf_counter()
-    step = CONTESTANTS[name](folder, settings)
+    if name in PEERS:
+        step = PEERS[name](folder, settings)
+    else:
+        step = (zimg if what == STEP else cached)(folder, settings, *name.split())
     step.run()
     first = time.perf_counter() - start
     for _ in range(settings.warmup):
@@ -238,7 +348,15 @@ def take_part(folder: Path, name: str) -> dict[str, Any]:
         start = time.perf_counter()
         out = step.run()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds, "first_step_s": first} | error(step.velocity(out), np.load(folder / "reference.npy"))
+    clocks, reference = _clocks(settings), np.load(folder / "reference.npy")
+    return {"seconds": seconds, "first_step_s": first, "clocks": clocks} | error(step.velocity(out), reference)
+
+
+def _clocks(settings: Settings) -> list[str] | None:
+    """What the driver says of the clocks of all its cards now; None without a driver."""
+    if settings.device == "cpu" or not shutil.which("nvidia-smi"):
+        return None
+    return common.measure(["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv"]).output.splitlines()
 
 
 def error(velocity: Array, reference: Array) -> dict[str, float]:
@@ -256,16 +374,25 @@ def main() -> None:
     """The process: what goes wrong is written down as well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("name", choices=["prepare", *CONTESTANTS])
+    parser.add_argument("what", choices=["prepare", "build", STEP, CACHED, PICTURE])
+    parser.add_argument("name", nargs="?", default="")
     options = parser.parse_args()
-    if options.name == "prepare":
+    if options.what == "prepare":
         prepare(options.folder)
         return
+    if options.what == "build":
+        build_bundle(options.folder, options.name)
+        return
     try:
-        result = take_part(options.folder, options.name)
+        result = take_part(options.folder, options.name, options.what)
     except Exception as failure:
         result = {"failed": f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"}
-    (options.folder / f"{options.name}.json").write_text(json.dumps(result))
+    result_file(options.folder, options.name, options.what).write_text(json.dumps(result))
+
+
+def result_file(folder: Path, name: str, what: str) -> Path:
+    """Where what was measured is written."""
+    return folder / f"{what} {name}.json"
 
 
 if __name__ == "__main__":

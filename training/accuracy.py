@@ -83,9 +83,9 @@ def accuracy(
     return tuple(cases)
 
 
-def shares(bundle: Path, captions: int, backend: str, report: Report = silent) -> dict[str, float]:
-    """The judge that ``zimg-export verify`` finds: how many things a caption tells of -> the share drawn right."""
-    cases = accuracy(bundle, captions=captions, backend=backend, report=report)
+def shares(bundle: Path, captions: int, backend: str, report: Report = silent, **call: Any) -> dict[str, float]:
+    """The judge that ``zimg-export`` finds: how many things a caption tells of -> the share drawn right."""
+    cases = accuracy(bundle, captions=captions, backend=backend, report=report, **call)
     return {"one": share(cases, 1), "two": share(cases, 2)}
 
 

@@ -52,6 +52,8 @@ class BenchmarkFamily:
     """What makes the tests' tiny models larger: a few hundred million parameters, and the real VAE."""
     ggml_size: Configs | None
     """The same for a comparison with stable-diffusion.cpp, in sizes that it computes; None where there are none."""
+    deep: Config
+    """What makes the tests' tiny transformer as deep as the real one of the larger family, and narrow."""
     tiny: Config
     """What makes the real transformer tiny."""
     depth: str

@@ -151,6 +151,7 @@ FAMILY = BenchmarkFamily(
         "vae": arguments(CONFIGS["vae"]),
     },
     ggml_size=None,
+    deep={"num_attention_heads": 2, "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56), "num_layers": 60},
     tiny={
         "num_layers": 2,
         "num_attention_heads": 3,

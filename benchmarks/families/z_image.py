@@ -178,6 +178,14 @@ FAMILY = BenchmarkFamily(
         },
         "vae": arguments(CONFIGS["vae"]),
     },
+    deep={
+        "dim": 256,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "n_layers": 60,
+        "n_refiner_layers": 2,
+        "axes_dims": [32, 48, 48],
+    },
     tiny={
         "dim": 48,
         "n_layers": 2,

@@ -342,6 +342,10 @@ class CacheCost(msgspec.Struct, frozen=True, omit_defaults=True):
     uncached_accuracy: dict[str, float] = {}
     """Likewise without a cache."""
 
+    def __post_init__(self) -> None:
+        if self.accuracy.keys() != self.uncached_accuracy.keys():
+            raise ValueError("accuracy and uncached_accuracy are of other captions")
+
 
 StepMask = Annotated[str, msgspec.Meta(pattern="^1[01]*$", max_length=1000)]
 """A digit for each step: 1 where it is computed in full."""
@@ -446,6 +450,11 @@ class Manifest(msgspec.Struct, frozen=True):
         for name in self.caches:
             if not CACHE_NAME.fullmatch(name):
                 raise ValueError(f"a cache is called {name!r}")
+
+    @property
+    def unmeasured_caches(self) -> dict[str, CacheMask]:
+        """Its masks without what they cost: they suit other weights of the same network, of which that is unknown."""
+        return {name: msgspec.structs.replace(mask, cost=None) for name, mask in self.caches.items()}
 
     @property
     def quantized(self) -> str:

@@ -24,10 +24,11 @@ class ExportCommand(GroupedCommand):
             *("prompts", "calibration", "from_bundle", "calibration_size", "calibration_steps", "calibration_image"),
             "calibration_device",
         ),
-        "Cost of the precision": (
+        "What it costs": (
             *("cost", "measure", "strict", "cost_prompts", "cost_size", "cost_steps", "cost_images"),
             *("references", "judge", "seed"),
         ),
+        "The mask": ("target_speed", "target_error", "name", "cache_order"),
         "Engines and devices": (
             *("backend", "device", "memory", "components", "weight_streaming_budget", "workspace"),
             *("optimization_level", "refittable", "stripped", "force"),

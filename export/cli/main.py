@@ -7,6 +7,7 @@ import click
 import zimgkit
 from zimgkit.export.cli.build import build_command
 from zimgkit.export.cli.calibrate import calibrate_command
+from zimgkit.export.cli.calibrate_cache import calibrate_cache_command
 from zimgkit.export.cli.compile import compile_command
 from zimgkit.export.cli.controlnets import add_controlnet_command, remove_controlnet_command
 from zimgkit.export.cli.demo_checkpoint import demo_checkpoint_command
@@ -31,6 +32,7 @@ def cli() -> None:
 for command in (
     build_command,
     calibrate_command,
+    calibrate_cache_command,
     compile_command,
     swap_lora_command,
     add_controlnet_command,

@@ -82,6 +82,7 @@ def changed_manifest(
         base_defaults=base.defaults if settings != base else None,
         base_scheduler=dict(base.scheduler) if settings != base else None,
         cost=None,  # It was that of other weights.
+        caches=old.unmeasured_caches,
     )
     now = {name: Bundle(folder, new_manifest).source_hash(name) for name in {e.component for e in old.engines}}
     engines = [_engine(bundle, changeable, changes, engine, now[engine.component]) for engine in old.engines]

@@ -102,5 +102,6 @@ def give_positive(
         files=manifest.files | records,
         positive_loras=loras,
         cost=None,  # It was that of other weights.
+        caches=manifest.unmeasured_caches,
     )
     return new, total

@@ -58,6 +58,16 @@ class Trial:
             negative_prompt=defaults.negative_prompt if self.negative_prompt is None else self.negative_prompt,
         )
 
+    def check(self, manifest: Manifest) -> None:
+        """Check that it has what a bundle draws from.
+
+        Raises:
+            UsageError: it has not.
+        """
+        takes = manifest.references
+        if takes is not None and takes.least and not self.pictures:
+            raise UsageError("a checkpoint that edits is measured on pictures", "name some with --calibration-image")
+
 
 @dataclass
 class Run:
@@ -100,11 +110,8 @@ def drawing(bundle: Bundle, opener: Opener, *, backend: str = "torch", device: s
         def draw(
             trial: Trial, earlier: Sequence[Run] = (), *, forced: bool = False, report: Report = silent
         ) -> list[Run]:
-            found, takes = [], bundle.manifest.references
-            if takes is not None and takes.least and not trial.pictures:
-                raise UsageError(
-                    "a checkpoint that edits is measured on pictures", "name some with --calibration-image"
-                )
+            found = []
+            trial.check(bundle.manifest)
             for index, prompt in enumerate(trial.prompts):
                 report("measure", index, len(trial.prompts))
                 other = earlier[index] if earlier else None

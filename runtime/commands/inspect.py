@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from zimgkit.engines.bundle import CPU_GRAPH, Bundle, Quantization
+from zimgkit.engines.bundle import CPU_GRAPH, Bundle, CacheMask, Quantization
 from zimgkit.engines.choice import choose_backend
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.bundles import open_bundle, place_of
@@ -71,6 +71,7 @@ def bundle_summary(path: Path) -> dict[str, Any]:
         "precision": manifest.precision,
         "quantization": _quantization(manifest.quantization),
         "cost": None if manifest.cost is None else msgspec.to_builtins(manifest.cost),
+        "caches": msgspec.to_builtins(manifest.caches),
         "schema_version": manifest.schema_version,
         "zimgkit_version": manifest.zimgkit_version,
         "source": msgspec.to_builtins(manifest.checkpoint),
@@ -128,6 +129,7 @@ def bundle_text(summary: dict[str, Any]) -> str:
     )
     lines.extend(_quantization_lines(quantization, summary["precision"]) if quantization else ())
     lines.extend(f"  {line}" for line in (cost_lines(summary["cost"]) if summary["cost"] else ()))
+    lines.extend(f"  {line}" for line in cache_lines(msgspec.convert(summary["caches"], dict[str, CacheMask])))
     for name, component in summary["components"].items():
         shares = f", over the weights of {component['variant_of']}" if component["variant_of"] else ""
         lines.append(f"  {name}{shares}")
@@ -197,16 +199,43 @@ def cost_lines(cost: dict[str, Any]) -> list[str]:
             f"velocity {max(entry['velocity_relative']):.2g} off at most, cosine {min(entry['velocity_cosine']):.5f}"
         )
         latents = f"last latents {entry['latents_relative'][-1]:.2g} off"
-        picture = "the same" if entry["psnr"] is None else f"PSNR {entry['psnr']:.1f} dB, SSIM {entry['ssim']:.4f}"
-        if entry["psnr"] is not None and entry.get("lpips") is not None:
-            picture += f", LPIPS {entry['lpips']:.4f}"
-        lines.append(f"  {name:<8}{worst}; {latents}; {picture}")
-    if captions := cost.get("captions"):
-        told = {"one": "one thing", "two": "two things"}
-        float32, right = cost.get("float32_accuracy", {}), cost.get("accuracy", {})
-        shares = [f"{share:.1%} of {told.get(key, key)} ({float32[key]:.1%})" for key, share in right.items()]
-        lines.append(f"  right   {', '.join(shares)}: of {captions} captions, by the judge (and in float32)")
+        lines.append(f"  {name:<8}{worst}; {latents}; {_picture_text(entry)}")
+    lines.extend(_shares_lines(cost, "float32_accuracy", "in float32"))
     return lines
+
+
+def cache_lines(caches: Mapping[str, CacheMask]) -> list[str]:
+    """The masks for block caching, and what they cost beside the same bundle without, for people."""
+    lines = []
+    for name, mask in caches.items():
+        full = f"{mask.steps.count('1')} of {mask.num_inference_steps} steps in full"
+        reused = f", of the {mask.reuse}" if mask.reuse else ""
+        lines.append(f"cache     {name}: {full}, order {mask.order}{reused}")
+        lines.append(f"  steps   {mask.steps}")
+        if mask.cost is not None:
+            cost = msgspec.to_builtins(mask.cost)
+            pictures = f"{len(cost['prompts'])} pictures of {cost['width']}x{cost['height']} on {cost['backend']}"
+            lines.append(f"  costs   {_picture_text(cost)}: {pictures}, {cost['speed']:.2f} times as fast")
+            lines.extend(_shares_lines(cost, "uncached_accuracy", "without a cache"))
+    return lines
+
+
+def _picture_text(measured: dict[str, Any]) -> str:
+    """How near pictures are."""
+    if measured["psnr"] is None:
+        return "the same"
+    lpips = "" if measured.get("lpips") is None else f", LPIPS {measured['lpips']:.4f}"
+    return f"PSNR {measured['psnr']:.1f} dB, SSIM {measured['ssim']:.4f}{lpips}"
+
+
+def _shares_lines(cost: dict[str, Any], other: str, where: str) -> Iterator[str]:
+    """What the judge found, where it was asked, beside what it found elsewhere."""
+    if captions := cost.get("captions"):
+        told, away = {"one": "one thing", "two": "two things"}, cost.get(other, {})
+        shares = [
+            f"{share:.1%} of {told.get(key, key)} ({away[key]:.1%})" for key, share in cost.get("accuracy", {}).items()
+        ]
+        yield f"  right   {', '.join(shares)}: of {captions} captions, by the judge (and {where})"
 
 
 def range_text(ends: Sequence[int]) -> str:

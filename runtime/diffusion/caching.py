@@ -148,6 +148,8 @@ def change(now: NDArray[np.float32], last: NDArray[np.float32]) -> float:
 def _mask(parameter: str, value: str, steps: int, own: str | None) -> tuple[Mask, tuple[str, ...]]:
     """A mask, and what to say of it; the bundle's own where there is one of this name."""
     notes = _too_few(value, steps)
+    if own is not None and value in PATTERNS and _read(own) == pattern(*PATTERNS[value], len(own)):
+        own = None  # The bundle has it for what it costs, and it is laid out anew for any number of steps.
     if own is not None:
         found = _read(own)
         if len(found) == steps:

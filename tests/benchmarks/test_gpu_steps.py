@@ -75,17 +75,18 @@ def test_flops_of_the_real_models(family, side, tokens, tflop):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def prepared(request, shared_folder):
-    """What ``prepare`` makes, once for all workers; without the networks that no contestant runs."""
+    """What ``prepare`` and ``build`` make, once for all workers; without the networks that no contestant runs."""
 
-    def transformer_only(checkpoint, tasks=(), more=()):
-        return {name: part for name, part in parts_of(checkpoint).items() if part.source == "transformer"}
+    def wanted(checkpoint, tasks=(), more=()):
+        return {name: part for name, part in parts_of(checkpoint).items() if part.source != "text_encoder"}
 
     folder, parts_of = shared_folder / f"gpu-steps-{request.param}", build.parts_of
-    with FileLock(f"{folder}.lock"), patch.object(build, "parts_of", transformer_only):
-        if not (folder / "prepare.json").exists():
+    with FileLock(f"{folder}.lock"), patch.object(build, "parts_of", wanted):
+        if not (folder / "bf16" / "bundle.json").exists():
             folder.mkdir()
-            Settings(request.param, 96, 80, 20, "cpu", tiny=True, warmup=1, repeats=3).save(folder)
+            Settings(request.param, 96, 80, 20, "cpu", tiny=True, warmup=1, repeats=3, steps=13).save(folder)
             step_contestants.prepare(folder)
+            step_contestants.build_bundle(folder, "bf16")
     return folder
 
 
@@ -103,29 +104,41 @@ def test_reference_is_a_float32_run(prepared):
 
 
 @pytest.mark.parametrize(
-    ("name", "least", "most"),
-    # Here zimgkit computes in float32, with Qwen-Image's modulation table in bfloat16.
-    [("eager", 1e-3, 2e-2), ("torch.compile", 1e-3, 2e-2), ("onnxruntime", 1e-9, 1e-3), ("torch", 1e-9, 1e-3)],
+    ("name", "what", "least", "most"),
+    # On the CPU zimgkit computes in float32, with Qwen-Image's modulation table in bfloat16.
+    [
+        ("eager", "step", 1e-3, 2e-2),
+        ("torch.compile", "step", 1e-3, 2e-2),
+        ("bf16 onnxruntime", "step", 1e-9, 1e-3),
+        ("bf16 onnxruntime", "cached", 1e-9, 1e-3),
+        ("bf16 torch", "step", 1e-9, 1e-3),
+    ],
 )
 @pytest.mark.usefixtures("torch_in_float32")
-def test_contestants_agree_with_float32(prepared, name, least, most, monkeypatch):
+def test_contestants_agree_with_float32(prepared, name, what, least, most, monkeypatch):
     # Inductor needs a minute and a C++ compiler; the capture of the graph is the real one.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    found = step_contestants.take_part(prepared, name)
+    found = step_contestants.take_part(prepared, name, what)
     assert least < found["relative_l2"] < most
     assert 0 < found["max_error"] < 20 * most
     assert len(found["seconds"]) == 3
     assert 0 < min(found["seconds"]) < found["first_step_s"]
 
 
+def test_pictures(prepared):
+    found = step_contestants.take_part(prepared, "bf16 onnxruntime", "picture")
+    assert list(found["pictures"]) == ["off", "balanced", "fast"]
+    assert all(seconds > 0 for seconds in found["pictures"].values())
+
+
 def test_a_contestant_that_fails_is_told(prepared, monkeypatch):
     def fail(*_):
         raise BackendError("no such card\nis here", "buy one")
 
-    monkeypatch.setitem(step_contestants.CONTESTANTS, "eager", fail)
-    monkeypatch.setattr(sys, "argv", ["step_contestants.py", str(prepared), "eager"])
+    monkeypatch.setitem(step_contestants.PEERS, "eager", fail)
+    monkeypatch.setattr(sys, "argv", ["step_contestants.py", str(prepared), "step", "eager"])
     step_contestants.main()
-    written = json.loads((prepared / "eager.json").read_text())
+    written = json.loads((prepared / "step eager.json").read_text())
     assert written == {"failed": "BackendError: no such card is here; buy one"}
 
 
@@ -155,12 +168,12 @@ def test_a_contestant_that_dies_is_told(script, failed, tmp_path, monkeypatch):
     worker = tmp_path / "worker.py"
     worker.write_text(script)
     monkeypatch.setattr(gpu_steps, "WORKER", worker)
-    assert gpu_steps.run(tmp_path, Settings("z-image"), "eager", None, {}) == {"failed": failed}
+    assert gpu_steps.run(tmp_path, "eager", "step", None, {}) == {"failed": failed}
 
 
 def test_what_cannot_be_compiled_does_not_run(tmp_path):
-    found = gpu_steps.run(tmp_path, Settings("z-image"), "tensorrt", None, {})
-    assert found["failed"].startswith("zimg-export compile: ")
+    found = gpu_steps.measured(tmp_path, Settings("z-image"), "bf16 tensorrt", None, {})
+    assert found["step"]["failed"].startswith("zimg-export compile: ")
 
 
 def test_the_script(prepared, tmp_path, monkeypatch, capsys):
@@ -174,17 +187,20 @@ def test_the_script(prepared, tmp_path, monkeypatch, capsys):
     work.mkdir()
     monkeypatch.setattr(gpu_steps.common, "run", prepare)
     size = ["--tiny", "--device", "cpu", "--height", "96", "--width", "80", "--tokens", "20", "--repeats", "2"]
-    rest = ["--contestants", "onnxruntime", "tensorrt", "--folder", str(work), "--json", str(results)]
+    size += ["--steps", "13"]
+    rest = ["--contestants", "bf16 onnxruntime", "bf16 tensorrt", "--folder", str(work), "--json", str(results)]
     monkeypatch.setattr(sys, "argv", ["gpu_steps.py", "--family", family, *size, *rest])
     gpu_steps.main()
     printed = capsys.readouterr().out
-    assert "tensorrt did not run: " in printed
+    assert "bf16 tensorrt did not run: " in printed
+    assert "pictures of 13 steps" in printed
     assert f"{family}, 80x96, 20 tokens on CPU" in printed
     written = json.loads(results.read_text())
     assert written["command"].startswith(f"python benchmarks/gpu_steps.py --family {family} --tiny")
     (result,) = written["results"]
     assert result["settings"]["height"] == 96
-    figures = result["contestants"]["onnxruntime"]
+    assert list(result["contestants"]["bf16 onnxruntime"]) == ["step", "cached", "picture"]
+    figures = result["contestants"]["bf16 onnxruntime"]["step"]
     assert figures["relative_l2"] < 1e-3
     assert figures["host_peak_bytes"] > 30e6
     assert figures["device_peak_bytes"] is None
@@ -193,23 +209,32 @@ def test_the_script(prepared, tmp_path, monkeypatch, capsys):
 
 
 def test_table_of_a_card():
-    figures = {"relative_l2": 0.01, "max_error": 0.1, "device_peak_bytes": 13 << 30, "host_peak_bytes": 2 << 30}
+    memory = {"device_peak_bytes": 13 << 30, "host_peak_bytes": 2 << 30}
+    figures = memory | {"relative_l2": 0.01, "max_error": 0.1}
+    pictures = memory | {"pictures": {"off": 10.0, "balanced": 5.0, "fast": 4.0}}
     result = {
         "settings": vars(Settings("z-image")),
         "card": {"card": "NVIDIA H100 80GB HBM3"},
         "flops": 56_580_000_000_000,
         "contestants": {
-            "eager": figures | {"seconds": [0.2, 0.1, 0.09], "first_step_s": 20.0},
-            "tensorrt": figures | {"seconds": [0.08], "first_step_s": 5.0, "compile_s": 60.0},
-            "onnxruntime": {"failed": "no CUDA"},
+            "eager": {"step": figures | {"seconds": [0.2, 0.1, 0.09], "first_step_s": 20.0}},
+            "bf16 tensorrt": {
+                "step": figures | {"seconds": [0.08], "first_step_s": 5.0, "compile_s": 60.0},
+                "cached": figures | {"seconds": [0.004], "first_step_s": 5.0},
+                "picture": pictures,
+            },
+            "fp8 onnxruntime": {"step": {"failed": "no CUDA"}},
         },
     }
     lines = gpu_steps.report(result).splitlines()
     assert next(line for line in lines if line.startswith("eager")).split()[1:] == [
         "100.0", "90.0", "565.8", "57%", "13.00", "2.00", "20", "1.0e-02", "1.0e-01"
     ]  # fmt: skip
-    assert next(line for line in lines if line.startswith("tensorrt")).split()[7] == "65"
-    assert lines[-1] == "onnxruntime did not run: no CUDA"
+    step, cached, picture = [line.split()[2:] for line in lines if line.startswith("bf16 tensorrt")]
+    assert step[6] == "65"
+    assert cached[1:3] == ["4.0", "4.0"]
+    assert picture == ["10.00", "5.00", "4.00", "2.00", "2.50", "13.00", "2.00"]
+    assert lines[-1] == "fp8 onnxruntime did not run: no CUDA"
     result["card"] = {"card": "NVIDIA GeForce RTX 4090"}
     assert " 342% " in gpu_steps.report(result)
     result["card"] = {"card": "another card"}
@@ -221,8 +246,8 @@ def test_disk_that_is_too_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_steps.shutil, "disk_usage", lambda _: usage)
     gpu_steps.check_space(tmp_path, Settings("z-image"), ["eager"])
     assert "needs 13.4 GB" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"needs 25\.7 GB"):
-        gpu_steps.check_space(tmp_path, Settings("z-image"), ["eager", "tensorrt"])
+    with pytest.raises(SystemExit, match=r"needs 38\.0 GB"):
+        gpu_steps.check_space(tmp_path, Settings("z-image"), ["eager", "bf16 tensorrt"])
     with pytest.raises(SystemExit, match=r"needs 41\.9 GB"):
         gpu_steps.check_space(tmp_path, Settings("qwen-image"), ["eager"])
     gpu_steps.check_space(tmp_path, Settings("qwen-image", layers=20), ["eager"])

@@ -7,7 +7,7 @@ import pytest
 
 from zimgkit.engines.bundle import CacheMask
 from zimgkit.engines.errors import UsageError
-from zimgkit.runtime.diffusion.caching import caching, change, pattern, resampled, weights
+from zimgkit.runtime.diffusion.caching import PATTERNS, caching, change, pattern, resampled, weights
 
 BALANCED = {
     13: "1111111100101",
@@ -152,3 +152,9 @@ def test_change():
     last = np.array([[1.0, -1.0, 2.0]], np.float32)
     assert change(last, last) == 0 and change(last * 1.5, last) == 0.5
     assert change(last, last * 0) == float("inf")
+
+
+def test_a_pattern_in_the_bundle_is_the_pattern_of_any_number_of_steps():
+    steps = "".join("01"[full] for full in pattern(*PATTERNS["fast"], 20))
+    found = caching("fast", 33, {"fast": CacheMask(steps, order=0)})
+    assert (found.positive, found.order, found.notes) == (pattern(*PATTERNS["fast"], 33), 0, ())
