@@ -225,6 +225,8 @@ def _open_session(bundle: Bundle, graphs: list[str], place: Place, quantized: st
     options.log_severity_level = 4  # What fails is raised; its log would be a second message.
     # Its plan of a first run nearly doubles the memory of a second one.
     options.enable_mem_pattern = False
+    # Threads wait for work by spinning, and those of one engine would take the cores of the next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     exact = {} if adds_integers_exactly() else EXACT
     for key, value in (SESSION.get(quantized, {}) | exact).items():
         options.add_session_config_entry(key, value)
