@@ -1,6 +1,7 @@
 """Write checkpoints of the real size with random weights: a transformer made on a device, or everything in a hurry.
 
-Beside a transformer made on a device, text encoder and VAE are the tiny ones of the tests: a bundle has to have some.
+Beside a transformer made on a device, text encoder and VAE are the tiny ones of the tests, the VAE for latents of the
+real one: a bundle has to have some.
 
     python benchmarks/random_checkpoint.py FAMILY FOLDER         # all components, of one block of numbers, repeated
 """
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 24
 """How many weights are made at a time."""
+LATENTS = ("z_dim", "latents_mean", "latents_std", "latent_channels")
+"""What of a VAE's config says which latents it takes."""
 BLOCK = (1 << 22) - 3
 """How many numbers are repeated; prime, so that no two rows of a weight are the same."""
 
@@ -61,7 +64,8 @@ def write(family: str, folder: Path, config: dict[str, Any], *, device: str = "c
 
     from zimgkit.engines.tensors.safetensors import read_header
 
-    common.reference().FAMILIES[family]().save_pretrained(folder)
+    vae = {name: value for name, value in families.family(family).configs["vae"].items() if name in LATENTS}
+    common.reference().FAMILIES[family](vae=vae).save_pretrained(folder)
     transformer = folder / "transformer"
     shutil.rmtree(transformer)
     transformer.mkdir()
