@@ -51,8 +51,8 @@ from zimgkit.runtime.commands.options import AS_JSON, QUIET
 )
 @click.option(
     "--card",
-    type=click.Choice(["rtx4090", "h100"]),
-    help="The GPU that --precision auto is to suit. [default: this machine's]",
+    type=click.Choice(["rtx4090", "h100", "cpu"]),
+    help="The GPU that --precision auto is to suit, or cpu. [default: this machine's]",
 )
 @quantization_options.build_options
 @REVISION

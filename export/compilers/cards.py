@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from zimgkit.engines.cpu import adds_integers_exactly
 from zimgkit.engines.errors import BackendError
 from zimgkit.engines.tensorrt import cuda
 
-CARDS = {"rtx4090": "sm89", "h100": "sm90"}
+CPU = "cpu"
+CARDS = {"rtx4090": "sm89", "h100": "sm90", CPU: CPU}
 """Name on the command line -> architecture."""
-PRECISIONS = {"sm89": "int8", "sm90": "fp8"}
-"""Architecture -> the precision it multiplies fastest at the least loss."""
+PRECISIONS = {"sm89": "int8", "sm90": "fp8", CPU: "int8-dynamic"}
+"""Architecture -> the precision it multiplies fastest at the least loss; of CPUs without a calibration."""
 DEFAULT_PRECISION = "bf16"
-"""Of all other architectures, and where there is no GPU."""
+"""Of all other architectures, and of CPUs without products of 8-bit integers."""
 FP8_FROM = 89
 """Ten times the compute capability of the first GPUs that multiply FP8: Ada, then Hopper."""
 
@@ -22,13 +24,15 @@ def precision_for(card: str | None) -> tuple[str, str]:
         card: a key of :data:`CARDS`; the first GPU of this machine where None.
 
     Returns:
-        The precision, and what it was chosen for: the card, or why no GPU could be asked.
+        The precision, and what it was chosen for: the card, or why no GPU could be asked and what the CPU can do.
     """
     if card is not None:
         return PRECISIONS[CARDS[card]], card
     try:
         device = cuda.open_device()
     except BackendError as error:
+        if adds_integers_exactly():
+            return PRECISIONS[CPU], f"{error.message}, and this CPU multiplies 8-bit integers; for GPUs name a --card"
         return DEFAULT_PRECISION, error.message
     return PRECISIONS.get(device.architecture, DEFAULT_PRECISION), f"{device.name}, {device.architecture}"
 

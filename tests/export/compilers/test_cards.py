@@ -14,7 +14,7 @@ from zimgkit.export.compilers import compile as compiling
 from zimgkit.export.quantization.formats import SCHEMES
 
 
-@pytest.mark.parametrize(("card", "precision"), [("rtx4090", "int8"), ("h100", "fp8")])
+@pytest.mark.parametrize(("card", "precision"), [("rtx4090", "int8"), ("h100", "fp8"), ("cpu", "int8-dynamic")])
 def test_by_name(card, precision):
     assert cards.precision_for(card) == (precision, card)
     assert precision in SCHEMES
@@ -26,12 +26,16 @@ def test_by_the_gpu_that_is_there(architecture, precision, monkeypatch):
     assert cards.precision_for(None) == (precision, f"Some GPU, {architecture}")
 
 
-def test_without_a_gpu(monkeypatch):
+@pytest.mark.parametrize(("multiplies", "precision"), [(True, "int8-dynamic"), (False, "bf16")])
+def test_without_a_gpu(multiplies, precision, monkeypatch):
     def refuse():
         raise BackendError("there is no NVIDIA GPU", "check nvidia-smi")
 
     monkeypatch.setattr(cuda, "open_device", refuse)
-    assert cards.precision_for(None) == ("bf16", "there is no NVIDIA GPU")
+    monkeypatch.setattr(cards, "adds_integers_exactly", lambda: multiplies)
+    found, reason = cards.precision_for(None)
+    assert found == precision and reason.startswith("there is no NVIDIA GPU")
+    assert ("this CPU multiplies 8-bit integers" in reason) == multiplies
 
 
 def test_the_command(monkeypatch, tmp_path):
