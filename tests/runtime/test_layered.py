@@ -19,6 +19,7 @@ from tests.runtime.test_from_pictures import mask, picture
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime import Pipeline, inputs
 from zimgkit.runtime.request import check
+from zimgkit.runtime.sigmas import sigmas_of
 
 BOUND = 1e-4
 """On pixels and alpha from 0 to 1; a wrong position or schedule moves them by more than 1e-2."""
@@ -100,7 +101,7 @@ def test_same_layers(ours, theirs, size, resolution, layers, steps, scale, keeps
     image = first["hidden_states"].numpy()
     assert image.shape[1] == (layers + 2) * latents.shape[1]
     assert np.abs(image[:, -latents.shape[1] :] - latents).max() < 1e-4
-    np.testing.assert_allclose(session._schedule(request).sigmas, theirs.scheduler.sigmas.numpy(), atol=1e-6)
+    np.testing.assert_allclose(sigmas_of(request, session.family, session.scheduler), theirs.scheduler.sigmas.numpy(), atol=1e-6)
 
 
 @pytest.mark.usefixtures("small")

@@ -51,7 +51,7 @@ def test_every_bundle_may_be_a_carried_one_by_name():
         if parameter.name in ("bundle", "bundles", "from_bundle", "references")
         and command.name != "serve"  # There a bundle may have another name in front.
     }
-    assert len(takes) == 15
+    assert len(takes) == 16
     for kind in takes.values():
         assert kind.convert("zimg-tiny-z", None, None) == demo_models.FOLDER / "zimg-tiny-z"
         assert kind.convert("none", None, None) == Path("none")
