@@ -101,7 +101,8 @@ def test_same_layers(ours, theirs, size, resolution, layers, steps, scale, keeps
     image = first["hidden_states"].numpy()
     assert image.shape[1] == (layers + 2) * latents.shape[1]
     assert np.abs(image[:, -latents.shape[1] :] - latents).max() < 1e-4
-    np.testing.assert_allclose(sigmas_of(request, session.family, session.scheduler), theirs.scheduler.sigmas.numpy(), atol=1e-6)
+    sigmas = sigmas_of(request, session.family, session.scheduler)
+    np.testing.assert_allclose(sigmas, theirs.scheduler.sigmas.numpy(), atol=1e-6)
 
 
 @pytest.mark.usefixtures("small")
