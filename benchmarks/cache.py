@@ -54,7 +54,8 @@ def race(folder: Path, settings: Settings, names: list[str], repeats: int) -> di
         for name in names:
             try:
                 opened[name].answer(_wait)
-                _draw(opened[name], OFF)  # With what is done once for a prompt.
+                for cache in CACHES[:2]:
+                    _draw(opened[name], cache)  # With what is done once for a prompt, and once for a cache.
             except FailedError as error:
                 found[name] = {"failed": str(error)}
         for turn in range(repeats):

@@ -19,7 +19,7 @@ OWN_FILES = (
     "runtime/families/{module}*.py",
     "export/networks/{module}*.py",
     "export/quantization/recipes/{name}.toml",
-    "training/families/{module}.py",
+    "training/families/{module}*.py",
     "benchmarks/families/{module}.py",
 )
 TABLES = ("runtime/families/__init__.py", "export/networks/registry.py")

@@ -18,17 +18,6 @@ from zimgkit.training import families
 from zimgkit.training.families import Configs, TrainingFamily
 
 MARK = "model_index.json"
-EDITS = "QwenImageEditPlusPipeline"
-"""What diffusers calls the pipeline that edits one picture or several."""
-READS = {
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "patch_size": 14,
-    "merge_size": 2,
-    "temporal_patch_size": 2,
-    "min_pixels": 784,
-    "max_pixels": 12_845_056,
-}
-"""How its pictures are prepared, down to one patch of the text model."""
 LOG_VARIANCE = -6.0
 """Of an autoencoder's latents, at first."""
 

@@ -275,10 +275,16 @@ def demo(
 @click.argument("out", type=FOLDER)
 def editor(model: str, out: Path) -> None:
     """Write MODEL, whose text model reads pictures, as a checkpoint OUT that edits pictures, to be trained to do so."""
+    from zimgkit.export.checkpoints.checkpoint import open_checkpoint
     from zimgkit.runtime import demo_models
-    from zimgkit.training.checkpoint import EDITS, READS, as_editor
+    from zimgkit.training import families
+    from zimgkit.training.checkpoint import as_editor
 
-    as_editor(demo_models.locate(model), out, EDITS, READS)
+    source = demo_models.locate(model)
+    own = families.family(open_checkpoint(str(source)).family)
+    if own.editor is None:
+        raise UsageError(f"{own.name} has no pipeline that edits", "name a model whose text model reads pictures")
+    as_editor(source, out, *own.editor)
     click.echo(out)
 
 

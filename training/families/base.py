@@ -92,6 +92,10 @@ class TrainingFamily:
     encode_pictured: Callable[[Any, Sequence[Mapping[str, Tensor]]], Tensor] | None = None
     """What the text model makes of several of these, of equal lengths: (prompts, tokens, hidden)."""
 
+    editor: tuple[str, Mapping[str, Any]] | None = None
+    """The reference's pipeline that edits pictures, and the config of its processor for the small model's text model;
+    None where there is none."""
+
     initialize_text: Callable[[Any], None] = lambda _: None
     """Changes what an untrained text model begins with."""
 

@@ -16,6 +16,18 @@ from zimgkit.runtime.text.edit_prompts import EDIT, PICTURE, with_pictures
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+PIPELINE = "QwenImageEditPlusPipeline"
+"""What diffusers calls the pipeline that edits one picture or several."""
+PROCESSOR = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "min_pixels": 784,
+    "max_pixels": 12_845_056,
+}
+"""How its pictures are prepared, down to one patch of the text model."""
+
 
 def pictured_inputs(
     tokenizer: Any,

@@ -15,7 +15,7 @@ from zimgkit.runtime import demo_models
 from zimgkit.runtime.commands.cli import cli as run_cli
 
 COMMANDS = (
-    *("build", "calibrate", "compile", "swap-lora", "add-controlnet", "remove-controlnet", "i2l"),
+    *("build", "calibrate", "calibrate-cache", "compile", "swap-lora", "add-controlnet", "remove-controlnet", "i2l"),
     *("export", "push", "inspect", "verify", "sensitivity", "triton", "demo-checkpoint"),
 )
 
