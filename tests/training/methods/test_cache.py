@@ -22,7 +22,7 @@ def test_rows_come_back(tmp_path: Path) -> None:
     cache = open_cache(tmp_path / "c")
     assert len(list((tmp_path / "c").iterdir())) == 1 + 3
     assert cache.length(70) == 3 and torch.equal(cache.get("text", 70), make(70)["text"])
-    assert torch.equal(cache.load((32, 32), torch.tensor([5, 100]))[:, 0, 0, 0], torch.tensor([5.0, 100.0]))
+    assert torch.equal(cache.of_rows(torch.tensor([5, 100]))[:, 0, 0, 0], torch.tensor([5.0, 100.0]))
     assert len(Texts(cache)) == 2 * ROWS
     assert torch.equal(Texts(cache, no_prompts=True)[0], make(2 * ROWS)["text"])
 

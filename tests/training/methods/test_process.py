@@ -15,7 +15,7 @@ from zimgkit.runtime import Pipeline
 from zimgkit.training import families, prompts
 from zimgkit.training.checkpoint import load_component, load_tokenizer
 from zimgkit.training.dataset import read_dataset
-from zimgkit.training.latents import cache_latents
+from zimgkit.training.latents import Images, cache_latents
 from zimgkit.training.methods.cache import Cache, Texts
 from zimgkit.training.methods.losses import DirectDistillation, TrajectoryImitation
 from zimgkit.training.methods.process import DISTILL, IMITATE, SFT, FewSteps, process
@@ -29,11 +29,11 @@ def test_encoded_as_the_networks_of_the_one_stage_run_do(
     model: str, pictures: Path, cache_of: CacheOf, tmp_path: Path
 ) -> None:
     cache, checkpoint, dataset = cache_of(model, SFT), open_checkpoint(model), read_dataset(pictures)
-    reference = cache_latents(checkpoint, dataset, tmp_path)
-    assert cache.buckets.keys() == reference.buckets.keys()
-    for size, rows in reference.buckets.items():
+    reference = Images(dataset, cache_latents(checkpoint, dataset, tmp_path))
+    assert cache.sizes == reference.sizes
+    for rows in cache.buckets.values():
         # Rounding to bfloat16 may go the other way.
-        torch.testing.assert_close(cache.load(size, rows), reference.load(size, rows), rtol=2**-7, atol=1e-3)
+        torch.testing.assert_close(cache.of_rows(rows), reference.of_rows(rows), rtol=2**-7, atol=1e-3)
     family = families.family(checkpoint.family)
     wanted = [*(row.prompt for row in dataset.rows), *family.no_prompts]
     ids = prompts.tokenize(wanted, load_tokenizer(checkpoint), family)
