@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zimgkit.engines.bundle import TEXT_TO_IMAGE
+from zimgkit.engines.errors import UsageError
 from zimgkit.runtime import Pipeline
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.training.judge import judge
@@ -68,6 +69,8 @@ def accuracy(
     """
     cases = []
     with Pipeline.open(bundle, backend=backend, device=device) as pipeline:
+        if task == "edit" and pipeline.bundle.manifest.references is None:
+            raise UsageError(f"{bundle} does not edit pictures", "name a bundle of a checkpoint that does")
         wanted = {"negative_prompt": pipeline.bundle.manifest.defaults.negative_prompt} | call
         for seed, trial in enumerate(trials(task, captions)):
             report("accuracy", seed, captions)

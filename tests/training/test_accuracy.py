@@ -7,6 +7,7 @@ import sys
 import pytest
 from PIL import ImageChops
 
+from zimgkit.engines.errors import UsageError
 from zimgkit.runtime import demo_models
 from zimgkit.training.accuracy import MOST_HARMED, Case, accuracy, share
 from zimgkit.training.judge import Placed, Present, Related, judge
@@ -116,3 +117,8 @@ def test_the_command_says_what_went_wrong() -> None:
     assert set(result["shares"]) == {"one", "two", "all"}
     refused = subprocess.run([*command, "--captions", "0"], capture_output=True, text=True, check=False)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+
+
+def test_edits_are_asked_of_what_edits() -> None:
+    with pytest.raises(UsageError, match="zimg-tiny-z does not edit pictures"):
+        accuracy("zimg-tiny-z", task="edit", captions=1)
