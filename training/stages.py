@@ -23,7 +23,7 @@ from zimgkit.training.devices import accelerator_of, is_main
 from zimgkit.training.diffusion import denoiser_task
 from zimgkit.training.families import Configs
 from zimgkit.training.frozen_text import transformer_task
-from zimgkit.training.latents import cache_latents
+from zimgkit.training.latents import Latents, cache_latents
 from zimgkit.training.loop import STATE, Log, Settings, train
 from zimgkit.training.lora import lora_task, write_lora
 from zimgkit.training.tokenizer import LEARNED_TOKENS, train_tokenizer
@@ -168,8 +168,7 @@ def train_diffusion(
         raise UsageError("--extra-inputs is given, and the text model is trained", "add --trainable-models dit")
     checkpoint, dataset = open_checkpoint(str(model)), table.read(data)
     settings = table.paced(settings or families.family(checkpoint.family).diffusion_settings, dataset)
-    with _processes(settings, out).main_process_first():  # The others find them made.
-        latents = cache_latents(checkpoint, dataset, run_of(out), report, columns=encoded_columns(table.extras))
+    latents = _latents(checkpoint, dataset, out, settings, table, report)
     if with_text:
         task = denoiser_task(checkpoint, dataset, latents)
         parts = {"transformer": task.module.transformer, "text_encoder": task.module.text_encoder}
@@ -223,8 +222,7 @@ def train_lora(
     _refuse_unnamed(out)
     checkpoint, dataset = open_checkpoint(model), table.read(data)
     settings = table.paced(settings, dataset)
-    with _processes(settings, out).main_process_first():  # The others find them made.
-        latents = cache_latents(checkpoint, dataset, run_of(out), report, columns=encoded_columns(table.extras))
+    latents = _latents(checkpoint, dataset, out, settings, table, report)
     task = lora_task(
         checkpoint,
         dataset,
@@ -282,8 +280,7 @@ def train_control(
     _refuse_unnamed(out)
     checkpoint, dataset = open_checkpoint(model), table.read(data)
     settings = table.paced(settings, dataset)
-    with _processes(settings, out).main_process_first():
-        latents = cache_latents(checkpoint, dataset, run_of(out), report, columns=encoded_columns(table.extras))
+    latents = _latents(checkpoint, dataset, out, settings, table, report)
     task = control_task(
         checkpoint,
         dataset,
@@ -371,6 +368,14 @@ def train_demo(
 
 def _processes(settings: Settings, out: Path) -> Any:
     return accelerator_of(settings.device, settings.mixed_precision, "", run_of(out))
+
+
+def _latents(
+    checkpoint: Checkpoint, dataset: Dataset, out: Path, settings: Settings, table: Table, report: Report
+) -> Latents:
+    """Those of a run's pictures; of several processes the first makes them, and the others find them made."""
+    with _processes(settings, out).main_process_first():
+        return cache_latents(checkpoint, dataset, run_of(out), report, columns=encoded_columns(table.extras))
 
 
 def _has_state(out: Path) -> bool:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from zimgkit.engines.base import BACKENDS
 from zimgkit.export.cli import cost_options
 from zimgkit.export.cli.extras import need_export
 from zimgkit.export.cli.headings import ExportCommand
@@ -42,14 +41,8 @@ from zimgkit.runtime.commands.options import AS_JSON, DEVICE, QUIET
 @cost_options.PROMPTS
 @cost_options.SIZE
 @cost_options.IMAGES
-@click.option("--judge", type=click.IntRange(0), help="How many pictures to judge. [default: 200 of zimg-tiny-…]")
-@click.option(
-    "--backend",
-    type=click.Choice(list(BACKENDS)),
-    default="onnxruntime",
-    show_default=True,
-    help="What runs the bundle.",
-)
+@cost_options.JUDGE
+@cost_options.BACKEND
 @DEVICE
 @QUIET
 @AS_JSON

@@ -1,4 +1,4 @@
-"""Options that choose the pictures on which the cost of a precision is measured."""
+"""Options that say on which pictures the cost of a precision or a cache is measured, and by what."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from zimgkit.engines.base import BACKENDS
 from zimgkit.export.cli.options import FILE
 
 if TYPE_CHECKING:
@@ -27,6 +28,17 @@ IMAGES = click.option(
     multiple=True,
     type=FILE,
     help="A picture to edit, where the checkpoint edits; may be repeated.",
+)
+
+JUDGE = click.option(
+    "--judge", type=click.IntRange(0), help="How many pictures to judge. [default: 200 of zimg-tiny-…]"
+)
+BACKEND = click.option(
+    "--backend",
+    type=click.Choice(list(BACKENDS)),
+    default="onnxruntime",
+    show_default=True,
+    help="What runs the bundle.",
 )
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zimgkit.engines.base import BACKENDS
 from zimgkit.export.cli import cost_options
 from zimgkit.export.cli.extras import need_export
 from zimgkit.export.cli.headings import ExportCommand
@@ -42,14 +41,8 @@ if TYPE_CHECKING:
     multiple=True,
     help="A bundle of the same checkpoint in fp32 or bf16. [default: both are built for the measurement]",
 )
-@click.option("--judge", type=click.IntRange(0), help="How many pictures to judge. [default: 200 of zimg-tiny-…]")
-@click.option(
-    "--backend",
-    type=click.Choice(list(BACKENDS)),
-    default="onnxruntime",
-    show_default=True,
-    help="What runs the bundle.",
-)
+@cost_options.JUDGE
+@cost_options.BACKEND
 @DEVICE
 @QUIET
 @AS_JSON

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.library import Library
 
 from tests.references import recordings
 from tests.references.cases import CASES, Case
@@ -24,12 +25,12 @@ BOUND = 2e-5
 """How far arrays may be from those that are kept, beside their own size where it is above 1."""
 
 
-def declare_operators() -> torch.library.Library:
+def declare_operators() -> Library:
     """Let torchvision, which is built for CUDA, be imported beside a torch for CPUs, as long as the result is kept.
 
     Its transforms need none of its operators, which are not found there; but two are looked up by name.
     """
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library = Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
