@@ -7,9 +7,10 @@ tell which dimensions are dynamic.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from zimgkit.export.networks.parts import Input
 
 Sizes = tuple[Mapping[str, int], Mapping[str, int]]
 """Two lengths of each dynamic dimension. The first is traced, so it should be none the code treats specially."""
+TRACING = Lock()
+"""PyTorch traces in one thread at a time: what it patches meanwhile is the process's."""
 Results = Mapping[fx.Node, Any]
 """What each recorded node gave in a run: tensors on the meta device."""
 
@@ -75,10 +78,24 @@ class Plan:
 
 
 class _Children(fx.Tracer):
-    """Records calls of children, whatever they are, without looking inside."""
+    """Records calls of children, whatever they are, without looking inside.
+
+    What it patches meanwhile is the process's: modules that other threads call come here too, and are just run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
 
 class _Run(fx.Interpreter):
@@ -115,7 +132,8 @@ def record(network: nn.Module, inputs: Sequence[Input], outputs: Sequence[str], 
             network, never a user's fault.
     """
     name = type(network).__name__
-    graph = _Children().trace(network)
+    with TRACING:
+        graph = _Children().trace(network)
     for node in graph.nodes:
         is_item = node.op == "call_function" and node.target is getitem
         if node.op not in ("placeholder", "get_attr", "call_module", "output") and not is_item:

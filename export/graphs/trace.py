@@ -7,7 +7,6 @@ weight exists in memory, none is folded, renamed or merged, and tracing takes as
 from __future__ import annotations
 
 import logging
-import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,9 +23,8 @@ from torch import Tensor, nn
 from zimgkit.engines.tensors.dtypes import BY_NAME
 from zimgkit.export.graphs.constant_reshape import ConstantReshape
 from zimgkit.export.graphs.nodes import take_over
+from zimgkit.export.graphs.plan import TRACING
 
-TRACING = threading.Lock()
-"""PyTorch traces in one thread at a time: what it patches meanwhile is the process's."""
 OPSET = 23
 """The first with ``RMSNormalization``, ``RotaryEmbedding`` and ``Attention``; 24 loses the first in the exporter."""
 IR_VERSION = 11

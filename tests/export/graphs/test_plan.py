@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
 import pytest
 import torch
 from torch import nn
@@ -68,3 +71,44 @@ def test_a_dimension_of_nobody():
     first, second = torch.empty(7), torch.empty(8)
     with pytest.raises(RuntimeError, match="a dimension of 7 and 8 follows none of"):
         named_shape(first, second, SIZES)
+
+
+class Waits(Toy):
+    """In the middle of its forward, until another thread is done."""
+
+    def __init__(self, begun: Event, done: Event) -> None:
+        super().__init__()
+        self.begun, self.done = begun, done
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.begun.set()
+        assert self.done.wait(60)
+        return super().forward(x)
+
+
+def test_other_threads_run_modules_meanwhile():
+    begun, done = Event(), Event()
+    with torch.device("meta"):
+        network, other = Waits(begun, done), record(Toy(), INPUTS, ("y",), SIZES)
+    with ThreadPoolExecutor(1) as pool:
+        recording = pool.submit(record, network, INPUTS, ("y",), SIZES)
+        assert begun.wait(60)
+        results = other.run(1)
+        ran = nn.Linear(4, 2)(torch.zeros(3, 4))
+        done.set()
+        plan = recording.result()
+    assert results[other.results[0]].shape == (10, 4) and ran.shape == (3, 2)
+    assert [node.target for node in plan.calls] == ["add", "add"]
+
+
+def test_several_at_once():
+    call = nn.Module.__call__
+
+    def make(_: int) -> list[str]:
+        with torch.device("meta"):
+            network = Toy()
+        return [str(node.target) for node in record(network, INPUTS, ("y",), SIZES).calls]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(make, range(40))] == [["add", "add"]] * 40
+    assert nn.Module.__call__ is call
