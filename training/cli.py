@@ -55,6 +55,7 @@ def settings(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--ema", type=float, help="Decay of the moving average of the weights."),
         click.option("--warmup", type=int, help="Steps until the full learning rate."),
         click.option("--restart", type=int, help="A step the rate falls towards, to begin anew from there."),
+        click.option("--muon-learning-rate", type=float, help="The same for the matrices that Muon trains."),
         click.option("--learning-rate", type=float, help="After the warmup."),
         click.option("--batch-size", type=int, help="Pictures a step."),
         click.option("--steps", type=int, help="How many."),

@@ -16,7 +16,7 @@ from zimgkit.training import families
 from zimgkit.training.beside import CONTROL
 from zimgkit.training.checkpoint import load_component
 from zimgkit.training.dataset import Dataset
-from zimgkit.training.diffusion import Denoiser, DenoiserTask
+from zimgkit.training.diffusion import Denoiser, DenoiserTask, hidden_matrices
 from zimgkit.training.frozen_text import frozen_text_task
 from zimgkit.training.latents import Latents
 from zimgkit.training.vae import latent_channels
@@ -66,7 +66,9 @@ def control_task(
     if begin is not None:
         _load(net, begin)
     net.attach(transformer)
-    return frozen_text_task("control", checkpoint, dataset, latents, Denoiser(family, transformer, net=net), extras)
+    task = frozen_text_task("control", checkpoint, dataset, latents, Denoiser(family, transformer, net=net), extras)
+    task.hidden = hidden_matrices(task.module)
+    return task
 
 
 def write_net(path: Path, weights: Mapping[str, Tensor], precision: str = "bfloat16") -> None:

@@ -33,7 +33,7 @@ LORA = Settings(steps=600, batch_size=16, learning_rate=1e-3, weight_decay=0.0, 
 """How adapters are trained by default: minutes on two cores for those of a small model."""
 
 
-CONTROL = Settings(steps=4000, batch_size=16, learning_rate=1e-3, weight_decay=0.0, ema=0.995, warmup=100)
+CONTROL = Settings(steps=4000, batch_size=16, learning_rate=3e-3, weight_decay=0.0, ema=0.995, warmup=100)
 """Likewise ControlNets."""
 
 
