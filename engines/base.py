@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
@@ -75,6 +75,12 @@ class Engine(Protocol):
         Raises:
             BackendError: an input is missing or does not fit, ``keep`` names no output, or the engine is closed.
             OutOfMemoryError: the device has too little memory.
+        """
+
+    def run_together(self, sets: Sequence[Feeds]) -> list[dict[str, Any]]:
+        """Run the graph on several sets of inputs, whose shapes may differ; what it gives is as of ``run``.
+
+        Where weights are copied to the device in every run, they are copied once for all sets.
         """
 
     def download(self, handle: Handle) -> NDArray[Any]:
@@ -163,6 +169,10 @@ class BaseEngine(ABC):
                 message = f"{self.name} has no output {unknown[0]!r} to keep"
                 raise BackendError(message, f"it has {', '.join(self.outputs)}")
             return self._run(feeds, keep, sizes)
+
+    def run_together(self, sets: Sequence[Feeds]) -> list[dict[str, Any]]:
+        """See :meth:`Engine.run_together`."""
+        return [self.run(feeds) for feeds in sets]
 
     def download(self, handle: Handle) -> NDArray[Any]:
         """See :meth:`Engine.download`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -286,3 +286,7 @@ class Borrowed:
     def run(self, feeds: Feeds, keep: Collection[str] = ()) -> dict[str, Any]:
         """See :meth:`zimgkit.engines.base.Engine.run`."""
         return self._pool.retrying(lambda: self._engine.run(feeds, keep))
+
+    def run_together(self, sets: Sequence[Feeds]) -> list[dict[str, Any]]:
+        """See :meth:`zimgkit.engines.base.Engine.run_together`."""
+        return self._pool.retrying(lambda: self._engine.run_together(sets))

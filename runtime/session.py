@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 
 import numpy as np
 
@@ -61,6 +62,9 @@ from zimgkit.runtime.vae_tiling import VaeTiling
 
 Device = str | Mapping[str, str] | None
 """Of all components, or component -> its device; None and what is not named take the best one present."""
+
+Call = tuple[str, Callable[[Borrowed], Feeds]]
+"""A denoiser, and what makes its inputs on the device of its engine."""
 
 
 class Session:
@@ -469,31 +473,18 @@ class Session:
 
         timed = controls.timed(family, float(sigma)) if controls and control else {}
 
-        cached = None
-        if request.caching is not None and request.caching.saves:
-            cached = CachedStep(self.engines, self.device_of, group, request.caching)
+        def feeds(conditions: Conditions, engine: Borrowed) -> Feeds:
+            more = {**control.on(engine), **timed, **(scales or {})} if control else {}
+            return {**conditions.on(engine), **more, **inputs}
 
-        def velocity_of(conditions: Conditions, *, is_positive: bool) -> Array:
-            component = (control or conditions).component
-
-            def feeds(engine: Borrowed) -> Feeds:
-                more = {**control.on(engine), **timed, **(scales or {})} if control else {}
-                return {**conditions.on(engine), **more, **inputs}
-
-            if cached is not None:
-                output = cached.run(component, feeds, positive=is_positive)
-            else:
-                with self.engines.engine(component, self.device_of(component)) as engine:
-                    output = engine.run(feeds(engine))["velocity"]
-            if not np.isfinite(output).all():
-                hint = "a broken checkpoint or LoRA, or float16, may overflow: zimg-export verify checks the bundle"
-                raise BackendError(f"step {first.step + 1} of {len(schedule)} gave NaN or Inf", hint)
-            return family.velocity(output, latents)
-
-        velocity = velocity_of(positive, is_positive=True)
-        if negative and request.guides_at(float(sigma)):
-            away = velocity_of(negative, is_positive=False)
-            velocity = family.guide(velocity, away, request.guidance_scale, request.cfg_normalization)
+        branches = [positive, negative] if negative and request.guides_at(float(sigma)) else [positive]
+        outputs = self._velocities(group, [((control or each).component, partial(feeds, each)) for each in branches])
+        if not all(np.isfinite(output).all() for output in outputs):
+            hint = "a broken checkpoint or LoRA, or float16, may overflow: zimg-export verify checks the bundle"
+            raise BackendError(f"step {first.step + 1} of {len(schedule)} gave NaN or Inf", hint)
+        velocity, *away = (family.velocity(output, latents) for output in outputs)
+        if away:
+            velocity = family.guide(velocity, away[0], request.guidance_scale, request.cfg_normalization)
         for index, job in enumerate(group):
             own, kept = slice(index, index + 1), job.kept
             before, along = latents[own], velocity[own]
@@ -506,3 +497,15 @@ class Session:
             job.step += 1
             if job.is_denoised or job.cancelled:  # By another thread, which did not see what this step left.
                 job.release()
+
+    def _velocities(self, group: Sequence[Job], calls: Sequence[Call]) -> list[Array]:
+        """What the denoiser gives in each branch of guidance, that of the prompt first."""
+        caching = group[0].request.caching
+        if caching is not None and caching.saves:
+            cached = CachedStep(self.engines, self.device_of, group, caching)
+            return [cached.run(*call, positive=index == 0) for index, call in enumerate(calls)]
+        outputs: list[dict[str, Array]] = []
+        for component, same in groupby(calls, itemgetter(0)):
+            with self.engines.engine(component, self.device_of(component)) as engine:
+                outputs += engine.run_together([feeds(engine) for _, feeds in same])
+        return [output["velocity"] for output in outputs]

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zimgkit.engines.base import BaseEngine, Feeds, Handle
+from zimgkit.engines.base import BaseEngine, Feeds, Handle, check_feeds
 from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError, install, is_out_of_memory
 
 try:
     import torch
 
     from zimgkit.engines.torch import layers
-    from zimgkit.engines.torch.graph import Program, compile_graph, load, read_constant
+    from zimgkit.engines.torch.graph import Program, compile_graph, load, read_constant, run_together
     from zimgkit.engines.torch.operators import use_kernels
     from zimgkit.engines.torch.quantized import multiplied_types, multiply_in_8_bits
     from zimgkit.engines.torch.runners import Runners
@@ -119,6 +119,7 @@ class TorchEngine(BaseEngine):
         """The file of the bundle that it runs."""
         self._program = program
         self._place = device
+        self._streams = streams
         # What copies weights in every run is neither traced nor recorded.
         recorded = device.type == "cuda" and not streams
         self._runners = Runners(program, compiled=self.compiled and not streams, recorded=recorded)
@@ -150,18 +151,39 @@ class TorchEngine(BaseEngine):
             return self._tensor(name, array, copy=True)
 
     def _run(self, feeds: Feeds, keep: Collection[str], sizes: Mapping[str, int]) -> dict[str, Any]:
+        with self._running():
+            return self._given(self._runners(self._tensors(feeds)), keep)
+
+    def run_together(self, sets: Sequence[Feeds]) -> list[dict[str, Any]]:
+        """See :meth:`zimgkit.engines.base.Engine.run_together`."""
+        if not self._streams:
+            return super().run_together(sets)
+        with self._open():
+            for feeds in sets:
+                check_feeds(self, feeds)
+            with self._running():
+                found = run_together(self._program, [self._tensors(feeds) for feeds in sets])
+                return [self._given(results, ()) for results in found]
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
         # By default cuDNN rounds the convolutions of a float32 graph to TF32, ten bits of mantissa.
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with torch.inference_mode(), exact, _errors(f"running {self.name!r}", self._place, self.hint):
-            found = self._runners({name: self._tensor(name, feed) for name, feed in feeds.items()})
-            # A copy always: an output may be a view of an input or of a weight.
-            order = torch.contiguous_format
-            return {
-                name: self._kept(name, tuple(tensor.shape), tensor.clone(memory_format=order))
-                if name in keep
-                else tensor.to("cpu", torch.float32, copy=True, memory_format=order).numpy()
-                for name, tensor in ((name, found[name]) for name in self.outputs)
-            }
+            yield
+
+    def _tensors(self, feeds: Feeds) -> dict[str, torch.Tensor]:
+        return {name: self._tensor(name, feed) for name, feed in feeds.items()}
+
+    def _given(self, found: Mapping[str, torch.Tensor], keep: Collection[str]) -> dict[str, Any]:
+        """Copies of outputs, always: one may be a view of an input or of a weight."""
+        order = torch.contiguous_format
+        return {
+            name: self._kept(name, tuple(tensor.shape), tensor.clone(memory_format=order))
+            if name in keep
+            else tensor.to("cpu", torch.float32, copy=True, memory_format=order).numpy()
+            for name, tensor in ((name, found[name]) for name in self.outputs)
+        }
 
     def _download(self, handle: Handle) -> NDArray[Any]:
         tensor: torch.Tensor = handle.value

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,23 +66,49 @@ class Program(NamedTuple):
 
 def run(program: Program, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Run a program on tensors that lie on its device; errors of torch carry a note that names the node."""
-    slots: list[Any] = program.slots.copy()
-    for name, slot in program.inputs.items():
-        slots[slot] = feeds[name]
-    for step in program.steps:
-        try:
-            result = step.call(*[slots[i] for i in step.inputs])
-        except (RuntimeError, IndexError, TypeError, ValueError) as error:
-            error.add_note(f"in {step.label}")
-            raise
-        if len(step.outputs) == 1 and isinstance(result, torch.Tensor):
-            slots[step.outputs[0]] = result
-        else:
-            for slot, tensor in zip(step.outputs, result, strict=True):
-                slots[slot] = tensor
-        for slot in step.frees:
-            slots[slot] = None
-    return {name: slots[slot] for name, slot in program.outputs.items()}
+    (results,) = run_together(program, [feeds])
+    return results
+
+
+def run_together(program: Program, sets: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """Run a program on several sets of tensors, whose shapes may differ: each block on all of them in turn.
+
+    What a block begins with that takes no inputs, a copy of its weights, is done once for all sets.
+    """
+    values: list[list[Any]] = []
+    for feeds in sets:
+        slots: list[Any] = program.slots.copy()
+        for name, slot in program.inputs.items():
+            slots[slot] = feeds[name]
+        values.append(slots)
+    for _, block in groupby(program.steps, lambda step: step.block):
+        steps = [*block]
+        while steps and not steps[0].inputs:
+            given = _results_of(steps[0], ())
+            for slots in values:
+                _put(slots, steps[0], given)
+            del steps[0]
+        for slots in values:
+            for step in steps:
+                _put(slots, step, _results_of(step, [slots[i] for i in step.inputs]))
+    return [{name: slots[slot] for name, slot in program.outputs.items()} for slots in values]
+
+
+def _results_of(step: Step, values: Sequence[Any]) -> Sequence[torch.Tensor]:
+    """What a step gives, one for each of its outputs."""
+    try:
+        result = step.call(*values)
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        error.add_note(f"in {step.label}")
+        raise
+    return (result,) if len(step.outputs) == 1 and isinstance(result, torch.Tensor) else result
+
+
+def _put(slots: list[Any], step: Step, given: Sequence[torch.Tensor]) -> None:
+    for slot, tensor in zip(step.outputs, given, strict=True):
+        slots[slot] = tensor
+    for slot in step.frees:
+        slots[slot] = None
 
 
 def load(bundle: Bundle, graph: str) -> ir.Model:

@@ -181,6 +181,9 @@ class _Recorded:
         self._given.append(self.download(velocity) if isinstance(velocity, Handle) else velocity.copy())
         return found
 
+    def run_together(self, sets: Sequence[Feeds]) -> list[dict[str, Any]]:
+        return [self.run(feeds) for feeds in sets]
+
     def download(self, handle: Handle) -> NDArray[Any]:
         return self._engine.download(handle)
 

@@ -7,7 +7,7 @@ tried. What is taken over may be earlier velocities as well, which costs nothing
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -208,6 +208,9 @@ class _Recorded:
         kept[step] = velocity
         record.given.append(_Given(velocity, left_out, changed))
         return {"velocity": velocity}
+
+    def run_together(self, sets: Sequence[Feeds]) -> list[dict[str, Any]]:
+        return [self.run(feeds) for feeds in sets]
 
     def _run_pieces(
         self, feeds: Feeds, branch: _Branch, shares: Mapping[Pair, tuple[float, float]]

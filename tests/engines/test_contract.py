@@ -222,6 +222,16 @@ class TestRuns:
         for seed, tokens in enumerate([1, 5, 5, 5, 2, 33, 5]):
             assert_right(setup, engine.run(feeds(tokens, seed)), feeds(tokens, seed))
 
+    def test_several_sets(self, setup):
+        engine = setup.open()
+        sets = [feeds(tokens, seed) for seed, tokens in enumerate([3, 1, 3])]
+        found = engine.run_together([sets[0], engine.upload(sets[1]), sets[2]])
+        for results, given in zip(found, sets, strict=True):
+            assert_right(setup, results, given)
+        assert engine.run_together([]) == []
+        with pytest.raises(BackendError, match="first needs the input 'rows'"):
+            engine.run_together([sets[0], {name: value for name, value in sets[1].items() if name != "rows"}])
+
     def test_strided_inputs(self, setup):
         given = feeds(5) | {"x": np.asfortranarray(feeds(10)["x"])[::2], "rows": np.arange(10)[::-2] // 2}
         assert not given["x"].flags.c_contiguous

@@ -81,6 +81,26 @@ def test_what_no_step_is_guided_by_is_not_read(session: Session) -> None:
     assert short.peak < whole.peak
 
 
+def test_both_branches_of_guidance_share_one_load_of_the_weights(bundle: Bundle, session: Session) -> None:
+    low, sets = float(np.mean(session.begin(ask(session))[0].schedule.sigmas[1:3])), list[int]()
+
+    def opener(bundle: Bundle, component: str, backend: str, device: str | None) -> Any:
+        engine = open_engine(bundle, component, backend, device)
+        if component == "denoiser":
+            run_together = engine.run_together
+
+            def counted(given: Any) -> Any:
+                sets.append(len(given))
+                return run_together(given)
+
+            engine.run_together = counted  # type: ignore[method-assign]
+        return engine
+
+    with Pipeline(bundle, opener=opener) as pipeline:
+        pipeline(**SMALL, prompt="a", guidance_low=low)
+    assert sets == [2, 2, 1]
+
+
 def test_step_by_step_is_a_call(bundle: Bundle, session: Session) -> None:
     call = {"prompt": ["a", "two of them"], "num_images_per_prompt": 2}
     jobs = session.begin(ask(session, **call))
@@ -175,6 +195,9 @@ class Device:
                 assert component in outer.open, "a closed engine ran"
                 values = {name: feed.value if isinstance(feed, Handle) else feed for name, feed in feeds.items()}
                 return engine.run(values)
+
+            def run_together(self, sets: Any) -> Any:
+                return [self.run(feeds) for feeds in sets]
 
             def close(self) -> None:
                 outer.open.remove(component)

@@ -77,7 +77,9 @@ def test_a_net_has_the_keys_of_published_ones_and_resumes_to_the_same_bits(
         assert stored.keys() == wanted | {"img_in.weight", "img_in.bias"}
     # From a file it goes on with the same weights: with no steps' worth of a rate they stay.
     third = tmp_path / "c.safetensors"
-    train_control(*arguments, third, replace(SETTINGS, steps=1, learning_rate=1e-12, muon_learning_rate=1e-12), begin=first)
+    train_control(
+        *arguments, third, replace(SETTINGS, steps=1, learning_rate=1e-12, muon_learning_rate=1e-12), begin=first
+    )
     assert all(value.equal(stored[name]) for name, value in load_file(third).items())
 
 

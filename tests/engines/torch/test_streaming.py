@@ -7,15 +7,17 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper
 
 from tests.engines.torch.test_engine import hand_written
+from zimgkit.engines.bundle import TensorSpec
 from zimgkit.engines.torch import streaming
-from zimgkit.engines.torch.engine import open_engine
-from zimgkit.engines.torch.graph import Program, compile_graph, read_constant, run
+from zimgkit.engines.torch.engine import TorchEngine, open_engine
+from zimgkit.engines.torch.graph import Program, compile_graph, read_constant, run, run_together
 from zimgkit.engines.torch.streaming import BUFFERS, Ring, stream_weights
 
 FLOAT, WIDTH, BLOCKS = TensorProto.FLOAT, 16, 5
@@ -90,6 +92,37 @@ def test_after_a_run_that_failed(program: Program) -> None:
     for end in range(1, len(streamed.steps)):
         run(streamed._replace(steps=streamed.steps[:end], outputs={}), feeds)
         assert torch.equal(run(streamed, feeds)[f"x{BLOCKS}"], expected)
+
+
+@pytest.mark.parametrize(("budget", "blocks"), [(0, 5), (8 * SIZE, 3), (9 * SIZE, 0)])
+@torch.inference_mode()
+def test_sets_that_run_together_share_the_copies(program: Program, budget: int, blocks: int) -> None:
+    streamed = stream_weights(program, budget, CPU)
+    rings = {step.call.func.__self__ for step in streamed.steps if is_copy(step)}
+    for count in (1, 3):
+        entered = sum(ring._entered for ring in rings)
+        sets = [{"x0": torch.randn(rows, WIDTH)} for rows in range(1, count + 1)]
+        for found, feeds in zip(run_together(streamed, sets), sets, strict=True):
+            assert torch.equal(found[f"x{BLOCKS}"], run(program, feeds)[f"x{BLOCKS}"])
+        assert sum(ring._entered for ring in rings) == entered + blocks
+
+
+def test_an_engine_that_streams_copies_once_for_sets_that_run_together(tmp_path: Path, program: Program) -> None:
+    bundle = hand_written(tmp_path, "float32")
+    streamed = stream_weights(program, 0, CPU)
+    specs = [{name: TensorSpec("float32", ("n", WIDTH))} for name in (*program.inputs, *program.outputs)]
+    component = msgspec.structs.replace(bundle.manifest.components["net"], inputs=specs[0], outputs=specs[1])
+    rng = np.random.default_rng(0)
+    sets = [{"x0": rng.standard_normal((rows, WIDTH)).astype(np.float32)} for rows in (3, 5)]
+    entered = {}
+    for streams in (False, True):
+        engine = TorchEngine("net", component, streamed, CPU, "", streams=streams)
+        (ring,) = {step.call.func.__self__ for step in streamed.steps if is_copy(step)}
+        before = ring._entered
+        for found, feeds in zip(engine.run_together(sets), sets, strict=True):
+            np.testing.assert_array_equal(found[f"x{BLOCKS}"], engine.run(feeds)[f"x{BLOCKS}"])
+        entered[streams] = ring._entered - before - len(sets) * BLOCKS
+    assert entered == {False: 2 * BLOCKS, True: BLOCKS}
 
 
 def test_a_block_is_fetched_while_the_one_before_it_runs() -> None:
