@@ -168,6 +168,29 @@ def test_real_width(family, one_block_of, tmp_path):
             assert len(graph.attentions) == ATTENTIONS[family][name]
 
 
+TWO_LAYERS = {"z-image": {"n_layers": 2, "n_refiner_layers": 1}, "qwen-image": {"num_layers": 2}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_body_and_tail_at_real_width(family, tmp_path, monkeypatch):
+    """Of a denoiser of two layers: one is the head's, one the body's; the tail attends to nothing."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[4] / "benchmarks")
+    import sparse_checkpoint
+
+    layers = ONE_BLOCK[family] | {"transformer": TWO_LAYERS[family]}
+    sparse_checkpoint.write(family, tmp_path / "checkpoint", overrides=layers)
+    monkeypatch.setattr("zimgkit.export.writing.assemble_all", assemble_once())
+    build(str(tmp_path / "checkpoint"), tmp_path / "bundle", precision="bf16", cut_denoiser=True)
+    bundle, found = Bundle.open(tmp_path / "bundle", verify=False), []
+    for piece in bundle.manifest.pieces("denoiser"):
+        several = ServedShapes(size_range=((512, 512), (1024, 1024), (1536, 1536)))
+        graph, plan = compile_component(bundle, piece, several, tmp_path / "x.plan")
+        plan.file.unlink()
+        assert plan.unfused == ()
+        found.append(len(graph.attentions))
+    assert found == [2 if family == "z-image" else 1, 1, 0]
+
+
 @pytest.mark.parametrize("shapes", SERVED)
 def test_a_controlnet_with_blocks_of_its_own(shapes, beside_residuals, tmp_path):
     """InstantX's, whose prompt has a length of its own."""
