@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from zimgkit.engines.base import Feeds, Handle
-from zimgkit.engines.bundle import Bundle
+from zimgkit.engines.bundle import Bundle, Manifest
 from zimgkit.engines.errors import UsageError
 from zimgkit.runtime.control_conditions import component_of
 from zimgkit.runtime.diffusion.caching import VELOCITY, Caching, change, weights
@@ -61,6 +61,17 @@ def pieces(bundle: Bundle, component: str, backend: str, asked: Caching | None) 
     found = bundle.manifest.pieces(component) if asked and asked.saves and asked.reuse != VELOCITY else ()
     served = backend not in COMPILED or all(bundle.engines(name, backend) for name in found)
     return found if served else ()
+
+
+def cached_share(manifest: Manifest, component: str = "denoiser") -> float:
+    """What a cached step of a cut denoiser takes of a full one, from 0 to 1, by the weights that head and tail read.
+
+    Args:
+        manifest: of the bundle.
+        component: a denoiser that is cut.
+    """
+    head, _, tail = (manifest.components[name].weight_bytes for name in manifest.pieces(component))
+    return (head + tail) / manifest.components[component].weight_bytes
 
 
 def most_residuals(request: Request) -> int:

@@ -18,6 +18,7 @@ from zimgkit.export.quality.judged import CAPTIONS, accuracy
 from zimgkit.export.quality.runs import Trial
 from zimgkit.export.quality.step_errors import StepErrors, step_errors
 from zimgkit.export.quality.step_masks import best_mask, fewest, total
+from zimgkit.runtime.caching import cached_share
 from zimgkit.runtime.diffusion.caching import PATTERNS, RESIDUAL, REUSED, SHORTEST, VELOCITY, pattern
 from zimgkit.runtime.progress import Report, silent
 
@@ -141,10 +142,7 @@ def reckoned_speed(manifest: Manifest, steps: int, full: int, reused: str) -> fl
 
     Time would say it of this machine alone; a mask is for all.
     """
-    cached = 0.0
-    if reused == RESIDUAL:
-        head, _, tail = (manifest.components[name].weight_bytes for name in manifest.pieces("denoiser"))
-        cached = (head + tail) / manifest.components["denoiser"].weight_bytes
+    cached = cached_share(manifest) if reused == RESIDUAL else 0.0
     return steps / (full + (steps - full) * cached)
 
 

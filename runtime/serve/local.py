@@ -25,6 +25,7 @@ from zimgkit.runtime.serve.service import Limits, Service
 from zimgkit.runtime.serve.waiting import Waiting
 from zimgkit.runtime.serve.worker import Open, Worker
 from zimgkit.runtime.session import Session
+from zimgkit.runtime.work import denoiser_runs
 
 LOOK_SECONDS = 0.25
 """How often it is looked whether the place in the queue has changed."""
@@ -116,7 +117,7 @@ class LocalService(Service):
             with suppress(RuntimeError):  # The loop has ended, and nobody listens.
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        seconds = self.rates.seconds(model.name, request)
+        seconds = self.rates.seconds(model.name, request, denoiser_runs(self._session(model), request))
         drawing = Drawing(model, request, client, tell, request_id, answer.partial_images, seconds)
         self.waiting.put(drawing)
         coming, position = asyncio.ensure_future(events.get()), 0

@@ -13,8 +13,8 @@ NEWEST = 0.3
 
 @dataclass
 class _Rate:
-    step: float | None = None
-    """Seconds of a step of one picture in one branch of guidance, for a million pixels."""
+    run: float | None = None
+    """Seconds of a run of the denoiser for one picture, for a million pixels."""
     rest: float = 0.0
     """Seconds of the rest of a picture, for a million pixels."""
 
@@ -26,49 +26,42 @@ class Rates:
         self._rates: dict[str, _Rate] = {}
         self._lock = threading.Lock()
 
-    def seconds(self, model: str, request: Request) -> float:
-        """How long a request is likely to take; 0 where nothing is known yet."""
+    def seconds(self, model: str, request: Request, runs: float) -> float:
+        """How long a request is likely to take; 0 where nothing is known yet.
+
+        Args:
+            model: which.
+            request: what is to be drawn.
+            runs: of the denoiser for each picture, see :func:`zimgkit.runtime.work.denoiser_runs`.
+        """
         with self._lock:
             rate = self._rates.get(model)
-        if rate is None or rate.step is None:
+        if rate is None or rate.run is None:
             return 0.0
-        return (
-            request.batch
-            * _megapixels(request)
-            * (request.num_inference_steps * _branches(request) * rate.step + rate.rest)
-        )
+        return request.batch * _megapixels(request) * (runs * rate.run + rate.rest)
 
-    def measured(self, model: str, request: Request, steps: int, denoising: float, rest: float) -> None:
+    def measured(self, model: str, request: Request, runs: float, denoising: float, rest: float) -> None:
         """Take a request's times into the average.
 
         Args:
             model: which.
             request: what was drawn.
-            steps: how many were taken, of all its pictures.
-            denoising: seconds these took.
+            runs: of the denoiser for each picture.
+            denoising: seconds that the steps of all pictures took.
             rest: seconds that encoding and decoding took.
         """
-        if not steps:
+        if not runs:
             return
-        size = _megapixels(request)
-        step, others = denoising / (steps * _branches(request) * size), rest / (request.batch * size)
+        size = request.batch * _megapixels(request)
+        run, others = denoising / (runs * size), rest / size
         with self._lock:
             rate = self._rates.setdefault(model, _Rate())
-            if rate.step is None:
-                rate.step, rate.rest = step, others
+            if rate.run is None:
+                rate.run, rate.rest = run, others
             else:
-                rate.step += NEWEST * (step - rate.step)
+                rate.run += NEWEST * (run - rate.run)
                 rate.rest += NEWEST * (others - rate.rest)
 
 
 def _megapixels(request: Request) -> float:
     return request.height * request.width * request.frames / 1e6
-
-
-def _branches(request: Request) -> float:
-    """How often the whole denoiser runs in a step, on the average."""
-    asked = request.caching
-    if asked is None or asked.threshold is not None:
-        return 2 if request.is_guided else 1
-    masks = (asked.positive, asked.negative) if request.is_guided else (asked.positive,)
-    return sum(sum(mask) / len(mask) for mask in masks)

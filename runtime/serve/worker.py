@@ -20,6 +20,7 @@ from zimgkit.runtime.serve.rates import Rates
 from zimgkit.runtime.serve.tracing import span
 from zimgkit.runtime.serve.waiting import Waiting
 from zimgkit.runtime.session import Session
+from zimgkit.runtime.work import denoiser_runs
 
 LOG = logging.getLogger("zimgkit.serve")
 WARM_UP_SIDE = 512
@@ -149,7 +150,7 @@ class Worker(threading.Thread):
                     drawing.tell(FinishedPixels(job.index, session.finish(job)))
             decoding += time.monotonic() - before
         rest = begun - started + decoding
-        self._rates.measured(name, request, drawing.steps, time.monotonic() - started - rest, rest)
+        self._rates.measured(name, request, denoiser_runs(session, request), time.monotonic() - started - rest, rest)
 
     @staticmethod
     def _preview(session: Session, drawing: Drawing, group: Sequence[Job], told: bool) -> None:
