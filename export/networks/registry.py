@@ -292,7 +292,7 @@ QWEN_IMAGE = Family(
     # Their model cards, and examples/qwen_image of https://github.com/modelscope/DiffSynth-Studio.
     task_loras=(
         TaskLora(r"Qwen-Image-In-Context-Control-Union", (CONTEXT,)),
-        TaskLora(r"Qwen-Image-EliGen", (REGIONS,)),
+        TaskLora(r"Qwen-Image-EliGen|zimg-tiny-qwen-eligen", (REGIONS,)),
         TaskLora(r"Qwen-Image-Edit-Lowres-Fix", references={"auto_resize": False, "rope_interpolation": True}),
     ),
     bases={

@@ -12,9 +12,12 @@ from pathlib import Path
 NAMES = ("zimg-tiny-z", "zimg-tiny-qwen")
 """One of each family."""
 DEFAULT = NAMES[0]
-LORAS = (*(f"{name}-{lora}" for name in NAMES for lora in ("outlined", "bolt")), f"{NAMES[1]}-4steps")
-"""A style, outlines alone, and a concept, a shape that the models do not know, for each of them; and one that lets the
-second draw in four steps without guidance."""
+LORAS = (
+    *(f"{name}-{lora}" for name in NAMES for lora in ("outlined", "bolt")),
+    *(f"{NAMES[1]}-{lora}" for lora in ("4steps", "eligen")),
+)
+"""A style, outlines alone, and a concept, a shape that the models do not know, for each of them; and for the second one
+that lets it draw in four steps without guidance, and one for prompts with regions."""
 FOLDER = Path(__file__).resolve().parent
 
 
