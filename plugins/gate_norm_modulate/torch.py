@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from zimgkit.plugins.gate_norm_modulate.definition import FORMS, Form
 from zimgkit.plugins.pytorch import dtype_name, queue
@@ -18,7 +17,7 @@ BY_NAME = {form.name: form for form in FORMS}
 ROUNDED = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 
 
-@custom_op("zimg::gate_norm_modulate", mutates_args=())
+@library.custom_op("zimg::gate_norm_modulate", mutates_args=())
 def gate_norm_modulate(form: str, inputs: Sequence[Tensor], branch_epsilon: float, epsilon: float) -> list[Tensor]:
     """One form, by its name; see :mod:`zimgkit.plugins.gate_norm_modulate.definition`."""
     arguments = (BY_NAME[form], inputs, branch_epsilon, epsilon)

@@ -7,20 +7,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from zimgkit.plugins.pytorch import dtype_name, queue
 
 
-@custom_op("zimg::qk_norm_rope", mutates_args=())
+@library.custom_op("zimg::qk_norm_rope", mutates_args=())
 def qk_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
     """Normalize and rotate; see :mod:`zimgkit.plugins.qk_norm_rope.definition`."""
     y = launched([(x, weight)], cos, sin, epsilon)
     return composed([(x, weight)], cos, sin, epsilon) if y is None else y
 
 
-@custom_op("zimg::joint_qk_norm_rope", mutates_args=())
+@library.custom_op("zimg::joint_qk_norm_rope", mutates_args=())
 def joint_qk_norm_rope(
     context: Tensor, context_weight: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, epsilon: float
 ) -> Tensor:

@@ -7,8 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from zimgkit.plugins.pytorch import dtype_name, queue
 
@@ -19,7 +18,7 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 SIZES = ((33, 3840, 3072), (130, 256, 48))
 
 
-@custom_op("zimg::round_rows", mutates_args=())
+@library.custom_op("zimg::round_rows", mutates_args=())
 def round_rows(x: Tensor, step: Tensor | None, smooth: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Round (..., in) by a step, or by one for each row that takes its largest number to the largest of the type.
 
@@ -87,7 +86,7 @@ def _(x: Tensor, step: Tensor | None, smooth: Tensor | None, dtype: torch.dtype)
     return x.new_empty(x.shape, dtype=dtype), steps
 
 
-@custom_op("zimg::quantized_linear", mutates_args=())
+@library.custom_op("zimg::quantized_linear", mutates_args=())
 def quantized_linear(x: Tensor, step: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """A product of integers or of float8, and its scales.
 
@@ -102,7 +101,7 @@ def quantized_linear(x: Tensor, step: Tensor, weight: Tensor, scale: Tensor, bia
     return composed(x.float() * step.float(), weight, scale, bias) if y is None else y
 
 
-@custom_op("zimg::weights_linear", mutates_args=())
+@library.custom_op("zimg::weights_linear", mutates_args=())
 def weights_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """A product with a weight of 8 or 4 bits.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.library import Library
+from torch import library
 
 from tests.references import recordings
 from tests.references.cases import CASES, Case
@@ -25,16 +25,16 @@ BOUND = 2e-5
 """How far arrays may be from those that are kept, beside their own size where it is above 1."""
 
 
-def declare_operators() -> Library:
+def declare_operators() -> library.Library:
     """Let torchvision, which is built for CUDA, be imported beside a torch for CPUs, as long as the result is kept.
 
     Its transforms need none of its operators, which are not found there; but two are looked up by name.
     """
-    library = Library("torchvision", "FRAGMENT")
+    fragment = library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
+            fragment.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return fragment
 
 
 def record(case: Case, folder: Path) -> Recording:
