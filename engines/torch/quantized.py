@@ -1,7 +1,8 @@
-"""Products of quantized inputs with quantized weights, found once when a graph is opened, and multiplied in 8 bits.
+"""Products with quantized weights, found once when a graph is opened.
 
-A weight alone in 8 or 4 bits is widened in every run: the kernels that read it as it is are made for a few rows, and
-take two and a half times as long for those of a picture (1,120 rows by 3,840 x 1,280 on a CPU).
+Where the input is quantized too, they are multiplied in 8 bits. A weight that alone has 8 bits is read as it is for a
+few rows, and else widened without its scales, which multiply what comes out: ``benchmarks/weight_only.py`` compares
+the ways. A weight of 4 bits is widened in every run.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zimgkit.engines.cpu import VNNI, cpu_flags
+from zimgkit.engines.torch import layers
 from zimgkit.engines.torch.graph import Program, Step, schedule
 
 FEWEST_ROWS = 17
 """Of an int8 product on CUDA."""
+FEW_ROWS = 8
+"""Up to so many a CPU takes less time to read an int8 weight as it is than to widen it."""
 FLOAT8 = torch.float8_e4m3fn
 LINEAR = {"MatMul": {}, "Gemm": {"transA": 0, "transB": 1, "alpha": 1.0, "beta": 1.0}}
 """Operator -> the attributes with which it is a linear."""
@@ -65,6 +69,29 @@ def float8_linear(
     return _scaled(torch._scaled_mm(rows, weight.t(), one, one, out_dtype=torch.float32), x, scale, bias, dtype)
 
 
+def weights_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A product with a weight that alone has 8 bits.
+
+    Args:
+        x: (..., in) bfloat16 or float32: sums that are not scaled yet leave the range of float16.
+        weight: (out, in) int8 or float8.
+        scale: (out,), of the type of ``x``.
+        bias: (out,), likewise.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if _is_read_as_it_is(rows, weight):
+        y = torch._weight_int8pack_mm(rows, weight, scale)
+    else:
+        y = layers.matmul(rows, weight.to(x.dtype).t()) * scale
+    y = y if bias is None else y + bias
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _is_read_as_it_is(rows: Tensor, weight: Tensor) -> bool:
+    on_cpu = rows.device.type == "cpu" and layers.PRODUCTS_IN_BFLOAT16
+    return on_cpu and rows.dtype == torch.bfloat16 and weight.dtype == torch.int8 and len(rows) <= FEW_ROWS
+
+
 def _scaled(sums: Tensor, x: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     y = sums * scale
     y = y if bias is None else y + bias
@@ -72,17 +99,24 @@ def _scaled(sums: Tensor, x: Tensor, scale: Tensor, bias: Tensor | None, dtype: 
 
 
 LINEARS: dict[torch.dtype, Callable[..., Tensor]] = {torch.int8: int8_linear, FLOAT8: float8_linear}
+WIDE = (torch.bfloat16, torch.float32)
+"""What a weight that alone has 8 bits is multiplied in."""
 
 
 def multiply_in_8_bits(program: Program, types: Mapping[torch.dtype, int]) -> Program:
     """Multiply in 8 bits where a product's input and weight are both dequantized, the weight by a scale for each row.
+
+    Where the weight alone is dequantized so, its scales multiply what comes out.
 
     Args:
         program: as it was compiled.
         types: as :func:`multiplied_types` gives them.
     """
     matcher = _Matcher(program, types)
-    steps = [(matcher.replaced(step) or step) if step.operator in LINEAR else step for step in program.steps]
+    steps = [
+        (matcher.rounded(step) or matcher.weights_alone(step) or step) if step.operator in LINEAR else step
+        for step in program.steps
+    ]
     constants = [slot for slot, value in enumerate(matcher.values) if value is not None]
     steps = schedule(steps, {*program.outputs.values()}, constants)
     return program._replace(slots=matcher.values, steps=steps)
@@ -94,31 +128,46 @@ class _Matcher:
         self._types = types
         self.values = [*program.slots]
 
-    def replaced(self, step: Step) -> Step | None:
+    def rounded(self, step: Step) -> Step | None:
         """The step that multiplies in 8 bits; None where it is no such product."""
         widened, rounded = self._weight(step), self._maker(step.inputs[0], "DequantizeLinear")
         quantized = self._maker(rounded.inputs[0], "QuantizeLinear") if rounded else None
-        if not (widened and rounded and quantized and all(map(self._is_plain, (widened, rounded, quantized)))):
+        if not (widened and rounded and quantized and all(map(self._is_plain, (rounded, quantized)))):
             return None
         weight, scale = self.values[widened.inputs[0]], self._constant(widened.inputs[1])
         unit, zero = self._constant(rounded.inputs[1]), self._constant((*quantized.inputs, 0, 0)[2])
         if weight is None or scale is None or unit is None or zero is None or zero.dtype != weight.dtype:
             return None
         multiple = self._types.get(weight.dtype)
-        one_for_each_row = scale.shape == weight.shape[:1] and _attributes(widened).get("axis", 1) == 0
-        if not (multiple and one_for_each_row and unit.numel() == 1) or any(side % multiple for side in weight.shape):
+        if not (multiple and unit.numel() == 1) or any(side % multiple for side in weight.shape):
             return None
         self.values.append(scale.float() * unit.float().reshape(()))
         inputs = (rounded.inputs[0], widened.inputs[0], len(self.values) - 1, *step.inputs[2:])
         return step._replace(call=partial(LINEARS[weight.dtype], dtype=scale.dtype), inputs=inputs)
 
+    def weights_alone(self, step: Step) -> Step | None:
+        """The step that multiplies by a weight of 8 bits; None where it is no such product."""
+        widened = self._weight(step)
+        scale = self._constant(widened.inputs[1]) if widened else None
+        if widened is None or scale is None or scale.dtype not in WIDE:
+            return None
+        return step._replace(call=weights_linear, inputs=(step.inputs[0], *widened.inputs[:2], *step.inputs[2:]))
+
     def _weight(self, step: Step) -> Step | None:
-        """What dequantizes the weight of a product, whose rows it is multiplied by."""
+        """What dequantizes the weight of a product, by a scale for each of the rows that it is multiplied by."""
         if step.operator == "MatMul":
             transpose = self._maker(step.inputs[1], "Transpose")
-            return self._maker(transpose.inputs[0], "DequantizeLinear") if transpose else None
-        is_linear = {"transA": 0, "transB": 0, "alpha": 1.0, "beta": 1.0, **_attributes(step)} == LINEAR["Gemm"]
-        return self._maker(step.inputs[1], "DequantizeLinear") if is_linear else None
+            widened = self._maker(transpose.inputs[0], "DequantizeLinear") if transpose else None
+        else:
+            is_linear = {"transA": 0, "transB": 0, "alpha": 1.0, "beta": 1.0, **_attributes(step)} == LINEAR["Gemm"]
+            widened = self._maker(step.inputs[1], "DequantizeLinear") if is_linear else None
+        if widened is None:
+            return None
+        weight, scale = self.values[widened.inputs[0]], self._constant(widened.inputs[1])
+        if weight is None or scale is None or weight.dtype not in LINEARS:
+            return None
+        one_for_each_row = scale.shape == weight.shape[:1] and _attributes(widened).get("axis", 1) == 0
+        return widened if one_for_each_row and self._is_plain(widened) else None
 
     def _maker(self, slot: int, operator: str) -> Step | None:
         step = self._makers.get(slot)

@@ -13,9 +13,16 @@ import torch
 from onnx import TensorProto, helper
 
 from zimgkit.engines.bundle import Bundle
-from zimgkit.engines.torch import engine, quantized
+from zimgkit.engines.torch import engine, layers, quantized
 from zimgkit.engines.torch.graph import Program, compile_graph, load, read_constant, run
-from zimgkit.engines.torch.quantized import FLOAT8, LINEARS, multiplied_types, multiply_in_8_bits
+from zimgkit.engines.torch.quantized import (
+    FEW_ROWS,
+    FLOAT8,
+    LINEARS,
+    multiplied_types,
+    multiply_in_8_bits,
+    weights_linear,
+)
 
 TYPES = {torch.int8: 1, FLOAT8: 16}
 FLOAT, INT8 = TensorProto.FLOAT, TensorProto.INT8
@@ -24,6 +31,10 @@ ROWS, WIDTH, OUT = 7, 32, 16
 
 def count(program: Program) -> int:
     return sum(isinstance(step.call, partial) and step.call.func in LINEARS.values() for step in program.steps)
+
+
+def count_weights_alone(program: Program) -> int:
+    return sum(step.call is weights_linear for step in program.steps)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, FLOAT8])
@@ -41,26 +52,75 @@ def test_products(dtype: torch.dtype, bias: bool) -> None:
         assert float((found.double() - expected).norm() / expected.norm()) < tolerance
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.int8, FLOAT8])
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1, 40])
+@pytest.mark.parametrize("bias", [False, True])
+def test_weights_alone(dtype: torch.dtype, kind: torch.dtype, rows: int, bias: bool) -> None:
+    torch.manual_seed(rows)
+    for width, out in ((WIDTH, OUT), (48, 5), (1280, 64)):
+        x, weight = torch.randn(1, rows, width).to(dtype), (torch.randn(out, width) * 50).clamp(-127, 127).to(kind)
+        scale, added = torch.rand(out).to(dtype), torch.randn(out).to(dtype) if bias else None
+        expected = x.double() @ weight.double().T * scale.double() + (added.double() if added is not None else 0)
+        found = weights_linear(x, weight, scale, added)
+        assert found.dtype == dtype and found.shape == (1, rows, out)
+        tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+        assert float((found.double() - expected).norm() / expected.norm()) < tolerance
+
+
+@pytest.mark.parametrize("rows", [FEW_ROWS, FEW_ROWS + 1])
+def test_a_cpu_without_bfloat16_never_multiplies_in_it(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(layers, "PRODUCTS_IN_BFLOAT16", False)
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", None)
+    x, weight = torch.randn(rows, WIDTH).bfloat16(), torch.randint(-127, 127, (OUT, WIDTH)).to(torch.int8)
+    found = weights_linear(x, weight, torch.ones(OUT).bfloat16())
+    torch.testing.assert_close(found, (x.float() @ weight.float().T).bfloat16())
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["z-image", "qwen-image"])
+@torch.inference_mode()
+def test_bundles_whose_weights_alone_have_8_bits(quantized_of: Any, family: str, compute: str) -> None:
+    """No weight of a denoiser is dequantized any more; the result is as far from float32 as it was."""
+    bundle = Bundle.open(quantized_of(family, "int8-weights"), verify=False)
+    found, before = (denoised(bundle, compute, types) for types in ({}, None))
+    reference, _ = denoised(bundle, "float32", None)
+    names = [name for name in bundle.tensors("denoiser") if name.endswith(".weight.scale")]
+    assert 10 < count_weights_alone(found[1]) <= len(names)  # Not what nothing reads: the last text.
+    assert "DequantizeLinear" not in {step.operator for step in found[1].steps}
+
+    def error(y: torch.Tensor) -> float:
+        return float((y - reference).norm() / reference.norm())
+
+    assert error(found[0]) < (1e-5 if compute == "float32" else 1.2 * error(before[0]))
+
+
+def denoised(bundle: Bundle, compute: str, types: dict[torch.dtype, int] | None) -> tuple[torch.Tensor, Program]:
+    """What a denoiser gives for random numbers, and its program; ``types`` None for the graph as it is."""
+    entry = bundle.component("denoiser")
+    random, sizes = np.random.default_rng(0), {"batch": 1, "all_tokens": 32, "image_tokens": 24}
+    graph = entry.graphs[compute]
+    program = compile_graph(load(bundle, graph), partial(read_constant, bundle, graph), torch.device("cpu"))
+    program = program if types is None else multiply_in_8_bits(program, types)
+    feeds = {
+        name: torch.from_numpy(
+            random.standard_normal([n if isinstance(n, int) else sizes.get(n, 8) for n in spec.shape])
+        ).to(program.dtypes[name])
+        for name, spec in entry.inputs.items()
+    }
+    (result,) = run(program, feeds).values()
+    return result, program
+
+
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 @pytest.mark.parametrize("family", ["z-image", "qwen-image"])
 @torch.inference_mode()
 def test_bundles(quantized_of: Any, family: str, precision: str) -> None:
     """No weight of a denoiser is dequantized any more; the result is as far from float32 as it was."""
     bundle = Bundle.open(quantized_of(family, precision), verify=False)
-    entry = bundle.component("denoiser")
-    random, sizes = np.random.default_rng(0), {"batch": 1, "all_tokens": 32, "image_tokens": 24}
-    arrays = {
-        name: random.standard_normal([n if isinstance(n, int) else sizes.get(n, 8) for n in spec.shape])
-        for name, spec in entry.inputs.items()
-    }
-    results = {}
-    for compute in ("float32", "bfloat16"):
-        graph = entry.graphs[compute]
-        program = compile_graph(load(bundle, graph), partial(read_constant, bundle, graph), torch.device("cpu"))
-        feeds = {name: torch.from_numpy(array).to(program.dtypes[name]) for name, array in arrays.items()}
-        (results[compute],) = run(program, feeds).values()
-    fast = multiply_in_8_bits(program, TYPES)
-    (found,) = run(fast, feeds).values()
+    results = {compute: denoised(bundle, compute, None)[0] for compute in ("float32", "bfloat16")}
+    _, program = denoised(bundle, "bfloat16", None)
+    found, fast = denoised(bundle, "bfloat16", TYPES)
     scales = [name for name in bundle.tensors("denoiser") if name.endswith(".weight.scale")]
     assert count(fast) == len(scales) > 10
     assert "DequantizeLinear" not in {step.operator for step in fast.steps}
@@ -118,8 +178,12 @@ def test_what_is_found(changes: dict[str, Any], found: int) -> None:
     assert count(fast) == found
     x = torch.randn(ROWS, WIDTH)
     torch.testing.assert_close(run(fast, {"x": x})["y"], run(program, {"x": x})["y"], rtol=1e-5, atol=1e-4)
-    assert count(multiply_in_8_bits(program, {})) == 0
-    assert count(multiply_in_8_bits(program, {torch.int8: 24})) == 0
+    for types in ({}, {torch.int8: 24}):
+        wide = multiply_in_8_bits(program, types)
+        assert count(wide) == 0
+        # A zero point of what is read is nothing to the weight.
+        assert count_weights_alone(wide) == (found or changes == {"zero": [3]})
+        torch.testing.assert_close(run(wide, {"x": x})["y"], run(program, {"x": x})["y"], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
