@@ -117,7 +117,7 @@ def trials(task: str, count: int) -> list[Trial]:
     if task == "edit":
         return [_edit(number) for number in range(count)]
     if task in {"control", "regions"}:
-        return [_placed(task, scene) for scene in scattered_scenes(count)]
+        return [_placed(task, scene) for scene in scattered_scenes(count, ordered=task == "control")]
     half = -(-count // 2)
     pairs = zip(held_out_scenes(half, 1), held_out_scenes(half, 2), strict=True)
     scenes = [scene for pair in pairs for scene in pair][:count]
@@ -136,12 +136,12 @@ def held_out_scenes(count: int, things: int) -> list[Scene]:
     return scenes
 
 
-def scattered_scenes(count: int) -> list[Scene]:
-    """Scenes of the test split whose things lie anywhere, with one thing and with two in turns."""
+def scattered_scenes(count: int, *, ordered: bool) -> list[Scene]:
+    """Scenes of the test split whose things lie anywhere, with one thing and with two in turns; see ``scattered``."""
     scenes: list[Scene] = []
     seed = FIRST_SEED
     while len(scenes) < count:
-        scene = scattered(seed, "test")
+        scene = scattered(seed, "test", ordered=ordered)
         if len(scene.things) == len(scenes) % 2 + 1:
             scenes.append(scene)
         seed += 1

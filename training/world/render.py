@@ -22,6 +22,8 @@ from zimgkit.training.world.scattered import SIDE, Box, box_of, scattered
 METADATA = "metadata.csv"
 LINES = "metadata.jsonl"
 """The table where rows have lists."""
+COUNTS = (1, 2, 2, 3)
+"""How many things pictures have whose edges are given, in turns: two are harder to tell apart than one is to draw."""
 
 
 def write_dataset(
@@ -99,10 +101,10 @@ def write_rows(
 
 
 def edges_row(split: Split) -> Callable[[Path, int], dict[str, Any]]:
-    """Rows with a ``control_image``: the edges of the picture, whose caption does not tell where things lie."""
+    """Rows with a ``control_image``: the edges of the picture, whose caption tells no more than an order of things."""
 
     def row(folder: Path, seed: int) -> dict[str, Any]:
-        scene = scattered(seed, split)
+        scene = scattered(seed, split, count=COUNTS[seed % len(COUNTS)], ordered=True)
         picture = draw(scene)
         image, edges = _name(folder, "images", seed), _name(folder, "edges", seed)
         _save(picture, folder / image)

@@ -1,9 +1,10 @@
-"""Scenes whose things lie anywhere, where no caption tells it: what outlines or regions tell instead."""
+"""Scenes whose things lie anywhere: outlines or regions tell where, and captions at most in which order."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 from zimgkit.training.world.sampling import Split, held_out, sample
 from zimgkit.training.world.scene import Scene, Thing
@@ -19,22 +20,30 @@ Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels, the last two outside."""
 
 
-def scattered(seed: int, split: Split = "train") -> Scene:
+def scattered(seed: int, split: Split = "train", *, count: int | None = None, ordered: bool = False) -> Scene:
     """A picture of 128x128 pixels with one to three things at places of their own; the same for the same arguments.
 
     Args:
         seed: any integer below 2**40.
         split: ``"train"`` never shows combinations that are held out; ``"test"`` always does.
+        count: how many things, 1 to 3; random if None.
+        ordered: whether captions tell which of several things is left of the other, or above it.
     """
     number = -1
     while True:
         number += 1
-        scene = sample(seed + number * _TRIES, split, size=(SIDE, SIDE))
-        scene = replace(scene, arrangement=None, arrangement_told=False, place=None, writing=None)
+        scene = sample(seed + number * _TRIES, split, count=count, size=(SIDE, SIDE))
+        told = ordered and len(scene.things) > 1
+        arrangement = scene.arrangement if told else None
+        scene = replace(scene, arrangement=arrangement, arrangement_told=told, place=None, writing=None)
         rng = random.Random(f"scattered {split} {seed} {number}")  # noqa: S311
         boxes = _boxes(rng, len(scene.things))
         if boxes is None or held_out(scene) != (split == "test"):
             continue
+        if arrangement:
+            boxes.sort(key=lambda box: _middle(box)[arrangement == "column"])
+            if not _is_order(boxes, arrangement):
+                continue
         things = tuple(_within(thing, box) for thing, box in zip(scene.things, boxes, strict=True))
         return replace(scene, things=things)
 
@@ -65,6 +74,20 @@ def _boxes(rng: random.Random, number: int) -> list[Box] | None:
         if not any(_meet(box, other) for other in boxes):
             boxes.append(box)
     return boxes if len(boxes) == number else None
+
+
+def _middle(box: Box) -> tuple[float, float]:
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def _is_order(boxes: list[Box], arrangement: str) -> bool:
+    """Whether each box is clearly right of the one before, or below it; of two, no further in the other direction."""
+    for one, other in pairwise(map(_middle, boxes)):
+        steps = other[0] - one[0], other[1] - one[1]
+        along, across = steps if arrangement == "row" else steps[::-1]
+        if along < 2 * CELL or (len(boxes) == 2 and along < abs(across)):
+            return False
+    return True
 
 
 def _meet(one: Box, other: Box) -> bool:
