@@ -26,7 +26,7 @@ Ways = dict[str, Callable[[Tensor], Tensor]]
 
 
 def ways(width: int, out: int, dtype: torch.dtype) -> Ways:
-    """The ways of a weight (out, width), each a function of rows (n, width); those of 4 bits have a weight of theirs."""
+    """The ways of a weight (out, width), each a function of rows (n, width); those of 4 bits have another weight."""
     maker = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, (out, width), generator=maker, dtype=torch.int8)
     scale = (torch.rand(out, generator=maker) / 100).to(dtype)

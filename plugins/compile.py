@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,13 +18,16 @@ from typing import Any, NamedTuple
 import msgspec
 
 from zimgkit.plugins import manifest
-from zimgkit.plugins.manifest import FOLDER, MANIFEST, Compiled, Parameter, folder_of, source_hash
+from zimgkit.plugins.launch import SCRATCH
+from zimgkit.plugins.manifest import FOLDER, MANIFEST, PTX, Compiled, Parameter, folder_of, source_hash
 
 OPERATORS = ("gate_norm_modulate", "qk_norm_rope", "quantized_linear")
 ARCHITECTURES = (89, 90, 120)
 """Ada, Hopper, Blackwell; of the first two later devices of the generation run it too."""
 FLOATS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 ALIGNED = 16
+PTX_VERSION = 87
+"""8.7, of CUDA 12.8: any later driver takes it, and compiles it for its device."""
 
 
 class Kernel(NamedTuple):
@@ -47,6 +51,8 @@ class Kernel(NamedTuple):
     stages: int = 3
     types: Sequence[str] = tuple(FLOATS)
     name: str = ""
+    is_portable: bool = False
+    """Whether it is compiled to PTX, for a compiler of others: once, for all devices, and without scratch memory."""
 
     def signature(self, dtype: str) -> dict[str, str]:
         """Parameter -> type, as triton writes them."""
@@ -70,9 +76,11 @@ def compile_operator(operator: str, folder: Path) -> None:
     for kernel in kernels:
         for dtype in kernel.types:
             name = f"{kernel.name or kernel.function.__name__}.{dtype}"
-            compiled = {
-                f"sm{arch}": _compile(kernel, dtype, arch, folder / f"{name}.sm{arch}.cubin") for arch in ARCHITECTURES
-            }
+            if kernel.is_portable:
+                compiled = {PTX: _compile(kernel, dtype, ARCHITECTURES[0], folder / f"{name}.{PTX}")}
+            else:
+                files = {arch: folder / f"{name}.sm{arch}.cubin" for arch in ARCHITECTURES}
+                compiled = {f"sm{arch}": _compile(kernel, dtype, arch, file) for arch, file in files.items()}
             parameters = tuple(
                 Parameter(each, _kind(kind), ALIGNED if each in kernel.aligned else 1)
                 for each, kind in kernel.signature(dtype).items()
@@ -100,9 +108,21 @@ def _compile(kernel: Kernel, dtype: str, architecture: int, path: Path) -> Compi
         {(names.index(name),): [["tt.divisibility", ALIGNED]] for name in sorted(kernel.aligned)},
     )
     options = {"num_warps": kernel.warps, "num_stages": kernel.stages, "enable_fp_fusion": True}
+    if kernel.is_portable:
+        options["ptx_version"] = PTX_VERSION
     built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    path.write_bytes(built.asm["cubin"])
+    path.write_bytes(_without_scratch(built.asm["ptx"]).encode() if kernel.is_portable else built.asm["cubin"])
     return Compiled(path.name, 32 * built.metadata.num_warps, built.metadata.shared)
+
+
+def _without_scratch(ptx: str) -> str:
+    """A kernel without its last parameters, pointers to scratch memory: who passes arguments by count has none."""
+    head, body = ptx.split(")\n", 1)
+    start, *parameters = head.split(",\n")
+    scratch = [re.findall(r"\w+_param_\d+", parameter)[0] for parameter in parameters[-SCRATCH:]]
+    if any(re.search(rf"\b{name}\b", body) for name in scratch):
+        raise RuntimeError(f"the kernel uses its scratch memory: {', '.join(scratch)}")
+    return ",\n".join([start, *parameters[:-SCRATCH]]) + "\n)\n" + body
 
 
 def main(operators: Sequence[str], into: Path | None) -> None:

@@ -12,6 +12,8 @@ import msgspec
 FOLDER = "kernels"
 MANIFEST = "manifest.json"
 SOURCE = "triton.py"
+PTX = "ptx"
+"""What a portable kernel is compiled to, in the place of architectures."""
 
 
 class KernelError(RuntimeError):

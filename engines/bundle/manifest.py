@@ -116,6 +116,8 @@ class CompiledEngine(msgspec.Struct, frozen=True, omit_defaults=True):
     refit: Refit | None = None
     stripped: bool = False
     """Whether the plan has no weights, and takes the bundle's when it is loaded."""
+    plugins: bool = False
+    """Whether it has kernels of zimgkit's own."""
     attention: tuple[int, int] = (0, 0)
     """How many attentions became one fused kernel each, and how many did not."""
     products: tuple[int, int] = (0, 0)

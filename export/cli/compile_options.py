@@ -55,6 +55,9 @@ OPTIONS = (
     click.option(
         "--stripped", is_flag=True, help="Make plans without weights, which are loaded from the bundle; unproven."
     ),
+    click.option(
+        "--plugins", is_flag=True, help="Give norms and rotations of attention kernels of zimgkit's own; untested."
+    ),
     click.option("--force", is_flag=True, help="Compile engines that are up to date as well."),
     click.option("--detailed", is_flag=True, help="List every layer of every plan."),
 )
@@ -89,6 +92,7 @@ def compile_arguments(
     optimization_level: int | None,
     refittable: bool,
     stripped: bool,
+    plugins: bool,
     force: bool,
 ) -> dict[str, Any]:
     """Turn the options into arguments of :func:`zimgkit.export.compilers.compile.compile_bundle`.
@@ -110,6 +114,7 @@ def compile_arguments(
             workspace_bytes=parse_bytes(workspace) if workspace is not None else None,
             refittable=refittable,
             stripped=stripped,
+            plugins=plugins,
             optimization_level=optimization_level,
         ),
         "weight_streaming_budget": parse_bytes(weight_streaming_budget)

@@ -31,7 +31,7 @@ class ExportCommand(GroupedCommand):
         "The mask": ("target_speed", "target_error", "name", "cache_order"),
         "Engines and devices": (
             *("backend", "device", "memory", "components", "weight_streaming_budget", "workspace"),
-            *("optimization_level", "refittable", "stripped", "force"),
+            *("optimization_level", "refittable", "stripped", "plugins", "force"),
         ),
         "What compiled engines serve": (*("sizes", "min_size", "opt_size", "max_size", "max_prompt_tokens", "batch"),),
         "What the server has": ("instance_kind", "bundle_on_server"),

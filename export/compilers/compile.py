@@ -159,6 +159,7 @@ def compile_bundle(
                     streamable=_is_streamable(bundle.component(name), weight_streaming_budget),
                     refittable=options.refittable,
                     stripped=options.stripped,
+                    plugins=options.plugins,
                 ),
                 replace(options, weight_streaming=_is_streamable(bundle.component(name), weight_streaming_budget)),
                 force=force,
@@ -211,7 +212,7 @@ def _compile(
     for engine in bundle.engines(wanted.component, wanted.backend):
         if not force and _compiled_for(engine) == _compiled_for(wanted):
             return CompiledComponent(engine, is_new=False)
-    graph = read_graph(bundle, wanted.component, wanted.profiles)
+    graph = read_graph(bundle, wanted.component, wanted.profiles, plugins=options.plugins)
     final = bundle.root / wanted.file
     part = final.with_suffix(".part")
     try:

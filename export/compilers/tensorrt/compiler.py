@@ -16,6 +16,7 @@ from zimgkit.engines.tensorrt import api as tensorrt_api
 from zimgkit.engines.tensorrt import cuda
 from zimgkit.export.compilers.tensorrt import layers
 from zimgkit.export.compilers.tensorrt.graph import Graph
+from zimgkit.export.compilers.tensorrt.plugins import register
 from zimgkit.runtime.progress import Report, silent
 
 THOUSANDTHS = 1000
@@ -34,6 +35,8 @@ class CompilerOptions:
     """Let the plan take other weights when it is loaded."""
     stripped: bool = False
     """Leave the weights out of the plan; it takes them when it is loaded."""
+    plugins: bool = False
+    """Let operators of ours have their own kernels, which lie in the plan; untested."""
     optimization_level: int | None = None
     """0 compiles fastest, 5 searches longest; the compiler's own choice where None."""
     timing_cache: Path | None = None
@@ -82,12 +85,18 @@ def compile_plan(
         KeyboardInterrupt: the user stopped it.
     """
     module = tensorrt_api.load()
+    if options.plugins:
+        register(module)
     log = tensorrt_api.make_logger(module)
     builder = _builder(module, log)
     # Every tensor is computed in the type that the graph gives it; TensorRT 11 has no other kind of network.
-    network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    kinds = module.NetworkDefinitionCreationFlag
+    flags = [kinds.STRONGLY_TYPED, *([kinds.PREFER_AOT_PYTHON_PLUGINS] if options.plugins else [])]
+    network = builder.create_network(sum(1 << int(flag) for flag in flags))
+    if network is None:
+        raise _refusal(graph, log, "compile", _advice(options))
     parser = module.OnnxParser(network, log)
-    _parse(parser, graph, log)
+    _parse(parser, graph, log, options)
     config = _config(module, log, builder, network, component, profiles, options)
     progress = _progress(module, f"compile {graph.component}", report)
     config.progress_monitor = progress
@@ -134,7 +143,7 @@ def _builder(module: ModuleType, log: Any) -> Any:
         ) from None
 
 
-def _parse(parser: Any, graph: Graph, log: Any) -> None:
+def _parse(parser: Any, graph: Graph, log: Any, options: CompilerOptions) -> None:
     """Parse a graph; its weights go to the parser by address, from the mapped files: no protobuf holds them."""
     ok = parser.load_model_proto(graph.model)
     for name, data in graph.weights.items():
@@ -145,7 +154,8 @@ def _parse(parser: Any, graph: Graph, log: Any) -> None:
     log.errors[:0] = [
         f"{error.desc()} (node {error.node_name() or '?'}, {error.node_operator() or '?'})" for error in said
     ]
-    raise _refusal(graph, log, "read", "report this, with the bundle's inspect output")
+    hint = _advice(options) if options.plugins else "report this, with the bundle's inspect output"
+    raise _refusal(graph, log, "read", hint)
 
 
 def _refusal(graph: Graph, log: Any, what: str, hint: str) -> BackendError:
@@ -156,6 +166,8 @@ def _refusal(graph: Graph, log: Any, what: str, hint: str) -> BackendError:
 
 
 def _advice(options: CompilerOptions) -> str:
+    if options.plugins:
+        return "try it without --plugins, which is untested"
     if options.refittable or options.stripped:
         return "try it without --refittable and --stripped, which not every TensorRT supports"
     return "try another --workspace or a smaller --max-size, and report this if it stays"

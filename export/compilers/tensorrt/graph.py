@@ -13,6 +13,7 @@ from onnx import helper
 from zimgkit.engines.bundle import Bundle, Range
 from zimgkit.engines.errors import BundleError
 from zimgkit.engines.tensors.safetensors import view
+from zimgkit.export.compilers.tensorrt.plugins import call_plugins
 
 DECOMPOSABLE = "TRT_decomposable"
 """The attribute by which a node allows TensorRT to compute attention in parts where it has no fused kernel for it: in
@@ -36,7 +37,9 @@ class Graph:
     """The matrix products of quantized inputs, each as ``node | call``."""
 
 
-def read_graph(bundle: Bundle, component: str, profiles: Sequence[Mapping[str, Range]] = ()) -> Graph:
+def read_graph(
+    bundle: Bundle, component: str, profiles: Sequence[Mapping[str, Range]] = (), *, plugins: bool = False
+) -> Graph:
     """Read a component's graph in the bundle's own precision; its weights are memory-mapped.
 
     Args:
@@ -44,6 +47,7 @@ def read_graph(bundle: Bundle, component: str, profiles: Sequence[Mapping[str, R
         component: one that has a graph.
         profiles: the shape profiles it will be compiled for. A dynamic dimension that has one length in all of them
             becomes static before the parser sees it, so what the graph computes from shapes is folded.
+        plugins: whether it calls operators of ours where it computes what they do.
 
     Raises:
         BundleError: the graph is broken, or names a weight that the bundle does not have.
@@ -66,6 +70,8 @@ def read_graph(bundle: Bundle, component: str, profiles: Sequence[Mapping[str, R
         for dim in value.type.tensor_type.shape.dim:
             if length := _static_length(dim.dim_param, profiles):
                 dim.dim_value = length
+    if plugins:
+        model = call_plugins(model)
     with_attention = {(function.domain, function.name) for function in model.functions if _make_decomposable(function)}
     calls = [node for node in model.graph.node if (node.domain, node.op_type) in with_attention]
     products = _products(model)

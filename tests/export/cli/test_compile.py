@@ -24,7 +24,7 @@ from zimgkit.export.compilers.tensorrt.compiler import CompilerOptions
 PLAIN: dict[str, Any] = {
     "sizes": (), "min_size": None, "opt_size": None, "max_size": None, "max_prompt_tokens": None, "batch": 1,
     "components": (), "weight_streaming_budget": None, "workspace": None, "optimization_level": None,
-    "refittable": False, "stripped": False, "force": False,
+    "refittable": False, "stripped": False, "plugins": False, "force": False,
 }  # fmt: skip
 
 
@@ -36,12 +36,12 @@ def test_options_become_arguments():
     options = {
         "sizes": ("1024x768", "64x64"), "min_size": "256x256", "max_size": "2048x1024", "max_prompt_tokens": 77,
         "batch": 4, "components": ("denoiser",), "weight_streaming_budget": "8GB", "workspace": "512MiB",
-        "optimization_level": 5, "refittable": True, "stripped": True, "force": True,
+        "optimization_level": 5, "refittable": True, "stripped": True, "plugins": True, "force": True,
     }  # fmt: skip
     assert compile_arguments(**(PLAIN | options)) == {
         "shapes": ServedShapes(((1024, 768), (64, 64)), ((256, 256), None, (2048, 1024)), 77, 4),
         "components": ("denoiser",),
-        "options": CompilerOptions(workspace_bytes=1 << 29, refittable=True, stripped=True, optimization_level=5),
+        "options": CompilerOptions(1 << 29, refittable=True, stripped=True, plugins=True, optimization_level=5),
         "weight_streaming_budget": 8 * 10**9,
         "force": True,
     }
