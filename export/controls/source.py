@@ -14,7 +14,7 @@ from zimgkit.engines.errors import CheckpointError, UsageError
 from zimgkit.export.checkpoints.named_files import SUFFIX, only_file_in, refuse_pickle
 from zimgkit.export.checkpoints.urls import Address, parse_url
 from zimgkit.export.networks.registry import FAMILIES, KnownControl
-from zimgkit.runtime import hub
+from zimgkit.runtime import demo_models, hub
 
 USUAL = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 """What diffusers and DiffSynth call the file in a folder."""
@@ -43,7 +43,8 @@ def find_control(argument: str, hub_name: str = "huggingface") -> ControlFile:
 
     Args:
         argument: ``[NAME=]`` and a file, a folder, ``owner/name``, ``owner/name/file.safetensors``, the URL of one of
-            these, or the last part of a known net's id. What exists as a path is one.
+            these, the last part of a known net's id, or the name of one that comes with zimgkit. What exists as a path
+            is one.
         hub_name: ``"huggingface"`` or ``"modelscope"``.
 
     Raises:
@@ -52,7 +53,7 @@ def find_control(argument: str, hub_name: str = "huggingface") -> ControlFile:
         DownloadError: it cannot be fetched.
     """
     name, place = _split_name(argument)
-    path = Path(place).expanduser()
+    path = demo_models.locate_controlnet(place).expanduser()
     if path.is_dir():
         path, source = only_file_in(path, USUAL, CheckpointError, HINT), str(path.absolute())
     elif path.is_file():
@@ -112,5 +113,6 @@ def _short_name(source: str) -> str:
             return known.name
     end = Path(source)
     word = end.parent.name if end.name in USUAL else end.name.removesuffix(SUFFIX)
+    word = word.rpartition("-")[2] if end.stem in demo_models.CONTROLNETS else word
     tail = re.sub(r"[^a-z0-9_]+", "_", re.split(r"controlnet-?", word.lower())[-1] or word.lower()).strip("_")
     return tail[:40] or "control"

@@ -18,6 +18,8 @@ LORAS = (
 )
 """A style, outlines alone, and a concept, a shape that the models do not know, for each of them; and for the second one
 that lets it draw in four steps without guidance, and one for prompts with regions."""
+CONTROLNETS = tuple(f"{name}-edges" for name in NAMES)
+"""Which draw things where edges are: of Fun for the first, Blockwise for the second."""
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -42,6 +44,16 @@ def locate_lora(name: str) -> Path:
     PosixPath('there/is/none')
     """
     return FOLDER / "loras" / f"{name}.safetensors" if name in LORAS and not os.path.lexists(name) else Path(name)
+
+
+def locate_controlnet(name: str) -> Path:
+    """Likewise of a ControlNet.
+
+    >>> locate_controlnet("zimg-tiny-qwen-edges").name
+    'zimg-tiny-qwen-edges.safetensors'
+    """
+    carried = name in CONTROLNETS and not os.path.lexists(name)
+    return FOLDER / "controlnets" / f"{name}.safetensors" if carried else Path(name)
 
 
 def is_carried(path: Path) -> bool:

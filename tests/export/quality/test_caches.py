@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,6 +156,44 @@ def test_nothing_is_written_where_it_ends_early(copy, monkeypatch):
     invoke(main, "calibrate-cache", copy, *OPTIONS).assert_refused("broken", 1)
     assert (copy / "bundle.json").read_bytes() == before
     assert [path.name for path in copy.parent.iterdir()] == ["b"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from zimgkit.export.quality.caches import Aim, calibrate_cache
+from zimgkit.export.quality.runs import Trial
+
+root, last, count = sys.argv[1], int(sys.argv[2]), 0
+
+def watch(event, details):
+    global count
+    if event in ("open", "os.rename", "os.remove", "os.link", "os.mkdir") and str(details[0]).startswith(root):
+        count += event != "open" or bool((details[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+        if count == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(watch)
+calibrate_cache(Path(root), Trial(("a",), 32, 32, 4), Aim(1.2), name="new", captions=0)
+"""
+
+
+def test_a_kill_at_any_point_leaves_a_whole_bundle(cut_bundle, tmp_path):
+    """Killed when it does its n-th thing to a file of the bundle, until it comes to its end."""
+    changed = []
+    for number in itertools.count(1, 3):
+        bundle = Path(shutil.copytree(cut_bundle("qwen-image"), tmp_path / str(number)))
+        done = subprocess.run([sys.executable, "-c", KILLED, bundle, str(number)], capture_output=True, check=False)
+        opened = Bundle.open(bundle)
+        opened.verify(afresh=True)
+        changed.append(bool(opened.manifest.caches))
+        if done.returncode != -signal.SIGKILL:
+            break
+    assert done.returncode == 0, done.stderr
+    assert len(changed) > 1 and changed == sorted(changed)
+    # What was left is no hindrance.
+    calibrate_cache(tmp_path / "1", Trial(("a",), 32, 32, 4), Aim(1.2), name="new", captions=0)
+    assert [*Bundle.open(tmp_path / "1").manifest.caches] == ["new"]
 
 
 def test_two_at_once(copy):
