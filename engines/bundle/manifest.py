@@ -40,6 +40,8 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
 CPU_GRAPH = "onnxruntime"
 """The key of the graph that computes in float32 with the operators that ONNX Runtime has for CPUs alone."""
+WIDENING_GRAPH = "onnxruntime-widening"
+"""That of another one, which widens weights of 8 bits when they are needed: for where memory is short."""
 
 
 class Component(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -48,7 +50,7 @@ class Component(msgspec.Struct, frozen=True, omit_defaults=True):
     weights: tuple[str, ...]
     """Safetensors files of the bundle that hold its tensors; where several have a name, the last one counts."""
     graphs: dict[str, str] = {}
-    """Element type the graph computes in, or :data:`CPU_GRAPH` -> ONNX file. All of them point into the same weights.
+    """Element type the graph computes in, or one of these keys -> ONNX file. All of them point into the same weights.
 
     The first one computes in the bundle's own precision.
     """
