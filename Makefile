@@ -10,11 +10,13 @@ TENSORRT_TESTS := tests/export/compilers tests/export/cli/test_compile.py tests/
 
 .PHONY: demo test test-tensorrt references plugins check clean
 
-# A dozen prompts by the two models that zimgkit carries, side by side, and pictures that they change. Needs no PyTorch.
+# A dozen prompts by the two models that zimgkit carries, side by side, pictures that they change, and edges that they
+# follow. Needs no PyTorch.
 demo: $(VENV)/.run
 	mkdir -p demo
 	$(BIN)/zimg-run sheet docs/demo-prompts.txt --bundle zimg-tiny-z --bundle zimg-tiny-qwen --output demo/sheet.png
 	$(BIN)/zimg-run sheet docs/demo-pictures.csv --bundle zimg-tiny-z --bundle zimg-tiny-qwen --columns 2 --output demo/pictures.png
+	$(BIN)/zimg-run sheet docs/demo-controls.csv --bundle zimg-tiny-z --bundle zimg-tiny-qwen --columns 2 --output demo/controls.png
 
 test: check $(VENV)/.tensorrt
 	PYTHONPATH=$(VENV)/tensorrt $(BIN)/python -m pytest

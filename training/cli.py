@@ -306,6 +306,26 @@ def ship(checkpoint: Path, out: Path, tasks: tuple[str, ...], overwrite: bool, q
     click.echo(out)
 
 
+@cli.command("ship-controlnet")
+@click.argument("net", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("bundle", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--name", default="edges", show_default=True, help="What calls name it.")
+@click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def ship_controlnet(net: Path, bundle: Path, out: Path, name: str, overwrite: bool, quiet: bool) -> None:
+    """Copy BUNDLE, which ``ship`` made, to the folder OUT, with the ControlNet of a file."""
+    _need_train()
+    from zimgkit.runtime import demo_models
+    from zimgkit.runtime.progress import bar
+    from zimgkit.training import ship as work
+
+    source = demo_models.locate(bundle)
+    with bar(enabled=not quiet) as report:
+        work.ship_controlnet(net, source, out, name, overwrite=overwrite, report=report)
+    click.echo(out)
+
+
 @cli.command()
 @click.argument("bundle")
 @click.argument("data", type=FOLDER)

@@ -1,7 +1,7 @@
 """``zimg-run sheet``: a page of pictures, one cell for each prompt; in a cell, the pictures of each bundle.
 
 The same seed goes to every picture, so what differs within a cell is the bundles. A picture that they are drawn from,
-and its mask, come first.
+and its mask, come first; so does one that controls.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MOST = 1000
 SEED = 0
 """Without another one: pages are compared."""
 TABLE = ".csv"
-PICTURES = ("image", "mask_image")
+PICTURES = ("image", "mask_image", "control_image")
 """Columns of a table beside ``prompt``."""
 
 
@@ -174,10 +174,10 @@ def draw_sheet(
 
 
 def drawn_from(drawn: Output) -> list[Image]:
-    """The picture that others were drawn from, and its mask, at their size."""
+    """The picture that others were drawn from, its mask, and what controlled them, at their size."""
     from zimgkit.runtime.pictures.reading import flattened
     from zimgkit.runtime.pictures.resizing import resize
 
     request = drawn.request
-    given = (request.inputs.image, request.inputs.mask_image)
+    given = (request.inputs.image, request.inputs.mask_image, *(control.image for control in request.controls))
     return [resize(flattened(entry.picture), request.width, request.height) for entry in given if entry]

@@ -18,8 +18,10 @@ LORAS = (
 )
 """A style, outlines alone, and a concept, a shape that the models do not know, for each of them; and for the second one
 that lets it draw in four steps without guidance, and one for prompts with regions."""
-CONTROLNETS = tuple(f"{name}-edges" for name in NAMES)
-"""Which draw things where edges are: of Fun for the first, Blockwise for the second."""
+EDGES = "edges"
+"""What the ControlNet of each is called, which draws things where edges are: of Fun for the first, and Blockwise."""
+CONTROLNETS = {f"{name}-{EDGES}": name for name in NAMES}
+"""ControlNet -> the model whose bundle has it."""
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -52,8 +54,9 @@ def locate_controlnet(name: str) -> Path:
     >>> locate_controlnet("zimg-tiny-qwen-edges").name
     'zimg-tiny-qwen-edges.safetensors'
     """
-    carried = name in CONTROLNETS and not os.path.lexists(name)
-    return FOLDER / "controlnets" / f"{name}.safetensors" if carried else Path(name)
+    if name not in CONTROLNETS or os.path.lexists(name):
+        return Path(name)
+    return FOLDER / CONTROLNETS[name] / "control" / EDGES / f"{name}.safetensors"
 
 
 def is_carried(path: Path) -> bool:

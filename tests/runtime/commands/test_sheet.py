@@ -89,6 +89,20 @@ def test_a_sheet_of_both_models(tmp_path: Path) -> None:
         assert np.array_equal(page[MARGIN : MARGIN + 128, x : x + 128], np.asarray(drawn))
 
 
+def test_a_table_names_what_controls_each_prompt(tmp_path: Path) -> None:
+    """In a cell: the edges, and what is drawn where they are."""
+    names, table = [Path("zimg-tiny-z")], tmp_path / "t.csv"
+    edges = Path(__file__).parents[3] / "docs" / "pictures" / "edges.png"
+    table.write_text(f"prompt,control_image\na blue square left of a red oval,{edges}\n", "utf-8")
+    texts, inputs = rows_of(table)
+    draw_sheet(texts, tmp_path / "s.png", {"num_inference_steps": 4}, bundles=names, inputs=inputs)
+    pixels = np.asarray(Image.open(tmp_path / "s.png"))[MARGIN : MARGIN + 128, MARGIN:]
+    assert np.array_equal(pixels[:, :128], np.asarray(Image.open(edges).convert("RGB")))
+    with Pipeline.open("zimg-tiny-z") as pipeline:
+        drawn = pipeline(texts[0], seed=0, num_inference_steps=4, control_image=edges).images[0]
+    assert np.array_equal(pixels[:, 128 + GAP : 256 + GAP], np.asarray(drawn))
+
+
 def test_a_table_names_a_picture_for_each_prompt(tmp_path: Path) -> None:
     """In a cell: the picture before, the mask, what is drawn. A file's name is one from where the table lies."""
     (before,), mask = pictures("lime", size=(64, 48)), Image.new("1", (64, 48))
