@@ -19,8 +19,8 @@ LORAS = (
 """A style, outlines alone, and a concept, a shape that the models do not know, for each of them; and for the second one
 that lets it draw in four steps without guidance, and one for prompts with regions."""
 EDGES = "edges"
-"""What the ControlNet of each is called, which draws things where edges are: of Fun for the first, and Blockwise."""
-CONTROLNETS = {f"{name}-{EDGES}": name for name in NAMES}
+"""What a ControlNet is called that draws things where edges are."""
+CONTROLNETS = {f"{DEFAULT}-{EDGES}": DEFAULT}
 """ControlNet -> the model whose bundle has it."""
 FOLDER = Path(__file__).resolve().parent
 
@@ -51,8 +51,8 @@ def locate_lora(name: str) -> Path:
 def locate_controlnet(name: str) -> Path:
     """Likewise of a ControlNet.
 
-    >>> locate_controlnet("zimg-tiny-qwen-edges").name
-    'zimg-tiny-qwen-edges.safetensors'
+    >>> locate_controlnet("zimg-tiny-z-edges").name
+    'zimg-tiny-z-edges.safetensors'
     """
     if name not in CONTROLNETS or os.path.lexists(name):
         return Path(name)
