@@ -40,7 +40,8 @@ def test_it_opens_as_schema_2(old: Path) -> None:
     now = Bundle.open(demo_models.locate("zimg-tiny-z")).manifest
     components = {name: now.components[name] for name in manifest.components}
     files = {name: now.files[name] for name in manifest.files}
-    same = msgspec.structs.replace(now, tasks=manifest.tasks, components=components, files=files)
+    changes = {"tasks": manifest.tasks, "components": components, "files": files}
+    same = msgspec.structs.replace(now, **changes, sources=manifest.sources, controls=())
     assert msgspec.to_builtins(manifest) == msgspec.to_builtins(same)
 
 
