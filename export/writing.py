@@ -118,9 +118,8 @@ def write_graphs(
             weight_bytes=sum(sizes[tensor] for tensor in model.graph.initializers),
         )
     if compute == "float32":
-        ways = {CPU_GRAPH: _for_cpu(model.clone())}
-        if keeps_inputs(model):
-            ways[WIDENING_GRAPH] = _for_cpu(model, widens=True)
+        widening = {WIDENING_GRAPH: _for_cpu(model.clone(), widens=True)} if keeps_inputs(model) else {}
+        ways = {CPU_GRAPH: _for_cpu(model), **widening}
         for key, made in ways.items():
             graphs[key] = graph_name(name, key, precision, suffix)
             ir.save(made, folder / graphs[key])

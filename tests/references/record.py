@@ -25,16 +25,14 @@ BOUND = 2e-5
 """How far arrays may be from those that are kept, beside their own size where it is above 1."""
 
 
-def declare_operators() -> library.Library:
-    """Let torchvision, which is built for CUDA, be imported beside a torch for CPUs, as long as the result is kept.
+def declare_operators() -> None:
+    """Let torchvision, which is built for CUDA, be imported beside a torch for CPUs.
 
     Its transforms need none of its operators, which are not found there; but two are looked up by name.
     """
-    fragment = library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
-            fragment.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return fragment
+            library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def record(case: Case, folder: Path) -> Recording:
@@ -94,7 +92,7 @@ def main() -> int:
     parser.add_argument("systems", nargs="*", help="what the names of the recordings begin with")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    _operators = declare_operators()
+    declare_operators()
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         for name, case in CASES.items():
