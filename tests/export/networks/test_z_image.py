@@ -71,7 +71,8 @@ def test_matches_diffusers(config, height, width, tokens, batch, sigma, seed):
     expected = -torch.stack(expected).squeeze(2).numpy()
     found = run(config, reference, latents.numpy(), embeds.numpy(), sigma)
     assert found.shape == expected.shape
-    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    # Seven thousand tokens are summed in another order on each kind of CPU.
+    assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 
 @torch.inference_mode()

@@ -63,7 +63,7 @@ def test_a_bundle_is_uploaded_and_taken_from_there(tmp_path):
 
 def test_the_licence_of_a_checkpoint_on_the_hub(manifest, tmp_path):
     shutil.copytree(BUNDLE, tmp_path / "bundle", copy_function=os.link)
-    sources = {"checkpoint": Source("me/base", "main")}
+    sources = {**manifest.sources, "checkpoint": Source("me/base", "main")}
     write_manifest(tmp_path / "bundle", msgspec.structs.replace(manifest, sources=sources))
     with LoopbackHub(writer="secret") as hub:
         hub.add("me/base", {"README.md": b""})
@@ -81,7 +81,7 @@ def test_the_card_states_all(manifest):
     cost = Cost(("a", "b"), 0, 64, 64, 8, "onnxruntime", difference, difference)
     whole = msgspec.structs.replace(
         manifest,
-        sources={"checkpoint": Source("Z-Image-Turbo", "abc")},
+        sources={**manifest.sources, "checkpoint": Source("Z-Image-Turbo", "abc")},
         loras=(MergedLora("/home/me/style.safetensors", "0", 0.8),),
         quantization=Quantization("int8-weights"),
         cost=cost,
@@ -104,7 +104,7 @@ def test_the_card_states_all(manifest):
 
 def test_where_the_licence_is_read(manifest, tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\ntags: []\n---\nlicense: other\n")
-    local = msgspec.structs.replace(manifest, sources={"checkpoint": Source(str(tmp_path))})
+    local = msgspec.structs.replace(manifest, sources={**manifest.sources, "checkpoint": Source(str(tmp_path))})
     assert (licence_of(local), base_of(local)) == ("mit", "")
     (tmp_path / "README.md").write_text("no front matter\nlicense: mit\n")
     assert licence_of(local) == "unknown"
