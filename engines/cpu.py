@@ -40,10 +40,5 @@ def multiplies_bfloat16() -> bool:
     return not cpu_flags().isdisjoint(BFLOAT16)
 
 
-def multiplies_tiles() -> bool:
-    """Whether there are units that multiply tiles of 8-bit integers."""
-    return "amx_int8" in cpu_flags()
-
-
 def _is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
 
-from zimgkit.engines.bundle import CPU_GRAPH, WIDENING_GRAPH, Component
+from zimgkit.engines.bundle import CPU_GRAPH, Component
 from zimgkit.engines.tensors.safetensors import TensorInfo
 from zimgkit.export.attachments.cut import cut
 from zimgkit.export.graphs.assemble import Assembled, assemble_all
@@ -21,7 +21,7 @@ from zimgkit.export.graphs.plan import Plan, record
 from zimgkit.export.graphs.weights_first import WeightsFirst
 from zimgkit.export.networks.parts import Cut, Part
 from zimgkit.export.quantization.block_products import BlockProducts
-from zimgkit.export.quantization.integer_products import IntegerProducts, keeps_inputs
+from zimgkit.export.quantization.integer_products import IntegerProducts
 from zimgkit.export.quantization.quantized_weights import INPUT_SCALE
 from zimgkit.export.weights.layout import base_name, graph_name, lora_name
 
@@ -118,18 +118,15 @@ def write_graphs(
             weight_bytes=sum(sizes[tensor] for tensor in model.graph.initializers),
         )
     if compute == "float32":
-        widening = {WIDENING_GRAPH: _for_cpu(model.clone(), widens=True)} if keeps_inputs(model) else {}
-        ways = {CPU_GRAPH: _for_cpu(model), **widening}
-        for key, made in ways.items():
-            graphs[key] = graph_name(name, key, precision, suffix)
-            ir.save(made, folder / graphs[key])
+        graphs[CPU_GRAPH] = graph_name(name, CPU_GRAPH, precision, suffix)
+        ir.save(_for_cpu(model), folder / graphs[CPU_GRAPH])
     return msgspec.structs.replace(entry, graphs=entry.graphs | graphs)
 
 
-def _for_cpu(model: ir.Model, *, widens: bool = False) -> ir.Model:
+def _for_cpu(model: ir.Model) -> ir.Model:
     """A graph that computes in float32, with what ONNX Runtime's CPU kernels do best; the model is changed."""
     FlashAttention()(model)
-    IntegerProducts(widens=widens)(model)
+    IntegerProducts()(model)
     BlockProducts()(model)
     WeightsFirst()(model)
     # ONNX Runtime does that in time that grows with the square: 120 s for 24,000 nodes.

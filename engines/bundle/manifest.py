@@ -40,8 +40,6 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
 CPU_GRAPH = "onnxruntime"
 """The key of the graph that computes in float32 with the operators that ONNX Runtime has for CPUs alone."""
-WIDENING_GRAPH = "onnxruntime_widening"
-"""That of another one, which widens weights of 8 bits when they are needed: for where memory is short."""
 
 
 class Component(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimgkit.engines.base import BaseEngine, Feeds, Handle
-from zimgkit.engines.bundle import CPU_GRAPH, WIDENING_GRAPH
-from zimgkit.engines.cpu import adds_integers_exactly, multiplies_tiles
+from zimgkit.engines.bundle import CPU_GRAPH
+from zimgkit.engines.cpu import adds_integers_exactly
 from zimgkit.engines.errors import BackendError, UsageError
 from zimgkit.engines.onnxruntime.bound import BoundSession, explain
 from zimgkit.engines.onnxruntime.graph import given
@@ -119,21 +119,16 @@ def _parse_device(device: str) -> Place:
     raise UsageError(f"ONNX Runtime has no device {device!r}", "choose cpu, cuda, cuda:N, cann or cann:N")
 
 
-def _graphs(component: Component, place: Place, quantized: str, *, in_place: bool) -> list[str]:
+def _graphs(component: Component, place: Place, quantized: str) -> list[str]:
     """The graphs to try in turn.
 
     The CPU has no bfloat16 kernels: there a graph that computes in float32 runs, on the same weights; the one for CPUs
     if they add integers exactly. A GPU runs the bundle's own, and the one in float32 where it lacks kernels for that.
-
-    Where no copies of weights are made, the kernel of integers turns them over in every run. But for CPUs with AMX, it
-    takes longer then than products in float32 with weights that are widened.
     """
     own = next(iter(component.graphs.values()))
     in_float32 = component.graphs.get("float32", own)
     if place.kind != "cpu":
         return list(dict.fromkeys((own, in_float32)))
-    if in_place and WIDENING_GRAPH in component.graphs and not multiplies_tiles():
-        return [component.graphs[WIDENING_GRAPH]]
     if quantized.startswith("int8") and not adds_integers_exactly():
         return [in_float32]
     return [component.graphs.get(CPU_GRAPH, in_float32)]
@@ -145,8 +140,7 @@ def _folds(component: Component, graph: str, quantized: str) -> bool:
     That would make a float32 copy of every weight, turned over, while the files stay mapped. It is worth it for small
     networks, for convolutions above all, and for graphs that dequantize 8-bit weights, which is slow in every step.
     """
-    own = [component.graphs.get(key) for key in (CPU_GRAPH, WIDENING_GRAPH)]
-    is_old = quantized not in ("", "int4-weights") and graph not in own
+    is_old = quantized not in ("", "int4-weights") and graph != component.graphs.get(CPU_GRAPH)
     return is_old or 4 * component.parameters <= FOLDED
 
 
@@ -167,7 +161,7 @@ class OnnxRuntimeEngine(BaseEngine):
         super().__init__(component, entry, place.device)
         self._place = place
         quantized = bundle.manifest.quantized
-        graphs = _graphs(entry, place, quantized, in_place=bundle.in_place)
+        graphs = _graphs(entry, place, quantized)
         folds = place.kind != "cpu" or _folds(entry, graphs[0], quantized)
         most = None if folds else 0 if bundle.in_place else _largest_in_4_bits(bundle, component)
         self._session = _open_session(bundle, graphs, place, quantized, most)

@@ -6,8 +6,6 @@ own when it comes (LLM.int8(), https://arxiv.org/abs/2208.07339, without its out
 calibration, and is closer than the one scale that compilers want. Where weights alone are to be quantized, what was
 rounded off is rounded as well: an input then keeps 16 bits, and no outlier costs the others anything. Weights in
 float8, for which CPUs have no product, are widened when they are needed, and their scales applied to what comes out.
-Those of int8 can be, too: where memory is short the kernel of integers turns its weights over in every run, and that
-takes longer than their widening, but for CPUs with AMX.
 
 Of the products of integers ``QGemm`` alone takes weights as they are stored, (out, in), and scales them on its way.
 
@@ -40,55 +38,28 @@ ZERO_POINT = 128
 class IntegerProducts(ir.passes.InPlacePass):
     """Rewrite the products of a graph that computes in float32 with weights of int8 or float8."""
 
-    def __init__(self, *, widens: bool = False) -> None:
-        """Say how those of int8 are multiplied.
-
-        Args:
-            widens: in float32, where their inputs are not rounded.
-        """
-        super().__init__()
-        self._widens = widens
-
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the model's functions in place."""
         changed = False
         # All calls of a function give it weights of the same element types.
         given = {function: values for _, function, values in calls(model)}
         for function, values in given.items():
-            changed |= _rewrite(function, values, is_dynamic=bool(model.meta.get(DYNAMIC)), widens=self._widens)
+            changed |= _rewrite(function, values, is_dynamic=bool(model.meta.get(DYNAMIC)))
         if changed:
             model.opset_imports[CONTRIB] = 1
             passes.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=changed)
 
 
-def keeps_inputs(model: ir.Model) -> bool:
-    """Whether a graph has a product with a weight of int8 whose input is not rounded."""
-    if model.meta.get(DYNAMIC):
-        return False
-    return any(
-        given[present(dequantize.inputs[0])].dtype == ir.DataType.INT8 and _unrounded(left) is left
-        for _, function, given in calls(model)
-        for node, dequantize in _products(function)
-        for left in (present(node.inputs[0]),)
-    )
-
-
-def _products(function: ir.Function) -> list[tuple[ir.Node, ir.Node]]:
-    """Products with weights of 8 bits, and the nodes that dequantize these."""
-    return [(node, dequantize) for node in function if (dequantize := _dequantized_weight(node)) is not None]
-
-
-def _rewrite(function: ir.Function, given: Mapping[ir.Value, ir.Value], *, is_dynamic: bool, widens: bool) -> bool:
-    products = _products(function)
+def _rewrite(function: ir.Function, given: Mapping[ir.Value, ir.Value], *, is_dynamic: bool) -> bool:
+    products = [(node, dequantize) for node in function if (dequantize := _dequantized_weight(node)) is not None]
     tokens: dict[tuple[ir.Value, bool], _Tokens] = {}
     for node, dequantize in products:
         weight, scale = present(dequantize.inputs[0]), present(dequantize.inputs[1])
         left = present(node.inputs[0])
-        source = _unrounded(left)
-        is_kept = source is left and not is_dynamic
-        if given[weight].dtype == ir.DataType.INT8 and not (widens and is_kept):
-            key = (source, is_kept)
+        if given[weight].dtype == ir.DataType.INT8:
+            source = _unrounded(left)
+            key = (source, source is left and not is_dynamic)
             rows, width = weight_shape(given[weight])
             if key not in tokens:
                 tokens[key] = _round_tokens(function, node, source, twice=key[1], width=width)

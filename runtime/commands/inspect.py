@@ -8,17 +8,11 @@ from typing import Any
 
 import msgspec
 
-from zimgkit.engines.bundle import CPU_GRAPH, WIDENING_GRAPH, Bundle, CacheMask, Quantization
+from zimgkit.engines.bundle import CPU_GRAPH, Bundle, CacheMask, Quantization
 from zimgkit.engines.choice import choose_backend
 from zimgkit.runtime import demo_models
 from zimgkit.runtime.bundles import open_bundle, place_of
 from zimgkit.runtime.progress import Report, silent
-
-USES = {
-    CPU_GRAPH: "for ONNX Runtime on CPUs",
-    WIDENING_GRAPH: "for ONNX Runtime on CPUs, where memory is short",
-}
-"""What a graph is for, where its key is no element type."""
 
 
 def verify_bundle(path: Path, report: Report = silent) -> dict[str, Any]:
@@ -142,7 +136,7 @@ def bundle_text(summary: dict[str, Any]) -> str:
         lines.append(f"    weights  {component['parameters']:,} parameters, {size_text(component['weight_bytes'])}")
         lines.extend(f"    in       {file}" for file in component["weights"])
         for compute, file in component["graphs"].items():
-            use = USES.get(compute, f"computes in {compute}")
+            use = "for ONNX Runtime on CPUs" if compute == CPU_GRAPH else f"computes in {compute}"
             lines.append(f"    graph    {file}, {use}")
         lines.extend(f"    input    {key}: {spec}" for key, spec in component["inputs"].items())
         lines.extend(f"    output   {key}: {spec}" for key, spec in component["outputs"].items())

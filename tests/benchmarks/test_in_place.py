@@ -3,10 +3,7 @@ from __future__ import annotations
 import in_place
 import pytest
 
-WAYS = {
-    *(f"{precision}, {way}" for precision in in_place.PRECISIONS for way in ("copies", "in place")),
-    "int8-weights, widened, in place",
-}
+WAYS = {f"{precision}, {way}" for precision in in_place.PRECISIONS for way in ("copies", "in place")}
 
 
 @pytest.mark.parametrize("family", ["z-image", "qwen-image"])
@@ -16,9 +13,8 @@ def test_every_way_of_a_tiny_model(family, tmp_path):
     assert all(len(each) == 2 and min(each) > 0 for each in result["seconds"].values())
 
 
-@pytest.mark.parametrize(("tiles", "seconds", "broken"), [(True, 1.05, 0), (True, 1.2, 1), (False, 1.2, 0)])
-def test_the_bound_is_of_what_the_cpu_chooses(tiles, seconds, broken, monkeypatch, capsys):
-    monkeypatch.setattr(in_place, "multiplies_tiles", lambda: tiles)
+@pytest.mark.parametrize(("seconds", "broken"), [(0.8, 0), (1.2, 1)])
+def test_the_bound(seconds, broken, capsys):
     found = {way: [1.0] for way in WAYS} | {"int8-weights, in place": [seconds]}
     result = {"family": "z-image", "size": 512, "tokens": 96, "seconds": found}
     assert in_place.report(result) == broken

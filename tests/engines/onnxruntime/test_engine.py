@@ -17,9 +17,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from tests import handmade
 from tests.fake_onnxruntime import OFFLINE, FakeCann, FakeCuda, resident
-from zimgkit.engines import cpu
 from zimgkit.engines.base import Handle, open_engine
-from zimgkit.engines.bundle import CPU_GRAPH, WIDENING_GRAPH, Bundle, Component, TensorSpec
+from zimgkit.engines.bundle import CPU_GRAPH, Bundle, Component, TensorSpec
 from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError
 from zimgkit.engines.onnxruntime import engine as zimg_onnxruntime
 from zimgkit.engines.onnxruntime.bound import BoundSession
@@ -608,50 +607,7 @@ class TestOnCpus:
     def test_integers_are_for_processors_that_add_them_exactly(self, quantized, exact, chosen, monkeypatch):
         monkeypatch.setattr(zimg_onnxruntime, "adds_integers_exactly", lambda: exact)
         component = Component((), {key: f"{key}.onnx" for key in ("bfloat16", "float32", CPU_GRAPH)})
-        assert zimg_onnxruntime._graphs(component, Place("cpu", 0), quantized, in_place=False) == [f"{chosen}.onnx"]
-
-    @pytest.mark.parametrize(
-        ("in_place", "flags", "chosen"),
-        [
-            (False, {"avx512_vnni"}, CPU_GRAPH),
-            (True, {"avx512_vnni"}, WIDENING_GRAPH),
-            (True, {"avx512_vnni", "amx_int8"}, CPU_GRAPH),
-            (True, {"avx2"}, WIDENING_GRAPH),
-        ],
-    )
-    def test_weights_are_widened_where_memory_is_short(self, in_place, flags, chosen, monkeypatch):
-        monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset(flags))
-        monkeypatch.setattr(cpu, "_is_x86", lambda: True)
-        keys = ("bfloat16", "float32", CPU_GRAPH, WIDENING_GRAPH)
-        component = Component((), {key: f"{key}.onnx" for key in keys})
-        found = zimg_onnxruntime._graphs(component, Place("cpu", 0), "int8-weights", in_place=in_place)
-        assert found == [f"{chosen}.onnx"]
-        del component.graphs[WIDENING_GRAPH]  # Of bundles from before there was one.
-        found = zimg_onnxruntime._graphs(component, Place("cpu", 0), "int8-weights", in_place=in_place)
-        assert found == [f"{'float32' if flags == {'avx2'} else CPU_GRAPH}.onnx"]
-
-    @pytest.mark.parametrize("family", ["z-image", "qwen-image"])
-    def test_widened_weights_give_what_integers_give(self, family, quantized_of, monkeypatch):
-        """Nearer to the graph that dequantizes: the inputs keep all their bits."""
-        bundle = Bundle.open(quantized_of(family, "int8-weights"), verify=False)
-        entry = bundle.component("denoiser")
-        random, sizes = np.random.default_rng(0), {"batch": 1, "all_tokens": 32, "image_tokens": 24}
-        given = {
-            name: random.standard_normal([n if isinstance(n, int) else sizes.get(n, 8) for n in spec.shape]).astype(
-                np.float32
-            )
-            if spec.dtype != "bool"
-            else np.zeros(24, bool)
-            for name, spec in entry.inputs.items()
-        }
-        found = {}
-        for key in ("float32", CPU_GRAPH, WIDENING_GRAPH):
-            monkeypatch.setattr(zimg_onnxruntime, "_graphs", lambda *_, key=key, **__: [entry.graphs[key]])
-            opened = open_engine(replace(bundle, in_place=key == WIDENING_GRAPH), "denoiser", device="cpu")
-            found[key] = opened.run(given)["velocity"].astype(np.float64)
-        size = np.linalg.norm(found["float32"])
-        errors = {key: np.linalg.norm(found[key] - found["float32"]) / size for key in (CPU_GRAPH, WIDENING_GRAPH)}
-        assert errors[WIDENING_GRAPH] < 2e-6 < errors[CPU_GRAPH] < 1e-3
+        assert zimg_onnxruntime._graphs(component, Place("cpu", 0), quantized) == [f"{chosen}.onnx"]
 
     @pytest.mark.parametrize(
         ("parameters", "quantized", "key", "folds"),
@@ -660,13 +616,12 @@ class TestOnCpus:
             (10**9, "", CPU_GRAPH, False),
             (10**9, "", "float32", False),
             (10**9, "int8", CPU_GRAPH, False),
-            (10**9, "int8-weights", WIDENING_GRAPH, False),
             (10**9, "int8", "float32", True),
             (10**9, "int4-weights", "float32", False),
         ],
     )
     def test_only_small_networks_are_folded(self, parameters, quantized, key, folds):
-        graphs = {compute: f"{compute}.onnx" for compute in ("float32", CPU_GRAPH, WIDENING_GRAPH)}
+        graphs = {compute: f"{compute}.onnx" for compute in ("float32", CPU_GRAPH)}
         component = Component((), graphs, parameters=parameters)
         assert zimg_onnxruntime._folds(component, graphs[key], quantized) is folds
 

@@ -16,7 +16,7 @@ from tests.commands import invoke
 from tests.export.lora.conftest import loras_of
 from tests.export.lora.swapping import contents, swap
 from zimgkit.engines.base import open_engine
-from zimgkit.engines.bundle import CPU_GRAPH, Bundle
+from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.errors import CheckpointError
 from zimgkit.export.attachments.control import controlled
 from zimgkit.export.attachments.cut import PIECES, cut
@@ -226,8 +226,7 @@ def test_the_pieces_give_what_the_whole_gives(cut_bundle, precision):
         places = {}
         for name in NAMES:
             own = bundle.component(name).graphs
-            # A piece without weights of 8 bits has none that it could widen.
-            path = bundle.file(own.get(compute, own[CPU_GRAPH]))
+            path = bundle.file(own[compute])
             graph = onnx.load(path, load_external_data=False)
             places |= {t.name: [(e.key, e.value) for e in t.external_data] for t in graph.graph.initializer}
             assert path.stat().st_size < 300_000
