@@ -1,6 +1,6 @@
 """A denoising step on ONNX Runtime where memory is short: without packed copies of weights, beside one with them.
 
-Mid-size random models, each way a session of its own, in turns on the same inputs; CPU seconds. Exits with 1 where
+Random models, mid-size or a few blocks of the real width, each way a session of its own, in turns on the same inputs; CPU seconds. Exits with 1 where
 ``int8-weights``, whose kernel turns weights over in every run then, is slower than float32 without copies.
 
     taskset -c 0 python benchmarks/in_place.py --json benchmarks/results/in_place.json
@@ -18,6 +18,7 @@ import families
 import numpy as np
 from clock import now
 from lora_swap import write_checkpoint
+from random_checkpoint import transformer_config
 
 from zimgkit.engines.bundle import Bundle
 from zimgkit.engines.onnxruntime.engine import open_engine
@@ -90,11 +91,14 @@ def main() -> int:
     parser = common.parser(__doc__)
     parser.add_argument("--size", type=int, default=512, help="height and width in pixels")
     parser.add_argument("--tokens", type=int, default=96, help="of the prompt")
+    parser.add_argument("--layers", type=int, help="so many blocks of the real width [default: the mid-size model]")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each that count")
     options = parser.parse_args()
 
     def one(family: str, folder: Path) -> dict[str, Any]:
         config = families.family(family).mid_size
+        if options.layers:
+            config = {"transformer": transformer_config(family, layers=options.layers)}
         return compare(family, folder, config, options.size, options.tokens, options.repeats)
 
     return common.each(common.families(options), options, one, report)
