@@ -1,7 +1,8 @@
 """A denoising step on ONNX Runtime where memory is short: without packed copies of weights, beside one with them.
 
-Random models, mid-size or a few blocks of the real width, each way a session of its own, in turns on the same inputs; CPU seconds. Exits with 1 where
-``int8-weights``, whose kernel turns weights over in every run then, is slower than float32 without copies.
+Random models, mid-size or a few blocks of the real width, each way a session of its own, in turns on the same inputs;
+CPU seconds. Exits with 1 where ``int8-weights``, whose kernel turns weights over in every run then, is slower than
+float32 without copies.
 
     taskset -c 0 python benchmarks/in_place.py --json benchmarks/results/in_place.json
 """

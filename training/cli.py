@@ -306,6 +306,25 @@ def ship(checkpoint: Path, out: Path, tasks: tuple[str, ...], overwrite: bool, q
     click.echo(out)
 
 
+@cli.command("ship-editor")
+@click.argument("checkpoint", type=FOLDER)
+@click.argument("base")
+@click.argument("out", type=FOLDER)
+@click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def ship_editor(checkpoint: Path, base: str, out: Path, overwrite: bool, quiet: bool) -> None:
+    """Write into the folder OUT what makes CHECKPOINT of BASE, which ``ship`` made: of weights the difference."""
+    _need_train()
+    from zimgkit.runtime import demo_models
+    from zimgkit.runtime.progress import bar
+    from zimgkit.training import ship as work
+
+    source = demo_models.locate(base)
+    with bar(enabled=not quiet) as report:
+        work.ship_editor(checkpoint, source, out, overwrite=overwrite, report=report)
+    click.echo(out)
+
+
 @cli.command("ship-controlnet")
 @click.argument("net", type=click.Path(path_type=Path, dir_okay=False))
 @click.argument("bundle", type=FOLDER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 from collections.abc import Collection
@@ -10,13 +11,16 @@ from pathlib import Path
 
 import msgspec
 
-from zimgkit.engines.bundle import MANIFEST, Source, atomic_folder, write_manifest
+from zimgkit.engines.bundle import CPU_GRAPH, MANIFEST, Bundle, Source, atomic_folder, write_manifest
 from zimgkit.engines.errors import CheckpointError
+from zimgkit.engines.files import temporary_folder
 from zimgkit.export.build import export
 from zimgkit.export.checkpoints.checkpoint import open_checkpoint
 from zimgkit.export.controls.change import add
 from zimgkit.export.controls.nets import component_of, role
+from zimgkit.runtime.demo_models.assembled import DIFFERENCE, WEIGHTS, add_difference
 from zimgkit.runtime.progress import Report, silent
+from zimgkit.training.difference import write_difference
 
 
 def ship(
@@ -51,6 +55,37 @@ def ship(
                 shutil.copy2(file, target)
 
 
+def ship_editor(checkpoint: Path, base: Path, out: Path, *, overwrite: bool = False, report: Report = silent) -> None:
+    """Write what makes another model of one that comes with zimgkit, see :mod:`zimgkit.runtime.demo_models.assembled`.
+
+    Args:
+        checkpoint: trained on from ``base``, all but its transformer unchanged, in bfloat16. Its folder's name becomes
+            the model's.
+        base: the folder of the other one, which :func:`ship` made.
+        out: the new folder, on the same disk as the checkpoint.
+        overwrite: replace a folder that is there.
+        report: called with (stage, done, total).
+
+    Raises:
+        ZimgError: whatever went wrong, in one line.
+    """
+    with atomic_folder(out.expanduser().absolute(), overwrite=overwrite, known_by=MANIFEST) as work:
+        write_difference(work / DIFFERENCE, base / WEIGHTS, checkpoint / WEIGHTS)
+        with temporary_folder(work, "whole") as folder:
+            rounded, whole = folder / checkpoint.name, folder / "whole"
+            shutil.copytree(checkpoint, rounded)
+            shutil.copy2(base / WEIGHTS, rounded / WEIGHTS)
+            add_difference(rounded / WEIGHTS, work / DIFFERENCE)
+            ship(rounded, whole, report=report)
+            _drop_cpu_graphs(whole)
+            for file in sorted(path for path in whole.rglob("*") if path.is_file()):
+                name = file.relative_to(whole)
+                same = (base / name).is_file() and filecmp.cmp(file, base / name, shallow=False)
+                if not same and name != Path(WEIGHTS):
+                    (work / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(file, work / name)
+
+
 def ship_controlnet(
     net: Path, bundle: Path, out: Path, name: str, *, overwrite: bool = False, report: Report = silent
 ) -> None:
@@ -72,16 +107,23 @@ def ship_controlnet(
         changed = add(work, [f"{name}={net}"], report=report).bundle
         manifest, key = changed.manifest, role(name)
         source = msgspec.structs.replace(manifest.sources[key], model=net.stem)
-        component = manifest.components[component_of(name)]
-        graphs, dropped = dict(component.graphs), component.graphs["onnxruntime"]
-        # As the others of these bundles: so small a denoiser gains nothing by a graph for ONNX Runtime alone.
-        del graphs["onnxruntime"]
-        components = {component_of(name): msgspec.structs.replace(component, graphs=graphs)}
-        changes = msgspec.structs.replace(
-            manifest,
-            sources=manifest.sources | {key: source},
-            components=manifest.components | components,
-            files={file: record for file, record in manifest.files.items() if file != dropped},
-        )
-        write_manifest(work, changes)
-        (work / dropped).unlink()
+        write_manifest(work, msgspec.structs.replace(manifest, sources=manifest.sources | {key: source}))
+        _drop_cpu_graphs(work, component_of(name))
+
+
+def _drop_cpu_graphs(folder: Path, *only: str) -> None:
+    """Take the graphs for ONNX Runtime's CPU kernels alone out of a bundle: networks so small gain nothing by them.
+
+    Args:
+        folder: the bundle's.
+        only: the components; all when there are none.
+    """
+    manifest = Bundle.read(folder).manifest
+    components = dict(manifest.components)
+    for name, component in manifest.components.items():
+        if CPU_GRAPH in component.graphs and (not only or name in only):
+            graphs = {key: file for key, file in component.graphs.items() if key != CPU_GRAPH}
+            components[name] = msgspec.structs.replace(component, graphs=graphs)
+            (folder / component.graphs[CPU_GRAPH]).unlink()
+    files = {file: record for file, record in manifest.files.items() if (folder / file).exists()}
+    write_manifest(folder, msgspec.structs.replace(manifest, components=components, files=files))

@@ -86,11 +86,12 @@ def defaults_for(
         pipeline: what diffusers calls its pipeline.
     """
     row = FAMILIES[family]
-    entries = {entry.name: entry for entry in (*row.served, row.carried)}
+    known = {entry.name: entry.defaults for entry in (*row.served, row.carried)}
+    known |= {name: editor.defaults for name, editor in row.small_editors.items()}
     name = short_name(folder)
-    if name not in entries:
+    if name not in known:
         name = row.bases.get(pipeline) or row.shifts.get(scheduler_config.get("shift", 0.0), row.base)
-    return entries[name].defaults
+    return known[name]
 
 
 def _last(hub_id: str) -> str:

@@ -65,6 +65,14 @@ class KnownCheckpoint:
 
 
 @dataclass(frozen=True)
+class SmallEditor:
+    """A small model that edits pictures."""
+
+    references: ReferencePictures
+    defaults: Defaults
+
+
+@dataclass(frozen=True)
 class FewStepLora:
     """A LoRA, or a series of them, that needs other settings than its checkpoint, known by its path."""
 
@@ -153,8 +161,8 @@ class Family:
     """What diffusers calls a pipeline -> the short name of the checkpoint whose defaults others with it have."""
     editors: Mapping[str, ReferencePictures] = field(default_factory=dict)
     """What diffusers calls the pipelines of checkpoints that edit pictures -> how these take them."""
-    small_editors: Mapping[str, ReferencePictures] = field(default_factory=dict)
-    """Short names of checkpoints that edit smaller pictures than their pipelines -> how these take them."""
+    small_editors: Mapping[str, SmallEditor] = field(default_factory=dict)
+    """Short names of checkpoints that edit smaller pictures than their pipelines do, which are on no hub."""
     layered: Mapping[str, Layers] = field(default_factory=dict)
     """Likewise of those that take a picture apart."""
     loras: Mapping[str, str] = field(default_factory=dict)
@@ -304,7 +312,11 @@ QWEN_IMAGE = Family(
         "QwenImageEditPipeline": ReferencePictures("", MEGAPIXEL, MEGAPIXEL, 1),
         "QwenImageEditPlusPipeline": ReferencePictures("Picture {number}: ", 384 * 384, MEGAPIXEL, 3),
     },
-    small_editors={"zimg-tiny-qwen-edit": ReferencePictures("Picture {number}: ", 96 * 96, 128 * 128, 3)},
+    small_editors={
+        "zimg-tiny-qwen-edit": SmallEditor(
+            ReferencePictures("Picture {number}: ", 96 * 96, 128 * 128, 3), Defaults(20, 1.5, 128, 128, " ")
+        )
+    },
     layered={"QwenImageLayeredPipeline": Layers()},
     carried=KnownCheckpoint("zimg-tiny-qwen", Defaults(20, 1.5, 128, 128, " ")),
     base="Qwen-Image",
@@ -572,8 +584,8 @@ def references_of(family: str, pipeline: str, name: str) -> ReferencePictures | 
         name: its short name.
     """
     own = row(family)
-    taken = own.editors.get(pipeline)
-    return taken and own.small_editors.get(name, taken)
+    taken, small = own.editors.get(pipeline), own.small_editors.get(name)
+    return small.references if taken and small else taken
 
 
 def pipeline_of(manifest: Manifest) -> str:

@@ -45,9 +45,8 @@ cli.command_class = RunCommand
 @click.option(
     "--bundle",
     type=BUNDLE,
-    default=demo_models.DEFAULT,
-    show_default=True,
-    help=f"The bundle's folder, its owner/name@revision on a hub, or one of {', '.join(demo_models.NAMES)}.",
+    help=f"The bundle's folder, its owner/name@revision on a hub, or one of {', '.join(demo_models.ALL)}."
+    f"  [default: {demo_models.DEFAULT}; of a picture to edit {demo_models.EDITOR}]",
 )
 @call_options(defaults={"keep_unmasked": "keep"})
 @ENTITIES
@@ -69,7 +68,7 @@ cli.command_class = RunCommand
 @AS_JSON
 def generate(
     text: str | None,
-    bundle: Path,
+    bundle: Path | None,
     output: Path,
     entities: tuple[tuple[str, Path], ...],
     from_image: Path | None,

@@ -12,6 +12,7 @@ import msgspec
 from zimgkit.engines.bundle import Manifest
 from zimgkit.engines.choice import AUTO
 from zimgkit.engines.errors import UsageError
+from zimgkit.runtime import demo_models
 from zimgkit.runtime.commands.memory import told
 from zimgkit.runtime.controls import PICTURES
 from zimgkit.runtime.inputs import InputPicture, read_input
@@ -29,8 +30,12 @@ STRENGTHS = ("strength", "denoising_strength")
 """Likewise."""
 
 
+STARTS = (*STRENGTHS, "mask_image", "inpaint_mask", "input_image", "control_image")
+"""What says that a picture is to start from, and not to edit."""
+
+
 def generate(
-    bundle: Path,
+    bundle: Path | None,
     output: Path,
     call: Mapping[str, Any],
     *,
@@ -46,7 +51,8 @@ def generate(
     """Generate pictures and save them.
 
     Args:
-        bundle: the bundle's folder, or the name of one that zimgkit carries.
+        bundle: the bundle's folder, or the name of one that zimgkit carries; :func:`carried_for` what is to be drawn
+            where None.
         output: the file; several pictures get numbers before its ending.
         call: parameters of the call by name, None where one was not given.
         from_image: a picture whose parameters fill in what is not given.
@@ -81,7 +87,7 @@ def generate(
     if vae_tiling == "auto" and template and template.vae_tiling:
         vae_tiling = "on"
     with Pipeline.open(
-        bundle,
+        bundle or carried_for(given, template),
         backend=backend,
         device=device,
         memory=memory,
@@ -120,6 +126,22 @@ def generate(
         "memory": plan,
         "seconds": round(seconds, 3),
     }
+
+
+def carried_for(given: Mapping[str, Any], template: Record | None = None) -> Path:
+    """The small model that draws where no bundle is named.
+
+    That of the picture whose parameters are taken; else the one that edits where there is a picture, and nothing that
+    says that it is to start from.
+
+    Args:
+        given: parameters of the call by name, those that are given.
+        template: of the picture whose parameters are taken.
+    """
+    if template and template.model in demo_models.ALL:
+        return demo_models.locate(template.model)
+    edits = "image" in given and given.keys().isdisjoint(STARTS)
+    return demo_models.locate(demo_models.EDITOR if edits else demo_models.DEFAULT)
 
 
 def completed(pipeline: Pipeline, given: Mapping[str, Any], template: Record | None, count: int) -> dict[str, Any]:

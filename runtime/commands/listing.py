@@ -25,7 +25,7 @@ def list_bundles(folders: Sequence[Path] = ()) -> list[dict[str, Any]]:
     """
     places = near(folders or (Path(),))
     if not folders:
-        places = [*map(demo_models.locate, demo_models.NAMES), *places, *in_caches()]
+        places = [*map(demo_models.locate, demo_models.ALL), *places, *in_caches()]
     found: dict[Path, Path] = {}
     for place in places:
         if os.path.lexists(place / MANIFEST):

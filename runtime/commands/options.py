@@ -38,7 +38,7 @@ class BundleFolder(click.Path):
         """The names that fit and the bundles that lie in the folder; where there are none, all folders."""
         from click.shell_completion import CompletionItem
 
-        names = (*demo_models.NAMES, *sorted(path.parent.name for path in Path().glob("*/bundle.json")))
+        names = (*demo_models.ALL, *sorted(path.parent.name for path in Path().glob("*/bundle.json")))
         fitting = [CompletionItem(name) for name in names if name.startswith(incomplete)]
         return fitting or [CompletionItem(incomplete, type="dir")]
 

@@ -1,7 +1,7 @@
-"""The two small models that zimgkit carries, so that it draws with no download: their names, and where they lie.
+"""The small models that zimgkit carries, so that it draws with no download: their names, and where they lie.
 
 Each folder is a checkpoint in the diffusers layout and a bundle made from it at once; they share their weights. Beside
-them lie LoRAs of both.
+them lie LoRAs of both, and what makes of the second one a third, which edits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from pathlib import Path
 NAMES = ("zimg-tiny-z", "zimg-tiny-qwen")
 """One of each family."""
 DEFAULT = NAMES[0]
+EDITOR = f"{NAMES[1]}-edit"
+"""The one that edits pictures: the second one trained on, see :mod:`.assembled`."""
+ALL = (*NAMES, EDITOR)
 LORAS = (
     *(f"{name}-{lora}" for name in NAMES for lora in ("outlined", "bolt")),
     *(f"{NAMES[1]}-{lora}" for lora in ("4steps", "eligen")),
@@ -32,9 +35,18 @@ def locate(model: str | os.PathLike[str]) -> Path:
     'zimg-tiny-z'
     >>> locate("there-is-no-such-folder")
     PosixPath('there-is-no-such-folder')
+
+    Raises:
+        OutputError: the one that edits is to be put together first, and can be written nowhere.
     """
     name = os.fspath(model)
-    return FOLDER / name if name in NAMES and not os.path.lexists(name) else Path(name)
+    if name not in ALL or os.path.lexists(name):
+        return Path(name)
+    if name in NAMES:
+        return FOLDER / name
+    from zimgkit.runtime.demo_models.assembled import assemble
+
+    return assemble(FOLDER / EDITOR, FOLDER / NAMES[1])
 
 
 def locate_lora(name: str) -> Path:
@@ -61,4 +73,5 @@ def locate_controlnet(name: str) -> Path:
 
 def is_carried(path: Path) -> bool:
     """Whether a folder is one of those that come with zimgkit, which stay as they are."""
-    return path.resolve().parent == FOLDER
+    path = path.resolve()
+    return path.parent == FOLDER or (path.name == EDITOR and path == locate(EDITOR).resolve())

@@ -43,9 +43,9 @@ def run(folder: Path, *command: str, **variables: str) -> list[str]:
         ([""], ["generate", "inspect", "list", "preprocess", "serve", "sheet"]),
         (["generate", "--nu"], ["--num-images", "--num-inference-steps"]),
         (["generate", "--backend", "ten"], ["tensorrt", "tensorrt-rtx"]),
-        (["inspect", ""], [*demo_models.NAMES, "mine"]),
+        (["inspect", ""], [*demo_models.ALL, "mine"]),
         (["generate", "--bundle", "mi"], ["mine"]),
-        (["sheet", "p.txt", "--bundle", "zimg-tiny-q"], ["zimg-tiny-qwen"]),
+        (["sheet", "p.txt", "--bundle", "zimg-tiny-q"], ["zimg-tiny-qwen", "zimg-tiny-qwen-edit"]),
     ],
 )
 def test_bash_completes(folder: Path, typed: list[str], expected: list[str]) -> None:

@@ -41,7 +41,7 @@ def test_everywhere(here: Path) -> None:
     shutil.copytree(CARRIED, snapshot)
     shutil.copytree(CARRIED, here.parent / ".cache/modelscope/hub/models/owner/many/int8")
     found = listed()
-    paths = [*map(demo_models.locate, demo_models.NAMES), here / "mine", snapshot]
+    paths = [*map(demo_models.locate, demo_models.ALL), here / "mine", snapshot]
     assert [entry["path"] for entry in found] == [
         *map(str, paths), str(here.parent / ".cache/modelscope/hub/models/owner/many/int8")
     ]  # fmt: skip
@@ -50,7 +50,8 @@ def test_everywhere(here: Path) -> None:
     assert {key: found[0][key] for key in expected} == expected
     lines = invoke(main, "list").out.splitlines()
     assert lines[1].split()[:3] == ["zimg-tiny-qwen", "qwen-image", "bfloat16"]
-    assert lines[2].endswith(f"  {here / 'mine'}")
+    assert lines[2].split()[:3] == ["zimg-tiny-qwen-edit", "qwen-image", "bfloat16"]
+    assert lines[3].endswith(f"  {here / 'mine'}")
 
 
 def test_a_folder_and_its_children_once_each(here: Path) -> None:
