@@ -16,6 +16,7 @@ demo: $(VENV)/.run
 	mkdir -p demo
 	$(BIN)/zimg-run sheet docs/demo-prompts.txt --bundle zimg-tiny-z --bundle zimg-tiny-qwen --output demo/sheet.png
 	$(BIN)/zimg-run sheet docs/demo-pictures.csv --bundle zimg-tiny-z --bundle zimg-tiny-qwen --columns 2 --output demo/pictures.png
+	$(BIN)/zimg-run sheet docs/demo-edits.csv --bundle zimg-tiny-qwen-edit --columns 2 --output demo/edits.png
 	$(BIN)/zimg-run sheet docs/demo-controls.csv --bundle zimg-tiny-z --columns 2 --output demo/controls.png
 
 test: check $(VENV)/.tensorrt

@@ -165,7 +165,7 @@ class TestDistributions:
         own |= {f"zimgkit/{file.name}": file for file in (ROOT / "src/zimgkit").iterdir() if file.is_file()}
         assert {name for name in found if ".dist-info/" not in name} == set(own)
         assert all(found[name] == file.read_bytes() for name, file in own.items())
-        for name in demo_models.NAMES:
+        for name in demo_models.ALL:
             assert f"zimgkit/runtime/demo_models/{name}/bundle.json" in found
         (info,) = {name.split("/")[0] for name in found} - {"zimgkit"}
         assert found[f"{info}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()

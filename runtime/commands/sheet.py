@@ -174,10 +174,12 @@ def draw_sheet(
 
 
 def drawn_from(drawn: Output) -> list[Image]:
-    """The picture that others were drawn from, its mask, and what controlled them, at their size."""
+    """The pictures that others were made of or drawn from, the mask, and what controlled them, at their size."""
     from zimgkit.runtime.pictures.reading import flattened
     from zimgkit.runtime.pictures.resizing import resize
 
-    request = drawn.request
-    given = (request.inputs.image, request.inputs.mask_image, *(control.image for control in request.controls))
+    request, inputs = drawn.request, drawn.request.inputs
+    start = None if inputs.image in inputs.references else inputs.image
+    controls = (inputs.context_image, *(control.image for control in request.controls))
+    given = (*inputs.references, start, inputs.mask_image, *controls)
     return [resize(flattened(entry.picture), request.width, request.height) for entry in given if entry]

@@ -103,6 +103,22 @@ def test_a_table_names_what_controls_each_prompt(tmp_path: Path) -> None:
     assert np.array_equal(pixels[:, 128 + GAP : 256 + GAP], np.asarray(drawn))
 
 
+def test_a_table_names_what_is_edited(tmp_path: Path) -> None:
+    """In a cell: the picture, and what is made of it."""
+    names, table = [Path("zimg-tiny-qwen-edit")], tmp_path / "t.csv"
+    pair = Path(__file__).parents[3] / "docs" / "pictures" / "pair.png"
+    table.write_text(f"prompt,image\nremove the square,{pair}\n", "utf-8")
+    texts, inputs = rows_of(table)
+    draw_sheet(texts, tmp_path / "s.png", {"num_inference_steps": 4}, bundles=names, inputs=inputs)
+    page = np.asarray(Image.open(tmp_path / "s.png"))
+    assert page.shape[1] == 2 * MARGIN + 256 + GAP
+    pixels = page[MARGIN : MARGIN + 128, MARGIN:]
+    assert np.array_equal(pixels[:, :128], np.asarray(Image.open(pair).convert("RGB")))
+    with Pipeline.open("zimg-tiny-qwen-edit") as pipeline:
+        drawn = pipeline(texts[0], image=pair, seed=0, num_inference_steps=4, negative_prompt=" ").images[0]
+    assert np.array_equal(pixels[:, 128 + GAP : 256 + GAP], np.asarray(drawn))
+
+
 def test_a_table_names_a_picture_for_each_prompt(tmp_path: Path) -> None:
     """In a cell: the picture before, the mask, what is drawn. A file's name is one from where the table lies."""
     (before,), mask = pictures("lime", size=(64, 48)), Image.new("1", (64, 48))

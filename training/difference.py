@@ -1,0 +1,70 @@
+"""What training changed in a model that comes with zimgkit, in four bits a weight.
+
+Why the difference: it is smaller than the weights are, so rounded to as few bits it costs less.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zimgkit.engines.errors import CheckpointError
+from zimgkit.engines.files import replacing
+from zimgkit.engines.tensors.dtypes import bfloat16_to_float32
+from zimgkit.engines.tensors.safetensors import read_header, view, write
+from zimgkit.runtime.demo_models.assembled import SCALE
+
+CLIPS = np.linspace(0.5, 1, 11)
+"""What shares of a row's largest change are tried as the largest number; what lies beyond is cut off."""
+
+
+def write_difference(path: Path, before: Path, after: Path) -> None:
+    """Write :data:`~zimgkit.runtime.demo_models.assembled.DIFFERENCE`.
+
+    Args:
+        path: the file; it is overwritten.
+        before: safetensors, bfloat16.
+        after: the same tensors, trained.
+
+    Raises:
+        CheckpointError: these are not the same tensors.
+    """
+    old, new = read_header(before), read_header(after)
+    kinds = [{name: (info.dtype, info.shape) for name, info in header.items()} for header in (old, new)]
+    if kinds[0] != kinds[1] or any(info.dtype != "bfloat16" for info in old.values()):
+        raise CheckpointError(f"{after} has not the tensors of {before}, in bfloat16", "train on from that one")
+    found: dict[str, NDArray[Any]] = {}
+    for name, info in new.items():
+        values = view(info)
+        if np.array_equal(values, view(old[name])):
+            continue
+        found[name] = values
+        if len(info.shape) == 2:
+            change = bfloat16_to_float32(values) - bfloat16_to_float32(view(old[name]))
+            found[name], found[name + SCALE] = packed(change)
+    dtypes = {np.dtype("u1"): "uint8", np.dtype("u2"): "bfloat16", np.dtype("f4"): "float32"}
+    tensors = {name: (dtypes[value.dtype], value.shape) for name, value in found.items()}
+    with replacing(path) as part:
+        write(part, tensors, {name: [value] for name, value in found.items()})
+
+
+def packed(values: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Round a matrix (rows, columns) to numbers from -8 to 7, with the scale of the least squared error for each row.
+
+    Returns:
+        uint8 (rows, columns / 2), two numbers a byte, and float32 (rows,).
+    """
+    largest = np.maximum(np.abs(values).max(1), np.float32(1e-12))
+    best, least = np.zeros_like(values), np.full(len(values), np.inf)
+    scales = np.empty(len(values), np.float32)
+    for clip in CLIPS:
+        scale = (largest * np.float32(clip) / 7).astype(np.float32)
+        rounded = np.clip(np.rint(values / scale[:, None]), -8, 7)
+        error = np.square(rounded * scale[:, None] - values).sum(1)
+        better = error < least
+        best[better], scales[better], least[better] = rounded[better], scale[better], error[better]
+    whole = (best + 8).astype(np.uint8)
+    return np.bitwise_or(whole[:, ::2], whole[:, 1::2] << 4, dtype=np.uint8), scales
