@@ -41,8 +41,7 @@ def assemble(own: Path, base: Path) -> Path:
     Raises:
         OutputError: it can be written nowhere.
     """
-    key = hashlib.sha256((own / MANIFEST).read_bytes()).hexdigest()[:16]
-    target = user_cache_path("zimgkit") / "models" / key / own.name
+    target = place_of(own)
     if (target / MANIFEST).is_file():
         return target
     with contextlib.suppress(OSError):
@@ -61,6 +60,12 @@ def assemble(own: Path, base: Path) -> Path:
         message = f"{own.name} is put together when it is first used, and {target} cannot be written ({error})"
         raise OutputError(message, "free some space, or let XDG_CACHE_HOME name a folder that can be written") from None
     return parent / own.name
+
+
+def place_of(own: Path) -> Path:
+    """Where :func:`assemble` puts a model, if it can: another version of it lies elsewhere."""
+    key = hashlib.sha256((own / MANIFEST).read_bytes()).hexdigest()[:16]
+    return user_cache_path("zimgkit") / "models" / key / own.name
 
 
 def put_together(target: Path, own: Path, base: Path) -> None:

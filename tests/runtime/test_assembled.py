@@ -57,6 +57,14 @@ def test_the_bundle_is_what_its_manifest_says(cache: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
+def test_a_folder_of_that_name_is_its_owners(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = Path(demo_models.EDITOR)
+    mine.mkdir()
+    assert demo_models.locate(demo_models.EDITOR) == mine
+    assert not demo_models.is_carried(mine) and not cache.exists()
+
+
 def test_several_at_once(cache: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         found = set(pool.map(lambda _: assemble(OWN, BASE), range(8)))
