@@ -46,7 +46,7 @@ cli.command_class = RunCommand
     "--bundle",
     type=BUNDLE,
     help=f"The bundle's folder, its owner/name@revision on a hub, or one of {', '.join(demo_models.ALL)}."
-    f"  [default: {demo_models.DEFAULT}; of a picture to edit {demo_models.EDITOR}]",
+    f" [default: {demo_models.DEFAULT}; of a picture to edit {demo_models.EDITOR}]",
 )
 @call_options(defaults={"keep_unmasked": "keep"})
 @ENTITIES
