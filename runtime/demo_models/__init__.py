@@ -74,8 +74,8 @@ def locate_controlnet(name: str) -> Path:
 def is_carried(path: Path) -> bool:
     """Whether a folder is one of those that come with zimgkit, which stay as they are."""
     path = path.resolve()
-    if path.name != EDITOR:
+    if path.parent == FOLDER or path.name != EDITOR:
         return path.parent == FOLDER
     from zimgkit.runtime.demo_models.assembled import place_of
 
-    return path in (FOLDER / EDITOR, place_of(FOLDER / EDITOR).resolve())
+    return path == place_of(FOLDER / EDITOR).resolve()

@@ -74,8 +74,11 @@ def put_together(target: Path, own: Path, base: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    shutil.copytree(base, target, dirs_exist_ok=True)
-    shutil.copytree(own, target, ignore=shutil.ignore_patterns(DIFFERENCE), dirs_exist_ok=True)
+    for folder in (base, own):
+        for file in (path for path in folder.rglob("*") if path.is_file() and path.name != DIFFERENCE):
+            copy = target / file.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)  # Without its rights: what is installed may be read-only.
     add_difference(target / WEIGHTS, own / DIFFERENCE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,16 @@ def test_the_bundle_is_what_its_manifest_says(cache: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert demo_models.locate(demo_models.EDITOR) == root
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def test_what_is_installed_may_be_read_only(tmp_path: Path) -> None:
+    shutil.copytree(OWN, tmp_path / "own")
+    shutil.copytree(BASE, tmp_path / "base")
+    for path in (*(tmp_path / "own").rglob("*"), *(tmp_path / "base").rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    put_together(tmp_path / "whole", tmp_path / "own", tmp_path / "base")
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "whole").rglob("*"))
+    assert [*Bundle.open(tmp_path / "whole").mismatches(afresh=True)] == []
 
 
 def test_a_folder_of_that_name_is_its_owners(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,33 +89,28 @@ def test_a_sheet_of_both_models(tmp_path: Path) -> None:
         assert np.array_equal(page[MARGIN : MARGIN + 128, x : x + 128], np.asarray(drawn))
 
 
-def test_a_table_names_what_controls_each_prompt(tmp_path: Path) -> None:
-    """In a cell: the edges, and what is drawn where they are."""
-    names, table = [Path("zimg-tiny-z")], tmp_path / "t.csv"
-    edges = Path(__file__).parents[3] / "docs" / "pictures" / "edges.png"
-    table.write_text(f"prompt,control_image\na blue square left of a red oval,{edges}\n", "utf-8")
+@pytest.mark.parametrize(
+    ("name", "column", "file", "prompt"),
+    [
+        ("zimg-tiny-z", "control_image", "edges.png", "a blue square left of a red oval"),
+        ("zimg-tiny-qwen-edit", "image", "pair.png", "remove the square"),
+    ],
+)
+def test_a_table_names_what_controls_a_prompt_or_is_edited(
+    name: str, column: str, file: str, prompt: str, tmp_path: Path
+) -> None:
+    """In a cell: the picture that is given, and what is drawn by it."""
+    table, given = tmp_path / "t.csv", Path(__file__).parents[3] / "docs" / "pictures" / file
+    table.write_text(f"prompt,{column}\n{prompt},{given}\n", "utf-8")
     texts, inputs = rows_of(table)
-    draw_sheet(texts, tmp_path / "s.png", {"num_inference_steps": 4}, bundles=names, inputs=inputs)
-    pixels = np.asarray(Image.open(tmp_path / "s.png"))[MARGIN : MARGIN + 128, MARGIN:]
-    assert np.array_equal(pixels[:, :128], np.asarray(Image.open(edges).convert("RGB")))
-    with Pipeline.open("zimg-tiny-z") as pipeline:
-        drawn = pipeline(texts[0], seed=0, num_inference_steps=4, control_image=edges).images[0]
-    assert np.array_equal(pixels[:, 128 + GAP : 256 + GAP], np.asarray(drawn))
-
-
-def test_a_table_names_what_is_edited(tmp_path: Path) -> None:
-    """In a cell: the picture, and what is made of it."""
-    names, table = [Path("zimg-tiny-qwen-edit")], tmp_path / "t.csv"
-    pair = Path(__file__).parents[3] / "docs" / "pictures" / "pair.png"
-    table.write_text(f"prompt,image\nremove the square,{pair}\n", "utf-8")
-    texts, inputs = rows_of(table)
-    draw_sheet(texts, tmp_path / "s.png", {"num_inference_steps": 4}, bundles=names, inputs=inputs)
+    draw_sheet(texts, tmp_path / "s.png", {"num_inference_steps": 4}, bundles=[Path(name)], inputs=inputs)
     page = np.asarray(Image.open(tmp_path / "s.png"))
     assert page.shape[1] == 2 * MARGIN + 256 + GAP
     pixels = page[MARGIN : MARGIN + 128, MARGIN:]
-    assert np.array_equal(pixels[:, :128], np.asarray(Image.open(pair).convert("RGB")))
-    with Pipeline.open("zimg-tiny-qwen-edit") as pipeline:
-        drawn = pipeline(texts[0], image=pair, seed=0, num_inference_steps=4, negative_prompt=" ").images[0]
+    assert np.array_equal(pixels[:, :128], np.asarray(Image.open(given).convert("RGB")))
+    with Pipeline.open(name) as pipeline:
+        call = {"negative_prompt": pipeline.bundle.manifest.defaults.negative_prompt, column: given}
+        drawn = pipeline(texts[0], seed=0, num_inference_steps=4, **call).images[0]
     assert np.array_equal(pixels[:, 128 + GAP : 256 + GAP], np.asarray(drawn))
 
 
