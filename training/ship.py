@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,11 +48,7 @@ def ship(
             raise CheckpointError(
                 f"{checkpoint} does not share {', '.join(copied)} with its bundle", "store it in bf16"
             )
-        for file in sorted(checkpoint.rglob("*")):
-            target = work / file.relative_to(checkpoint)
-            if file.is_file() and not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(file, target)
+        _copy_files(checkpoint, work, lambda name: not (work / name).exists())
 
 
 def ship_editor(checkpoint: Path, base: Path, out: Path, *, overwrite: bool = False, report: Report = silent) -> None:
@@ -78,12 +74,11 @@ def ship_editor(checkpoint: Path, base: Path, out: Path, *, overwrite: bool = Fa
             add_difference(rounded / WEIGHTS, work / DIFFERENCE)
             ship(rounded, whole, report=report)
             _drop_cpu_graphs(whole)
-            for file in sorted(path for path in whole.rglob("*") if path.is_file()):
-                name = file.relative_to(whole)
-                same = (base / name).is_file() and filecmp.cmp(file, base / name, shallow=False)
-                if not same and name != Path(WEIGHTS):
-                    (work / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy2(file, work / name)
+
+            def is_shared(name: Path) -> bool:
+                return (base / name).is_file() and filecmp.cmp(whole / name, base / name, shallow=False)
+
+            _copy_files(whole, work, lambda name: not is_shared(name) and name != Path(WEIGHTS))
 
 
 def ship_controlnet(
@@ -109,6 +104,15 @@ def ship_controlnet(
         source = msgspec.structs.replace(manifest.sources[key], model=net.stem)
         write_manifest(work, msgspec.structs.replace(manifest, sources=manifest.sources | {key: source}))
         _drop_cpu_graphs(work, component_of(name))
+
+
+def _copy_files(source: Path, target: Path, is_wanted: Callable[[Path], bool]) -> None:
+    """Copy the files of a folder that are wanted, by their names in it."""
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        name = file.relative_to(source)
+        if is_wanted(name):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, target / name)
 
 
 def _drop_cpu_graphs(folder: Path, *only: str) -> None:

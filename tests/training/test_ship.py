@@ -3,14 +3,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.commands import invoke
 from tests.training import toy
-from zimgkit.engines.bundle import Bundle
+from zimgkit.engines.bundle import CPU_GRAPH, Bundle
 from zimgkit.engines.errors import CheckpointError, OutputError
 from zimgkit.export.checkpoints.checkpoint import open_checkpoint
-from zimgkit.runtime import Pipeline
+from zimgkit.runtime import Pipeline, demo_models
+from zimgkit.runtime.demo_models.assembled import DIFFERENCE, SCALE, WEIGHTS, put_together
 from zimgkit.training.checkpoint import derive_checkpoint
+from zimgkit.training.cli import main
 from zimgkit.training.ship import ship
 from zimgkit.training.stages import train_model_tokenizer
 
@@ -57,3 +61,29 @@ def test_what_is_not_in_bfloat16_is_refused(checkpoint: Path, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match=r"does not share text_encoder.safetensors .*store it in bf16"):
         ship(wide, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_editor_is_what_it_does_not_share(tmp_path: Path) -> None:
+    """Of the carried model, made one that edits, with two tensors changed: both together are a bundle that draws."""
+    base, edited = demo_models.locate("zimg-tiny-qwen"), tmp_path / "my-editor"
+    assert invoke(main, "editor", "zimg-tiny-qwen", edited).code == 0
+    weights = load_file(edited / WEIGHTS)
+    for name in ("img_in.weight", "img_in.bias"):
+        weights[name] = weights[name] * 1.5
+    save_file(weights, edited / WEIGHTS, {"format": "pt"})
+    assert invoke(main, "ship-editor", edited, "zimg-tiny-qwen", tmp_path / "out", "--quiet").code == 0
+    stored = load_file(tmp_path / "out" / DIFFERENCE)
+    assert stored.keys() == {"img_in.weight", f"img_in.weight{SCALE}", "img_in.bias"}
+    shared = ["vae_encoder.safetensors", "text_encoder/model.safetensors", WEIGHTS]
+    assert not [name for name in shared if (tmp_path / "out" / name).exists()]
+    put_together(tmp_path / "whole", tmp_path / "out", base)
+    bundle = Bundle.open(tmp_path / "whole")
+    assert [*bundle.mismatches(afresh=True)] == [] and bundle.manifest.tasks == ("edit",)
+    assert not any(CPU_GRAPH in component.graphs for component in bundle.manifest.components.values())
+    picture = Image.new("RGB", (64, 64), "white")
+    with Pipeline.open(tmp_path / "whole") as pipeline:
+        drawn = pipeline("remove it", image=picture, height=64, width=64, num_inference_steps=1, seed=0).images[0]
+    assert drawn.size == (64, 64)
+    again = invoke(main, "ship-editor", tmp_path / "none", "zimg-tiny-qwen", tmp_path / "other", "--quiet")
+    assert again.code == 1 and again.err.count("\n") == 1, again.err
+    assert not (tmp_path / "other").exists()
