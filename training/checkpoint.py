@@ -115,44 +115,27 @@ def derive_checkpoint(
     with atomic_folder(target.expanduser().absolute(), overwrite=overwrite, known_by=MARK) as work:
         shutil.copytree(source, work, dirs_exist_ok=True, ignore=lambda _, names: set(names) & set(components))
         for name, model in components.items():
-            model.to(getattr(torch, precision)).save_pretrained(work / name)
-            _forget_path(work / name / "config.json")
+            save_component(model, work / name, precision)
         for name, config in (configs or {}).items():
             file = work / name / f"{name}_config.json"
             file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def as_editor(source: Path, target: Path, pipeline: str, processor: Mapping[str, Any]) -> None:
-    """Write a checkpoint that is another one, on the same weights, but for what it says it draws from.
+def save_component(model: Any, folder: Path, precision: str) -> None:
+    """Write a model of diffusers or transformers, without the place on this machine it was loaded from.
 
     Args:
-        source: a checkpoint's folder.
-        target: where. What bundles take of its pictures may depend on this name.
-        pipeline: what diffusers calls the pipeline that edits.
-        processor: ``preprocessor_config.json``, how the text model's pictures are prepared.
-
-    Raises:
-        CheckpointError: the source is no checkpoint in the diffusers layout.
-        OutputError: the folder exists or cannot be written.
+        model: it has the element type after.
+        folder: where.
+        precision: the element type.
     """
-    if not (source / MARK).is_file():
-        raise CheckpointError(f"{source} has no {MARK}", "name a checkpoint in the diffusers layout")
-    index = json.loads((source / MARK).read_text())
-    parts = [name for name in index if (source / name).is_dir()]
-    index |= {"_class_name": pipeline, "processor": ["transformers", "Qwen2VLProcessor"]}
-    with atomic_folder(target.expanduser().absolute(), overwrite=False, known_by=MARK) as work:
-        for name in parts:
-            shutil.copytree(source / name, work / name)
-        (work / "processor").mkdir()
-        (work / "processor" / "preprocessor_config.json").write_text(json.dumps(dict(processor), indent=2) + "\n")
-        (work / MARK).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _forget_path(config: Path) -> None:
-    """Take out of a config where its model was loaded from: a place on this machine."""
+    model.to(getattr(torch, precision)).save_pretrained(folder)
+    config = folder / "config.json"
     values = json.loads(config.read_text())
     values.pop("_name_or_path", None)
     config.write_text(json.dumps(values, indent=2) + "\n")
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(config, weights)  # There are versions of safetensors that let none but their owner read them.
 
 
 def load_component(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.float32) -> Any:

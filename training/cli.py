@@ -49,11 +49,13 @@ def settings(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--mixed-precision", type=click.Choice(["no", "bf16"]), help="bf16 is for GPUs."),
         click.option("--device", type=click.Choice(["cpu", "cuda", "npu"]), help="To train on. [default: the best]"),
         click.option("--report-to", type=click.Choice(["tensorboard"]), help="Where losses go, beside loss.png."),
+        click.option("--compile", is_flag=True, default=None, help="Compile networks: minutes, then faster steps."),
         click.option("--gradient-accumulation-steps", type=int, help="Batches a step, in the memory of one."),
         click.option("--save-every", type=int, help="Steps between two saved states."),
         click.option("--seed", type=int, help="Of everything that is random."),
         click.option("--ema", type=float, help="Decay of the moving average of the weights."),
         click.option("--warmup", type=int, help="Steps until the full learning rate."),
+        click.option("--decay", type=float, help="The share of the steps, the last ones, the rate falls over."),
         click.option("--restart", type=int, help="A step the rate falls towards, to begin anew from there."),
         click.option("--muon-learning-rate", type=float, help="The same for the matrices that Muon trains."),
         click.option("--learning-rate", type=float, help="After the warmup."),
@@ -274,18 +276,17 @@ def demo(
 @cli.command()
 @click.argument("model")
 @click.argument("out", type=FOLDER)
-def editor(model: str, out: Path) -> None:
+@click.option("--prompts-of", type=FOLDER, help="A dataset: each word of its prompts becomes one token.")
+def editor(model: str, out: Path, prompts_of: Path | None) -> None:
     """Write MODEL, whose text model reads pictures, as a checkpoint OUT that edits pictures, to be trained to do so."""
+    _need_train()
     from zimgkit.export.checkpoints.checkpoint import open_checkpoint
     from zimgkit.runtime import demo_models
-    from zimgkit.training import families
-    from zimgkit.training.checkpoint import as_editor
+    from zimgkit.training.dataset import read_dataset
+    from zimgkit.training.editor import as_editor
 
-    source = demo_models.locate(model)
-    own = families.family(open_checkpoint(str(source)).family)
-    if own.editor is None:
-        raise UsageError(f"{own.name} has no pipeline that edits", "name a model whose text model reads pictures")
-    as_editor(source, out, *own.editor)
+    prompts = [row.prompt for row in read_dataset(prompts_of).rows] if prompts_of else []
+    as_editor(open_checkpoint(str(demo_models.locate(model))), out, prompts)
     click.echo(out)
 
 

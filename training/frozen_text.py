@@ -133,8 +133,8 @@ def pictured_texts(
             if len(pictures) > references.most:
                 message = f"{row.where}: {len(pictures)} pictures, and {checkpoint.name} takes {references.most}"
                 raise DatasetError(message, "name fewer")
-            for place, prompt in enumerate((row.prompt, family.no_prompts[0])):
-                inputs = family.pictured_inputs(tokenizer, prompt, pictures, references, processor)
+            both = (row.prompt, family.no_prompts[0])
+            for place, inputs in enumerate(family.pictured_inputs(tokenizer, both, pictures, references, processor)):
                 alike = len(inputs["input_ids"]), str(inputs["image_grid_thw"].tolist())
                 waiting.setdefault(alike, []).append((place, number, inputs))
                 if len(waiting[alike]) == prompts.TOGETHER:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -71,6 +73,8 @@ class Settings:
     """``"cpu"``, ``"cuda"`` or ``"npu"``; the best there is where this is empty."""
     report_to: str = ""
     """``"tensorboard"``: its files go to the run's folder."""
+    compile: bool = False
+    """Whether networks are compiled (``torch.compile``): minutes at the start, then steps are faster."""
 
     def check(self) -> None:
         """Refuse numbers that cannot be trained with.
@@ -129,7 +133,7 @@ def rate_factor(settings: Settings, step: int) -> float:
 
 PACE = ("steps", "warmup", "decay", "restart")
 """The settings that say nothing but which rate a step has."""
-ANYWHERE = ("device", "report_to")
+ANYWHERE = ("device", "report_to", "compile")
 """Those that a run may go on with others of."""
 
 
@@ -191,6 +195,7 @@ def train(
     run.mkdir(parents=True, exist_ok=True)
     named = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
     hidden = frozenset(task.hidden)
+    _compile([*task.module.children()] if settings.compile else [], accelerator.device)
     module, *optimizers = accelerator.prepare(task.module, *_optimizers(named, hidden, settings))
     # Moved to their device, the parameters are the same objects; the averages are made beside them.
     ema = {name: p.detach().clone() for name, p in named.items()}
@@ -237,6 +242,19 @@ def train(
     _assign(named, ema)
     task.module.eval()
     return ema
+
+
+def _compile(networks: Sequence[nn.Module], device: torch.device) -> None:
+    """Compile networks where they stand, for batches of any shape.
+
+    Raises:
+        UsageError: there is nothing to compile with.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if networks and device.type == "cpu" and not shutil.which(compiler):
+        raise UsageError(f"--compile needs a C++ compiler, and there is no {compiler}", "install one, or leave it out")
+    for network in networks:
+        network.compile(dynamic=True)
 
 
 def _how_far(settings: Settings, losses: list[float], pace: float, rate: float) -> str:

@@ -15,8 +15,8 @@ from zimgkit.engines.bundle import ReferencePictures
 from zimgkit.engines.errors import UsageError
 from zimgkit.export.checkpoints.checkpoint import open_checkpoint
 from zimgkit.training import families
-from zimgkit.training.checkpoint import as_editor
 from zimgkit.training.dataset import DatasetError
+from zimgkit.training.editor import as_editor
 from zimgkit.training.stages import LORA, Table, train_diffusion, train_lora, train_model_tokenizer
 
 SETTINGS = replace(LORA, steps=2, batch_size=2, warmup=1, save_every=1)
@@ -32,15 +32,13 @@ def test_a_prompt_about_pictures_is_read_as_by_diffusers() -> None:
     references = ReferencePictures("Picture {number}: ", 112 * 112, 1024 * 1024, 3)
     prompts = ["make the circle blue", "make the circle red."]
     for prompt in prompts:
-        one = family.pictured_inputs(pipeline.tokenizer, prompt, pictures[:1], references, PROCESSOR)
+        (one,) = family.pictured_inputs(pipeline.tokenizer, [prompt], pictures[:1], references, PROCESSOR)
         found = family.encode_pictured(pipeline.text_encoder, [one])
         expected, _ = pipeline._get_qwen_prompt_embeds(prompt, [sized(pictures[0], references)])
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     # Several prompts of one length are read together.
-    inputs = [
-        family.pictured_inputs(pipeline.tokenizer, prompt, pictures, references, PROCESSOR)
-        for prompt in ("make it red", "make it big")
-    ]
+    both = ["make it red", "make it big"]
+    inputs = family.pictured_inputs(pipeline.tokenizer, both, pictures, references, PROCESSOR)
     together = family.encode_pictured(pipeline.text_encoder, inputs)
     for one, row in zip(inputs, together, strict=True):
         torch.testing.assert_close(family.encode_pictured(pipeline.text_encoder, [one])[0], row, atol=1e-5, rtol=1e-4)
@@ -58,7 +56,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("frozen")
     data = toy.dataset(folder / "data", count=4)
     train_model_tokenizer(data, folder / "model", "qwen-image", configs=toy.CONFIGS["qwen-image"])
-    as_editor(folder / "model", folder / "zimg-tiny-qwen-edit", "QwenImageEditPlusPipeline", PROCESSOR)
+    as_editor(open_checkpoint(str(folder / "model")), folder / "zimg-tiny-qwen-edit")
     (data / "metadata.csv").unlink()
     rows = [{"image": f"{i}.png", "prompt": "swap", "edit_image": [f"{i - 1}.png", "2.png"][: i + 1]} for i in (1, 2)]
     rows[0]["edit_image"] = "0.png"

@@ -143,6 +143,28 @@ def test_generators_depend_on_every_number() -> None:
     assert torch.equal(torch.rand(3, generator=generator_of(5, 6)), torch.rand(3, generator=generator_of(5, 6)))
 
 
+def test_compiled_networks_learn_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From batches of other sizes too; and a run goes on without compiling, or with it."""
+
+    class Growing(Task):
+        def batch(self, generator: torch.Generator, batch_size: int) -> dict[str, Any]:
+            return super().batch(generator, batch_size + self.batches)
+
+    expected = train(Growing(), tmp_path / "eager", SETTINGS)
+    compiling = replace(SETTINGS, compile=True)
+    task = Growing()
+    found = train(task, tmp_path / "compiled", compiling)
+    assert found.keys() == expected.keys() == dict(Line().named_parameters()).keys() - {"frozen"}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    assert torch.equal(
+        train(Growing(), tmp_path / "compiled", SETTINGS, resume=True)["linear.bias"], found["linear.bias"]
+    )
+    monkeypatch.setenv("CXX", "no-compiler")
+    with pytest.raises(UsageError, match="--compile needs a C\\+\\+ compiler, and there is no no-compiler"):
+        train(Task(), tmp_path / "none", compiling)
+
+
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     train(Task(), tmp_path, SETTINGS)
     with pytest.raises(OutputError, match="holds a run already; add --resume"):

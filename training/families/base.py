@@ -27,6 +27,18 @@ class Net(Protocol):
 
 
 @dataclass(frozen=True)
+class Editor:
+    """A pipeline that edits pictures."""
+
+    pipeline: str
+    """What diffusers calls it."""
+    processor: Mapping[str, Any]
+    """``preprocessor_config.json`` for the small model's text model."""
+    texts: Sequence[str]
+    """What stands around prompts."""
+
+
+@dataclass(frozen=True)
 class TrainingFamily:
     """A family as training knows it."""
 
@@ -86,15 +98,14 @@ class TrainingFamily:
 
     takes_conditions: bool = False
     """Whether its transformer takes ``conditions``."""
-    pictured_inputs: Callable[..., dict[str, Tensor]] | None = None
-    """Makes the inputs of :attr:`encode_pictured` from a tokenizer, a prompt, its pictures, RGB, how the checkpoint
+    pictured_inputs: Callable[..., list[dict[str, Tensor]]] | None = None
+    """Makes the inputs of :attr:`encode_pictured` from a tokenizer, prompts, their pictures, RGB, how the checkpoint
     takes pictures (:class:`ReferencePictures`) and its processor's config; None where no text model reads any."""
     encode_pictured: Callable[[Any, Sequence[Mapping[str, Tensor]]], Tensor] | None = None
     """What the text model makes of several of these, of equal lengths: (prompts, tokens, hidden)."""
 
-    editor: tuple[str, Mapping[str, Any]] | None = None
-    """The reference's pipeline that edits pictures, and the config of its processor for the small model's text model;
-    None where there is none."""
+    editor: Editor | None = None
+    """The reference's pipeline that edits pictures; None where there is none."""
 
     initialize_text: Callable[[Any], None] = lambda _: None
     """Changes what an untrained text model begins with."""

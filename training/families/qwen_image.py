@@ -15,7 +15,7 @@ from zimgkit.export.networks.qwen_image_vae import halves
 from zimgkit.runtime.families.qwen_image import QwenImage
 from zimgkit.training.families.base import Configs, TrainingFamily
 from zimgkit.training.families.qwen_image_beside import Blockwise, Regions, pack
-from zimgkit.training.families.qwen_image_edit import PIPELINE, PROCESSOR, encode_pictured, pictured_inputs
+from zimgkit.training.families.qwen_image_edit import EDITOR, encode_pictured, pictured_inputs
 from zimgkit.training.loop import Settings
 from zimgkit.training.prompts import pad
 
@@ -221,7 +221,7 @@ FAMILY = TrainingFamily(
     takes_conditions=True,
     pictured_inputs=pictured_inputs,
     encode_pictured=encode_pictured,
-    editor=(PIPELINE, PROCESSOR),
+    editor=EDITOR,
     # The pipeline takes a single space.
     no_prompts=(" ", ""),
     lora_targets="to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,"

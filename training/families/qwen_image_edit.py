@@ -12,55 +12,57 @@ from zimgkit.engines.bundle import ReferencePictures
 from zimgkit.runtime.pictures.patches import Patches, merged_patches, preprocessor
 from zimgkit.runtime.pictures.resizing import calculate_dimensions, resize
 from zimgkit.runtime.text.edit_prompts import EDIT, PICTURE, with_pictures
+from zimgkit.training.families.base import Editor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PIPELINE = "QwenImageEditPlusPipeline"
-"""What diffusers calls the pipeline that edits one picture or several."""
-PROCESSOR = {
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "patch_size": 14,
-    "merge_size": 2,
-    "temporal_patch_size": 2,
-    "min_pixels": 784,
-    "max_pixels": 12_845_056,
-}
-"""How its pictures are prepared, down to one patch of the text model."""
+EDITOR = Editor(
+    "QwenImageEditPlusPipeline",  # Of one picture or several.
+    {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": 14,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "min_pixels": 784,  # Down to one patch of the text model.
+        "max_pixels": 12_845_056,
+    },
+    (EDIT.prefix, EDIT.suffix, *(f"Picture {number}: " for number in (1, 2, 3))),
+)
 
 
 def pictured_inputs(
     tokenizer: Any,
-    prompt: str,
+    prompts: Sequence[str],
     pictures: Sequence[Image],
     references: ReferencePictures,
     processor: Mapping[str, Any],
-) -> dict[str, Tensor]:
-    """The inputs of ``Qwen2_5_VLModel`` for a prompt and its pictures.
+) -> list[dict[str, Tensor]]:
+    """The inputs of ``Qwen2_5_VLModel`` for each of some prompts about the same pictures.
 
     Args:
         tokenizer: of transformers.
-        prompt: what is to become of the pictures.
+        prompts: what is to become of the pictures.
         pictures: RGB, one or more.
         references: how the checkpoint takes them.
         processor: ``preprocessor_config.json``.
 
     Returns:
-        ``input_ids``, ``mm_token_type_ids`` int64 (tokens,), ``pixel_values`` float32 (patches, values) and
-        ``image_grid_thw`` int64 (pictures, 3).
+        For each prompt ``input_ids``, ``mm_token_type_ids`` int64 (tokens,), ``pixel_values`` float32 (patches, values)
+        and ``image_grid_thw`` int64 (pictures, 3).
     """
     sized = [resize(one, *calculate_dimensions(references.vision_area, one.width / one.height)) for one in pictures]
     config = preprocessor(processor)
     patches: Patches = merged_patches(sized, config)
     counts = [int(grid.prod()) // config.merge_size**2 for grid in patches.image_grid_thw]
-    text = EDIT.prefix + with_pictures(prompt, counts, references.introduction) + EDIT.suffix
-    ids = torch.tensor(tokenizer([text])["input_ids"][0][: EDIT.max_tokens])
-    return {
-        "input_ids": ids,
-        "mm_token_type_ids": (ids == tokenizer.convert_tokens_to_ids(PICTURE)).long(),
+    shared = {
         "pixel_values": torch.from_numpy(patches.pixel_values),
         "image_grid_thw": torch.from_numpy(patches.image_grid_thw),
     }
+    place = tokenizer.convert_tokens_to_ids(PICTURE)
+    texts = [EDIT.prefix + with_pictures(prompt, counts, references.introduction) + EDIT.suffix for prompt in prompts]
+    rows = [torch.tensor(row[: EDIT.max_tokens]) for row in tokenizer(texts)["input_ids"]]
+    return [{"input_ids": ids, "mm_token_type_ids": (ids == place).long(), **shared} for ids in rows]
 
 
 def encode_pictured(text_encoder: Any, inputs: Sequence[Mapping[str, Tensor]]) -> Tensor:
