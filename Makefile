@@ -8,7 +8,7 @@ INSTALL := -m pip --disable-pip-version-check install --quiet --constraint const
 PIP := $(BIN)/python $(INSTALL)
 TENSORRT_TESTS := tests/export/compilers tests/export/cli/test_compile.py tests/engines/tensorrt tests/engines/onnxruntime/test_tensorrt_rtx.py
 
-.PHONY: demo test test-tensorrt references plugins check clean
+.PHONY: demo demo-regions test test-tensorrt references plugins check clean
 
 # A dozen prompts by the two models that zimgkit carries, side by side, pictures that they change, and edges that they
 # follow. Needs no PyTorch.
@@ -18,6 +18,12 @@ demo: $(VENV)/.run
 	$(BIN)/zimg-run sheet docs/demo-pictures.csv --bundle zimg-tiny-z --bundle zimg-tiny-qwen --columns 2 --output demo/pictures.png
 	$(BIN)/zimg-run sheet docs/demo-edits.csv --bundle zimg-tiny-qwen-edit --columns 2 --output demo/edits.png
 	$(BIN)/zimg-run sheet docs/demo-controls.csv --bundle zimg-tiny-z --columns 2 --output demo/controls.png
+
+# Things in regions. A LoRA for them wants a bundle of its own, and building one PyTorch.
+demo-regions: $(VENV)/.export
+	mkdir -p demo
+	$(BIN)/zimg-export build --model zimg-tiny-qwen --lora zimg-tiny-qwen-eligen --out demo/regions --overwrite --quiet
+	$(BIN)/zimg-run sheet docs/demo-regions.csv --bundle demo/regions --columns 2 --output demo/regions.png
 
 test: check $(VENV)/.tensorrt
 	PYTHONPATH=$(VENV)/tensorrt $(BIN)/python -m pytest

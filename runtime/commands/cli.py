@@ -156,7 +156,8 @@ def sheet(
 ) -> None:
     """Draw every prompt of a text file, one a line, and save the pictures on one page.
 
-    A table that ends in .csv, with columns prompt, image and mask_image, names a picture for each prompt to start from.
+    A table that ends in .csv names what each prompt starts from, in columns called image, mask_image, control_image,
+    eligen_entity_prompts and eligen_entity_masks; of several pictures a cell has a list in JSON.
     """
     from zimgkit.runtime.commands.sheet import draw_sheet, rows_of
     from zimgkit.runtime.progress import bar

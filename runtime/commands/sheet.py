@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,8 +36,12 @@ MOST = 1000
 SEED = 0
 """Without another one: pages are compared."""
 TABLE = ".csv"
-PICTURES = ("image", "mask_image", "control_image")
-"""Columns of a table beside ``prompt``."""
+PICTURES = ("image", "mask_image", "control_image", "eligen_entity_masks")
+"""Columns of a table that name files, several in a list in JSON."""
+TEXTS = ("eligen_entity_prompts",)
+"""Other columns, likewise, beside ``prompt``."""
+SEVERAL = ("eligen_entity_masks", *TEXTS)
+"""Those that are always lists to a call."""
 
 
 def prompts_of(path: Path) -> list[str]:
@@ -51,15 +56,19 @@ def prompts_of(path: Path) -> list[str]:
     return prompts
 
 
-def rows_of(path: Path) -> tuple[list[str], list[dict[str, Path]]]:
-    """The prompts of a page, and the pictures that each is drawn from, if any.
+def rows_of(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """The prompts of a page, and what each is drawn from, if anything.
 
     Args:
         path: a text file with one prompt a line, or a table that ends in ``.csv``, with a column ``prompt`` and any of
-            :data:`PICTURES`, files named from where the table lies.
+            :data:`PICTURES` and :data:`TEXTS`, files named from where the table lies.
+
+    Returns:
+        The prompts, and for each the parameters of a call that its row gives; of a list, a list.
 
     Raises:
-        UsageError: as for :func:`prompts_of`; or columns are missing or unknown, or a row has no prompt.
+        UsageError: as for :func:`prompts_of`; or columns are missing or unknown, a row has no prompt, or what should be
+            a list is none.
     """
     if path.suffix.lower() != TABLE:
         prompts = prompts_of(path)
@@ -69,15 +78,33 @@ def rows_of(path: Path) -> tuple[list[str], list[dict[str, Path]]]:
         columns, rows = reader.fieldnames or (), [*reader]
     except csv.Error as error:
         raise UsageError(f"{path} cannot be read ({error})", "name a table of comma-separated values") from None
-    if "prompt" not in columns or (set(columns) - {"prompt", *PICTURES}):
-        raise UsageError(f"{path} has the columns {', '.join(columns)}", f"name them prompt, {', '.join(PICTURES)}")
+    known = ("prompt", *PICTURES, *TEXTS)
+    if "prompt" not in columns or (set(columns) - {*known}):
+        raise UsageError(f"{path} has the columns {', '.join(columns)}", f"name them {', '.join(known)}")
     if not 0 < len(rows) <= MOST:
         raise UsageError(f"{path} holds {len(rows)} prompts", f"give 1 to {MOST}, one a line")
     for number, row in enumerate(rows, start=1):
         if None in row or not row["prompt"].strip():
             raise UsageError(f"row {number} of {path} has no prompt, or too many columns", "quote prompts with commas")
-    inputs = [{name: path.parent / row[name] for name in PICTURES if row.get(name)} for row in rows]
+    inputs = [
+        {name: _cell(path, number, name, row[name].strip()) for name in known[1:] if row.get(name)}
+        for number, row in enumerate(rows, start=1)
+    ]
     return [row["prompt"].strip() for row in rows], inputs
+
+
+def _cell(path: Path, number: int, name: str, text: str) -> Any:
+    """What a cell of a table gives: a text or a file, or a list of such, as tables of datasets have them."""
+    values = [text]
+    if is_list := text.startswith("["):
+        try:
+            values = json.loads(text)
+        except ValueError:
+            values = []
+        if not values or not all(isinstance(value, str) for value in values):
+            raise UsageError(f"{name} of row {number} of {path} is no list of texts", 'write ["one", "two"]')
+    found = [path.parent / value for value in values] if name in PICTURES else values
+    return found if is_list or name in SEVERAL else found[0]
 
 
 def draw_sheet(
@@ -86,7 +113,7 @@ def draw_sheet(
     call: Mapping[str, Any],
     *,
     bundles: Sequence[Path],
-    inputs: Sequence[Mapping[str, Path]] = (),
+    inputs: Sequence[Mapping[str, Any]] = (),
     from_image: Path | None = None,
     columns: int = 4,
     backend: str = AUTO,
@@ -104,7 +131,7 @@ def draw_sheet(
         output: the file.
         call: parameters of :meth:`Pipeline.__call__` by name, None where one was not given.
         bundles: folders, or names of bundles that zimgkit carries.
-        inputs: for each prompt the pictures that it is drawn from, by the names of parameters.
+        inputs: for each prompt what it is drawn from, by the names of parameters.
         from_image: a picture whose parameters fill in what is not given.
         columns: cells side by side.
         backend: as for :meth:`Pipeline.open`.
@@ -174,12 +201,12 @@ def draw_sheet(
 
 
 def drawn_from(drawn: Output) -> list[Image]:
-    """The pictures that others were made of or drawn from, the mask, and what controlled them, at their size."""
+    """What others were made of or drawn from, masks, and what controlled them, at their size."""
     from zimgkit.runtime.pictures.reading import flattened
     from zimgkit.runtime.pictures.resizing import resize
 
     request, inputs = drawn.request, drawn.request.inputs
     start = None if inputs.image in inputs.references else inputs.image
     controls = (inputs.context_image, *(control.image for control in request.controls))
-    given = (*inputs.references, start, inputs.mask_image, *controls)
+    given = (*inputs.references, start, inputs.mask_image, *controls, *inputs.eligen_entity_masks)
     return [resize(flattened(entry.picture), request.width, request.height) for entry in given if entry]

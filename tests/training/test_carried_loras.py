@@ -16,6 +16,8 @@ from zimgkit.engines.tensors.safetensors import read_header
 from zimgkit.export.cli.main import main
 from zimgkit.export.lora.inspect import lora_summary
 from zimgkit.runtime import Pipeline, demo_models
+from zimgkit.runtime.commands.sheet import draw_sheet, rows_of
+from zimgkit.runtime.pictures.sheet import GAP, MARGIN
 from zimgkit.training.accuracy import accuracy
 from zimgkit.training.judge import look
 from zimgkit.training.world.drawing import draw
@@ -162,6 +164,17 @@ def test_regions(tmp_path: Path) -> None:
     assert invoke(main, "build", *given, "--quiet").code == 0
     cases = accuracy(out, task="regions", captions=10)
     assert sum(case.right for case in cases) >= 8
+    # The page of the documentation: a cell is its masks and what is drawn, each thing in the colour of its prompt.
+    page = tmp_path / "page.png"
+    table = Path(__file__).parents[2] / "docs" / "demo-regions.csv"
+    prompts, inputs = rows_of(table)
+    draw_sheet(prompts, page, {}, bundles=[out], inputs=inputs, columns=1)
+    pixels = np.asarray(Image.open(page).convert("RGB")).astype(int)
+    masks = np.asarray(Image.open(table.parent / "pictures" / "region-left.png"))
+    cell = pixels[MARGIN : MARGIN + 128, MARGIN:]
+    assert np.array_equal(cell[:, :128, 0] > 128, masks)
+    drawn = cell[:, 2 * (128 + GAP) :][:, :128]
+    assert (drawn[:, :64] @ [2, -1, -1]).max() > 300 and (drawn[:, 64:] @ [-1, -1, 2]).max() > 200
 
 
 @pytest.mark.parametrize("lora", demo_models.LORAS)

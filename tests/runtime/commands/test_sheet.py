@@ -114,6 +114,27 @@ def test_a_table_names_what_controls_a_prompt_or_is_edited(
     assert np.array_equal(pixels[:, 128 + GAP : 256 + GAP], np.asarray(drawn))
 
 
+def test_a_table_has_lists_in_json(tmp_path: Path) -> None:
+    """Of pictures, which come first in a cell; and of regions, whose prompts and masks are lists even of one."""
+    given = pictures("red", "blue", size=(128, 128))
+    for number, picture in enumerate(given):
+        picture.save(tmp_path / f"{number}.png")
+    table, page = tmp_path / "t.csv", tmp_path / "s.png"
+    table.write_text('prompt,image\n"one, two","[""0.png"", ""1.png""]"\n', "utf-8")
+    prompts, inputs = rows_of(table)
+    assert inputs == [{"image": [tmp_path / "0.png", tmp_path / "1.png"]}]
+    bundles = [Path("zimg-tiny-qwen-edit")]
+    draw_sheet(prompts, page, {"num_inference_steps": 1}, bundles=bundles, inputs=inputs)
+    row = np.asarray(Image.open(page))[MARGIN : MARGIN + 128, MARGIN:]
+    assert all(np.array_equal(row[:, n * (128 + GAP) :][:, :128], np.asarray(given[n])) for n in range(2))
+    table.write_text(
+        'prompt,eligen_entity_prompts,eligen_entity_masks\na,"[""b""]",0.png\na,c,"[""0.png""]"\n', "utf-8"
+    )
+    assert rows_of(table)[1] == [
+        {"eligen_entity_prompts": [text], "eligen_entity_masks": [tmp_path / "0.png"]} for text in ("b", "c")
+    ]
+
+
 def test_a_table_names_a_picture_for_each_prompt(tmp_path: Path) -> None:
     """In a cell: the picture before, the mask, what is drawn. A file's name is one from where the table lies."""
     (before,), mask = pictures("lime", size=(64, 48)), Image.new("1", (64, 48))
@@ -145,6 +166,9 @@ def test_a_table_names_a_picture_for_each_prompt(tmp_path: Path) -> None:
         ("prompt,image\n", "holds 0 prompts"),
         ("prompt,image\n,a.png\n", "row 1 of .* has no prompt"),
         ("prompt,image\na,b,c.png\n", "row 1 of .* too many columns; quote prompts with commas"),
+        ('prompt,image\na,"[1]"\n', 'image of row 1 of .* is no list of texts; write \\["one", "two"\\]'),
+        ("prompt,image\na,[\n", "image of row 1 of .* is no list of texts"),
+        ("prompt,image\na,[]\n", "image of row 1 of .* is no list of texts"),
         ("prompt\n\0\n" + 200_000 * "a", "cannot be read"),
     ],
 )
