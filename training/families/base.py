@@ -90,6 +90,8 @@ class TrainingFamily:
     crops: Mapping[int, float]
     """Sides of the pieces of pictures that an autoencoder is trained on, in pixels -> how often. Small ones make many
     short steps."""
+    demo_restart: int = 0
+    """The step at which the training of the small model that is carried began anew; 0 for none."""
 
     nets: Mapping[str, Callable[[Any, int], Net]] = field(default_factory=dict)
     """Kind of ControlNet -> begins one for a transformer, from channels of latents; the first is the usual one."""

@@ -228,7 +228,8 @@ FAMILY = TrainingFamily(
     "img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1",
     configs=CONFIGS,
     vae_settings=Settings(steps=2000, batch_size=8, learning_rate=3e-3, ema=0.995, warmup=50),
-    diffusion_settings=Settings(steps=21000, restart=13000, batch_size=24, learning_rate=1.5e-3, warmup=300),
+    diffusion_settings=Settings(steps=21000, batch_size=24, learning_rate=1.5e-3, warmup=300),
+    demo_restart=13000,
     crops={32: 0.6, 64: 0.33, 128: 0.07},
     initialize_text=look_nearby,
 )
