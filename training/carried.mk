@@ -25,7 +25,7 @@ $(OUT)/zimg-tiny-qwen:
 	$(TRAIN) demo --family qwen-image $(OUT)/trained/zimg-tiny-qwen --resume
 	$(TRAIN) ship $(OUT)/trained/zimg-tiny-qwen $@ --tasks image-to-image,inpaint
 
-# 100 minutes, and EDITMINUTES more with words for tokens.
+# 100 minutes, and 85 more with words for tokens.
 EDITS := --trainable-models dit --data_file_keys image,edit_image --extra_inputs edit_image --batch-size 16 --warmup 100 \
 	--ema 0.998 --no-validate
 $(OUT)/zimg-tiny-qwen-edit: $(OUT)/edits $(OUT)/more-edits
