@@ -19,7 +19,7 @@ demo: $(VENV)/.run
 	$(BIN)/zimg-run sheet docs/demo-edits.csv --bundle zimg-tiny-qwen-edit --columns 2 --output demo/edits.png
 	$(BIN)/zimg-run sheet docs/demo-controls.csv --bundle zimg-tiny-z --columns 2 --output demo/controls.png
 
-# Things in regions. A LoRA for them wants a bundle of its own, and building one PyTorch.
+# Things in regions: the LoRA for them needs a bundle of its own, and building that needs PyTorch.
 demo-regions: $(VENV)/.export
 	mkdir -p demo
 	$(BIN)/zimg-export build --model zimg-tiny-qwen --lora zimg-tiny-qwen-eligen --out demo/regions --overwrite --quiet

@@ -265,7 +265,7 @@ def demo(
             out,
             make_data=make_data,
             vae=replace(own.vae_settings, **_given({"steps": vae_steps})),
-            diffusion=replace(own.diffusion_settings, **_given({"steps": steps})),
+            diffusion=replace(own.demo_settings, **_given({"steps": steps})),
             seed=seed,
             resume=resume,
             **ways,

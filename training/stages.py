@@ -352,13 +352,13 @@ def train_demo(
             report=report,
             log=log,
         )
-    own, finished = families.family(family), run / "finished"
+    finished = run / "finished"
     if not finished.exists():
         train_diffusion(
             with_vae,
             data,
             finished,
-            replace(diffusion or own.diffusion_settings, restart=own.demo_restart, seed=seed),
+            replace(diffusion or families.family(family).demo_settings, seed=seed),
             resume=_has_state(finished),
             report=report,
             log=log,

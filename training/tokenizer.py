@@ -11,6 +11,7 @@ from typing import Any
 
 from zimgkit.export.demo import CHAT_TEMPLATE, ROLES, SPECIAL_TOKENS
 from zimgkit.runtime.families import FAMILIES, Family
+from zimgkit.training.vocabulary import without_special_tokens
 
 LEARNED_TOKENS = 1024
 """The most entries of a small model's vocabulary, bytes and merges, before the special tokens."""
@@ -49,10 +50,9 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int) -> Any:
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = BpeTrainer(vocab_size=vocabulary, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
-    text = [part for family in FAMILIES.values() for part in (family.TEXT.prefix, family.TEXT.suffix)]
-    for token in SPECIAL_TOKENS:
-        text = [piece for part in text for piece in part.split(token)]
-    learner.train_from_iterator([*(part for part in text if part for _ in range(REPEATS)), *captions], trainer)
+    templates = [part for family in FAMILIES.values() for part in (family.TEXT.prefix, family.TEXT.suffix)]
+    text = without_special_tokens(templates, SPECIAL_TOKENS)
+    learner.train_from_iterator([*(part for part in text for _ in range(REPEATS)), *captions], trainer)
     entries = learner.get_vocab()
     tokenizer: Any = Qwen2Tokenizer(
         vocab=entries,

@@ -9,6 +9,14 @@ from typing import Any
 from tokenizers import Tokenizer
 
 
+def without_special_tokens(texts: Iterable[str], special: Iterable[str]) -> list[str]:
+    """What stands before, between and behind special tokens in some texts."""
+    pieces = list(texts)
+    for token in special:
+        pieces = [part for piece in pieces for part in piece.split(token)]
+    return [piece for piece in pieces if piece]
+
+
 def extend(settings: dict[str, Any], texts: Iterable[str]) -> dict[int, list[int]]:
     """Add to a byte-level BPE tokenizer the merges that make every word of some texts one token.
 
@@ -23,7 +31,7 @@ def extend(settings: dict[str, Any], texts: Iterable[str]) -> dict[int, list[int
     """
     model, special = settings["model"], {token["content"]: token["id"] for token in settings["added_tokens"]}
     tokenizer = Tokenizer.from_str(json.dumps(settings))
-    texts = list(dict.fromkeys(piece for text in texts for piece in _between(text, special)))
+    texts = dict.fromkeys(without_special_tokens(texts, special))
     words = dict.fromkeys(word for text in texts for word in _words(tokenizer, text))
     # A special token's id is that of its entry where it has one; else they are counted behind all others.
     entries = model["vocab"] | special
@@ -46,11 +54,3 @@ def _words(tokenizer: Tokenizer, text: str) -> list[str]:
     if tokenizer.normalizer:
         text = tokenizer.normalizer.normalize_str(text)
     return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-
-
-def _between(text: str, special: Iterable[str]) -> list[str]:
-    """A text without its special tokens, in pieces."""
-    pieces = [text]
-    for token in special:
-        pieces = [part for piece in pieces for part in piece.split(token)]
-    return [piece for piece in pieces if piece]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -116,6 +116,11 @@ class TrainingFamily:
     def name(self) -> str:
         """As manifests have it."""
         return self.host.NAME
+
+    @property
+    def demo_settings(self) -> Settings:
+        """:attr:`diffusion_settings` of the small model that is carried."""
+        return replace(self.diffusion_settings, restart=self.demo_restart)
 
     def reference_class(self, component: str) -> Any:
         """The reference's class of a component, or of the pipeline."""
