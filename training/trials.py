@@ -17,7 +17,7 @@ from zimgkit.training.judge import Claim, Counted, Placed, Present, Related, Wit
 from zimgkit.training.world.captions import caption, noun
 from zimgkit.training.world.claims import claims
 from zimgkit.training.world.drawing import draw
-from zimgkit.training.world.edits import KINDS, edit
+from zimgkit.training.world.edits import KINDS, edit_to_judge
 from zimgkit.training.world.render import region
 from zimgkit.training.world.sampling import sample, with_another
 from zimgkit.training.world.scattered import SIDE, Box, box_of, scattered
@@ -155,7 +155,7 @@ def _placed(task: str, scene: Scene) -> Trial:
 
 
 def _edit(number: int) -> Trial:
-    made = edit(FIRST_SEED + number, "test", KINDS[number % len(KINDS)])
+    made = edit_to_judge(FIRST_SEED + number, KINDS[number % len(KINDS)])
     first = made.before[0]
     moved = {*first.things} ^ {*made.after.things}
     return Trial(

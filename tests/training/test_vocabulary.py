@@ -14,11 +14,11 @@ from zimgkit.runtime import demo_models
 from zimgkit.runtime.text.edit_prompts import EDIT
 from zimgkit.training.vocabulary import extend
 from zimgkit.training.world.captions import caption
-from zimgkit.training.world.edits import edit
+from zimgkit.training.world.edits import edit_to_learn
 from zimgkit.training.world.sampling import sample
 
 BASE = demo_models.locate("zimg-tiny-qwen") / "tokenizer"
-PROMPTS = [edit(seed).instruction for seed in range(60)]
+PROMPTS = [edit_to_learn(seed).instruction for seed in range(60)]
 
 
 @pytest.fixture

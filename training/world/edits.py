@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from zimgkit.training.world.sampling import Split, colours_on, held_out
+from zimgkit.training.world.sampling import colours_on, held_out
 from zimgkit.training.world.scattered import CELL, SIDE, box_of, scattered
 from zimgkit.training.world.scene import Scene, Thing
 from zimgkit.training.world.words import SHAPES
@@ -19,9 +19,15 @@ _CORNERS = {
     "in the bottom left corner": (0, 1),
     "in the bottom right corner": (1, 1),
 }
+OF_ONE_SCENE = 4
+"""So many edits in a row are of the same scene."""
+_COUNT_WEIGHTS = (7, 8, 5)
+"""Of one, two and three things in scenes to learn from."""
 _ADDED = 22.0
 """The radius of a thing that is added, in pixels."""
 _TRIES = 1 << 41
+_ATTEMPTS = 16
+"""At edits of one scene, and at each of its kind: many do not fit."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +47,50 @@ class Edit:
     after: Scene
 
 
-def edit(seed: int, split: Split = "train", kind: str | None = None) -> Edit:
-    """One edit; the same for the same arguments.
+def edit_to_judge(seed: int, kind: str | None = None) -> Edit:
+    """One edit whose scene after shows a combination that is held out; the same for the same arguments.
+
+    The scene before shows none. Nothing can come of removing or moving things but what was there.
 
     Args:
         seed: any integer below 2**40.
-        split: whether the scene after shows a combination that is held out: ``"test"``, or never: ``"train"``.
         kind: one of :data:`KINDS`; any if None.
     """
-    rng = random.Random(f"edit {split} {seed}")  # noqa: S311
+    rng = random.Random(f"edit test {seed}")  # noqa: S311
     while True:
         chosen = kind or rng.choice(KINDS)
-        # Scenes of the training split have no such combination; what is held out comes with the edit.
         scene = scattered(rng.randrange(_TRIES >> 1), "train")
         if len({thing.shape for thing in scene.things}) < len(scene.things):
             continue
         made = _EDITS[chosen](rng, scene)
-        if made and (chosen in {"remove", "move"} or held_out(made.after) == (split == "test")):
+        if made and (chosen in {"remove", "move"} or held_out(made.after)):
             return made
+
+
+def edit_to_learn(seed: int) -> Edit:
+    """One edit whose scenes show nothing that is held out; the same for the same seed.
+
+    Each :data:`OF_ONE_SCENE` seeds ask for different things of one scene: what is to change can only be read in the
+    instruction, and not be remembered with the picture.
+
+    Args:
+        seed: any integer below 2**40.
+    """
+    number, place = divmod(seed, OF_ONE_SCENE)
+    rng = random.Random(f"edits to learn {number}")  # noqa: S311
+    while True:
+        (count,) = rng.choices((1, 2, 3), _COUNT_WEIGHTS)
+        scene = scattered(rng.randrange(_TRIES >> 1), "train", count=count)
+        if len({thing.shape for thing in scene.things}) < count:
+            continue
+        found: list[Edit] = []
+        for _ in range(_ATTEMPTS):
+            kind = rng.choice(KINDS)
+            made = next(filter(None, (_EDITS[kind](rng, scene) for _ in range(_ATTEMPTS))), None)
+            if made and not held_out(made.after) and made not in found:
+                found.append(made)
+            if len(found) == OF_ONE_SCENE:
+                return found[place]
 
 
 def _with(scene: Scene, index: int, *things: Thing) -> Scene:

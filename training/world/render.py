@@ -15,7 +15,7 @@ from zimgkit.runtime.pictures.control_maps import canny
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.training.world.captions import caption, noun
 from zimgkit.training.world.drawing import draw
-from zimgkit.training.world.edits import edit
+from zimgkit.training.world.edits import edit_to_judge, edit_to_learn
 from zimgkit.training.world.sampling import Size, Split, sample, with_concept
 from zimgkit.training.world.scattered import SIDE, Box, box_of, scattered
 
@@ -140,7 +140,7 @@ def edits_row(split: Split) -> Callable[[Path, int], dict[str, Any]]:
     """Rows whose prompt is an instruction, and whose ``edit_image`` are the one or two pictures that it speaks of."""
 
     def row(folder: Path, seed: int) -> dict[str, Any]:
-        made = edit(seed & 0xFFFFFFFFFF, split)
+        made = (edit_to_judge if split == "test" else edit_to_learn)(seed & 0xFFFFFFFFFF)
         image = _name(folder, "images", seed)
         _save(draw(made.after), folder / image)
         before = [_name(folder, "before", seed, f"-{number}") for number in range(len(made.before))]

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from zimgkit.training.dataset import read_dataset
-from zimgkit.training.world.edits import KINDS, edit
+from zimgkit.training.world.edits import KINDS, OF_ONE_SCENE, edit_to_judge, edit_to_learn
 from zimgkit.training.world.render import edges_row, edits_row, regions_row, write_rows
 from zimgkit.training.world.sampling import held_out
 from zimgkit.training.world.scattered import box_of, scattered
@@ -51,14 +51,25 @@ def test_scattered_things_lie_in_boxes_that_do_not_meet() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_edit_names_what_changes_and_training_holds_back_what_tests_show(kind: str) -> None:
+def test_an_edit_names_what_changes(kind: str) -> None:
     for seed in range(10):
-        made = edit(seed, "test", kind)
-        assert edit(seed, "test", kind) == made
+        made = edit_to_judge(seed, kind)
+        assert edit_to_judge(seed, kind) == made
+        assert held_out(made.after) or kind in {"remove", "move"}
         first = made.before[0]
         assert made.after.background == first.background
         assert len({*made.after.things} ^ {*first.things}) in (1, 2)
         shapes = {thing.shape for thing in (*first.things, *made.after.things)}
         assert any(shape in made.instruction for shape in (*shapes, "shape"))
         assert len(made.after.things) - len(first.things) == {"add": 1, "remove": -1}.get(kind, 0)
-        assert not held_out(edit(seed, "train", kind).after)
+
+
+def test_training_asks_for_different_things_of_a_scene_and_shows_nothing_that_is_held_out() -> None:
+    made = [edit_to_learn(seed) for seed in range(40 * OF_ONE_SCENE)]
+    assert made == [edit_to_learn(seed) for seed in range(40 * OF_ONE_SCENE)]
+    assert {each.kind for each in made} == {*KINDS}
+    assert not any(held_out(scene) for each in made for scene in (*each.before, each.after))
+    for first in range(0, len(made), OF_ONE_SCENE):
+        group = made[first : first + OF_ONE_SCENE]
+        assert len({each.before[0] for each in group}) == 1
+        assert len({(each.instruction, each.before) for each in group}) == OF_ONE_SCENE
