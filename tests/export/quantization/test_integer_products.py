@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from zimgkit.engines.onnxruntime.engine import EXACT
 from zimgkit.export.quantization.integer_products import DYNAMIC, IntegerProducts
 
 OUT, WIDTH = 12, 32
@@ -61,8 +62,11 @@ def model(kind: str, *, product: str = "MatMul", static: bool = False) -> tuple[
 def run(made: ir.Model, x: Any) -> Any:
     proto = ir.to_proto(made)
     onnx.checker.check_model(proto)
+    options = onnxruntime.SessionOptions()
+    for key, value in EXACT.items():
+        options.add_session_config_entry(key, value)
     session = onnxruntime.InferenceSession(
-        proto.SerializeToString(), providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
     )
     return session.run(None, {"x": x})[0]
 
