@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +17,17 @@ from zimgkit.runtime.memory.amounts import gigabytes
 
 DEVICES = ("cpu", "cuda", "npu")
 TRACKERS = ("tensorboard",)
+
+
+def need_compiler(device: torch.device) -> None:
+    """See that there is what networks are compiled with.
+
+    Raises:
+        UsageError: there is none.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and not shutil.which(compiler):
+        raise UsageError(f"--compile needs a C++ compiler, and there is no {compiler}", "install one, or leave it out")
 
 
 def accelerator_of(device: str, mixed_precision: str, report_to: str, run: Path) -> Any:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 from zimgkit.engines.errors import CheckpointError, OutputError, UsageError, ZimgError
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.training.curve import write_curve
-from zimgkit.training.devices import accelerator_of, peak_memory
+from zimgkit.training.devices import accelerator_of, need_compiler, peak_memory
 from zimgkit.training.muon import Muon
 
 STATE = "state.safetensors"
@@ -76,7 +74,7 @@ class Settings:
     compile: bool = False
     """Whether networks are compiled (``torch.compile``): minutes at the start, then steps are faster."""
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Refuse numbers that cannot be trained with.
 
         Raises:
@@ -185,7 +183,6 @@ def train(
         CheckpointError: a state cannot be resumed: none is there, it is broken, or of another run.
         TrainingError: the loss is no longer finite.
     """
-    settings.check()
     accelerator = accelerator_of(settings.device, settings.mixed_precision, settings.report_to, run)
     identity = {"task": task.name, **asdict(settings), **(about or {}), "processes": accelerator.num_processes}
     identity = {name: value for name, value in json.loads(json.dumps(identity)).items() if name not in ANYWHERE}
@@ -195,7 +192,8 @@ def train(
     run.mkdir(parents=True, exist_ok=True)
     named = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
     hidden = frozenset(task.hidden)
-    _compile([*task.module.children()] if settings.compile else [], accelerator.device)
+    if settings.compile:
+        _compile(task.module, accelerator.device)
     module, *optimizers = accelerator.prepare(task.module, *_optimizers(named, hidden, settings))
     # Moved to their device, the parameters are the same objects; the averages are made beside them.
     ema = {name: p.detach().clone() for name, p in named.items()}
@@ -244,16 +242,10 @@ def train(
     return ema
 
 
-def _compile(networks: Sequence[nn.Module], device: torch.device) -> None:
-    """Compile networks where they stand, for batches of any shape.
-
-    Raises:
-        UsageError: there is nothing to compile with.
-    """
-    compiler = os.environ.get("CXX", "g++")
-    if networks and device.type == "cpu" and not shutil.which(compiler):
-        raise UsageError(f"--compile needs a C++ compiler, and there is no {compiler}", "install one, or leave it out")
-    for network in networks:
+def _compile(module: nn.Module, device: torch.device) -> None:
+    """Compile a module's networks where they stand, for batches of any shape."""
+    need_compiler(device)
+    for network in module.children():
         network.compile(dynamic=True)
 
 

@@ -19,7 +19,7 @@ from zimgkit.training.beside import check_extras, encoded_columns
 from zimgkit.training.checkpoint import derive_checkpoint, start_checkpoint
 from zimgkit.training.control import control_task, write_net
 from zimgkit.training.dataset import Dataset, read_dataset
-from zimgkit.training.devices import accelerator_of, is_main
+from zimgkit.training.devices import accelerator_of, is_main, need_compiler
 from zimgkit.training.diffusion import denoiser_task
 from zimgkit.training.families import Configs
 from zimgkit.training.frozen_text import transformer_task
@@ -366,15 +366,19 @@ def train_demo(
     derive_checkpoint(finished, out, {})
 
 
-def _processes(settings: Settings, out: Path) -> Any:
-    return accelerator_of(settings.device, settings.mixed_precision, "", run_of(out))
+def processes_of(settings: Settings, out: Path) -> Any:
+    """What the loop will find, before anything is encoded for it."""
+    accelerator = accelerator_of(settings.device, settings.mixed_precision, "", run_of(out))
+    if settings.compile:
+        need_compiler(accelerator.device)
+    return accelerator
 
 
 def _latents(
     checkpoint: Checkpoint, dataset: Dataset, out: Path, settings: Settings, table: Table, report: Report
 ) -> Latents:
     """Those of a run's pictures; of several processes the first makes them, and the others find them made."""
-    with _processes(settings, out).main_process_first():
+    with processes_of(settings, out).main_process_first():
         return cache_latents(checkpoint, dataset, run_of(out), report, columns=encoded_columns(table.extras))
 
 

@@ -252,9 +252,9 @@ def test_a_state_of_another_model(tmp_path: Path) -> None:
         ({"restart": -1}, "restart is -1"),
     ],
 )
-def test_senseless_settings(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_senseless_settings(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        train(Task(), tmp_path, replace(SETTINGS, **change))
+        replace(SETTINGS, **change)
 
 
 def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from diffusers import QwenImagePipeline, ZImagePipeline
 from safetensors.torch import load_file
 
 from tests.training import toy
-from zimgkit.engines.errors import CheckpointError, OutputError
+from zimgkit.engines.errors import CheckpointError, OutputError, UsageError
 from zimgkit.export.build import build
 from zimgkit.export.checkpoints.checkpoint import open_checkpoint
 from zimgkit.runtime import Pipeline
@@ -126,6 +126,17 @@ def test_another_dataset_is_not_resumed_with(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="is empty"):
         train_diffusion(begun, data, tmp_path / "other", QUICK["diffusion"])
     assert not run_of(tmp_path / "other").exists()
+
+
+def test_what_a_run_needs_is_asked_for_before_anything_is_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, begun, out = toy.dataset(tmp_path / "data"), tmp_path / "begun", tmp_path / "out"
+    train_model_tokenizer(data, begun, "z-image", configs=toy.CONFIGS["z-image"])
+    monkeypatch.setenv("CXX", "no-compiler")
+    with pytest.raises(UsageError, match="--compile needs a C"):
+        train_diffusion(begun, data, out, replace(QUICK["diffusion"], compile=True))
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_failed_world_leaves_nothing_to_mistake(tmp_path: Path) -> None:

@@ -17,14 +17,14 @@ from zimgkit.runtime.progress import Report, silent
 from zimgkit.training import families
 from zimgkit.training.checkpoint import derive_checkpoint, load_component
 from zimgkit.training.dataset import Dataset, read_dataset
-from zimgkit.training.devices import accelerator_of, is_main
+from zimgkit.training.devices import is_main
 from zimgkit.training.loop import Log, Settings, train
 from zimgkit.training.lora import add_adapters, write_lora
 from zimgkit.training.methods.cache import Cache, is_cache, open_cache
 from zimgkit.training.methods.held import begin_with, hold_lora, read_adapters
 from zimgkit.training.methods.process import METHODS, SERVES, SFT, FewSteps, process
 from zimgkit.training.methods.tasks import task_of
-from zimgkit.training.stages import LORA, refuse_existing, run_of
+from zimgkit.training.stages import LORA, processes_of, refuse_existing, run_of
 from zimgkit.training.storage import checkpoint_activations, store_in_float8
 
 DATA_PROCESS, TRAIN = ":data_process", ":train"
@@ -115,8 +115,7 @@ def run_method(
     if is_cache(data):
         cache = open_cache(data)
     else:
-        processes = accelerator_of(settings.device, settings.mixed_precision, "", run)
-        with processes.main_process_first():  # The others find it made.
+        with processes_of(settings, out).main_process_first():  # The others find it made.
             cache = _first_stage(model, read_dataset(data), run / "cache", method, settings.seed, report)
     _refuse_others(cache, checkpoint, method, data)
     transformer = _transformer(checkpoint, method, settings.seed, is_lora=is_lora)
