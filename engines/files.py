@@ -33,8 +33,10 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: the file cannot be made or moved.
     """
     with _own(path, "part", Path.touch) as part:
+        mode = part.stat().st_mode
         try:
             yield part
+            part.chmod(mode)  # Libraries that write by way of a file of their own leave it to its owner alone.
             flush(part)
             part.replace(path)
             flush(path.parent)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import multiprocessing
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from zimgkit.engines import files
 from zimgkit.engines.files import beside, replacing, temporary_folder
@@ -18,6 +20,14 @@ def test_a_file_takes_its_place_at_the_end(tmp_path):
         part.write_text("new")
         assert path.read_text() == "old" and part.parent == tmp_path and part.name.startswith(".f.txt.")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_who_may_read_a_file_does_not_depend_on_what_wrote_it(tmp_path):
+    """The library of safetensors puts a file that its owner alone may read in the place of the one it is given."""
+    (tmp_path / "plain").touch()
+    with replacing(tmp_path / "a") as part:
+        save_file({"x": np.zeros(3, np.float32)}, part)
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_nothing_half_written_stays(tmp_path):
