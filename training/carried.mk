@@ -25,15 +25,17 @@ $(OUT)/zimg-tiny-qwen:
 	$(TRAIN) demo --family qwen-image $(OUT)/trained/zimg-tiny-qwen --resume
 	$(TRAIN) ship $(OUT)/trained/zimg-tiny-qwen $@ --tasks image-to-image,inpaint
 
-# 100 minutes, and 85 more with words for tokens.
+# 100 minutes, 85 more with words for tokens, and 70.
 EDITS := --trainable-models dit --data_file_keys image,edit_image --extra_inputs edit_image --batch-size 16 --warmup 100 \
 	--ema 0.998 --no-validate
-$(OUT)/zimg-tiny-qwen-edit: $(OUT)/edits $(OUT)/more-edits
+$(OUT)/zimg-tiny-qwen-edit: $(OUT)/edits $(OUT)/more-edits $(OUT)/last-edits
 	$(TRAIN) editor zimg-tiny-qwen $(OUT)/begun/zimg-tiny-qwen-edit
 	$(TRAIN) diffusion $(OUT)/begun/zimg-tiny-qwen-edit $(OUT)/edits $(OUT)/half/zimg-tiny-qwen-edit $(EDITS) --steps 12000
 	$(TRAIN) editor $(OUT)/half/zimg-tiny-qwen-edit $(OUT)/words/zimg-tiny-qwen-edit --prompts-of $(OUT)/more-edits
-	$(TRAIN) diffusion $(OUT)/words/zimg-tiny-qwen-edit $(OUT)/more-edits $(OUT)/trained/zimg-tiny-qwen-edit $(EDITS) \
+	$(TRAIN) diffusion $(OUT)/words/zimg-tiny-qwen-edit $(OUT)/more-edits $(OUT)/more/zimg-tiny-qwen-edit $(EDITS) \
 		--steps 17000 --restart 13000 --decay 0.5 --compile
+	$(TRAIN) diffusion $(OUT)/more/zimg-tiny-qwen-edit $(OUT)/last-edits $(OUT)/trained/zimg-tiny-qwen-edit $(EDITS) \
+		--steps 14000 --decay 0.6 --compile
 	$(TRAIN) ship-editor $(OUT)/trained/zimg-tiny-qwen-edit zimg-tiny-qwen $@
 
 # A few minutes each.
@@ -70,3 +72,5 @@ $(OUT)/edits:
 	$(WORLD) $@ --count 8000 --rows edits
 $(OUT)/more-edits:
 	$(WORLD) $@ --count 12000 --rows edits
+$(OUT)/last-edits:
+	$(WORLD) $@ --count 16000 --rows edits

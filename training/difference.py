@@ -1,4 +1,4 @@
-"""What training changed in a model that comes with zimgkit, in four bits a weight.
+"""What training changed in a model that comes with zimgkit, in eight bits a weight.
 
 Why the difference: it is smaller than the weights are, so rounded to as few bits it costs less.
 """
@@ -16,9 +16,6 @@ from zimgkit.engines.files import replacing
 from zimgkit.engines.tensors.dtypes import bfloat16_to_float32
 from zimgkit.engines.tensors.safetensors import read_header, view, write
 from zimgkit.runtime.demo_models.assembled import SCALE
-
-CLIPS = np.linspace(0.5, 1, 11)
-"""What shares of a row's largest change are tried as the largest number; what lies beyond is cut off."""
 
 
 def write_difference(path: Path, before: Path, after: Path) -> None:
@@ -44,27 +41,18 @@ def write_difference(path: Path, before: Path, after: Path) -> None:
         found[name] = values
         if len(info.shape) == 2:
             change = bfloat16_to_float32(values) - bfloat16_to_float32(view(old[name]))
-            found[name], found[name + SCALE] = packed(change)
-    dtypes = {np.dtype("u1"): "uint8", np.dtype("u2"): "bfloat16", np.dtype("f4"): "float32"}
+            found[name], found[name + SCALE] = rounded(change)
+    dtypes = {np.dtype("i1"): "int8", np.dtype("u2"): "bfloat16", np.dtype("f4"): "float32"}
     tensors = {name: (dtypes[value.dtype], value.shape) for name, value in found.items()}
     with replacing(path) as part:
         write(part, tensors, {name: [value] for name, value in found.items()})
 
 
-def packed(values: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Round a matrix (rows, columns) to numbers from -8 to 7, with the scale of the least squared error for each row.
+def rounded(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Round a matrix (rows, columns) to numbers from -127 to 127 with a scale for each row, whose largest is 127.
 
     Returns:
-        uint8 (rows, columns / 2), two numbers a byte, and float32 (rows,).
+        int8 (rows, columns) and float32 (rows,).
     """
-    largest = np.maximum(np.abs(values).max(1), np.float32(1e-12))
-    best, least = np.zeros_like(values), np.full(len(values), np.inf)
-    scales = np.empty(len(values), np.float32)
-    for clip in CLIPS:
-        scale = (largest * np.float32(clip) / 7).astype(np.float32)
-        rounded = np.clip(np.rint(values / scale[:, None]), -8, 7)
-        error = np.square(rounded * scale[:, None] - values).sum(1)
-        better = error < least
-        best[better], scales[better], least[better] = rounded[better], scale[better], error[better]
-    whole = (best + 8).astype(np.uint8)
-    return np.bitwise_or(whole[:, ::2], whole[:, 1::2] << 4, dtype=np.uint8), scales
+    scales = np.maximum(np.abs(values).max(1), np.float32(1e-12)) / np.float32(127)
+    return np.rint(values / scales[:, None]).astype(np.int8), scales

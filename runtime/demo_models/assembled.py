@@ -1,6 +1,6 @@
 """The small model that edits: another one's weights and a difference, put together where it is first asked for.
 
-So it takes a quarter of the room. Carried are its own files, which are graphs and configs, and the difference: four
+So it takes half of the room. Carried are its own files, which are graphs and configs, and the difference: eight
 bits a weight, with a factor for each row.
 """
 
@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from platformdirs import user_cache_path
 
 from zimgkit.engines.bundle import MANIFEST
@@ -24,8 +23,8 @@ from zimgkit.engines.tensors.dtypes import bfloat16_to_float32, float32_to_bfloa
 from zimgkit.engines.tensors.safetensors import read_header, view
 
 DIFFERENCE = "difference.safetensors"
-"""Of a matrix ``<tensor>`` uint8 (out, in / 2), columns 2i and 2i + 1 in the lower and the upper bits of a byte, each
-number 8 more than it is, and ``<tensor>.scale`` float32 (out,). Any other tensor is there itself, bfloat16."""
+"""Of a matrix ``<tensor>`` int8 (out, in) and ``<tensor>.scale`` float32 (out,). Any other tensor is there itself,
+bfloat16."""
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 """What it is of, in both models: bfloat16."""
 SCALE = ".scale"
@@ -96,12 +95,7 @@ def add_difference(weights: Path, difference: Path) -> None:
         for name in (name for name in stored if not name.endswith(SCALE)):
             new = view(stored[name])
             if name + SCALE in stored:
-                change: NDArray[np.float32] = view(stored[name + SCALE])[:, None] * unpacked(new)
+                change = view(stored[name + SCALE])[:, None] * new.astype(np.float32)
                 new = float32_to_bfloat16(bfloat16_to_float32(view(header[name])) + change)
             file.seek(header[name].offset)
             file.write(new.tobytes())
-
-
-def unpacked(packed: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Numbers from -8 to 7, (rows, columns), of bytes (rows, columns / 2)."""
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1).astype(np.float32) - 8
