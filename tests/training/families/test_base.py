@@ -16,8 +16,6 @@ def test_every_family_that_is_exported_can_be_trained(name: str) -> None:
     assert {family.reference_class(component).__name__ for component in ("pipeline", "transformer")} <= set(
         FAMILIES[name].classes
     )
-    family.vae_settings.check()
-    family.diffusion_settings.check()
     # Other runs than that of the carried model fall towards their own end alone.
     assert family.diffusion_settings.restart == 0
     assert 0 <= family.demo_restart < family.diffusion_settings.steps
