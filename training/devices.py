@@ -19,18 +19,7 @@ DEVICES = ("cpu", "cuda", "npu")
 TRACKERS = ("tensorboard",)
 
 
-def need_compiler(device: torch.device) -> None:
-    """See that there is what networks are compiled with.
-
-    Raises:
-        UsageError: there is none.
-    """
-    compiler = os.environ.get("CXX", "g++")
-    if device.type == "cpu" and not shutil.which(compiler):
-        raise UsageError(f"--compile needs a C++ compiler, and there is no {compiler}", "install one, or leave it out")
-
-
-def accelerator_of(device: str, mixed_precision: str, report_to: str, run: Path) -> Any:
+def accelerator_of(device: str, mixed_precision: str, report_to: str, run: Path, *, compiles: bool = False) -> Any:
     """The accelerate library on a device: it moves modules and spreads batches over processes.
 
     Args:
@@ -38,9 +27,10 @@ def accelerator_of(device: str, mixed_precision: str, report_to: str, run: Path)
         mixed_precision: ``"no"`` or ``"bf16"``.
         report_to: ``"tensorboard"``, or nothing.
         run: the folder for its files.
+        compiles: networks are to be compiled there.
 
     Raises:
-        UsageError: no such device or tracker is known.
+        UsageError: no such device or tracker is known, or there is nothing to compile with.
         BackendError: it is not there.
     """
     from accelerate import Accelerator
@@ -65,6 +55,9 @@ def accelerator_of(device: str, mixed_precision: str, report_to: str, run: Path)
     )
     if device not in ("", accelerator.device.type):
         raise BackendError(f"accelerate runs on {accelerator.device.type}", f"hide that device to train on {device}")
+    compiler = os.environ.get("CXX", "g++")
+    if compiles and accelerator.device.type == "cpu" and not shutil.which(compiler):
+        raise UsageError(f"--compile needs a C++ compiler, and there is no {compiler}", "install one, or leave it out")
     if report_to:
         accelerator.init_trackers("tensorboard")
     return accelerator

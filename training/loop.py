@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from zimgkit.engines.errors import CheckpointError, OutputError, UsageError, ZimgError
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.training.curve import write_curve
-from zimgkit.training.devices import accelerator_of, need_compiler, peak_memory
+from zimgkit.training.devices import accelerator_of, peak_memory
 from zimgkit.training.muon import Muon
 
 STATE = "state.safetensors"
@@ -183,7 +183,9 @@ def train(
         CheckpointError: a state cannot be resumed: none is there, it is broken, or of another run.
         TrainingError: the loss is no longer finite.
     """
-    accelerator = accelerator_of(settings.device, settings.mixed_precision, settings.report_to, run)
+    accelerator = accelerator_of(
+        settings.device, settings.mixed_precision, settings.report_to, run, compiles=settings.compile
+    )
     identity = {"task": task.name, **asdict(settings), **(about or {}), "processes": accelerator.num_processes}
     identity = {name: value for name, value in json.loads(json.dumps(identity)).items() if name not in ANYWHERE}
     file = run / STATE
@@ -192,8 +194,8 @@ def train(
     run.mkdir(parents=True, exist_ok=True)
     named = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
     hidden = frozenset(task.hidden)
-    if settings.compile:
-        _compile(task.module, accelerator.device)
+    for network in task.module.children() if settings.compile else ():
+        network.compile(dynamic=True)  # Where it stands, for batches of any shape.
     module, *optimizers = accelerator.prepare(task.module, *_optimizers(named, hidden, settings))
     # Moved to their device, the parameters are the same objects; the averages are made beside them.
     ema = {name: p.detach().clone() for name, p in named.items()}
@@ -240,13 +242,6 @@ def train(
     _assign(named, ema)
     task.module.eval()
     return ema
-
-
-def _compile(module: nn.Module, device: torch.device) -> None:
-    """Compile a module's networks where they stand, for batches of any shape."""
-    need_compiler(device)
-    for network in module.children():
-        network.compile(dynamic=True)
 
 
 def _how_far(settings: Settings, losses: list[float], pace: float, rate: float) -> str:

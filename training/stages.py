@@ -19,7 +19,7 @@ from zimgkit.training.beside import check_extras, encoded_columns
 from zimgkit.training.checkpoint import derive_checkpoint, start_checkpoint
 from zimgkit.training.control import control_task, write_net
 from zimgkit.training.dataset import Dataset, read_dataset
-from zimgkit.training.devices import accelerator_of, is_main, need_compiler
+from zimgkit.training.devices import accelerator_of, is_main
 from zimgkit.training.diffusion import denoiser_task
 from zimgkit.training.families import Configs
 from zimgkit.training.frozen_text import transformer_task
@@ -368,10 +368,7 @@ def train_demo(
 
 def processes_of(settings: Settings, out: Path) -> Any:
     """What the loop will find, before anything is encoded for it."""
-    accelerator = accelerator_of(settings.device, settings.mixed_precision, "", run_of(out))
-    if settings.compile:
-        need_compiler(accelerator.device)
-    return accelerator
+    return accelerator_of(settings.device, settings.mixed_precision, "", run_of(out), compiles=settings.compile)
 
 
 def _latents(

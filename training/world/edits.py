@@ -60,7 +60,7 @@ def edit_to_judge(seed: int, kind: str | None = None) -> Edit:
     while True:
         chosen = kind or rng.choice(KINDS)
         scene = scattered(rng.randrange(_TRIES >> 1), "train")
-        if len({thing.shape for thing in scene.things}) < len(scene.things):
+        if not _tells_apart(scene):
             continue
         made = _EDITS[chosen](rng, scene)
         if made and (chosen in {"remove", "move"} or held_out(made.after)):
@@ -81,7 +81,7 @@ def edit_to_learn(seed: int) -> Edit:
     while True:
         (count,) = rng.choices((1, 2, 3), _COUNT_WEIGHTS)
         scene = scattered(rng.randrange(_TRIES >> 1), "train", count=count)
-        if len({thing.shape for thing in scene.things}) < count:
+        if not _tells_apart(scene):
             continue
         found: list[Edit] = []
         for _ in range(_ATTEMPTS):
@@ -150,6 +150,11 @@ def _transfer(rng: random.Random, scene: Scene) -> Edit | None:
 
 
 _EDITS = {"recolour": _recolour, "remove": _remove, "move": _move, "add": _add, "transfer": _transfer}
+
+
+def _tells_apart(scene: Scene) -> bool:
+    """Whether the name of a shape tells which thing is meant."""
+    return len({thing.shape for thing in scene.things}) == len(scene.things)
 
 
 def _crowded(scene: Scene) -> bool:
