@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -21,8 +22,10 @@ FILES = [*demo_models.ALL, *(f"{name}.safetensors" for name in demo_models.LORAS
 
 def recipe(name: str, out: Path) -> Iterator[list[str]]:
     """What would be typed: the arguments of each command, without Python's."""
-    command = ["make", "--dry-run", "-f", "training/carried.mk", f"OUT={out}", f"{out / name}"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = ["make", "--dry-run", "--no-print-directory", "-f", "training/carried.mk", f"OUT={out}", f"{out / name}"]
+    # `make test` tells the makes below it how deep they are and what it was given.
+    outside = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    shown = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=True).stdout
     for line in shown.replace("\\\n", " ").splitlines():
         _, dash_m, module, *arguments = shlex.split(line)
         assert dash_m == "-m"
