@@ -101,6 +101,9 @@ def derive_checkpoint(
 ) -> None:
     """Write a checkpoint that is another one but for some components.
 
+    What lies beside the components stays behind: a bundle's graphs in the same folder are those of the old weights, and
+    a model card tells of them.
+
     Args:
         source: a checkpoint's folder.
         target: where.
@@ -113,12 +116,19 @@ def derive_checkpoint(
         OutputError: the folder exists or cannot be written.
     """
     with atomic_folder(target.expanduser().absolute(), overwrite=overwrite, known_by=MARK) as work:
-        shutil.copytree(source, work, dirs_exist_ok=True, ignore=lambda _, names: set(names) & set(components))
+        for name in {*component_folders(source)} - {*components}:
+            shutil.copytree(source / name, work / name)
+        shutil.copyfile(source / MARK, work / MARK)
         for name, model in components.items():
             save_component(model, work / name, precision)
         for name, config in (configs or {}).items():
             file = work / name / f"{name}_config.json"
             file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def component_folders(root: Path) -> list[str]:
+    """The folders of a checkpoint that its index names."""
+    return [name for name in json.loads((root / MARK).read_text()) if (root / name).is_dir()]
 
 
 def save_component(model: Any, folder: Path, precision: str) -> None:

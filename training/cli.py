@@ -87,18 +87,26 @@ def tokenizer(family: str, data: Path, out: Path, seed: int) -> None:
 
 
 @cli.command()
-@click.argument("model", type=FOLDER)
+@click.argument("model")
 @click.argument("data", type=FOLDER)
 @click.argument("out", type=FOLDER)
+@click.option(
+    "--trainable-models",
+    type=click.Choice(["encoder,decoder", "decoder"]),
+    default="encoder,decoder",
+    show_default=True,
+    help="What is trained; with the decoder alone, latents stay what they are.",
+)
 @settings
-def vae(model: Path, data: Path, out: Path, **options: Any) -> None:
+def vae(model: str, data: Path, out: Path, trainable_models: str, **options: Any) -> None:
     """Train the autoencoder of MODEL on the pictures of DATA; write the checkpoint OUT."""
     _need_train()
     from zimgkit.export.checkpoints.checkpoint import open_checkpoint
     from zimgkit.training import families, stages
 
-    defaults = families.family(open_checkpoint(str(model)).family).vae_settings
-    _stage(stages.train_vae, defaults, options, model, data, out)
+    defaults = families.family(open_checkpoint(model).family).vae_settings
+    own = {"with_encoder": "encoder" in trainable_models}
+    _stage(stages.train_vae, defaults, options, model, data, out, **own)
 
 
 @cli.command()

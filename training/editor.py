@@ -13,7 +13,7 @@ from zimgkit.engines.bundle import atomic_folder
 from zimgkit.engines.errors import UsageError
 from zimgkit.export.checkpoints.checkpoint import Checkpoint
 from zimgkit.training import families
-from zimgkit.training.checkpoint import MARK, load_component, save_component
+from zimgkit.training.checkpoint import MARK, component_folders, load_component, save_component
 from zimgkit.training.vocabulary import extend
 
 
@@ -36,10 +36,9 @@ def as_editor(source: Checkpoint, target: Path, prompts: Iterable[str] = ()) -> 
     if family.editor is None:
         raise UsageError(f"{family.name} has no pipeline that edits", "name a model whose text model reads pictures")
     index = json.loads((source.root / MARK).read_text())
-    parts = [name for name in index if (source.root / name).is_dir()]
     index |= {"_class_name": family.editor.pipeline, "processor": ["transformers", "Qwen2VLProcessor"]}
     with atomic_folder(target.expanduser().absolute(), overwrite=False, known_by=MARK) as work:
-        for name in parts:
+        for name in component_folders(source.root):
             shutil.copytree(source.root / name, work / name)
         (work / "processor").mkdir(exist_ok=True)
         config = json.dumps(dict(family.editor.processor), indent=2)

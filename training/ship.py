@@ -48,6 +48,7 @@ def ship(
             raise CheckpointError(
                 f"{checkpoint} does not share {', '.join(copied)} with its bundle", "store it in bf16"
             )
+        _drop_cpu_graphs(work)
         _copy_files(checkpoint, work, lambda name: not (work / name).exists())
 
 
@@ -73,7 +74,6 @@ def ship_editor(checkpoint: Path, base: Path, out: Path, *, overwrite: bool = Fa
             shutil.copy2(base / WEIGHTS, rounded / WEIGHTS)
             add_difference(rounded / WEIGHTS, work / DIFFERENCE)
             ship(rounded, whole, report=report)
-            _drop_cpu_graphs(whole)
 
             def is_shared(name: Path) -> bool:
                 return (base / name).is_file() and filecmp.cmp(whole / name, base / name, shallow=False)

@@ -99,11 +99,12 @@ def train_model_tokenizer(
 
 
 def train_vae(
-    model: Path,
+    model: str | Path,
     data: Path,
     out: Path,
     settings: Settings | None = None,
     *,
+    with_encoder: bool = True,
     resume: bool = False,
     report: Report = silent,
     log: Log | None = None,
@@ -111,10 +112,12 @@ def train_vae(
     """Train a checkpoint's autoencoder; write the checkpoint with it, and with its latents' mean and deviation.
 
     Args:
-        model: a checkpoint in the diffusers layout.
+        model: a folder in the diffusers layout, a hub id or a short name.
         data: a dataset's folder.
         out: the new checkpoint's folder.
         settings: how, by default that of the family.
+        with_encoder: train the encoder too. Without it latents stay what they are, and a transformer that was trained
+            on them draws with the new decoder.
         resume: go on with a run that was broken off.
         report: called with (stage, done, total).
         log: given a line now and then.
@@ -126,12 +129,12 @@ def train_vae(
     checkpoint, dataset = open_checkpoint(str(model)), read_dataset(data)
     family = families.family(checkpoint.family)
     settings = settings or family.vae_settings
-    task = AutoencoderTask(checkpoint, dataset)
+    task = AutoencoderTask(checkpoint, dataset, with_encoder=with_encoder)
     about = _about(checkpoint, dataset)
     train(task, run_of(out), settings, about=about, resume=resume, report=report, log=log)
     if not is_main():
         return
-    statistics = measure(task.module, dataset, family)
+    statistics = measure(task.module, dataset, family) if with_encoder else {}
     derive_checkpoint(checkpoint.root, out, {"vae": stored_autoencoder(checkpoint, task.module, statistics)})
 
 

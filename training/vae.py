@@ -54,20 +54,21 @@ class Autoencoder(nn.Module):
 
 
 class AutoencoderTask:
-    """What the loop needs to train an autoencoder."""
+    """What the loop needs to train an autoencoder, or its decoder alone: then latents stay what they are."""
 
     name = "vae"
 
-    def __init__(self, checkpoint: Checkpoint, dataset: Dataset) -> None:
+    def __init__(self, checkpoint: Checkpoint, dataset: Dataset, *, with_encoder: bool = True) -> None:
         self.dataset = dataset
         self.buckets = dataset.buckets()
         self.crops = families.family(checkpoint.family).crops
         self.channels = latent_channels(checkpoint.config("vae"))
         self.module = load_autoencoder(checkpoint)
+        self.module.encoder.requires_grad_(with_encoder)
         self.hidden = frozenset(
             name
             for name, parameter in self.module.named_parameters()
-            if parameter.ndim >= 2 and not name.endswith(EDGES)
+            if parameter.requires_grad and parameter.ndim >= 2 and not name.endswith(EDGES)
         )
 
     def batch(self, generator: torch.Generator, batch_size: int) -> dict[str, Tensor]:

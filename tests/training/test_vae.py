@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.training import toy
-from zimgkit.engines.errors import OutputError
+from zimgkit.engines.errors import CheckpointError, OutputError
 from zimgkit.export.checkpoints.checkpoint import open_checkpoint
 from zimgkit.training import families
 from zimgkit.training.dataset import load_pictures, read_dataset
@@ -31,6 +32,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def begin(family: str, data: Path, folder: Path) -> Path:
     train_model_tokenizer(data, folder, family, configs=toy.CONFIGS[family])
     return folder
+
+
+def decoded(model: AutoencoderKL | AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
+    video = isinstance(model, AutoencoderKLQwenImage)
+    with torch.no_grad():
+        picture: Tensor = model.decode(latents.unsqueeze(2) if video else latents).sample
+    return picture.squeeze(2) if video else picture
 
 
 def reference_mean(model: AutoencoderKL | AutoencoderKLQwenImage, pixels: Tensor) -> Tensor:
@@ -114,3 +122,32 @@ def test_a_checkpoint_that_is_there_stays(data: Path, tmp_path: Path) -> None:
         train_vae(begun, data, begun)
     with pytest.raises(OutputError, match="begun"):
         begin("z-image", data, begun)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decoder_that_is_trained_alone_leaves_the_latents(family: str, data: Path, tmp_path: Path) -> None:
+    begun, trained = begin(family, data, tmp_path / "begun"), tmp_path / "trained"
+    settings = replace(
+        families.family(family).vae_settings,
+        steps=60, batch_size=4, learning_rate=5e-3, warmup=5, ema=0.9, save_every=30,
+    )  # fmt: skip
+    train_vae(begun, data, trained, settings, with_encoder=False)
+    before, after = (CLASSES[family].from_pretrained(folder / "vae").eval() for folder in (begun, trained))
+    encoders = [load_autoencoder(open_checkpoint(str(folder))).encoder.bfloat16() for folder in (begun, trained)]
+    old, new = (encoder.state_dict() for encoder in encoders)
+    assert all(value.equal(new[name]) for name, value in old.items())
+    assert dict(before.config) | {"_name_or_path": ""} == dict(after.config) | {"_name_or_path": ""}
+
+    pixels = load_pictures([data / "0.png", data / "2.png"])
+    latents = reference_mean(before, pixels)
+    errors = [float((decoded(model, latents) - pixels).square().mean()) for model in (before, after)]
+    assert errors[1] < 0.85 * errors[0]
+
+
+def test_a_run_of_the_decoder_does_not_go_on_with_the_encoder(data: Path, tmp_path: Path) -> None:
+    begun, out = begin("qwen-image", data, tmp_path / "begun"), tmp_path / "out"
+    settings = replace(families.family("qwen-image").vae_settings, steps=2, batch_size=1, save_every=2)
+    train_vae(begun, data, out, settings, with_encoder=False)
+    shutil.rmtree(out)
+    with pytest.raises(CheckpointError, match="does not hold the tensors of this model"):
+        train_vae(begun, data, out, settings, resume=True)
