@@ -8,21 +8,17 @@ INSTALL := -m pip --disable-pip-version-check install --quiet --constraint const
 PIP := $(BIN)/python $(INSTALL)
 TENSORRT_TESTS := tests/export/compilers tests/export/cli/test_compile.py tests/engines/tensorrt tests/engines/onnxruntime/test_tensorrt_rtx.py
 
-.PHONY: demo demo-regions test test-tensorrt references plugins check clean
+.PHONY: demo test test-tensorrt references plugins check clean
 
-# A dozen prompts by the two models that zimgkit carries, side by side, pictures that they change, and edges that they
-# follow. Needs no PyTorch.
+# A dozen prompts by the two models that zimgkit carries, side by side, pictures that they change, and edges and regions
+# that they follow. Needs no PyTorch.
 demo: $(VENV)/.run
 	mkdir -p demo
 	$(BIN)/zimg-run sheet docs/demo-prompts.txt --bundle zimg-tiny-z --bundle zimg-tiny-qwen --output demo/sheet.png
 	$(BIN)/zimg-run sheet docs/demo-pictures.csv --bundle zimg-tiny-z --bundle zimg-tiny-qwen --columns 2 --output demo/pictures.png
 	$(BIN)/zimg-run sheet docs/demo-edits.csv --bundle zimg-tiny-qwen-edit --columns 2 --output demo/edits.png
 	$(BIN)/zimg-run sheet docs/demo-controls.csv --bundle zimg-tiny-z --columns 2 --output demo/controls.png
-
-# Things in regions: the LoRA for them needs a bundle of its own, and building that needs PyTorch.
-demo-regions: $(VENV)/.export
-	mkdir -p demo
-	$(BIN)/zimg-export build --model zimg-tiny-qwen --lora zimg-tiny-qwen-eligen --out demo/regions --overwrite --quiet
+	$(BIN)/zimg-export swap-lora zimg-tiny-qwen --lora zimg-tiny-qwen-eligen --out demo/regions --overwrite --quiet
 	$(BIN)/zimg-run sheet docs/demo-regions.csv --bundle demo/regions --columns 2 --output demo/regions.png
 
 test: check $(VENV)/.tensorrt
@@ -56,7 +52,7 @@ clean:
 
 $(VENV)/.run: pyproject.toml constraints-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --editable .
+	$(PIP) --editable '.[lora]'
 	touch $@
 
 # torch is named first and by its exact version, so that an index or a folder of wheels can offer its CPU build.

@@ -218,7 +218,8 @@ def test_base(environment: Environment, wheel: Path, tmp_path: Path) -> None:
         "torch": "zimg-run generate --backend torch --prompt a",
         "tensorrt": "zimg-run generate --backend tensorrt --bundle bundle --prompt a",
         "tensorrt-rtx": "zimg-export compile bundle --backend tensorrt-rtx",
-        "export": "zimg-export swap-lora bundle",
+        "export": "zimg-export build --model a --out b",
+        "lora": "zimg-export swap-lora bundle",
         "control": "zimg-run preprocess canny out.png edges.png",
         "modelscope": "zimg-export inspect a/b/style.safetensors --source modelscope",
         "serve": "zimg-run serve",
@@ -244,6 +245,17 @@ def test_torch_and_train(environment: Environment, wheel: Path, tmp_path: Path) 
     lora = ("lora", "zimg-tiny-z", "data", "style.safetensors", "--steps", "1")
     environment.run("python", "-m", "zimgkit.training", *lora, cwd=tmp_path)
     assert (tmp_path / "style.safetensors").exists()
+
+
+def test_lora(environment: Environment, wheel: Path, tmp_path: Path) -> None:
+    """A LoRA is swapped in, and draws, without PyTorch."""
+    environment.install(f"{wheel}[lora]")
+    lora = ("zimg-tiny-qwen", "--lora", "zimg-tiny-qwen-4steps", "--out", "fast")
+    environment.run("zimg-export", "swap-lora", *lora, cwd=tmp_path)
+    drawn = environment.run("zimg-run", "generate", "a red circle", "--bundle", "fast", "--json", cwd=tmp_path)
+    assert json.loads(drawn.stdout)["parameters"]["num_inference_steps"] == 4
+    assert environment.attempt("python", "-c", "import torch").returncode == 1
+    environment.refuses("zimg-export", "build", "--model", "a", "--out", "b", cwd=tmp_path, says=install("export"))
 
 
 def test_control(environment: Environment, wheel: Path, tmp_path: Path) -> None:

@@ -13,17 +13,21 @@ LORAS := $(addsuffix .safetensors,zimg-tiny-z-outlined zimg-tiny-z-bolt zimg-tin
 .PHONY: all
 all: $(addprefix $(OUT)/,$(MODELS) $(LORAS))
 
-# 100 minutes, and an hour of one core for the ControlNet.
-$(OUT)/zimg-tiny-z: $(OUT)/edges
+DECODER := --trainable-models decoder --batch-size 16
+
+# 100 minutes, 25 of one core for the decoder, and an hour of one for the ControlNet.
+$(OUT)/zimg-tiny-z: $(OUT)/edges $(OUT)/scenes
 	$(TRAIN) demo --family z-image $(OUT)/trained/zimg-tiny-z --resume
-	$(TRAIN) ship $(OUT)/trained/zimg-tiny-z $(OUT)/plain/zimg-tiny-z --tasks image-to-image,inpaint --overwrite
+	$(TRAIN) vae $(OUT)/trained/zimg-tiny-z $(OUT)/scenes $(OUT)/sharp/zimg-tiny-z $(DECODER) --steps 1600 --warmup 50 --decay 0.7 --ema 0.997
+	$(TRAIN) ship $(OUT)/sharp/zimg-tiny-z $(OUT)/plain/zimg-tiny-z --tasks image-to-image,inpaint --overwrite
 	$(TRAIN) control $(OUT)/plain/zimg-tiny-z $(OUT)/edges $(OUT)/zimg-tiny-z-edges.safetensors --steps 10000
 	$(TRAIN) ship-controlnet $(OUT)/zimg-tiny-z-edges.safetensors $(OUT)/plain/zimg-tiny-z $@
 
-# 110 minutes.
-$(OUT)/zimg-tiny-qwen:
+# 110 minutes, and 20 for the decoder.
+$(OUT)/zimg-tiny-qwen: $(OUT)/scenes
 	$(TRAIN) demo --family qwen-image $(OUT)/trained/zimg-tiny-qwen --resume
-	$(TRAIN) ship $(OUT)/trained/zimg-tiny-qwen $@ --tasks image-to-image,inpaint
+	$(TRAIN) vae $(OUT)/trained/zimg-tiny-qwen $(OUT)/scenes $(OUT)/sharp/zimg-tiny-qwen $(DECODER) --steps 4000 --warmup 100 --decay 0.6 --ema 0.998
+	$(TRAIN) ship $(OUT)/sharp/zimg-tiny-qwen $@ --tasks image-to-image,inpaint
 
 # 100 minutes, 85 more with words for tokens, and 70.
 EDITS := --trainable-models dit --data_file_keys image,edit_image --extra_inputs edit_image --batch-size 16 --warmup 100 \
@@ -58,6 +62,8 @@ $(OUT)/zimg-tiny-qwen-eligen.safetensors: $(OUT)/regions
 	$(TRAIN) lora zimg-tiny-qwen $< $@ --data_file_keys image,eligen_entity_masks \
 		--extra_inputs eligen_entity_prompts,eligen_entity_masks --steps 6000 --learning-rate 4e-3 --warmup 100 --ema 0.995
 
+$(OUT)/scenes:
+	$(WORLD) $@ --count 12000 --seed 5
 $(OUT)/outlines:
 	$(WORLD) $@ --count 600 --outlined
 $(OUT)/bolts:

@@ -52,7 +52,7 @@ def swap_lora_command(bundle: Path, quiet: bool, as_json: bool, **options: Any) 
       zimg-export swap-lora BUNDLE --lora style.safetensors:0.8
       zimg-export swap-lora BUNDLE                                  # without LoRAs again
     """  # noqa: D301
-    need("swapping LoRAs", ("onnx", "threadpoolctl"), "export")
+    need("swapping LoRAs", ("onnx", "threadpoolctl"), "lora")
     from zimgkit.export.lora.swap import swap
     from zimgkit.runtime.progress import bar
 

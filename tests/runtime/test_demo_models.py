@@ -146,7 +146,7 @@ def test_it_is_a_checkpoint_too(name: str) -> None:
         own = pipeline(PROMPT, seed=0, output_type="np", **call).images
     theirs = reference(PROMPT, generator=torch.Generator().manual_seed(0), output_type="np", **call).images
     # A bundle in bfloat16 keeps Qwen-Image's modulation table in it, which shows at the edges of things.
-    largest, mean = (1e-4, 1e-6) if name == "zimg-tiny-z" else (1e-2, 1e-4)
+    largest, mean = (1e-4, 1e-6) if name == "zimg-tiny-z" else (2e-2, 1e-4)
     assert np.abs(own - theirs).max() < largest
     assert np.abs(own - theirs).mean() < mean
 
