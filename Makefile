@@ -17,7 +17,7 @@ demo: $(VENV)/.run
 	$(BIN)/zimg-run sheet docs/demo-prompts.txt --bundle zimg-tiny-z --bundle zimg-tiny-qwen --output demo/sheet.png
 	$(BIN)/zimg-run sheet docs/demo-pictures.csv --bundle zimg-tiny-z --bundle zimg-tiny-qwen --columns 2 --output demo/pictures.png
 	$(BIN)/zimg-run sheet docs/demo-edits.csv --bundle zimg-tiny-qwen-edit --columns 2 --output demo/edits.png
-	$(BIN)/zimg-run sheet docs/demo-controls.csv --bundle zimg-tiny-z --columns 2 --output demo/controls.png
+	$(BIN)/zimg-run sheet docs/demo-controls.csv --bundle zimg-tiny-z --bundle zimg-tiny-qwen --columns 2 --output demo/controls.png
 	$(BIN)/zimg-export swap-lora zimg-tiny-qwen --lora zimg-tiny-qwen-eligen --out demo/regions --overwrite --quiet
 	$(BIN)/zimg-run sheet docs/demo-regions.csv --bundle demo/regions --columns 2 --output demo/regions.png
 

@@ -23,11 +23,13 @@ $(OUT)/zimg-tiny-z: $(OUT)/edges $(OUT)/scenes
 	$(TRAIN) control $(OUT)/plain/zimg-tiny-z $(OUT)/edges $(OUT)/zimg-tiny-z-edges.safetensors --steps 10000
 	$(TRAIN) ship-controlnet $(OUT)/zimg-tiny-z-edges.safetensors $(OUT)/plain/zimg-tiny-z $@
 
-# 110 minutes, and 20 for the decoder.
-$(OUT)/zimg-tiny-qwen: $(OUT)/scenes
+# 110 minutes, 20 for the decoder, and 35 of one core for the ControlNet.
+$(OUT)/zimg-tiny-qwen: $(OUT)/more-edges $(OUT)/scenes
 	$(TRAIN) demo --family qwen-image $(OUT)/trained/zimg-tiny-qwen --resume
 	$(TRAIN) vae $(OUT)/trained/zimg-tiny-qwen $(OUT)/scenes $(OUT)/sharp/zimg-tiny-qwen $(DECODER) --steps 4000 --warmup 100 --decay 0.6 --ema 0.998
-	$(TRAIN) ship $(OUT)/sharp/zimg-tiny-qwen $@ --tasks image-to-image,inpaint
+	$(TRAIN) ship $(OUT)/sharp/zimg-tiny-qwen $(OUT)/plain/zimg-tiny-qwen --tasks image-to-image,inpaint --overwrite
+	$(TRAIN) control $(OUT)/plain/zimg-tiny-qwen $(OUT)/more-edges $(OUT)/zimg-tiny-qwen-edges.safetensors --steps 12000 --decay 0.5
+	$(TRAIN) ship-controlnet $(OUT)/zimg-tiny-qwen-edges.safetensors $(OUT)/plain/zimg-tiny-qwen $@
 
 # 100 minutes, 85 more with words for tokens, and 70.
 EDITS := --trainable-models dit --data_file_keys image,edit_image --extra_inputs edit_image --batch-size 16 --warmup 100 \
@@ -74,6 +76,8 @@ $(OUT)/regions:
 	$(WORLD) $@ --count 8000 --rows regions
 $(OUT)/edges:
 	$(WORLD) $@ --count 8000 --rows edges
+$(OUT)/more-edges:
+	$(WORLD) $@ --count 16000 --rows edges --seed 9000
 $(OUT)/edits:
 	$(WORLD) $@ --count 8000 --rows edits
 $(OUT)/more-edits:

@@ -23,7 +23,7 @@ LORAS = (
 that lets it draw in four steps without guidance, and one for prompts with regions."""
 EDGES = "edges"
 """What a ControlNet is called that draws things where edges are."""
-CONTROLNETS = {f"{DEFAULT}-{EDGES}": DEFAULT}
+CONTROLNETS = {f"{name}-{EDGES}": name for name in NAMES}
 """ControlNet -> the model whose bundle has it."""
 FOLDER = Path(__file__).resolve().parent
 

@@ -23,7 +23,10 @@ from zimgkit.training.ship import ship_controlnet
 from zimgkit.training.trials import trials
 
 NETS = [*demo_models.CONTROLNETS]
-KINDS = {"zimg-tiny-z": ("fun", "control_layers.0.before_proj.weight")}
+KINDS = {
+    "zimg-tiny-z": ("fun", "control_layers.0.before_proj.weight"),
+    "zimg-tiny-qwen": ("blockwise", "controlnet_blocks.0.x_rms.weight"),
+}
 
 
 @pytest.mark.parametrize("model", demo_models.CONTROLNETS.values())
@@ -72,9 +75,10 @@ def test_another_bundle_takes_them_by_name(net: str, tmp_path: Path) -> None:
     assert [control.name for control in Bundle.open(tmp_path / "b").manifest.controls] == ["edges"]
 
 
-def test_shipping_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("net", NETS)
+def test_shipping_one(net: str, tmp_path: Path) -> None:
     """Of what came from it: the same bundle, but for the names of its graphs."""
-    net, model = NETS[0], demo_models.NAMES[0]
+    model = demo_models.CONTROLNETS[net]
     plain = tmp_path / "plain"
     carried = Bundle.open(demo_models.locate(model))
     shutil.copytree(carried.root, plain)
