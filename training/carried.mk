@@ -27,7 +27,7 @@ $(OUT)/zimg-tiny-z: $(OUT)/edges $(OUT)/scenes
 $(OUT)/zimg-tiny-qwen: $(OUT)/more-edges $(OUT)/scenes
 	$(TRAIN) demo --family qwen-image $(OUT)/trained/zimg-tiny-qwen --resume
 	$(TRAIN) vae $(OUT)/trained/zimg-tiny-qwen $(OUT)/scenes $(OUT)/sharp/zimg-tiny-qwen $(DECODER) --steps 4000 --warmup 100 --decay 0.6 --ema 0.998
-	$(TRAIN) ship $(OUT)/sharp/zimg-tiny-qwen $(OUT)/plain/zimg-tiny-qwen --tasks image-to-image,inpaint --overwrite
+	$(TRAIN) ship $(OUT)/sharp/zimg-tiny-qwen $(OUT)/plain/zimg-tiny-qwen --tasks image-to-image,inpaint,regions --overwrite
 	$(TRAIN) control $(OUT)/plain/zimg-tiny-qwen $(OUT)/more-edges $(OUT)/zimg-tiny-qwen-edges.safetensors --steps 12000 --decay 0.5
 	$(TRAIN) ship-controlnet $(OUT)/zimg-tiny-qwen-edges.safetensors $(OUT)/plain/zimg-tiny-qwen $@
 

@@ -55,7 +55,7 @@ def told_nothing(scene: Scene) -> Scene:
 
 
 def box_of(thing: Thing) -> Box:
-    """The box that a thing lies in the middle of, a pixel from its edges at least: of a scattered one, that on the grid."""
+    """The box that a thing lies in the middle of, a pixel from its edges at least; of a scattered one, on the grid."""
     half = math.ceil((thing.radius + 1) / (CELL // 2)) * (CELL // 2)
     x, y = int(thing.x), int(thing.y)
     return x - half, y - half, x + half, y + half
