@@ -28,6 +28,8 @@ def ship(
 ) -> None:
     """Build a checkpoint's bundle in bfloat16, and put what else the checkpoint holds beside it.
 
+    The bundle has no graphs for ONNX Runtime's CPU kernels alone.
+
     Args:
         checkpoint: in the diffusers layout, in bfloat16. Its folder's name becomes the bundle's.
         out: the new folder, on the same disk as the checkpoint.
