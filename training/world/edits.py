@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from zimgkit.training.world.sampling import colours_on, held_out, sample
-from zimgkit.training.world.scattered import CELL, SIDE, box_of, scattered, told_nothing
+from zimgkit.training.world.sampling import colours_on, held_out
+from zimgkit.training.world.scattered import CELL, SIDE, box_of, scattered
 from zimgkit.training.world.scene import Scene, Thing
 from zimgkit.training.world.words import SHAPES
 
@@ -23,8 +23,6 @@ OF_ONE_SCENE = 4
 """So many edits in a row are of the same scene."""
 _COUNT_WEIGHTS = (7, 8, 5)
 """Of one, two and three things in scenes to learn from."""
-_ARRANGED = 0.4
-"""So many of them lie as in the pictures that the models were first taught: in rows, in columns, at the nine places."""
 _ADDED = 22.0
 """The radius of a thing that is added, in pixels."""
 _TRIES = 1 << 41
@@ -82,11 +80,8 @@ def edit_to_learn(seed: int) -> Edit:
     rng = random.Random(f"edits to learn {number}")  # noqa: S311
     while True:
         (count,) = rng.choices((1, 2, 3), _COUNT_WEIGHTS)
-        if rng.random() < _ARRANGED:
-            scene = told_nothing(sample(rng.randrange(_TRIES >> 1), "train", count=count, size=(SIDE, SIDE)))
-        else:
-            scene = scattered(rng.randrange(_TRIES >> 1), "train", count=count)
-        if not _tells_apart(scene) or held_out(scene):
+        scene = scattered(rng.randrange(_TRIES >> 1), "train", count=count)
+        if not _tells_apart(scene):
             continue
         found: list[Edit] = []
         for _ in range(_ATTEMPTS):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import replace
 from itertools import pairwise
@@ -36,7 +35,7 @@ def scattered(seed: int, split: Split = "train", *, count: int | None = None, or
         scene = sample(seed + number * _TRIES, split, count=count, size=(SIDE, SIDE))
         told = ordered and len(scene.things) > 1
         arrangement = scene.arrangement if told else None
-        scene = replace(told_nothing(scene), arrangement=arrangement, arrangement_told=told)
+        scene = replace(scene, arrangement=arrangement, arrangement_told=told, place=None, writing=None)
         rng = random.Random(f"scattered {split} {seed} {number}")  # noqa: S311
         boxes = _boxes(rng, len(scene.things))
         if boxes is None or held_out(scene) != (split == "test"):
@@ -49,14 +48,9 @@ def scattered(seed: int, split: Split = "train", *, count: int | None = None, or
         return replace(scene, things=things)
 
 
-def told_nothing(scene: Scene) -> Scene:
-    """A scene whose caption does not say where its things lie, without written words."""
-    return replace(scene, arrangement=None, arrangement_told=False, place=None, writing=None)
-
-
 def box_of(thing: Thing) -> Box:
-    """The box that a thing lies in the middle of, a pixel from its edges at least; of a scattered one, on the grid."""
-    half = math.ceil((thing.radius + 1) / (CELL // 2)) * (CELL // 2)
+    """The box on the grid that a scattered thing lies in the middle of."""
+    (half,) = (side * CELL // 2 for side, radius in BOXES.items() if radius == thing.radius)
     x, y = int(thing.x), int(thing.y)
     return x - half, y - half, x + half, y + half
 
