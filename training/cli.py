@@ -66,6 +66,17 @@ def settings(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def trainable(*choices: str, note: str) -> Callable[[Any], Any]:
+    """The option for what is trained: the first of the choices, if nothing is said."""
+    return click.option(
+        "--trainable-models",
+        type=click.Choice(choices),
+        default=choices[0],
+        show_default=True,
+        help=f"What is trained; {note}.",
+    )
+
+
 @click.group("zimg-training", cls=Underscores, context_settings={"max_content_width": 110})
 @click.version_option(zimgkit.__version__, message="%(version)s")
 def cli() -> None:
@@ -90,13 +101,7 @@ def tokenizer(family: str, data: Path, out: Path, seed: int) -> None:
 @click.argument("model")
 @click.argument("data", type=FOLDER)
 @click.argument("out", type=FOLDER)
-@click.option(
-    "--trainable-models",
-    type=click.Choice(["encoder,decoder", "decoder"]),
-    default="encoder,decoder",
-    show_default=True,
-    help="What is trained; with the decoder alone, latents stay what they are.",
-)
+@trainable("encoder,decoder", "decoder", note="with the decoder alone, latents stay what they are")
 @settings
 def vae(model: str, data: Path, out: Path, trainable_models: str, **options: Any) -> None:
     """Train the autoencoder of MODEL on the pictures of DATA; write the checkpoint OUT."""
@@ -113,13 +118,7 @@ def vae(model: str, data: Path, out: Path, trainable_models: str, **options: Any
 @click.argument("model")
 @click.argument("data", type=FOLDER)
 @click.argument("out", type=FOLDER)
-@click.option(
-    "--trainable-models",
-    type=click.Choice(["dit,text_encoder", "dit"]),
-    default="dit,text_encoder",
-    show_default=True,
-    help="What is trained; dit is the transformer.",
-)
+@trainable("dit,text_encoder", "dit", note="dit is the transformer")
 @columns
 @validation
 @settings

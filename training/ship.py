@@ -17,7 +17,7 @@ from zimgkit.engines.files import temporary_folder
 from zimgkit.export.build import export
 from zimgkit.export.checkpoints.checkpoint import open_checkpoint
 from zimgkit.export.controls.change import add
-from zimgkit.export.controls.nets import component_of, role
+from zimgkit.export.controls.nets import role
 from zimgkit.runtime.demo_models.assembled import DIFFERENCE, WEIGHTS, add_difference
 from zimgkit.runtime.progress import Report, silent
 from zimgkit.training.difference import write_difference
@@ -105,7 +105,7 @@ def ship_controlnet(
         manifest, key = changed.manifest, role(name)
         source = msgspec.structs.replace(manifest.sources[key], model=net.stem)
         write_manifest(work, msgspec.structs.replace(manifest, sources=manifest.sources | {key: source}))
-        _drop_cpu_graphs(work, component_of(name))
+        _drop_cpu_graphs(work)
 
 
 def _copy_files(source: Path, target: Path, is_wanted: Callable[[Path], bool]) -> None:
@@ -117,17 +117,12 @@ def _copy_files(source: Path, target: Path, is_wanted: Callable[[Path], bool]) -
             shutil.copy2(file, target / name)
 
 
-def _drop_cpu_graphs(folder: Path, *only: str) -> None:
-    """Take the graphs for ONNX Runtime's CPU kernels alone out of a bundle: networks so small gain nothing by them.
-
-    Args:
-        folder: the bundle's.
-        only: the components; all when there are none.
-    """
+def _drop_cpu_graphs(folder: Path) -> None:
+    """Take the graphs for ONNX Runtime's CPU kernels alone out of a bundle: networks so small gain nothing by them."""
     manifest = Bundle.read(folder).manifest
     components = dict(manifest.components)
     for name, component in manifest.components.items():
-        if CPU_GRAPH in component.graphs and (not only or name in only):
+        if CPU_GRAPH in component.graphs:
             graphs = {key: file for key, file in component.graphs.items() if key != CPU_GRAPH}
             components[name] = msgspec.structs.replace(component, graphs=graphs)
             (folder / component.graphs[CPU_GRAPH]).unlink()
