@@ -1,8 +1,9 @@
-"""Open one component of a bundle and run it on random inputs; a JSON line on stdout whenever something is done.
+"""Open one component of a bundle and run it on random inputs, or draw a picture; a JSON line when something is done.
 
 Started by ``full_size.py``, one process for each measurement.
 
     python benchmarks/component_run.py BUNDLE denoiser --backend onnxruntime --size 512
+    python benchmarks/component_run.py BUNDLE picture --backend auto --size 512 --runs 8
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from zimgkit.engines.base import Engine, open_engine
 from zimgkit.engines.bundle import Bundle, TensorSpec
 from zimgkit.engines.errors import ZimgError
 from zimgkit.runtime.families import family_of
+from zimgkit.runtime.pipeline import Pipeline
 
+PICTURE = "picture"
+"""What stands for all components."""
+PROMPT = "a red circle left of a blue square"
 TOKENS = 128
 """Of the prompt, template included."""
 IDS = 256
@@ -65,30 +70,47 @@ def tell(event: str, **facts: Any) -> None:
     print(json.dumps(now | facts), flush=True)
 
 
+def run_component(options: argparse.Namespace) -> None:
+    """Open a component, and run it as often as it is to be."""
+    bundle = Bundle.open(options.bundle, verify=False)
+    host = family_of(bundle.manifest)
+    sizes = {"batch": 1} | host.dynamic_dimensions(options.size, options.size, TOKENS)
+    feeds = random_feeds(bundle.component(options.component).inputs, sizes)
+    tell("start")
+    engine = open_engine(bundle, options.component, options.backend, "cpu")
+    tell("opened")
+    for _ in range(options.runs):
+        outputs = engine.run(feeds)
+        tell("ran", finite=all_finite(engine, outputs.values()))
+    engine.close()
+
+
+def draw(options: argparse.Namespace) -> None:
+    """Draw a picture within the memory that there is, engines opened as the runtime plans it; NaN is an error of it."""
+    tell("start")
+    pipeline = Pipeline.open(options.bundle, backend=options.backend, device="cpu", verify=False, warn=lambda _: None)
+    tell("opened")
+    pipeline(PROMPT, height=options.size, width=options.size, num_inference_steps=options.runs, seed=0)
+    tell("ran", finite=True, took=pipeline.session.choice.backend)
+
+
 def main() -> int:
     """The script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("component")
+    parser.add_argument("component", help=f"its name, or {PICTURE}")
     parser.add_argument("--backend", required=True)
     parser.add_argument("--size", type=int, required=True, help="height and width in pixels")
-    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=1, help="of the component, or steps of the picture")
     parser.add_argument("--join", type=Path, help="the cgroup.procs of a control group to join first")
     options = parser.parse_args()
     if options.join:
         options.join.write_text("0")  # Which stands for whoever writes it.
     try:
-        bundle = Bundle.open(options.bundle, verify=False)
-        host = family_of(bundle.manifest)
-        sizes = {"batch": 1} | host.dynamic_dimensions(options.size, options.size, TOKENS)
-        feeds = random_feeds(bundle.component(options.component).inputs, sizes)
-        tell("start")
-        engine = open_engine(bundle, options.component, options.backend, "cpu")
-        tell("opened")
-        for _ in range(options.runs):
-            outputs = engine.run(feeds)
-            tell("ran", finite=all_finite(engine, outputs.values()))
-        engine.close()
+        if options.component == PICTURE:
+            draw(options)
+        else:
+            run_component(options)
     except ZimgError as error:
         tell("failed", error=" ".join(str(error).split()))
         return 1

@@ -2,12 +2,14 @@
 
 The checkpoint has the real configs, names and shards. Its weights are one block of random numbers, repeated; where the
 disk is too short for that, they are zero and take none. FP8 and INT8 take scales from synthetic statistics, unless
---calibrate runs a real calibration. Each component is opened and run in a process of its own. All is removed at the
-end. Exits with 1 where one could not be run, gave NaN or Inf, or took more memory of its own to open than 1.3 times its
-weights as they are stored and 1 GiB. Pages of mapped files count apart: the system takes them back where it is short.
+--calibrate runs a real calibration. Each component is opened and run in a process of its own; so is a whole picture
+(--component picture), for which the runtime plans by the memory it finds. All is removed at the end. Exits with 1
+where one could not be run, gave NaN or Inf, or took more memory of its own to open than 1.3 times its weights as they
+are stored and 1 GiB. Pages of mapped files count apart: the system takes them back where it is short.
 
     python benchmarks/full_size.py --family FAMILY --precision int8 bf16 --backend onnxruntime openvino --size 512
     python benchmarks/full_size.py --family FAMILY --precision int8-weights --limit-memory 16
+    python benchmarks/full_size.py --family FAMILY --precision int8 --component picture --steps 8 --limit-memory 8
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ from typing import Any
 from unittest.mock import patch
 
 import common
+from component_run import PICTURE
 
 PRECISIONS = ("bf16", "fp8", "int8", "int8-dynamic", "int8-weights", "int4-weights")
 COMPONENTS = ("text_encoder", "denoiser", "vae_decoder")
+MEASURED = (*COMPONENTS, PICTURE)
 BACKENDS = ("auto", "onnxruntime", "openvino", "torch")
 OPENING = 1.3
 """Times the bytes of a component's weights as they are stored ..."""
@@ -121,7 +125,8 @@ def summary(code: int, events: Sequence[Event], samples: Sequence[Sample]) -> di
     Returns:
         ``outcome``: ``"ran"``, or what happened instead; ``opening`` and ``running``: ``peak``, bytes by kind at the
         moment of the most resident memory, with that as ``"resident"``, and the most that was anonymous; ``seconds``
-        and ``cpu_seconds``, of each run apart; ``held``: bytes by kind when it was open; ``finite``.
+        and ``cpu_seconds``, of each run apart; ``held``: bytes by kind when it was open; ``finite``; of a picture
+        ``took``: the backend that the runtime's plan ended with.
     """
     found: dict[str, Any] = {"outcome": "ran"}
     if error := next((event["error"] for event in events if event["event"] == "failed"), None):
@@ -137,6 +142,8 @@ def summary(code: int, events: Sequence[Event], samples: Sequence[Sample]) -> di
     if len(marks) > 1:
         found["held"] = next((kinds for when, kinds in reversed(samples) if when <= opened and kinds), {})
         found["running"] = _phase(marks[1:], samples, opened, end)
+    if marks and "took" in marks[-1]:
+        found["took"] = marks[-1]["took"]
     found["finite"] = all(event["finite"] for event in marks if event["event"] == "ran")
     return found
 
@@ -207,13 +214,13 @@ def measure(bundle: Path, case: Mapping[str, Any], steps: int, limit: float | No
     Args:
         bundle: its folder.
         case: of :func:`cases`.
-        steps: runs of a denoiser; others run once.
+        steps: runs of a denoiser, or a picture's; others run once.
         limit: GiB that the process may have, files that it reads included.
     """
     component = case["component"]
     script = Path(__file__).with_name("component_run.py")
     command = [sys.executable, script, bundle, component, "--backend", case["backend"], "--size", str(case["size"])]
-    command += ["--runs", str(steps if component == "denoiser" else 1)]
+    command += ["--runs", str(steps if component in ("denoiser", PICTURE) else 1)]
     with control_group(limit) as group, tempfile.TemporaryDirectory(prefix="zimg-full-size-") as folder:
         if group:
             _forget(bundle)
@@ -232,24 +239,29 @@ def _forget(bundle: Path) -> None:
 def cases(
     bundle: Path, backends: Sequence[str], sizes: Sequence[int], components: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """What is measured of a bundle: each component with each backend at each size; what auto chooses counts once."""
+    """What is measured of a bundle: each component with each backend at each size.
+
+    What ``auto`` chooses for a component counts once; for a picture the runtime chooses when it plans it.
+    """
     from zimgkit.engines.bundle.manifest import read_manifest
     from zimgkit.engines.choice import AUTO, choose_backend
 
     manifest = read_manifest(bundle)
+    stored = {name: component.weight_bytes for name, component in manifest.components.items()}
+    stored[PICTURE] = sum(stored.values())
     chosen = choose_backend(manifest, "cpu").backend
-    names = dict.fromkeys(chosen if name == AUTO else name for name in backends)
+    named = [chosen if name == AUTO else name for name in backends]
     return [
         {
             "component": component,
             "backend": backend,
-            "auto": backend == chosen,
+            "auto": backend in (AUTO, chosen),
             "size": size,
-            "stored_bytes": manifest.components[component].weight_bytes,
+            "stored_bytes": stored[component],
         }
         for size in sizes
-        for backend in names
         for component in components
+        for backend in dict.fromkeys(backends if component == PICTURE else named)
     ]
 
 
@@ -282,7 +294,8 @@ def report(result: Mapping[str, Any]) -> int:
 def _cells(run: Mapping[str, Any]) -> list[str]:
     empty: dict[str, Any] = {"peak": {}, "anonymous_peak": 0, "seconds": [], "cpu_seconds": []}
     opening, running, held = run.get("opening", empty), run.get("running", empty), run.get("held", {})
-    outcome = run["outcome"] if run["outcome"] != "ran" else "" if run["finite"] else "NaN or Inf"
+    took = run.get("took", "")
+    outcome = run["outcome"] if run["outcome"] != "ran" else took if run["finite"] else "NaN or Inf"
     return [
         str(run["size"]),
         f"{run['stored_bytes'] / 2**30:.2f}",
@@ -336,8 +349,8 @@ def main() -> int:
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, metavar="PRECISION")
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=("auto",), metavar="BACKEND")
     parser.add_argument("--size", nargs="+", type=int, default=(512,), help="heights and widths in pixels")
-    parser.add_argument("--component", nargs="+", choices=COMPONENTS, default=COMPONENTS, metavar="COMPONENT")
-    parser.add_argument("--steps", type=int, default=1, help="runs of the denoiser")
+    parser.add_argument("--component", nargs="+", choices=MEASURED, default=COMPONENTS, metavar="COMPONENT")
+    parser.add_argument("--steps", type=int, default=1, help="runs of the denoiser, steps of a picture")
     parser.add_argument("--limit-memory", type=float, metavar="GIB", help="of each process, files it reads included")
     parser.add_argument("--calibrate", action="store_true", help="for fp8 and int8, with 4 prompts, one step, 256x256")
     options = parser.parse_args()

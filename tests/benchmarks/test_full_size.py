@@ -44,6 +44,22 @@ def test_components_of_a_tiny_bundle(backend, bundle_of):
         assert 10e6 < peak["anonymous"] <= entry[phase]["anonymous_peak"] < 2e9
 
 
+def test_a_picture_of_a_tiny_bundle(bundle_of):
+    (case,) = full_size.cases(bundle := bundle_of("z-image", "bf16"), ["auto"], [64], ["picture"])
+    assert case["backend"] == "auto"
+    assert case["stored_bytes"] == sum(part.weight_bytes for part in Bundle.open(bundle).manifest.components.values())
+    entry = full_size.measure(bundle, case, 2, None)
+    assert (entry["outcome"], entry["took"], entry["finite"]) == ("ran", "onnxruntime", True)
+    assert len(entry["running"]["seconds"]) == 1
+
+
+def test_a_picture_that_cannot_be_drawn_is_told(bundle_of, capsys, monkeypatch):
+    arguments = ["", str(bundle_of("z-image")), "picture", "--backend=onnxruntime", "--size=100"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert component_run.main() == 1
+    assert "100" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+
+
 @pytest.mark.parametrize("family", ["z-image", "qwen-image"])
 def test_feeds_fit_every_component(family, bundle_of, capsys, monkeypatch):
     for component in full_size.COMPONENTS:
