@@ -83,7 +83,7 @@ def test_feeds_are_one_turn_and_unpadded():
 
 
 def test_memory_is_that_of_its_phase(tmp_path):
-    opening = f"tell('start'); time.sleep(.2); {ARRAY} tell('opened'); time.sleep(.2)"
+    opening = f"tell('start'); time.sleep(.2); {ARRAY} time.sleep(.2); tell('opened'); time.sleep(.2)"
     code = f"{opening}; del a; tell('ran', finite=True); time.sleep(.1)"
     found = full_size.summary(*full_size.watch(child(code), tmp_path / "log"))
     assert found["outcome"] == "ran"
