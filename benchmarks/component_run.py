@@ -22,7 +22,6 @@ from zimgkit.engines.base import Engine, open_engine
 from zimgkit.engines.bundle import Bundle, TensorSpec
 from zimgkit.engines.errors import ZimgError
 from zimgkit.runtime.families import family_of
-from zimgkit.runtime.pipeline import Pipeline
 
 PICTURE = "picture"
 """What stands for all components."""
@@ -87,6 +86,8 @@ def run_component(options: argparse.Namespace) -> None:
 
 def draw(options: argparse.Namespace) -> None:
     """Draw a picture within the memory that there is, engines opened as the runtime plans it; NaN is an error of it."""
+    from zimgkit.runtime import Pipeline  # Which would count in the memory of those that run a component.
+
     tell("start")
     pipeline = Pipeline.open(options.bundle, backend=options.backend, device="cpu", verify=False, warn=lambda _: None)
     tell("opened")

@@ -31,7 +31,7 @@ from typing import Any
 from unittest.mock import patch
 
 import common
-from component_run import PICTURE
+from component_run import PICTURE, PROMPT
 
 PRECISIONS = ("bf16", "fp8", "int8", "int8-dynamic", "int8-weights", "int4-weights")
 COMPONENTS = ("text_encoder", "denoiser", "vae_decoder")
@@ -44,7 +44,7 @@ OPENING_GIB = 1.0
 SPARE = 10 * 10**9
 """Bytes of the disk that are left free."""
 SAMPLE_SECONDS = 0.02
-PROMPTS = ("a red circle left of a blue square", "a city in the rain at night", "一只猫在窗边", "a map of an island")
+PROMPTS = (PROMPT, "a city in the rain at night", "一只猫在窗边", "a map of an island")
 KINDS = {"RssAnon": "anonymous", "RssFile": "files", "RssShmem": "shared"}
 """https://docs.kernel.org/filesystems/proc.html"""
 GROUPS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
