@@ -17,7 +17,9 @@ import numpy as np
 from zimgkit.engines.base import BaseEngine, Feeds
 from zimgkit.engines.cpu import cpu_flags, lacks_avx2
 from zimgkit.engines.errors import BackendError, BundleError, OutOfMemoryError, UsageError, ZimgError, is_out_of_memory
+from zimgkit.engines.openvino.activation import activate_before_rounding
 from zimgkit.engines.openvino.api import load
+from zimgkit.engines.openvino.attention import attend_in_parts
 from zimgkit.engines.openvino.feed_forward import ends_in_a_crash, keep_apart
 from zimgkit.engines.openvino.graph import Graph, insert_weights, read_graph
 from zimgkit.engines.tensors.dtypes import bfloat16_to_float32, float32_to_bfloat16
@@ -138,8 +140,11 @@ def _compile(core: Any, graph: Graph, place: str, config: Mapping[str, str]) -> 
     # No cache of compiled models: read back, one of 2026.4 gives NaN; it is a second copy of the weights for a second.
     model = core.read_model(io.BytesIO(graph.model))
     insert_weights(model, graph)
-    if place == "CPU" and ends_in_a_crash(config):
-        keep_apart(model)
+    if place == "CPU":
+        attend_in_parts(model)
+        activate_before_rounding(model)
+        if ends_in_a_crash(config):
+            keep_apart(model)
     return core.compile_model(model, place, config)
 
 
